@@ -1,0 +1,2 @@
+"""Know how wrong your Fisher information is."""
+from fimprobe.measure import measure

@@ -1,0 +1,1 @@
+"""Engines: from a model, a batch and draws to moments."""

@@ -1,0 +1,215 @@
+"""From per-sample gradients to moments, one parameter at a time and without keeping them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fimprobe.types import Moments
+
+GRAM_LIMIT = 64
+"""Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block; None for sampled draws."""
+
+    second: Tensor
+    fourth: Tensor
+    blocks: list[int]
+
+    def rows(self, samples: slice) -> Weights:
+        """The weights of some samples."""
+        return Weights(self.second[samples], self.fourth[samples], self.blocks)
+
+
+@dataclass
+class Accumulator:
+    """The running moments of one parameter."""
+
+    a2: Tensor
+    diagonals: bool
+    a4_sum: Tensor = field(init=False)
+    q_sum: Tensor = field(init=False)
+    r_sum: Tensor = field(init=False)
+    a4: Tensor | None = None
+    q: Tensor | None = None
+    r: Tensor | None = None
+    grams: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start from zero."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.a2.device)
+        self.a4_sum, self.q_sum, self.r_sum = zero.clone(), zero.clone(), zero.clone()
+        if self.diagonals:
+            # fourth powers of small gradients leave float32's range
+            wide = torch.zeros_like(self.a2, dtype=torch.float64)
+            self.a4, self.q, self.r = wide.clone(), wide.clone(), wide.clone()
+
+    def begin(self, samples: int, draws: int) -> None:
+        """Make room for the Gram matrices [samples, S, S] (or squared norms) of the next chunk."""
+        shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)
+        self.grams.append(torch.zeros(shape, dtype=torch.float64, device=self.a2.device))
+
+    def add(
+        self, g: Tensor, samples: slice, where: slice, scale: Tensor, weights: Weights | None
+    ) -> None:
+        """Take ``scale``·g [b, S, *tile] of some samples and leading rows of the parameter.
+
+        ``g`` is overwritten.
+        """
+        b, draws = g.shape[:2]
+        tile = g.shape[2:]
+        g = g.reshape(b, draws, -1)
+        gram = self.grams[-1][samples]
+        if gram.dim() == 3:
+            gram += torch.bmm(g, g.transpose(1, 2)).double() * scale**2
+        square = g.square_() if g.is_contiguous() else g.square()
+        if gram.dim() == 2:
+            gram += square.sum(-1).double() * scale**2
+        if weights is None:
+            f = square.squeeze(1) if draws == 1 else square.sum(1)
+            fourth = _dot(square, square)
+            blocks: list[Tensor] = [f]
+        else:
+            blocks = _block_sums(square, weights)
+            f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+            norms = square.square().sum(-1).double()
+            fourth = (norms * weights.fourth.double()).sum()
+        power = scale**4
+        self.a4_sum += fourth * power
+        q = fourth if weights is None and draws == 1 else _dot(f, f)
+        self.q_sum += q * power
+        single = len(blocks) == 1
+        self.r_sum += (q if single else sum(_dot(t, t) for t in blocks)) * power
+        self.a2[where] += (f.sum(0) * scale.to(f.dtype) ** 2).view(tile)
+        if self.a4 is not None and self.q is not None and self.r is not None:
+            quartic = square.double().square()
+            if weights is not None:
+                quartic *= weights.fourth.double().unsqueeze(-1)
+            self.a4[where] += (quartic.sum((0, 1)) * power).view(tile)
+            own = f.double().square().sum(0)
+            self.q[where] += (own * power).view(tile)
+            r = own if single else sum(t.double().square().sum(0) for t in blocks)
+            self.r[where] += (r * power).view(tile)
+
+    def add_outer(self, delta: Tensor, x: Tensor, scale: Tensor, weights: Weights | None) -> None:
+        """Take ``scale``·δ xᵀ with δ [b, S, o], x [b, i]: the moments factor, no g is formed."""
+        samples = slice(0, delta.shape[0])
+        power = scale**4
+        gram = self.grams[-1][samples]
+        length = x.square().sum(-1).double()
+        if gram.dim() == 3:
+            inner = torch.bmm(delta, delta.transpose(1, 2)).double()
+            gram += inner * length[:, None, None] * scale**2
+        square = delta.square()
+        if gram.dim() == 2:
+            gram += square.sum(-1).double() * length[:, None] * scale**2
+        blocks = [square.sum(1)] if weights is None else _block_sums(square, weights)
+        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+        quartic = square.double().square()
+        if weights is not None:
+            quartic = quartic * weights.fourth.double().unsqueeze(-1)
+        quartic = quartic.sum(1)
+        x2 = x.square()
+        x4 = x2.double().square()
+        x4_sum = x4.sum(-1)
+        self.a4_sum += (quartic.sum(-1) * x4_sum).sum() * power
+        f2 = f.double().square()
+        self.q_sum += (f2.sum(-1) * x4_sum).sum() * power
+        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
+        self.r_sum += (r2.sum(-1) * x4_sum).sum() * power
+        self.a2.addmm_(f.t() * scale.to(f.dtype) ** 2, x2.to(f.dtype))
+        if self.a4 is not None and self.q is not None and self.r is not None:
+            self.a4 += quartic.t() @ x4 * power
+            self.q += f2.t() @ x4 * power
+            self.r += r2.t() @ x4 * power
+
+    def add_tokens(
+        self,
+        sample: Tensor,
+        token: Tensor,
+        rows: Tensor,
+        scale: Tensor,
+        weights: Weights | None,
+    ) -> None:
+        """Take ``scale``·g given by its non-zero rows [U, S, D] of (sample, token) pairs."""
+        draws = rows.shape[1]
+        if weights is None:
+            weights_of = None
+            square = rows.square()
+            blocks = [square.sum(1)]
+        else:
+            weights_of = Weights(weights.second[sample], weights.fourth[sample], weights.blocks)
+            square = rows.square()
+            blocks = _block_sums(square, weights_of)
+        gram = self.grams[-1]
+        if gram.dim() == 3:
+            inner = torch.bmm(rows, rows.transpose(1, 2)).double() * scale**2
+        else:
+            inner = square.sum(-1).double() * scale**2
+        gram.index_add_(0, sample, inner.view(-1, *gram.shape[1:]))
+        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+        quartic = square.double().square()
+        if weights_of is not None:
+            quartic = quartic * weights_of.fourth.double().unsqueeze(-1)
+        power = scale**4
+        self.a4_sum += quartic.sum() * power
+        f2 = f.double().square()
+        self.q_sum += f2.sum() * power
+        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
+        self.r_sum += r2.sum() * power
+        self.a2.index_add_(0, token, f.to(self.a2.dtype) * scale.to(self.a2.dtype) ** 2)
+        if self.a4 is not None and self.q is not None and self.r is not None:
+            quartic = quartic.sum(1) if draws > 1 else quartic.squeeze(1)
+            self.a4.index_add_(0, token, quartic * power)
+            self.q.index_add_(0, token, f2 * power)
+            self.r.index_add_(0, token, r2 * power)
+
+    def finish(self) -> Moments:
+        """The moments, on the CPU where they are scalars."""
+        gram = torch.cat(self.grams)
+        norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
+        return Moments(
+            self.a2,
+            float(self.a4_sum),
+            float(self.q_sum),
+            float(self.r_sum),
+            norms,
+            gram if gram.dim() == 3 else None,
+            self.a4,
+            self.q,
+            self.r,
+        )
+
+
+def power_of_two(*tensors: Tensor) -> Tensor:
+    """The power of two nearest above the product of the tensors' largest magnitudes; 1 for zero.
+
+    Dividing by it is exact and keeps fourth powers inside float32's range.
+    """
+    product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
+    for x in tensors:
+        product = product * x.abs().amax().double()
+    product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
+    return torch.exp2(torch.ceil(torch.log2(product)))
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1)).double()
+
+
+def _block_sums(square: Tensor, weights: Weights) -> list[Tensor]:
+    """Σ over each block's passes of weight·g² [b, P]."""
+    second = weights.second.to(square.dtype)
+    sums = []
+    start = 0
+    for end in range(1, len(weights.blocks) + 1):
+        if end == len(weights.blocks) or weights.blocks[end] != weights.blocks[start]:
+            part = slice(start, end)
+            sums.append(torch.einsum("bs,bsp->bp", second[:, part], square[:, part]))
+            start = end
+    return sums

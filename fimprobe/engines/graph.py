@@ -1,0 +1,43 @@
+"""A walk over the autograd graph that finds parameters used where no rule or replay sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fimprobe.engines.tape import Tape
+
+
+def walk(root: Any, cuts: dict[Any, list[Any]]) -> set[int]:
+    """Ids of the leaf tensors reached from ``root``, jumping over the calls in ``cuts``."""
+    leaves: set[int] = set()
+    seen: set[Any] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in cuts:
+            stack.extend(cuts[node])
+            continue
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        stack.extend(following for following, _ in node.next_functions)
+    return leaves
+
+
+def foreign_uses(
+    outputs: Tensor, tape: Tape, parameters: dict[str, Tensor], replay: dict[str, str]
+) -> tuple[set[str], set[str]]:
+    """Parameters that the outputs depend on, and those among them used outside recorded calls.
+
+    A parameter planned for replay is expected to be met outside.
+    """
+    everything = walk(outputs.grad_fn, {})
+    outside = walk(outputs.grad_fn, tape.cuts)
+    reached = {n for n, p in parameters.items() if id(p) in everything}
+    foreign = {n for n in reached if id(parameters[n]) in outside and n not in replay}
+    return reached, foreign

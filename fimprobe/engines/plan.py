@@ -1,0 +1,204 @@
+"""Decide and verify how each parameter is reached, on the batch's first samples.
+
+The guard: samples run alone through the plain twin, with no hook and no rule, must give the same
+outputs and the same squared gradients as the engine gives them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.autograd import (
+    MomentsBatch,
+    Plan,
+    PlanMismatch,
+    Problem,
+    measure_moments,
+)
+from fimprobe.engines.rules import rules_for
+from fimprobe.engines.tape import Layouts, record
+from fimprobe.engines.unrolled import UNROLLED
+from fimprobe.likelihoods import Gaussian
+from fimprobe.types import Draws, FimprobeError
+
+
+def measure_planned(problem: Problem, plan: Plan) -> MomentsBatch:
+    """Moments; where the batch shows a use that the plan did not know, the plan is widened."""
+    for _ in range(100):
+        try:
+            return measure_moments(problem, plan)
+        except PlanMismatch as mismatch:
+            _widen(problem, plan, mismatch.reasons)
+    raise FimprobeError("no way was found to measure this model; please report it with the model")
+
+
+def make_plan(problem: Problem) -> Plan:
+    """A plan on which the engine reproduces single samples; raises where none does."""
+    size = min(problem.batch.size, 3)
+    problem = replace(
+        problem,
+        batch=problem.batch[:size],
+        likelihood=Gaussian(),  # its scores are standard normal: seeds that leave nothing dark
+        draws=Draws(1, seed=20240525),
+        mask=None,
+        diagonals=False,
+    )
+    plan = Plan(layouts=_expansions(problem))
+    alone, outputs = _alone(problem)
+    with torch.no_grad():
+        together = problem.forward(problem.batch).detach()
+    if not torch.allclose(together, outputs, **_tolerance(outputs)):
+        raise FimprobeError(
+            "the model couples its samples: one sample alone gives other outputs than within the "
+            "batch (differing by up to "
+            f"{float((together - outputs).abs().max()):.2g}), so its Fisher information is not a "
+            "mean over samples. Layers that use statistics of the batch in eval mode (BatchNorm "
+            "with track_running_stats=False) or draw random numbers in eval mode cause it"
+        )
+    for _ in range(200):
+        moments = measure_planned(problem, plan)
+        wrong = _disagreeing(problem, moments, alone)
+        if not wrong:
+            plan.layouts.settled = True
+            plan.chunk = None
+            plan.verified = size
+            return plan
+        final = [name for name in wrong if plan.replay.get(name) == ""]
+        if final:
+            raise FimprobeError(
+                f"guard: the per-sample gradients of {', '.join(map(repr, final))} do not agree "
+                "with those of single samples; please report it with the model"
+            )
+        _widen(problem, plan, dict.fromkeys(wrong, "guard"))
+    raise FimprobeError("no way was found to measure this model; please report it with the model")
+
+
+def _expansions(problem: Problem) -> Layouts:
+    """Layouts with the lookups that may be expanded to the batch without changing the outputs."""
+    layouts = Layouts()
+    with torch.no_grad():
+        plain = problem.forward(problem.batch)
+    try:
+        with record(problem.twin, problem.batch.size, layouts, {}):
+            expanded = problem.forward(problem.batch)
+        if torch.allclose(plain, expanded.detach(), **_tolerance(plain)):
+            return layouts if layouts.expand else Layouts()
+    except (RuntimeError, FimprobeError, ValueError, IndexError):
+        if not layouts.expand:
+            raise
+    fresh = Layouts()
+    fresh.refused = set(layouts.expand)
+    return fresh
+
+
+def _alone(problem: Problem) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+    """Gradients and outputs of each sample run alone, by plain autograd."""
+    parameters = list(problem.parameters.values())
+    found: dict[str, list[Tensor | None]] = {name: [] for name in problem.parameters}
+    outputs = []
+    for b in range(problem.batch.size):
+        h = problem.forward(problem.batch[b : b + 1])
+        uniforms = problem.draws.uniforms_for(slice(b, b + 1), problem.batch.size, h.shape)
+        label = problem.likelihood.quantile(h.detach(), uniforms[:, 0].to(h.device))
+        seed = problem.likelihood.score(h.detach(), label).to(h.dtype)
+        if not h.requires_grad:
+            gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        else:
+            gradients = torch.autograd.grad(h, parameters, seed, allow_unused=True)
+        for name, gradient in zip(problem.parameters, gradients, strict=True):
+            found[name].append(gradient)
+        outputs.append(h.detach())
+    return found, torch.cat(outputs)
+
+
+def _disagreeing(
+    problem: Problem, moments: MomentsBatch, alone: dict[str, list[Tensor | None]]
+) -> list[str]:
+    """Parameters whose Σ_b g² per entry or ‖g_b‖² differ from the single samples'."""
+    wrong = []
+    coarse = _coarse(problem)
+    expected = {}
+    for name, gradients in alone.items():
+        wide = [None if g is None else g.double() for g in gradients]
+        norms = torch.stack(
+            [torch.zeros((), dtype=torch.float64) if g is None else g.square().sum().cpu() for g in wide]
+        )
+        expected[name] = (sum(g.square() for g in wide if g is not None), norms)
+    largest = max((float(norms.max()) for _, norms in expected.values()), default=0.0)
+    for name, (squares, norms) in expected.items():
+        have = moments.parameters.get(name)
+        slack = coarse**2 * largest  # gradients that are zero but for rounding
+        if have is None:
+            if float(norms.sum()) > slack:
+                wrong.append(name)
+            continue
+        difference = (have.squared_norms[:, 0].cpu() - norms).abs()
+        entries = (have.a2.double() - squares).abs().sum()
+        if bool((difference > coarse * norms + slack).any()) or float(entries) > coarse * float(
+            norms.sum()
+        ) + slack * len(norms):
+            wrong.append(name)
+    return wrong
+
+
+def _coarse(problem: Problem) -> float:
+    kinds = {p.dtype for p in problem.parameters.values()}
+    if kinds & {torch.bfloat16, torch.float16}:
+        return 0.2
+    return 2e-3 if torch.float32 in kinds else 1e-7
+
+
+def _tolerance(outputs: Tensor) -> dict[str, float]:
+    if outputs.dtype in (torch.bfloat16, torch.float16):
+        rtol = 0.1
+    else:
+        rtol = 1e-3 if outputs.dtype == torch.float32 else 1e-7
+    return {"rtol": rtol, "atol": rtol * float(outputs.detach().abs().amax())}
+
+
+def _widen(problem: Problem, plan: Plan, reasons: dict[str, str]) -> None:
+    """Move parameters to the next larger module around them; keys are parameters or modules."""
+    names: set[str] = set()
+    for key, reason in reasons.items():
+        if key in problem.parameters:
+            names.add(key)
+            continue
+        ids = {id(p) for p in problem.twin.get_submodule(key).parameters()}
+        here = {n for n, p in problem.parameters.items() if id(p) in ids}
+        direct = {n for n in here if plan.replay.get(n, key) == key}
+        if not direct:
+            raise FimprobeError(f"module {key!r} cannot be recorded: {reason}")
+        for name in direct:  # a module that cannot be recorded cannot be replayed either
+            plan.replay.setdefault(name, key)
+        names |= direct
+    for name in names:
+        plan.replay[name] = _next_site(problem, plan, name)
+
+
+def _next_site(problem: Problem, plan: Plan, name: str) -> str:
+    site = plan.replay.get(name)
+    if site == "":
+        raise FimprobeError(f"parameter {name!r} cannot be reached even from the whole model")
+    if site is not None:
+        return site.rpartition(".")[0]
+    parameter = problem.parameters[name]
+    owners = [
+        path
+        for path, module in problem.twin.named_modules()
+        if any(p is parameter for p in module._parameters.values())
+    ]
+    common = owners[0].split(".") if owners[0] else []
+    for owner in owners[1:]:
+        parts = owner.split(".")
+        shared = 0
+        while shared < min(len(common), len(parts)) and common[shared] == parts[shared]:
+            shared += 1
+        common = common[:shared]
+    module = problem.twin.get_submodule(".".join(common))
+    tried = len(owners) == 1 and name.rpartition(".")[2] not in rules_for(module)
+    if tried and type(module) not in UNROLLED:
+        return ".".join(common[:-1])
+    return ".".join(common)

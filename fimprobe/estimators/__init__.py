@@ -1,0 +1,1 @@
+"""Estimators: pure functions from moments to estimates."""

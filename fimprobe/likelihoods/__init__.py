@@ -1,0 +1,63 @@
+"""Label distributions p(y | h): what is drawn, its score, and the norms of its moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fimprobe.likelihoods.bernoulli import Bernoulli
+from fimprobe.likelihoods.categorical import Categorical
+from fimprobe.likelihoods.gaussian import Gaussian
+from fimprobe.likelihoods.independent import Independent
+from fimprobe.likelihoods.poisson import Poisson
+from fimprobe.types import FimprobeError, Likelihood
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "categorical": Categorical,
+    "bernoulli": Bernoulli,
+    "gaussian": Gaussian,
+    "poisson": Poisson,
+}
+
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Independent",
+    "Poisson",
+    "get_likelihood",
+    "sample",
+]
+
+
+def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
+    """The family behind a name; an object that satisfies the protocol passes through.
+
+    >>> get_likelihood("poisson").name
+    'poisson'
+    """
+    if isinstance(likelihood, str):
+        if likelihood not in LIKELIHOODS:
+            raise FimprobeError(
+                f"likelihood={likelihood!r} is unknown; use one of {sorted(LIKELIHOODS)} "
+                "or an object like fimprobe.likelihoods.Gaussian(sigma=0.5)"
+            )
+        return LIKELIHOODS[likelihood]()
+    if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):
+        raise FimprobeError(
+            f"likelihood={likelihood!r} is no likelihood; pass one of {sorted(LIKELIHOODS)} or an "
+            "instance with the methods of fimprobe.types.Likelihood"
+        )
+    return likelihood
+
+
+def sample(likelihood: Likelihood, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """One draw of labels y ~ p(y | h) from the given generator; torch's global one is not touched.
+
+    >>> sample(Bernoulli(), torch.full((2, 1), 50.0), torch.Generator()).tolist()
+    [[1.0], [1.0]]
+    """
+    shape = likelihood.label_shape(outputs)
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64) + 2.0**-54
+    return likelihood.quantile(outputs, uniforms.clamp_(max=1 - 2.0**-53).to(outputs.device))

@@ -1,0 +1,109 @@
+"""A copy of the model that shares the parameters' storage and nothing else.
+
+Everything the probe does, it does to the twin: hooks, gradients, modes and in-place layers of the
+user's model stay as they are. It is made anew for each measurement, so it is never out of date.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fimprobe.types import FimprobeError
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile`` and (distributed) data parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def make_twin(model: nn.Module) -> nn.Module:
+    """A copy in eval mode: parameters share storage, buffers are copied, hooks left behind.
+
+    Hooks of ``torch.nn.utils`` (weight and spectral norm, pruning) compute the layer's weight and
+    come along. ``inplace`` is off everywhere; embeddings with ``max_norm`` (which rewrite their
+    weight in the forward) get a weight of their own.
+
+    >>> net = nn.Linear(2, 1)
+    >>> twin = make_twin(net)
+    >>> twin.weight.data_ptr() == net.weight.data_ptr(), twin.training
+    (True, False)
+    """
+    model = unwrap(model)
+    memo: dict[int, Any] = {}
+    compiled = []
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") and module is not model:
+            compiled.append(module)
+        renorms = getattr(module, "max_norm", None) is not None
+        for parameter in module.parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise FimprobeError(
+                    f"the model has a lazy layer {type(module).__name__} that has seen no input; "
+                    "run one forward pass first"
+                )
+            if id(parameter) not in memo or renorms:
+                data = parameter.detach().clone() if renorms else parameter.detach()
+                memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+        for name in _HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks:
+                memo[id(hooks)] = OrderedDict(
+                    (k, copy.deepcopy(hook))
+                    for k, hook in hooks.items()
+                    if name == "_forward_pre_hooks"
+                    and type(hook).__module__.startswith("torch.nn.utils")
+                )
+        # tensors that a forward left on the module belong to a graph and cannot be copied
+        for value in module.__dict__.values():
+            if isinstance(value, (Tensor, list, tuple, dict)):
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                        memo[id(leaf)] = leaf.detach()
+    for module in compiled:
+        memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+    twin: nn.Module = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False
+        if getattr(module, "scale_grad_by_freq", False):
+            module.scale_grad_by_freq = False
+        if getattr(module, "sparse", False) is True:
+            module.sparse = False
+    return twin.eval()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, each once; wrappers' prefixes left out."""
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad
+    }
+
+

@@ -1,0 +1,193 @@
+"""The records and protocols that flow through fimprobe, and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fimprobe.report import Report
+
+
+class FimprobeError(Exception):
+    """What fimprobe raises: the message names the argument, its value and the remedy."""
+
+
+class BatchError(FimprobeError):
+    """This batch cannot be probed (empty, non-finite outputs, ...); another one may."""
+
+
+class Pass(NamedTuple):
+    """One backward pass of an exact expectation over labels.
+
+    ``seed`` [B, ...] has the shape of the outputs. ``second`` and ``fourth`` [B] are the
+    factors of (Jᵀ seed)² and (Jᵀ seed)⁴ in E g² and E g⁴. ``block`` numbers the independent
+    random variable that the pass belongs to: fourth cumulants add over blocks.
+    """
+
+    seed: Tensor
+    second: Tensor
+    fourth: Tensor
+    block: int
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """A family p(y | h) of label distributions, h being the network's outputs [B, ...].
+
+    Subclass :class:`fimprobe.likelihoods.Independent` for one label per output component:
+    it needs ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only.
+    """
+
+    name: str
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Raise :class:`FimprobeError` where the outputs' shape does not fit."""
+
+    def label_shape(self, outputs: Tensor) -> torch.Size:
+        """Shape of one draw of the labels, batch first."""
+
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Labels at the float64 ``uniforms`` [B, ...] in (0, 1): the inverse CDF."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """∂ log p(y | h) / ∂h, in the shape of the outputs (t(y) − η for natural h)."""
+
+    def count_passes(self, outputs: Tensor) -> int:
+        """Backward passes that an exact expectation over the labels takes."""
+
+    def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
+        """Passes whose weighted squares and fourth powers sum to the exact moments."""
+
+
+@dataclass
+class Draws:
+    """How labels come about: ``count`` samples per input, or ``count=None`` for exact.
+
+    ``uniforms`` [B, count, ...] are made once for the whole batch, so that chunking, the
+    engine and the device change no label.
+    """
+
+    count: int | None
+    seed: int
+    uniforms: Tensor | None = None
+
+    def uniforms_for(self, rows: slice, size: int, label_shape: torch.Size) -> Tensor:
+        """The (0, 1) variates, float64 [rows, count, ...], of some rows of a batch of ``size``."""
+        assert self.count is not None
+        if self.uniforms is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            shape = (size, self.count, *label_shape[1:])
+            # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
+            self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64) + 2.0**-54
+            self.uniforms.clamp_(max=1 - 2.0**-53)
+        return self.uniforms[rows]
+
+
+@dataclass
+class Moments:
+    """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
+
+    With weights w in place of 1 for exact draws (S is then 1 in every formula):
+    ``a2`` Σ_b Σ_s w g² per entry · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum``
+    Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` Σ_i Σ_b Σ_blocks (Σ_s w g²)² (equals ``q_sum`` for one block) ·
+    ``gram`` [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
+    (``squared_norms`` [B, S] alone where S is large). ``a4``, ``q``, ``r`` are per entry.
+    """
+
+    a2: Tensor
+    a4_sum: float
+    q_sum: float
+    r_sum: float
+    squared_norms: Tensor
+    gram: Tensor | None = None
+    a4: Tensor | None = None
+    q: Tensor | None = None
+    r: Tensor | None = None
+
+
+@dataclass
+class MomentsBatch:
+    """All parameters' moments of one measurement, and what they were made of."""
+
+    parameters: dict[str, Moments]
+    batch_size: int
+    draws: int | None
+    second: Tensor | None = None
+    fourth: Tensor | None = None
+    blocks: Tensor | None = None
+    coverage: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One estimator of the Fisher information of a group of parameters.
+
+    F̂ is the estimate's diagonal and i runs over the group's entries. Variances are per draw
+    (N = 1); ``std_error`` and ``rel_error`` are at this report's inputs and draws.
+    """
+
+    trace: float
+    """Σ_i F̂_ii, in nats per squared unit of parameter."""
+    norm: float
+    """‖diag F̂‖₂."""
+    label_variance: float | None
+    """Σ_i V_y: the mean over inputs of the variance over labels; None with a single draw."""
+    input_variance: float | None
+    """Σ_i V_x: the variance over inputs of F_ii(x); None with one input or a single draw."""
+    total_variance: float | None
+    """Σ_i (V_x + V_y): the variance of one (input, label) pair; None where neither is known."""
+    std_error: float | None
+    """Standard error of ``trace`` over inputs and draws."""
+    rel_error: float | None
+    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws."""
+    total_label_variance: float | None
+    """L1: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
+    diagonal: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    diagonal_label_variance: dict[str, Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+    diagonal_input_variance: dict[str, Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    def draws_for(self, eps: float) -> float | None:
+        """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F̂‖²).
+
+        >>> Estimate(1.0, 2.0, 3.0, 1.0, 4.0, None, None, None).draws_for(0.1)
+        100.0
+        """
+        if not eps > 0:
+            raise FimprobeError(f"eps={eps!r} is no relative error; pass a number above 0")
+        if self.total_variance is None or self.norm == 0:
+            return None
+        return self.total_variance / (eps * self.norm) ** 2
+
+
+@dataclass(frozen=True)
+class GroupEstimates:
+    """What was measured for one parameter, one layer or the whole model."""
+
+    numel: int
+    i1: Estimate
+
+
+class Engine(Protocol):
+    """Turns a model, a batch and draws into moments."""
+
+    def measure(self, *args: Any, **kwargs: Any) -> MomentsBatch:
+        """Moments of every trainable parameter."""
+
+
+class Sink(Protocol):
+    """Takes reports: TensorBoard, a file, memory, or a user's own."""
+
+    def write(self, report: Report) -> None:
+        """Store one report."""
+
+    def close(self) -> None:
+        """Flush and let go."""
