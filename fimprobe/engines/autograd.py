@@ -198,12 +198,20 @@ def _measure_chunk(
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
                 accumulators[name] = Accumulator(zeros, problem.diagonals)
-            accumulators[name].begin(batch.size, passes)
         seeds_stacked = torch.stack(seeds, 1)
         pieces: dict[str, list[tuple[Replayed, str]]] = {}
         for call, inside in replays:
             for local, parameter in inside.items():
                 pieces.setdefault(names[id(parameter)], []).append((call, local))
+        unseen = {
+            name
+            for name in reached - set(pieces)
+            if name in plan.replay or id(problem.parameters[name]) not in tape.uses
+        }
+        if unseen:
+            raise PlanMismatch(dict.fromkeys(unseen, "its module was not called"))
+        for accumulator in accumulators.values():
+            accumulator.begin(batch.size, passes)
         for name, parameter in problem.parameters.items():
             uses = [] if name in plan.replay else tape.uses.get(id(parameter), [])
             if name in pieces:

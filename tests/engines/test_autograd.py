@@ -1,0 +1,56 @@
+"""The autograd engine against dense Jacobians and enumerated labels."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from cases import CASES
+
+import fimprobe
+
+
+@pytest.mark.parametrize("memory_mb", [512, 0.05])
+@pytest.mark.parametrize("name", CASES)
+def test_exact_draws_equal_enumeration(name, memory_mb, double):
+    case = CASES[name]()
+    model = case.model.eval()
+    oracle = oracles.enumerate_fisher(
+        copy.deepcopy(model) if not any("weight_norm" in n for n in [name]) else model,
+        case.inputs,
+        lambda h: oracles.categorical_labels(h, case.positions, case.classes),
+    )
+    report = fimprobe.measure(
+        model,
+        case.inputs,
+        likelihood="categorical",
+        draws="exact",
+        diagonals=True,
+        memory_mb=memory_mb,
+    )
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    left_out = {n for n in trainable if not any((d[n] != 0).any() for d in oracle[0])}
+    assert set(report.parameters) | left_out >= trainable
+    assert any(case.covered_by in how for how in report.coverage.values()), report.coverage
+    for n in report.parameters:
+        want = oracles.summarise(*oracle, n)
+        have = report.parameters[n].i1
+        close(have.diagonal[n], want["diagonal"])
+        close(have.diagonal_label_variance[n], want["label"])
+        close(have.diagonal_input_variance[n], want["input"])
+        close(have.trace, want["diagonal"].sum())
+        close(have.label_variance, want["label"].sum())
+        close(have.input_variance, want["input"].sum(), 1e-7)
+        close(have.total_label_variance, want["l1"])
+    whole = oracles.summarise(*oracle, "")
+    close(report.total.i1.total_label_variance, whole["l1"])
+    close(report.total.i1.label_variance, whole["label"].sum())
+    close(report.total.i1.std_error, whole["per_input_trace"].std() / len(case.inputs[0]) ** 0.5)
+
+
+def close(have, want, rtol=1e-9):
+    """Equal within ``rtol`` of the largest entry, rounding of exact zeros aside."""
+    have = torch.as_tensor(have).flatten()
+    want = torch.as_tensor(want).flatten()
+    bound = rtol * want.abs().max() + 1e-24
+    assert ((have - want).abs() <= bound).all(), (have - want).abs().max() / want.abs().max()
