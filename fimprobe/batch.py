@@ -72,11 +72,3 @@ class Batch:
 
         args, kwargs = tree_map(cast, (self.args, self.kwargs))
         return Batch(args, kwargs, self.size)
-
-    def versions(self) -> list[int]:
-        """Version counters of the tensors: they tell an in-place change."""
-        return [
-            x._version
-            for x in tree_leaves((self.args, self.kwargs))
-            if isinstance(x, Tensor) and not x.is_inference()
-        ]

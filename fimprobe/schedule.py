@@ -1,0 +1,102 @@
+"""When to probe: every n steps, at given steps, or within a share of the wall time."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fimprobe.types import FimprobeError
+
+
+class Schedule(Protocol):
+    """Decides, and is told what the loop and the probe cost."""
+
+    def due(self, step: int) -> bool:
+        """Whether to probe at this optimizer step."""
+
+    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
+        """Take in the time of one step: the loop's own, and the probe's."""
+
+
+@dataclass
+class Every:
+    """At steps 0, n, 2n, ...
+
+    >>> [step for step in range(7) if Every(3).due(step)]
+    [0, 3, 6]
+    """
+
+    every: int
+
+    def __post_init__(self) -> None:
+        """Check n."""
+        if isinstance(self.every, bool) or self.every < 1:
+            raise FimprobeError(f"schedule every={self.every!r}: pass a number of steps from 1")
+
+    def due(self, step: int) -> bool:
+        """Whether n divides the step."""
+        return step % self.every == 0
+
+    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
+        """Costs do not matter here."""
+
+
+@dataclass
+class At:
+    """At the listed steps."""
+
+    at: list[int]
+
+    def due(self, step: int) -> bool:
+        """Whether the step is listed."""
+        return step in self.at
+
+    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
+        """Costs do not matter here."""
+
+
+@dataclass
+class Budget:
+    """As often as the probe's share of the wall time stays at or under ``budget``.
+
+    A probe is due when what was spent, plus what the next one is expected to cost (the dearest of
+    the last few), fits into the share of the time so far. The first probe, which also verifies the
+    model, has nothing to fit into: it is made at the second step and paid off afterwards. Pauses
+    of the loop (evaluation, checkpoints) earn no more than ten usual steps.
+    """
+
+    budget: float
+    spent: float = 0.0
+    elapsed: float = 0.0
+    costs: deque[float] = field(default_factory=lambda: deque(maxlen=5))
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    first: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 < self.budget < 1:
+            raise FimprobeError(
+                f"schedule budget={self.budget!r}: pass a share of wall time between 0 and 1"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether the next probe fits."""
+        if self.first is None:
+            return bool(self.steps)
+        expected = max(self.costs) if self.costs else self.first
+        total = self.elapsed + self.spent + expected
+        return self.spent + expected <= self.budget * total
+
+    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
+        """Add one step to the account."""
+        usual = statistics.median(self.steps) if self.steps else loop_seconds
+        self.elapsed += min(loop_seconds, 10 * usual)
+        self.steps.append(loop_seconds)
+        self.spent += probe_seconds
+        if probe_seconds > 0:
+            if self.first is None:
+                self.first = probe_seconds
+            else:
+                self.costs.append(probe_seconds)

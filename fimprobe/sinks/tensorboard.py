@@ -1,0 +1,95 @@
+"""Scalars and text for TensorBoard."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from fimprobe.report import Report
+from fimprobe.types import GroupEstimates
+
+_SCALARS = (
+    "trace",
+    "std_error",
+    "rel_error",
+    "label_variance",
+    "input_variance",
+    "total_label_variance",
+)
+
+
+class TensorboardSink:
+    """Writes ``fim/i1/*`` for the model, ``fim_layers/<layer>/i1_*`` for the layers that need most.
+
+    The layers are chosen at the first report and kept. All scalars of a report go in one record.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | Path,
+        *,
+        top: int = 12,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        about: str = "",
+    ) -> None:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(str(log_dir))
+        self.top, self.include, self.exclude = top, include or ["*"], exclude or []
+        self.about = about
+        self.layers: list[str] | None = None
+
+    def write(self, report: Report) -> None:
+        """Write one report."""
+        if self.layers is None:
+            self.layers = self._choose(report)
+            coverage = "\n".join(f"| {n} | {how} |" for n, how in report.coverage.items())
+            self.writer.add_text(
+                "fimprobe/about",
+                f"{self.about}\n\nlikelihood: {report.likelihood}\n\n"
+                f"| parameter | measured by |\n|---|---|\n{coverage}",
+                report.step,
+            )
+        values: dict[str, Any] = {
+            f"fim/i1/{name}": getattr(report.total.i1, name) for name in _SCALARS
+        }
+        values["fim/i1/pairs_for_10_percent"] = report.total.i1.draws_for(0.1)
+        values["fim_probe/seconds"] = report.seconds
+        for layer in self.layers:
+            if layer in report.layers:
+                estimate = report.layers[layer].i1
+                for name in ("trace", "rel_error", "label_variance"):
+                    values[f"fim_layers/{layer}/i1_{name}"] = getattr(estimate, name)
+                pairs = estimate.draws_for(0.1)
+                values[f"fim_layers/{layer}/i1_pairs_for_10_percent"] = pairs
+        summary = Summary(
+            value=[
+                Summary.Value(tag=tag, simple_value=float(value))
+                for tag, value in values.items()
+                if value is not None
+            ]
+        )
+        self.writer._get_file_writer().add_summary(summary, report.step)
+        self.writer.add_text("fimprobe/advice", "\n\n".join(report.advice), report.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+    def _choose(self, report: Report) -> list[str]:
+        def need(item: tuple[str, GroupEstimates]) -> float:
+            return -(item[1].i1.draws_for(0.1) or 0.0)
+
+        wanted = [
+            (name, group)
+            for name, group in report.layers.items()
+            if any(fnmatchcase(name, p) for p in self.include)
+            and not any(fnmatchcase(name, p) for p in self.exclude)
+        ]
+        chosen = {name for name, _ in sorted(wanted, key=need)[: self.top]}
+        return [name for name, _ in wanted if name in chosen]
