@@ -1,2 +1,30 @@
-"""Know how wrong your Fisher information is."""
+"""Know how wrong your Fisher information is: estimators, their variance, live in TensorBoard."""
+
+from fimprobe import torchvision_guard as _torchvision_guard  # noqa: I001 - before transformers
+
+from fimprobe import likelihoods
+from fimprobe.config import Config, load_config
 from fimprobe.measure import measure
+from fimprobe.probe import Probe
+from fimprobe.report import Report
+from fimprobe.types import BatchError, Estimate, FimprobeError, GroupEstimates, Likelihood, Sink
+
+from fimprobe.integrations.loop import attach  # noqa: I001 - uses all of the above
+
+__version__ = "0.1.0"
+__all__ = [
+    "BatchError",
+    "Config",
+    "Estimate",
+    "FimprobeError",
+    "GroupEstimates",
+    "Likelihood",
+    "Probe",
+    "Report",
+    "Sink",
+    "attach",
+    "likelihoods",
+    "load_config",
+    "measure",
+]
+del _torchvision_guard

@@ -1,0 +1,212 @@
+"""Which likelihood the user trains with, read off the gradient of the loss at the outputs.
+
+A loss −c·log p(y | h) has gradient c(softmax h − onehot y), c(sigmoid h − y) or c(exp h − y) at the
+outputs h. A match is claimed only where nothing else in reach gives the same gradient; where the
+batch cannot tell, the answer is "undecided" and the next batch is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fimprobe.likelihoods import Bernoulli, Categorical, Poisson
+from fimprobe.types import Likelihood
+
+REMEDY = (
+    "Pass likelihood='categorical' for softmax logits or log-probabilities, 'bernoulli' for sigmoid "
+    "logits, 'poisson' for log-rates, fimprobe.likelihoods.Gaussian(sigma=...) for regression; for "
+    "outputs that are probabilities pass output=torch.log (softmax) or output=torch.logit (sigmoid) "
+    "as well"
+)
+
+
+class Decision(NamedTuple):
+    """``likelihood`` and why; None with ``final`` where nothing fits, without where it may yet."""
+
+    likelihood: Likelihood | None
+    reason: str
+    final: bool = True
+
+
+def infer_from_model(model: nn.Module) -> Decision | None:
+    """What a Hugging Face model's config and class tell; None for other models."""
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(config, "model_type"):
+        return None
+    problem = getattr(config, "problem_type", None)
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")):
+        return Decision(Categorical(), f"{name} predicts a class at each position")
+    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        if problem == "multi_label_classification":
+            return Decision(Bernoulli(), f"{name} with problem_type={problem!r}")
+        if problem == "regression" or config.num_labels == 1:
+            return Decision(None, f"{name} does regression, whose noise level is not in the model")
+        return Decision(Categorical(), f"{name} predicts one of {config.num_labels} classes")
+    return None
+
+
+def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
+    """Match the loss gradient at the outputs against each likelihood's score.
+
+    >>> h = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    >>> loss = nn.functional.cross_entropy(h, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    >>> infer_from_gradient(h.detach(), torch.autograd.grad(loss, h)[0]).likelihood.name
+    'categorical'
+    """
+    h, g = outputs.double(), gradient.double()
+    coarse = {torch.float64: 1e-6, torch.float32: 2e-4}.get(outputs.dtype, 3e-2)
+    if not bool(torch.isfinite(h).all() and torch.isfinite(g).all()):
+        return Decision(None, "the outputs or their gradient are not finite", final=False)
+    if bool((g == 0).all()):
+        return Decision(None, "the gradient at the outputs is zero", final=False)
+    undecided = ""
+    if h.dim() >= 2:
+        # [B, T, C] and [B, C, T] are told apart by where the gradient sums to zero
+        for dim in [-1] + ([1] if h.dim() > 2 else []):
+            if h.shape[dim] < 2:
+                continue
+            rows_h = h.movedim(dim, -1).reshape(-1, h.shape[dim])
+            rows_g = g.movedim(dim, -1).reshape(-1, h.shape[dim])
+            verdict = _categorical(rows_h, rows_g, coarse)
+            if verdict == "undecided":
+                undecided = "the batch is too uniform to tell cross-entropy from other losses"
+            elif verdict:
+                return Decision(Categorical(class_dim=dim), f"the loss gradient is {verdict}")
+    for family, verdict in (
+        (Bernoulli(), _bernoulli(h, g, coarse)),
+        (Poisson(), _poisson(h, g, coarse)),
+    ):
+        if verdict == "undecided":
+            undecided = undecided or f"too few outputs to tell {family.name} from other losses"
+        elif verdict:
+            return Decision(family, f"the loss gradient is {verdict}")
+    if undecided:
+        return Decision(None, undecided, final=False)
+    return Decision(None, _describe(h, g))
+
+
+def _categorical(h: Tensor, g: Tensor, coarse: float) -> str:
+    """Rows [n, C]: c(p − onehot), class weights making c a function of y, or smoothed labels."""
+    p = torch.softmax(h, 1)
+    live = g.abs().amax(1) > 0
+    if not bool(live.any()):
+        return ""
+    p, g = p[live], g[live]
+    size = g.abs().amax(1)
+    if bool((g.sum(1).abs() > 4 * coarse * size + 4 * coarse * size.max()).any()):
+        return ""
+    label = g.argmin(1)
+    others = torch.ones_like(g, dtype=torch.bool).scatter(1, label[:, None], False)
+    # plain and weighted: g_k = c p_k for k ≠ y, with c from the whole row
+    rest = (p * others).sum(1)
+    c = (g * others).sum(1) / rest
+    fit = ((g - c[:, None] * p) * others).abs().amax(1) <= coarse * size + coarse**2 * size.max()
+    if bool(fit.all()) and bool((c > 0).all()):
+        confident = rest < 1e-3  # too near one-hot for c to be read off precisely
+        sure = ~confident if bool((~confident).any()) else torch.ones_like(confident)
+        c, label, p_label = c[sure], label[sure], p[sure].gather(1, label[sure][:, None])[:, 0]
+        if bool(((c - c.mean()).abs() <= 10 * coarse * c.mean()).all()):
+            # a loss f(p_y) such as focal loss has c = c(p_y): equal c tells nothing if p_y is equal
+            if len(c) < 2 or float(p_label.max() - p_label.min()) < 50 * coarse:
+                return "undecided"
+            return "c(softmax − onehot)"
+        evidence = 0
+        for y in label.unique():
+            mine, where = c[label == y], p_label[label == y]
+            if bool(((mine - mine.mean()).abs() > 10 * coarse * mine.mean()).any()):
+                return ""  # c depends on p_y: not a likelihood's score (focal loss, for one)
+            if len(mine) > 1 and float(where.max() - where.min()) > 50 * coarse:
+                evidence += 1
+        return "c_y(softmax − onehot): cross-entropy with class weights" if evidence else "undecided"
+    # smoothed: g_k = c p_k − d for k ≠ y with common c, d; c(p − q) with q a distribution
+    x, y = p[others], g[others]
+    if len(x) < 4 or float(x.max() - x.min()) < 50 * coarse:
+        return "undecided" if len(x) < 4 else ""
+    centred = x - x.mean()
+    slope = float((centred * (y - y.mean())).sum() / centred.square().sum())
+    offset = float(y.mean() - slope * x.mean())
+    smooth = -offset * g.shape[1] / slope if slope else -1.0
+    if slope > 0 and 0 < smooth < 1 and bool(
+        ((y - slope * x - offset).abs() <= coarse * abs(slope) + coarse * size.max()).all()
+    ):
+        target = p - g / slope
+        if bool((target.sum(1) - 1).abs().max() < 100 * coarse):
+            return f"c(softmax − smoothed onehot), smoothing {smooth:.2g}"
+    return ""
+
+
+def _bernoulli(h: Tensor, g: Tensor, coarse: float) -> str:
+    """Entries c(sigmoid h − y), y = 0 where the gradient is positive; c may depend on y."""
+    live = g != 0
+    h, g = h[live], g[live]
+    up = g > 0
+    c = torch.where(up, g / torch.sigmoid(h), -g / torch.sigmoid(-h))
+    spread = 0.0
+    for side, p in ((up, torch.sigmoid(h)), (~up, torch.sigmoid(-h))):
+        if not bool(side.any()):
+            continue
+        mine = c[side]
+        if bool(((mine - mine.mean()).abs() > 10 * coarse * mine.mean()).any()):
+            return ""
+        if int(side.sum()) > 2:
+            spread = max(spread, float(p[side].max() - p[side].min()))
+    if spread < 50 * coarse:
+        return "undecided"
+    return "c(sigmoid − y), y in {0, 1}"
+
+
+def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
+    """Entries c(exp h − y) with whole y ≥ 0, for a c that makes every entry whole."""
+    h, g = h.flatten(), g.flatten()
+    if float(h.max()) > 15:
+        return ""
+    rate = h.exp()
+    first = int(g.abs().argmax())
+    counts = torch.arange(0, 200, dtype=h.dtype, device=h.device)
+    # the true label of one entry gives c; try every count it may have had
+    candidates = g[first] / (rate[first] - counts)
+    candidates = candidates[(candidates > 0) & torch.isfinite(candidates)]
+    precision = coarse * 5
+    for c in candidates:
+        label = rate - g / c
+        error = (label - label.round()).abs()
+        allowed = precision * (1 + rate + (g / c).abs())
+        if bool((allowed > 0.1).any()) or bool((error > allowed).any()) or float(label.min()) < -0.5:
+            continue
+        # chance that real-valued targets look whole at this precision, over all candidates
+        chance = len(counts) * float((2 * allowed).clamp(max=1).log().sum().exp())
+        return "c(exp h − y) with whole y" if chance < 1e-4 else "undecided"
+    return ""
+
+
+def _describe(h: Tensor, g: Tensor) -> str:
+    rows = h.reshape(-1, h.shape[-1]) if h.dim() > 1 else h[:, None]
+    single = (g.reshape(rows.shape) != 0).sum(1) <= 1
+    if rows.shape[1] > 1 and bool(((rows.exp().sum(1) - 1).abs() < 1e-4).all()):
+        return (
+            "the outputs are log-probabilities (each row's exp sums to 1); they are valid logits: "
+            "pass likelihood='categorical'"
+        )
+    if rows.shape[1] > 1 and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all()):
+        how = " and the loss reads one of them" if bool(single.all()) else ""
+        return (
+            f"the outputs are probabilities (rows sum to 1{how}): pass likelihood='categorical' and "
+            "output=torch.log, or let the model return logits"
+        )
+    if bool(((h >= 0) & (h <= 1)).all()):
+        return (
+            "the outputs lie in [0, 1]: if they are sigmoid probabilities pass "
+            "likelihood='bernoulli' and output=torch.logit"
+        )
+    return "the loss gradient matches no likelihood's score (regression and focal loss do not)"
+
+
+def ignored_positions(outputs: Tensor, gradient: Tensor, likelihood: Any) -> Tensor | None:
+    """Positions that the loss read, for categorical outputs with positions; None elsewhere."""
+    if not isinstance(likelihood, Categorical) or outputs.dim() < 3:
+        return None
+    return (gradient != 0).any(likelihood.class_dim)

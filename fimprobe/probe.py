@@ -1,0 +1,327 @@
+"""The probe: the one object with state. It sees batches, decides when, measures and reports."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from fimprobe.batch import Batch
+from fimprobe.capture import Capture, Captured
+from fimprobe.config import Config
+from fimprobe.engines.autograd import Plan
+from fimprobe.likelihoods import get_likelihood
+from fimprobe.likelihoods.infer import (
+    REMEDY,
+    Decision,
+    ignored_positions,
+    infer_from_gradient,
+    infer_from_model,
+)
+from fimprobe.measure import measure, select_outputs
+from fimprobe.report import Report
+from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
+from fimprobe.sinks.memory import MemorySink
+from fimprobe.twin import trainable, unwrap
+from fimprobe.types import BatchError, FimprobeError, Likelihood, Sink
+
+logger = logging.getLogger("fimprobe")
+
+PATIENCE = 20
+"""Training batches that likelihood="auto" may look at before it gives up."""
+
+Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+_probed: set[int] = set()
+
+
+class Probe:
+    """Watches one model's training; made by :func:`fimprobe.attach`.
+
+    ``step()`` is called once for each optimizer step, before the parameters change. Whatever fails
+    inside is told once through the logger ``fimprobe`` and never reaches the training loop (unless
+    ``on_error="raise"``): a batch that cannot be probed is skipped, any other error ends probing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config | None = None,
+        *,
+        mask: Mask | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        sinks: list[Sink] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
+        if not trainable(model):
+            raise FimprobeError(
+                "the model has no trainable parameters (requires_grad is False everywhere); "
+                "nothing to measure"
+            )
+        self._key = id(unwrap(model))
+        if self._key in _probed:
+            raise FimprobeError(
+                "this model already has a probe; call detach() on the first one before attaching "
+                "another"
+            )
+        self.model = model
+        self.config = config or Config()
+        self.schedule = self.config.schedule.build()
+        self.steps = 0
+        self.likelihood: Likelihood | None = None
+        self.decision = ""
+        self.coverage: dict[str, str] = {}
+        self.active = True
+        self.detached = False
+        self._mask, self._output = mask, output or select_outputs
+        self._plan = Plan()
+        self._memory = MemorySink()
+        self._sinks: list[Sink] = [self._memory, *(sinks or [])]
+        self._told: set[str] = set()
+        self._asked = 0
+        self._without_batch = 0
+        self._last_end = time.perf_counter()
+        self._closers: list[Callable[[], None]] = []
+        self.log_dir = self._open_sinks()
+        self._settle_likelihood()
+        self._capture = Capture(model, self._watch)
+        _probed.add(self._key)
+
+    # -- what users read ---------------------------------------------------------------------
+
+    @property
+    def history(self) -> list[Report]:
+        """The last 1,000 reports, oldest first."""
+        return list(self._memory.reports)
+
+    @property
+    def last(self) -> Report | None:
+        """The newest report."""
+        return self._memory.reports[-1] if self._memory.reports else None
+
+    def __enter__(self) -> Probe:
+        """Use as ``with fimprobe.attach(model) as probe:``."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Detach."""
+        self.detach()
+
+    def detach(self) -> None:
+        """Take every hook off, close the files. Calling it again does nothing."""
+        if self.detached:
+            return
+        self.detached, self.active = True, False
+        _probed.discard(self._key)
+        for close in self._closers:
+            close()
+        self._capture.remove()
+        for sink in self._sinks:
+            self._guarded(sink.close, f"{type(sink).__name__} could not be closed")
+
+    def on_detach(self, close: Callable[[], None]) -> None:
+        """Have ``close`` called by ``detach`` (for adapters that hook something of their own)."""
+        self._closers.append(close)
+
+    # -- what adapters call ------------------------------------------------------------------
+
+    def step(self, inputs: Any = None) -> Report | None:
+        """Count one optimizer step; measure where the schedule says so, before parameters change.
+
+        ``inputs`` stands in for the captured batch (then the measurement is made in any case).
+        Returns the report, or None where nothing was measured.
+        """
+        if self.detached:
+            return None
+        captured = self._capture.take()
+        if captured is None and inputs is None:
+            self._no_batch()
+            return None
+        started = time.perf_counter()
+        step, self.steps = self.steps, self.steps + 1
+        report = None
+        try:
+            if self.active and self.likelihood is None and captured is not None:
+                self._ask(captured)
+            if self.active and self.likelihood is not None:
+                if inputs is not None or self.schedule.due(step):
+                    report = self._measure(step, captured, inputs)
+        except BatchError as error:
+            if self.config.on_error == "raise":
+                raise
+            self._tell(f"step {step} was not probed: {error}", key=str(error)[:20])
+        except Exception as error:
+            if self.config.on_error == "raise":
+                raise
+            self.active = False
+            kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
+            self._tell(f"probing ended at step {step}, training goes on: {kind}{error}")
+        ended = time.perf_counter()
+        measured = report is not None or not self.active
+        self.schedule.observe(
+            loop_seconds=max(started - self._last_end, 0.0),
+            probe_seconds=ended - started if measured else 0.0,
+        )
+        self._last_end = ended
+        return report
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _measure(self, step: int, captured: Captured | None, inputs: Any) -> Report:
+        assert self.likelihood is not None
+        mask = None
+        if inputs is not None:
+            batch = Batch.of(inputs)
+        else:
+            assert captured is not None
+            if not captured.unchanged():
+                raise BatchError("the batch was changed in place after the forward pass")
+            batch = Batch.of_call(captured.args, captured.kwargs)
+            mask = self._mask_of(captured)
+        if batch.size > self.config.batch:
+            generator = torch.Generator().manual_seed(self.config.seed + 7919 * step)
+            rows = torch.randperm(batch.size, generator=generator)[: self.config.batch].sort()[0]
+            batch = batch[rows]
+            mask = None if mask is None else mask[rows.to(mask.device)]
+        report = measure(
+            self.model,
+            batch,
+            likelihood=self.likelihood,
+            draws=self.config.draws,
+            mask=mask,
+            output=self._output,
+            memory_mb=self.config.memory_mb,
+            seed=self.config.seed + 1_000_003 * step,
+            step=step,
+            plan=self._plan,
+        )
+        self.coverage = report.coverage
+        for sink in list(self._sinks):
+            if not self._guarded(lambda s=sink: s.write(report), f"{type(sink).__name__} failed"):
+                self._sinks.remove(sink)
+        return report
+
+    def _mask_of(self, captured: Captured) -> Tensor | None:
+        if self._mask is not None:
+            return self._mask(captured.args, captured.kwargs)
+        labels = captured.kwargs.get("labels")
+        name = type(unwrap(self.model)).__name__
+        if name.endswith(("ForCausalLM", "LMHeadModel")):  # position t predicts token t + 1
+            tokens = labels if labels is not None else captured.kwargs.get("attention_mask")
+            if tokens is None:
+                return None
+            read = tokens != (-100 if labels is not None else 0)
+            return torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], 1)
+        if name.endswith(("ForMaskedLM", "ForTokenClassification")) and labels is not None:
+            return labels != -100  # type: ignore[no-any-return]
+        if captured.gradient is not None and captured.outputs is not None:
+            return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
+        return None
+
+    def _settle_likelihood(self) -> None:
+        if self.config.likelihood != "auto":
+            self.likelihood = get_likelihood(self.config.likelihood)
+            self.decision = "given"
+            return
+        decision = infer_from_model(unwrap(self.model))
+        if decision is not None:
+            self._decide(decision)
+
+    def _decide(self, decision: Decision) -> None:
+        if decision.likelihood is not None:
+            self.likelihood, self.decision = decision.likelihood, decision.reason
+            logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
+        elif decision.final or self._asked >= PATIENCE:
+            raise FimprobeError(
+                f"likelihood='auto' could not be decided: {decision.reason}. {REMEDY}"
+            )
+
+    def _ask(self, captured: Captured) -> None:
+        self._asked += 1
+        if captured.outputs is None or captured.gradient is None:
+            decision = Decision(
+                None, "no gradient arrived at the model's outputs (or they are no single tensor)",
+                final=False,
+            )
+        else:
+            decision = infer_from_gradient(captured.outputs, captured.gradient)
+        self._decide(decision)
+
+    def _watch(self, out: Any) -> Tensor | None:
+        """The output tensor whose gradient is needed: to infer, and to see ignored positions."""
+        if not self.active or self.config.likelihood != "auto":
+            return None
+        try:
+            tensor = self._output(out)
+        except Exception:  # said at the measurement, where it matters
+            return None
+        return tensor if self.likelihood is None or tensor.dim() > 2 else None
+
+    def _no_batch(self) -> None:
+        self._without_batch += 1
+        if self._without_batch == 3 and self.steps == 0 and self.active:
+            why = (
+                "its forward passes ran in eval mode; call model.train() while training"
+                if self._capture.evaluations
+                else "no forward pass of the attached object was seen; attach to the object that "
+                "the loop calls"
+            )
+            self._tell(f"the optimizer steps, but no training batch was captured: {why}, or call "
+                       "probe.step(inputs) yourself")
+
+    def _open_sinks(self) -> Path | None:
+        config = self.config
+        default = Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"
+        log_dir = default
+        if config.tensorboard and config.tensorboard.log_dir is not None:
+            log_dir = Path(config.tensorboard.log_dir)
+
+        def board() -> None:
+            from fimprobe.sinks.tensorboard import TensorboardSink
+
+            about = yaml.safe_dump(config.model_dump(mode="json", fallback=str))
+            layers = config.layers
+            self._sinks.append(
+                TensorboardSink(
+                    log_dir,
+                    top=layers.top,
+                    include=layers.include,
+                    exclude=layers.exclude,
+                    about=f"```\n{about}```",
+                )
+            )
+
+        def lines() -> None:
+            self._sinks.append(JsonlSink(config.jsonl or log_dir / FILE_NAME))
+
+        remedy = "pass another log_dir; reports stay in probe.history"
+        if config.tensorboard:
+            self._guarded(board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})")
+        if config.jsonl is not False and (config.tensorboard or config.jsonl):
+            where = str(config.jsonl or log_dir / FILE_NAME)
+            self._guarded(lines, f"jsonl={where!r} cannot be written ({remedy})")
+        return log_dir if len(self._sinks) > 1 and config.tensorboard else None
+
+    def _guarded(self, action: Callable[[], None], what: str) -> bool:
+        try:
+            action()
+        except Exception as error:
+            if self.config.on_error == "raise":
+                raise FimprobeError(f"{what}: {error}") from error
+            self._tell(f"{what}: {error}")
+            return False
+        return True
+
+    def _tell(self, message: str, key: str | None = None) -> None:
+        key = key or message
+        if key not in self._told:
+            self._told.add(key)
+            logger.warning("fimprobe: %s", message)

@@ -1,0 +1,1 @@
+"""Adapters to training loops; each uses the public API only."""

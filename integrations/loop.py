@@ -1,0 +1,111 @@
+"""``attach``: the adapter to a plain training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from fimprobe import Config, FimprobeError, Likelihood, Probe, Sink, load_config
+
+
+def attach(
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    likelihood: str | Likelihood = "auto",
+    log_dir: str | Path | None = None,
+    mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    sinks: list[Sink] | None = None,
+    **options: Any,
+) -> Probe:
+    """Watch a model's training; the loop stays as it is.
+
+    The batch is captured by a hook on ``model`` (attach to the object that the loop calls, compiled
+    or wrapped); an optimizer that holds its parameters triggers, before it changes them. Steps are
+    optimizer steps: accumulation counts once (its last batch is probed), a step that GradScaler
+    skips not at all, an LBFGS step once (at its first closure call).
+
+    Args:
+        model: the module, ``torch.compile``d or DDP-wrapped ones included.
+        config: YAML path, mapping or :class:`fimprobe.Config`; ``options`` (its fields as keywords:
+            ``schedule``, ``draws``, ``batch``, ``memory_mb``, ``seed``, ...) win over it.
+        optimizer: listen to this one only; by default to every torch optimizer of these parameters.
+        likelihood: ``"auto"`` reads it off the model or the first loss gradients, and says so or
+            says what to pass.
+        log_dir: where TensorBoard files and ``fimprobe.jsonl`` go; default ``runs/fimprobe/...``.
+        mask: from the forward's (args, kwargs) to a boolean tensor of the labels' shape.
+        output: from what the model returns to its outputs [B, ...].
+        sinks: further objects with ``write(report)`` and ``close()``.
+
+    Raises:
+        FimprobeError: for a configuration with mistakes, a model that already has a probe, or one
+            without trainable parameters.
+
+    >>> net = nn.Linear(2, 2)
+    >>> probe = attach(net, likelihood="categorical", tensorboard=False)
+    >>> probe.detach()
+    """
+    if log_dir is not None:
+        options["tensorboard"] = {"log_dir": str(log_dir)}
+    if likelihood != "auto":
+        options["likelihood"] = likelihood
+    settings = load_config(config, **options)
+    if optimizer is not None and not _holds(optimizer, model):
+        raise FimprobeError(
+            f"optimizer={type(optimizer).__name__} holds none of the model's parameters; pass the "
+            "one that trains this model"
+        )
+    probe = Probe(model, settings, mask=mask, output=output, sinks=sinks)
+
+    def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        if probe.detached or (optimizer is not None and opt is not optimizer):
+            return None
+        if optimizer is None and not _holds(opt, model):
+            return None
+        found_inf = getattr(opt, "found_inf", None)  # GradScaler with a fused optimizer
+        if found_inf is not None and bool(torch.as_tensor(found_inf).any()):
+            return None
+        closure, put = _closure(args, kwargs)
+        if closure is None:
+            probe.step()
+            return None
+        first = True
+
+        def probed() -> Any:
+            nonlocal first
+            loss = closure()
+            if first:  # the parameters are still those of the batch
+                first = False
+                probe.step()
+            return loss
+
+        return put(probed)
+
+    probe.on_detach(register_optimizer_step_pre_hook(before_step).remove)
+    if probe.log_dir is not None:
+        print(f"fimprobe: tensorboard --logdir {probe.log_dir}")
+    return probe
+
+
+def _holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    mine = {id(p) for p in model.parameters()}
+    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+
+def _closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The closure of ``step(closure)``, and how to put another in its place."""
+    # args[0] is the optimizer itself
+    if len(args) > 1 and callable(args[1]):
+        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
+    if callable(kwargs.get("closure")):
+        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
+    return None, lambda new: (args, kwargs)
