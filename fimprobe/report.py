@@ -36,8 +36,9 @@ class Report:
         have = self.batch_size * (self.draws or 1)
         drawn = "exact labels" if self.draws is None else f"{have} draws"
         if need is not None and self.total.i1.rel_error is not None:
+            cause = " by the choice of inputs alone" if self.draws is None else ""
             lines.append(
-                f"Î₁ of the whole model is off by {_percent(self.total.i1.rel_error)} at "
+                f"Î₁ of the whole model is off by {_percent(self.total.i1.rel_error)}{cause} at "
                 f"{self.batch_size} inputs with {drawn}; 10 % takes {_count(need)} (input, label) "
                 "pairs."
             )
@@ -150,6 +151,24 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
         f"{record['draws']} · {record['likelihood']} · {record['seconds']:.3g} s"
     )
     return "\n".join([head, lines[0], rule, *lines[1:-1], rule, lines[-1], "", *record["advice"]])
+
+
+def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
+    """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
+    last = len(records) - 1
+    count = min(rows, len(records))
+    picks = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
+    lines = [f"{'step':>8}  {'trace F':>10}  {'rel. error':>10}  {'one pair':>10}  pairs for 10 %"]
+    for i in picks:
+        e = records[i]["total"]["i1"]
+        need = e["draws_for_10_percent"]
+        one = None if need is None else 0.1 * need**0.5
+        lines.append(
+            f"{records[i]['step']:>8}  {_number(e['trace']):>10}  {_percent(e['rel_error']):>10}"
+            f"  {_percent(one):>10}  {_count(need):>14}"
+        )
+    lines.append("(one pair: relative error of Î₁ from a single input with a single drawn label)")
+    return "\n".join(lines)
 
 
 def _scalars(e: Estimate) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+"""``python -m fimprobe``."""
+
+import sys
+
+from fimprobe.cli import main
+
+sys.exit(main())
