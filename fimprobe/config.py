@@ -127,8 +127,10 @@ def _explain(error: ValidationError, where: dict[tuple[Any, ...], str]) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = problem.get("input")
-            text = f"{name}={shown!r}: {message}" if name and not isinstance(shown, dict) else (
-                f"{name}: {message}" if name else message
+            text = (
+                f"{name}={shown!r}: {message}"
+                if name and not isinstance(shown, dict)
+                else (f"{name}: {message}" if name else message)
             )
         mark = next((where[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in where), "")
         line = f"{mark}: {text}" if mark else text
@@ -141,13 +143,19 @@ def _explain(error: ValidationError, where: dict[tuple[Any, ...], str]) -> str:
 def _is_tag(part: Any) -> bool:
     """Pydantic names the branches of a union inside a location."""
     return isinstance(part, str) and (
-        part in ("int", "float", "str", "bool", "none") or part.startswith("literal[") or part[:1].isupper()
+        part in ("int", "float", "str", "bool", "none")
+        or part.startswith("literal[")
+        or part[:1].isupper()
     )
 
 
 def _keys(loc: tuple[Any, ...]) -> list[str]:
     model: Any = Config
-    sections = {"schedule": ScheduleConfig, "layers": LayersConfig, "tensorboard": TensorboardConfig}
+    sections = {
+        "schedule": ScheduleConfig,
+        "layers": LayersConfig,
+        "tensorboard": TensorboardConfig,
+    }
     if loc and loc[0] in sections:
         model = sections[loc[0]]
     return list(model.model_fields)
@@ -229,5 +237,6 @@ def _mark(
             _mark(value, place, path, where, mistakes)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            where[(*at, i)] = f"{path}:{value.start_mark.line + 1}"
-            _mark(value, (*at, i), path, where, mistakes)
+            place = (*at, i)
+            where[place] = f"{path}:{value.start_mark.line + 1}"
+            _mark(value, place, path, where, mistakes)

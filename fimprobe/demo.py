@@ -77,8 +77,10 @@ def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tens
         p = torch.softmax(model(x), 1)
     accuracy = float((p.argmax(1) == y).double().mean())
     reports = probe.history
-    print(f"\n=== {name}: {accuracy:.1%} of held-out digits right, mean confidence "
-          f"{float(p.amax(1).mean()):.1%} ===")
+    print(
+        f"\n=== {name}: {accuracy:.1%} of held-out digits right, mean confidence "
+        f"{float(p.amax(1).mean()):.1%} ==="
+    )
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
     print("\n" + format_trend([r.to_dict() for r in reports]))

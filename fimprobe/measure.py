@@ -103,7 +103,9 @@ def measure(
         moments = measure_planned(problem, plan)
     if not moments.parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
-    report = make_report(moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals)
+    report = make_report(
+        moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals
+    )
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
 

@@ -248,7 +248,8 @@ class Probe:
         self._asked += 1
         if captured.outputs is None or captured.gradient is None:
             decision = Decision(
-                None, "no gradient arrived at the model's outputs (or they are no single tensor)",
+                None,
+                "no gradient arrived at the model's outputs (or they are no single tensor)",
                 final=False,
             )
         else:
@@ -274,12 +275,16 @@ class Probe:
                 else "no forward pass of the attached object was seen; attach to the object that "
                 "the loop calls"
             )
-            self._tell(f"the optimizer steps, but no training batch was captured: {why}, or call "
-                       "probe.step(inputs) yourself")
+            self._tell(
+                f"the optimizer steps, but no training batch was captured: {why}, or call "
+                "probe.step(inputs) yourself"
+            )
 
     def _open_sinks(self) -> Path | None:
         config = self.config
-        default = Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"
+        default = (
+            Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"
+        )
         log_dir = default
         if config.tensorboard and config.tensorboard.log_dir is not None:
             log_dir = Path(config.tensorboard.log_dir)
@@ -304,7 +309,9 @@ class Probe:
 
         remedy = "pass another log_dir; reports stay in probe.history"
         if config.tensorboard:
-            self._guarded(board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})")
+            self._guarded(
+                board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})"
+            )
         if config.jsonl is not False and (config.tensorboard or config.jsonl):
             where = str(config.jsonl or log_dir / FILE_NAME)
             self._guarded(lines, f"jsonl={where!r} cannot be written ({remedy})")

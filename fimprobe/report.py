@@ -121,7 +121,18 @@ def make_report(
 
 def format_table(record: dict[str, Any], top: int | None = None) -> str:
     """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
-    rows = [("layer", "parameters", "trace F", "± s.e.", "rel. error", "V labels", "V inputs", "pairs for 10 %")]
+    rows = [
+        (
+            "layer",
+            "parameters",
+            "trace F",
+            "± s.e.",
+            "rel. error",
+            "V labels",
+            "V inputs",
+            "pairs for 10 %",
+        )
+    ]
     layers = list(record["layers"].items())
     if top is not None and len(layers) > top:
         layers = sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]

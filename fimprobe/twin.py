@@ -10,7 +10,6 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -105,5 +104,3 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in unwrap(model).named_parameters()
         if parameter.requires_grad
     }
-
-

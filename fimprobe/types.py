@@ -43,7 +43,9 @@ class Likelihood(Protocol):
     it needs ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """How messages and reports call the family."""
 
     def check_outputs(self, outputs: Tensor) -> None:
         """Raise :class:`FimprobeError` where the outputs' shape does not fit."""
@@ -93,13 +95,15 @@ class Moments:
     """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
 
     With weights w in place of 1 for exact draws (S is then 1 in every formula):
-    ``a2`` Σ_b Σ_s w g² per entry · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum``
+    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum``
     Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` Σ_i Σ_b Σ_blocks (Σ_s w g²)² (equals ``q_sum`` for one block) ·
     ``gram`` [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
     (``squared_norms`` [B, S] alone where S is large). ``a4``, ``q``, ``r`` are per entry.
     """
 
     a2: Tensor
+    a2_sum: float
+    a2_square: float
     a4_sum: float
     q_sum: float
     r_sum: float

@@ -94,7 +94,9 @@ def lstm(**options: Any) -> Case:
 
 def recurrent(kind: type[nn.Module], **options: Any) -> Case:
     layer = kind(3, 4, batch_first=True, num_layers=2, **options)
-    model = Lambda(lambda self, x: self.parts[1](self.parts[0](x)[0][:, -1]), layer, nn.Linear(4, 3))
+    model = Lambda(
+        lambda self, x: self.parts[1](self.parts[0](x)[0][:, -1]), layer, nn.Linear(4, 3)
+    )
     return Case(model, (torch.randn(4, 5, 3),), covered_by="written out")
 
 
@@ -124,7 +126,9 @@ def self_attention() -> Case:
 
 
 def sequence_first_encoder() -> Case:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6), 1, enable_nested_tensor=False)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(4, 2, 6), 1, enable_nested_tensor=False
+    )
     model = Lambda(
         lambda self, x: self.parts[1](self.parts[0](x.transpose(0, 1))[0]), encoder, nn.Linear(4, 3)
     )
@@ -176,7 +180,9 @@ def functional_tie() -> Case:
         x = torch.tanh(self.parts[0](tokens)).mean(1)
         return F.linear(x, self.parts[0].weight)
 
-    return Case(Lambda(f, nn.Embedding(3, 4)), (torch.randint(3, (4, 3)),), covered_by="whole model")
+    return Case(
+        Lambda(f, nn.Embedding(3, 4)), (torch.randint(3, (4, 3)),), covered_by="whole model"
+    )
 
 
 def folded() -> Case:
@@ -268,8 +274,6 @@ def one_position_lookup() -> Case:
     return Case(model, (torch.randint(5, (3, 3)),), covered_by="Embedding rule")
 
 
-
-
 def class_token() -> Case:
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -300,19 +304,28 @@ def parametrised() -> Case:
 def shared_layer_tied_weight() -> Case:
     a, b = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
     b.weight = a.weight
-    return Case(nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), a, nn.Tanh(), nn.Linear(4, 3)), (torch.randn(4, 4),))
+    return Case(
+        nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), a, nn.Tanh(), nn.Linear(4, 3)),
+        (torch.randn(4, 4),),
+    )
 
 
 def scalar_parameter() -> Case:
     def f(self: Any, x: Tensor) -> Tensor:
         return self.parts[0](x) * self.temperature.exp()
 
-    return Case(Lambda(f, nn.Linear(4, 3), temperature=nn.Parameter(torch.tensor(0.3))), (torch.randn(4, 4),))
+    return Case(
+        Lambda(f, nn.Linear(4, 3), temperature=nn.Parameter(torch.tensor(0.3))),
+        (torch.randn(4, 4),),
+    )
 
 
 def parameter_list() -> Case:
     weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 3))])
-    return Case(Lambda(lambda self, x: torch.tanh(x @ self.w[0]) @ self.w[1], w=weights), (torch.randn(4, 4),))
+    return Case(
+        Lambda(lambda self, x: torch.tanh(x @ self.w[0]) @ self.w[1], w=weights),
+        (torch.randn(4, 4),),
+    )
 
 
 _ONE = lambda: torch.randn(3, 4, 9)  # noqa: E731
@@ -344,7 +357,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv2d circular same": lambda: net(
         nn.Conv2d(4, 2, 3, padding="same", padding_mode="circular"), _TWO()
     ),
-    "conv3d": lambda: net(nn.Conv3d(2, 2, (2, 3, 2), padding=(0, 1, 1), stride=(1, 2, 1)), _THREE()),
+    "conv3d": lambda: net(
+        nn.Conv3d(2, 2, (2, 3, 2), padding=(0, 1, 1), stride=(1, 2, 1)), _THREE()
+    ),
     "conv3d groups dilation": lambda: net(nn.Conv3d(2, 4, 2, groups=2, dilation=2), _THREE()),
     "convtranspose1d": lambda: net(
         nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1, output_padding=1), _ONE()
@@ -390,7 +405,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "encoder, sequence first, T = B": sequence_first_encoder,
     "lstm": lstm,
     "lstm sequence first": lambda: lstm(batch_first=False),
-    "lstm deep bidirectional projected": lambda: lstm(num_layers=2, bidirectional=True, proj_size=2),
+    "lstm deep bidirectional projected": lambda: lstm(
+        num_layers=2, bidirectional=True, proj_size=2
+    ),
     "gru": lambda: recurrent(nn.GRU),
     "rnn relu no bias": lambda: recurrent(nn.RNN, nonlinearity="relu", bias=False),
     "packed sequences": packed,

@@ -177,7 +177,7 @@ def _measure_chunk(
         raise PlanMismatch(tape.failed)
     reached, foreign = foreign_uses(h, tape, problem.parameters, plan.replay)
     if foreign:
-        raise PlanMismatch({name: "used outside its layer" for name in foreign})
+        raise PlanMismatch(dict.fromkeys(foreign, "used outside its layer"))
     stash = sum(_numel(edge) for edge in tape.edges) * h.element_size()
     if problem.draws.count is None:
         passes = problem.likelihood.count_passes(h)
@@ -196,7 +196,9 @@ def _measure_chunk(
         for name, parameter in problem.parameters.items():
             if name not in accumulators:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
-                zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                zeros = torch.zeros_like(
+                    parameter, dtype=dtype, memory_format=torch.contiguous_format
+                )
                 accumulators[name] = Accumulator(zeros, problem.diagonals)
         seeds_stacked = torch.stack(seeds, 1)
         pieces: dict[str, list[tuple[Replayed, str]]] = {}
@@ -220,8 +222,18 @@ def _measure_chunk(
                 reached.add(name)
             _contract(accumulators[name], uses, deltas, batch.size, weights, ceiling / 8)
         _contract_replays(
-            problem, plan, tape, replays, pieces, deltas, seeds_stacked, accumulators, weights,
-            names, batch, ceiling / 8,
+            problem,
+            plan,
+            tape,
+            replays,
+            pieces,
+            deltas,
+            seeds_stacked,
+            accumulators,
+            weights,
+            names,
+            batch,
+            ceiling / 8,
         )
     if weights is not None:
         exact.append(weights)
@@ -281,9 +293,7 @@ def _backward(h: Tensor, tape: Tape, seeds: list[Tensor]) -> list[Tensor | None]
     for i, seed in enumerate(seeds):
         last = i == len(seeds) - 1
         collected.append(
-            list(
-                torch.autograd.grad(h, tape.edges, seed, retain_graph=not last, allow_unused=True)
-            )
+            list(torch.autograd.grad(h, tape.edges, seed, retain_graph=not last, allow_unused=True))
         )
     stacked: list[Tensor | None] = []
     for parts in zip(*collected, strict=True):
@@ -335,8 +345,14 @@ def _contract(
     live = [(use, call, _rescaled(d, scale)) for use, call, d in live]
     use, call, delta = live[0]
     if len(live) == 1 and use.rows is None:
-        if use.rule.outer and call.inputs[0].dim() == 2 and shape == (
-            delta.shape[-1], call.inputs[0].shape[-1],
+        if (
+            use.rule.outer
+            and call.inputs[0].dim() == 2
+            and shape
+            == (
+                delta.shape[-1],
+                call.inputs[0].shape[-1],
+            )
         ):
             accumulator.add_outer(delta, call.inputs[0], scale, weights)
             return
@@ -391,7 +407,9 @@ def _scale(groups: list[tuple[tuple[Tensor, ...], Tensor]]) -> Tensor:
 
 
 def _rescaled(delta: Tensor, scale: Tensor) -> Tensor:
-    return delta if delta.dtype == torch.float64 else delta * (1 / scale).to(delta.dtype)
+    if delta.dtype == torch.float64 or (delta.device.type == "cpu" and float(scale) == 1):
+        return delta
+    return delta * (1 / scale).to(delta.dtype)
 
 
 def _replayed_parameters(
@@ -442,9 +460,9 @@ def _contract_replays(
     if not replays:
         return
     draws = seeds.shape[1]
-    each = max(
-        sum(p.numel() for p in inside.values()) * draws * 4 for _, inside in replays
-    ) * max(1, len(replays) // 4)
+    each = max(sum(p.numel() for p in inside.values()) * draws * 4 for _, inside in replays) * max(
+        1, len(replays) // 4
+    )
     step = max(1, min(batch.size, int(room / each)))
     one = torch.ones((), dtype=torch.float64, device=seeds.device)
     for start in range(0, batch.size, step):

@@ -101,7 +101,8 @@ class Accumulator:
         samples = slice(0, delta.shape[0])
         power = scale**4
         gram = self.grams[-1][samples]
-        length = x.square().sum(-1).double()
+        x2 = x.square()
+        length = x2.sum(-1).double()
         if gram.dim() == 3:
             inner = torch.bmm(delta, delta.transpose(1, 2)).double()
             gram += inner * length[:, None, None] * scale**2
@@ -110,23 +111,23 @@ class Accumulator:
             gram += square.sum(-1).double() * length[:, None] * scale**2
         blocks = [square.sum(1)] if weights is None else _block_sums(square, weights)
         f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        quartic = square.double().square()
+        # δ was rescaled: its powers stay in range, the sums over samples are taken in float64
+        quartic = square.square()
         if weights is not None:
-            quartic = quartic * weights.fourth.double().unsqueeze(-1)
+            quartic = quartic * weights.fourth.to(quartic.dtype).unsqueeze(-1)
         quartic = quartic.sum(1)
-        x2 = x.square()
-        x4 = x2.double().square()
-        x4_sum = x4.sum(-1)
-        self.a4_sum += (quartic.sum(-1) * x4_sum).sum() * power
-        f2 = f.double().square()
-        self.q_sum += (f2.sum(-1) * x4_sum).sum() * power
-        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
-        self.r_sum += (r2.sum(-1) * x4_sum).sum() * power
+        x4 = x2.square()
+        x4_sum = x4.sum(-1).double()
+        self.a4_sum += torch.dot(quartic.sum(-1).double(), x4_sum) * power
+        f2 = f.square()
+        self.q_sum += torch.dot(f2.sum(-1).double(), x4_sum) * power
+        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).square().sum(0)
+        self.r_sum += torch.dot(r2.sum(-1).double(), x4_sum) * power
         self.a2.addmm_(f.t() * scale.to(f.dtype) ** 2, x2.to(f.dtype))
         if self.a4 is not None and self.q is not None and self.r is not None:
-            self.a4 += quartic.t() @ x4 * power
-            self.q += f2.t() @ x4 * power
-            self.r += r2.t() @ x4 * power
+            self.a4 += quartic.t().double() @ x4.double() * power
+            self.q += f2.t().double() @ x4.double() * power
+            self.r += r2.t().double() @ x4.double() * power
 
     def add_tokens(
         self,
@@ -173,8 +174,11 @@ class Accumulator:
         """The moments, on the CPU where they are scalars."""
         gram = torch.cat(self.grams)
         norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
+        total, square = _sums(self.a2)
         return Moments(
             self.a2,
+            total,
+            square,
             float(self.a4_sum),
             float(self.q_sum),
             float(self.r_sum),
@@ -187,15 +191,30 @@ class Accumulator:
 
 
 def power_of_two(*tensors: Tensor) -> Tensor:
-    """The power of two nearest above the product of the tensors' largest magnitudes; 1 for zero.
+    """The power of two next above the product of the tensors' largest magnitudes; 1 for zero.
 
-    Dividing by it is exact and keeps fourth powers inside float32's range.
+    Dividing by it is exact and keeps fourth powers inside float32's range. 1 as well where the
+    product is moderate and looking at it costs no synchronisation.
     """
     product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
     for x in tensors:
-        product = product * x.abs().amax().double()
+        low, high = torch.aminmax(x)
+        product = product * torch.maximum(-low, high).double()
+    if product.device.type == "cpu" and (float(product) == 0 or 1e-3 < float(product) < 1e3):
+        return torch.ones_like(product)
     product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
     return torch.exp2(torch.ceil(torch.log2(product)))
+
+
+def _sums(x: Tensor) -> tuple[float, float]:
+    """Σ x and Σ x², in float64 where float32 would leave its range or the tensor is small."""
+    flat = x.reshape(-1)
+    if x.dtype == torch.float32 and x.numel() > 4096:
+        square = float(torch.dot(flat, flat))
+        if 1e-25 < square < 1e30:
+            return float(flat.sum()), square
+    wide = flat.double()
+    return float(wide.sum()), float(torch.dot(wide, wide))
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

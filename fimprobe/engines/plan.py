@@ -7,6 +7,7 @@ outputs and the same squared gradients as the engine gives them together.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,10 @@ def _disagreeing(
     for name, gradients in alone.items():
         wide = [None if g is None else g.double() for g in gradients]
         norms = torch.stack(
-            [torch.zeros((), dtype=torch.float64) if g is None else g.square().sum().cpu() for g in wide]
+            [
+                torch.zeros((), dtype=torch.float64) if g is None else g.square().sum().cpu()
+                for g in wide
+            ]
         )
         expected[name] = (sum(g.square() for g in wide if g is not None), norms)
     largest = max((float(norms.max()) for _, norms in expected.values()), default=0.0)
@@ -151,7 +155,7 @@ def _coarse(problem: Problem) -> float:
     return 2e-3 if torch.float32 in kinds else 1e-7
 
 
-def _tolerance(outputs: Tensor) -> dict[str, float]:
+def _tolerance(outputs: Tensor) -> dict[str, Any]:
     if outputs.dtype in (torch.bfloat16, torch.float16):
         rtol = 0.1
     else:

@@ -112,26 +112,41 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
                 strict=True,
             )
         ]
+    draws = delta.shape[1]
+    if draws > 1 and module.groups == 1 and not module.transposed:
+        # the draws as further output channels: x is read once
+        merged = delta.transpose(1, 2).flatten(2, 3).unsqueeze(1)
+        merged_gradient = _grouped(module, x, merged, draws * weight.shape[0], padding, output_padding)
+        return merged_gradient.view(samples, draws, *weight.shape)
+    gradients = [
+        _grouped(module, x, draw.unsqueeze(1), weight.shape[0], padding, output_padding)
+        for draw in delta.unbind(1)
+    ]
+    return gradients[0].unsqueeze(1) if draws == 1 else torch.stack(gradients, 1)
+
+
+def _grouped(
+    module: Any, x: Tensor, delta: Tensor, rows: int, padding: Any, output_padding: list[int]
+) -> Tensor:
+    """Weight gradients [B, rows, ...] for x [B, k, C, ...] and one δ [B, 1, k, O, ...]."""
+    samples, folds = x.shape[:2]
     grouped = x.transpose(0, 1).reshape(folds, samples * x.shape[2], *x.shape[3:])
-    shape = (samples * weight.shape[0], *weight.shape[1:])
-    gradients = []
-    for draw in delta.unbind(1):
-        seed = draw.transpose(0, 1).reshape(folds, -1, *draw.shape[3:])
-        gradient = torch.ops.aten.convolution_backward(
-            seed,
-            grouped,
-            weight.new_empty(shape),
-            None,
-            module.stride,
-            padding,
-            module.dilation,
-            module.transposed,
-            output_padding,
-            samples * module.groups,
-            [False, True, False],
-        )[1]
-        gradients.append(gradient.view(samples, *weight.shape))
-    return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
+    seed = delta.squeeze(1).transpose(0, 1)
+    seed = seed.reshape(folds, samples * seed.shape[2], *seed.shape[3:])
+    gradient = torch.ops.aten.convolution_backward(
+        seed,
+        grouped,
+        x.new_empty((samples * rows, *module.weight.shape[1:])),
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        module.transposed,
+        output_padding,
+        samples * module.groups,
+        [False, True, False],
+    )[1]
+    return gradient.view(samples, rows, *module.weight.shape[1:])
 
 
 def channel_sum(call: Call, product: Tensor) -> Tensor:
@@ -207,7 +222,9 @@ def embedding_tokens(call: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]
     tokens = call.inputs[0].reshape(call.inputs[0].shape[0], -1)
     samples, length = tokens.shape
     if isinstance(module, nn.EmbeddingBag):  # δ [B, S, D] goes to every token of the bag
-        share = call.inputs[1] if len(call.inputs) > 1 else torch.ones_like(tokens, dtype=delta.dtype)
+        share = (
+            call.inputs[1] if len(call.inputs) > 1 else torch.ones_like(tokens, dtype=delta.dtype)
+        )
         if module.padding_idx is not None:
             share = share * (tokens != module.padding_idx)
         if module.mode == "mean":

@@ -106,7 +106,9 @@ def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
 
 def _run(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Tensor | None, suffix: str):
     biases = ("bias_ih" + suffix, "bias_hh" + suffix) if module.bias else (None, None)
-    ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(0)  # indexing would cost T² in the backward
+    ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(
+        0
+    )  # indexing would cost T² in the backward
     step = affine.steps("weight_hh" + suffix, biases[1], x)  # type: ignore[attr-defined]
     project = None
     if getattr(module, "proj_size", 0):

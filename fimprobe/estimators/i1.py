@@ -78,8 +78,8 @@ def estimate(moments: MomentsBatch, names: list[str], *, diagonals: bool) -> Est
     group = {name: moments.parameters[name] for name in names}
     size, draws = moments.batch_size, moments.draws
     count = size * (draws or 1)
-    trace = sum(float(m.a2.sum(dtype=torch.float64)) for m in group.values()) / count
-    square = sum(float(_square_sum(m.a2)) for m in group.values()) / count**2
+    trace = sum(m.a2_sum for m in group.values()) / count
+    square = sum(m.a2_square for m in group.values()) / count**2
     a4, q, r = (sum(getattr(m, k) for m in group.values()) for k in ("a4_sum", "q_sum", "r_sum"))
     labels = label_variance(a4, q, r, size, draws)
     across = spread(q, square, size, draws)
@@ -109,12 +109,6 @@ def estimate(moments: MomentsBatch, names: list[str], *, diagonals: bool) -> Est
         diagonal_label_variance=_diagonal_labels(moments, group) if diagonals else None,
         diagonal_input_variance=_diagonal_inputs(moments, group) if diagonals else None,
     )
-
-
-def _square_sum(x: Tensor) -> Tensor:
-    return x.double().square().sum() if x.numel() < 2**20 else torch.linalg.vector_norm(
-        x, dtype=torch.float64
-    ) ** 2
 
 
 def sum_tensors(tensors: list[Tensor]) -> Tensor:
