@@ -46,9 +46,7 @@ class Batch:
             )
         if leaves[0].shape[0] == 0:
             raise BatchError(f"inputs are an empty batch, shape {tuple(leaves[0].shape)}")
-        args, kwargs = tree_map(
-            lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs)
-        )
+        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         return cls(args, kwargs, leaves[0].shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:

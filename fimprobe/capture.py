@@ -41,7 +41,8 @@ class Capture:
         self._handles: list[Any] = []
         if getattr(model, "_compiled_call_impl", None) is not None:
             # model.compile(): the compiled call has its hooks baked in, so it is wrapped instead
-            self._compiled = compiled = model._compiled_call_impl
+            compiled: Any = model._compiled_call_impl
+            self._compiled = compiled
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 self._before(model, args, kwargs)

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
-from fimprobe.engines.autograd import Plan, Problem, measure_moments
 from fimprobe.engines.plan import make_plan, measure_planned
+from fimprobe.engines.problem import Plan, Problem
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.report import Report, make_report
 from fimprobe.twin import make_twin, trainable, unwrap
 from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood
-
-__all__ = ["measure", "measure_moments", "select_outputs"]
 
 
 def measure(
@@ -103,9 +101,7 @@ def measure(
         moments = measure_planned(problem, plan)
     if not moments.parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
-    report = make_report(
-        moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals
-    )
+    report = make_report(moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals)
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
 

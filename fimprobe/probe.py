@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fimprobe.batch import Batch
 from fimprobe.capture import Capture, Captured
 from fimprobe.config import Config
-from fimprobe.engines.autograd import Plan
+from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.infer import (
     REMEDY,
@@ -151,9 +152,9 @@ class Probe:
         try:
             if self.active and self.likelihood is None and captured is not None:
                 self._ask(captured)
-            if self.active and self.likelihood is not None:
-                if inputs is not None or self.schedule.due(step):
-                    report = self._measure(step, captured, inputs)
+            due = inputs is not None or self.schedule.due(step)
+            if self.active and self.likelihood is not None and due:
+                report = self._measure(step, captured, inputs)
         except BatchError as error:
             if self.config.on_error == "raise":
                 raise
@@ -205,7 +206,8 @@ class Probe:
         )
         self.coverage = report.coverage
         for sink in list(self._sinks):
-            if not self._guarded(lambda s=sink: s.write(report), f"{type(sink).__name__} failed"):
+            write = functools.partial(sink.write, report)
+            if not self._guarded(write, f"{type(sink).__name__} failed"):
                 self._sinks.remove(sink)
         return report
 
@@ -282,9 +284,7 @@ class Probe:
 
     def _open_sinks(self) -> Path | None:
         config = self.config
-        default = (
-            Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"
-        )
+        default = Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"
         log_dir = default
         if config.tensorboard and config.tensorboard.log_dir is not None:
             log_dir = Path(config.tensorboard.log_dir)
@@ -307,11 +307,12 @@ class Probe:
         def lines() -> None:
             self._sinks.append(JsonlSink(config.jsonl or log_dir / FILE_NAME))
 
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_rank() > 0:  # reports stay in probe.history
+            return None
         remedy = "pass another log_dir; reports stay in probe.history"
         if config.tensorboard:
-            self._guarded(
-                board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})"
-            )
+            self._guarded(board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})")
         if config.jsonl is not False and (config.tensorboard or config.jsonl):
             where = str(config.jsonl or log_dir / FILE_NAME)
             self._guarded(lines, f"jsonl={where!r} cannot be written ({remedy})")

@@ -184,9 +184,7 @@ def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
 
 def _scalars(e: Estimate) -> dict[str, Any]:
     values = {
-        f.name: getattr(e, f.name)
-        for f in dataclasses.fields(e)
-        if not f.name.startswith("diagonal")
+        f.name: getattr(e, f.name) for f in dataclasses.fields(e) if not f.name.startswith("diagonal")
     }
     return values | {"draws_for_10_percent": e.draws_for(0.1)}
 

@@ -30,15 +30,16 @@ _HOOKS = (
 )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(wrapped: nn.Module) -> nn.Module:
     """The module behind ``torch.compile`` and (distributed) data parallel wrappers."""
+    model: Any = wrapped
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
-            return model
+            return model  # type: ignore[no-any-return]
 
 
 def make_twin(model: nn.Module) -> nn.Module:
@@ -56,6 +57,7 @@ def make_twin(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     memo: dict[int, Any] = {}
     compiled = []
+    module: Any
     for module in model.modules():
         if hasattr(module, "_orig_mod") and module is not model:
             compiled.append(module)

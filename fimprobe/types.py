@@ -95,8 +95,8 @@ class Moments:
     """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
 
     With weights w in place of 1 for exact draws (S is then 1 in every formula):
-    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum``
-    Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` Σ_i Σ_b Σ_blocks (Σ_s w g²)² (equals ``q_sum`` for one block) ·
+    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its
+    square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` Σ_i Σ_b Σ_blocks (Σ_s w g²)² (equals ``q_sum`` for one block) ·
     ``gram`` [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
     (``squared_norms`` [B, S] alone where S is large). ``a4``, ``q``, ``r`` are per entry.
     """
@@ -152,12 +152,8 @@ class Estimate:
     total_label_variance: float | None
     """L1: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
     diagonal: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
-    diagonal_label_variance: dict[str, Tensor] | None = field(
-        default=None, repr=False, compare=False
-    )
-    diagonal_input_variance: dict[str, Tensor] | None = field(
-        default=None, repr=False, compare=False
-    )
+    diagonal_label_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    diagonal_input_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def draws_for(self, eps: float) -> float | None:
         """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F̂‖²).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,7 @@ def walk(root: Any, cuts: dict[Any, list[Any]]) -> set[int]:
 
 
 def foreign_uses(
-    outputs: Tensor, tape: Tape, parameters: dict[str, Tensor], replay: dict[str, str]
+    outputs: Tensor, tape: Tape, parameters: Mapping[str, Tensor], replay: dict[str, str]
 ) -> tuple[set[str], set[str]]:
     """Parameters that the outputs depend on, and those among them used outside recorded calls.
 

@@ -12,18 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.autograd import (
-    MomentsBatch,
-    Plan,
-    PlanMismatch,
-    Problem,
-    measure_moments,
-)
+from fimprobe.engines.autograd import measure_moments
+from fimprobe.engines.problem import Plan, PlanMismatch, Problem
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.tape import Layouts, record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
-from fimprobe.types import Draws, FimprobeError
+from fimprobe.types import Draws, FimprobeError, MomentsBatch
 
 
 def measure_planned(problem: Problem, plan: Plan) -> MomentsBatch:

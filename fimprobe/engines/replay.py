@@ -66,6 +66,4 @@ def replay_gradients(
             for (name, p), g in zip(copies.items(), found, strict=True):
                 collected[name].append(torch.zeros_like(p) if g is None else g)
     draws = seeds[0].shape[1]
-    return {
-        name: torch.stack(gs).unflatten(0, (batch_size, draws)) for name, gs in collected.items()
-    }
+    return {name: torch.stack(gs).unflatten(0, (batch_size, draws)) for name, gs in collected.items()}

@@ -116,7 +116,9 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
     if draws > 1 and module.groups == 1 and not module.transposed:
         # the draws as further output channels: x is read once
         merged = delta.transpose(1, 2).flatten(2, 3).unsqueeze(1)
-        merged_gradient = _grouped(module, x, merged, draws * weight.shape[0], padding, output_padding)
+        merged_gradient = _grouped(
+            module, x, merged, draws * weight.shape[0], padding, output_padding
+        )
         return merged_gradient.view(samples, draws, *weight.shape)
     gradients = [
         _grouped(module, x, draw.unsqueeze(1), weight.shape[0], padding, output_padding)
@@ -222,9 +224,7 @@ def embedding_tokens(call: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]
     tokens = call.inputs[0].reshape(call.inputs[0].shape[0], -1)
     samples, length = tokens.shape
     if isinstance(module, nn.EmbeddingBag):  # δ [B, S, D] goes to every token of the bag
-        share = (
-            call.inputs[1] if len(call.inputs) > 1 else torch.ones_like(tokens, dtype=delta.dtype)
-        )
+        share = call.inputs[1] if len(call.inputs) > 1 else torch.ones_like(tokens, dtype=delta.dtype)
         if module.padding_idx is not None:
             share = share * (tokens != module.padding_idx)
         if module.mode == "mean":

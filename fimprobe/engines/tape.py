@@ -73,7 +73,8 @@ class Tape:
         known = self.layouts.of.get(path)
         if known is None and self.layouts.settled:
             return None  # not seen when the layouts were verified
-        for layout in [known] if known is not None else [0, 1, "folded"]:
+        candidates: list[int | str] = [0, 1, "folded"] if known is None else [known]
+        for layout in candidates:
             if all(fits(x, layout, self.batch_size) for x in tensors):
                 self.layouts.of.setdefault(path, layout)
                 return layout
@@ -131,9 +132,7 @@ class Tape:
         ):
             self.failed[path] = "no batch dimension at its inputs and outputs"
             return
-        edges = tuple(
-            self.edge(x) if want else None for x, want in zip(leaves, wanted, strict=True)
-        )
+        edges = tuple(self.edge(x) if want else None for x, want in zip(leaves, wanted, strict=True))
         self.replayed.append(Replayed(path, module, args, kwargs, edges))
         self.cut(outputs, inputs)
 

@@ -27,9 +27,9 @@ def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Te
     if module.bias_k is not None or query.dim() != 3:
         raise NotUnrolled
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    options = dict(zip(names, args, strict=False)) | kw
+    options: dict[str, Any] = dict(zip(names, args, strict=False)) | kw
     width = module.embed_dim
-    projected = []
+    projected: Any = []
     for part, (x, name) in enumerate(zip((query, key, value), "qkv", strict=True)):
         rows = slice(part * width, (part + 1) * width)
         bias = "in_proj_bias" if module.in_proj_bias is not None else None
@@ -40,7 +40,8 @@ def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Te
     if module.batch_first:
         projected = [x.transpose(0, 1) for x in projected]
     eye = torch.eye(width, dtype=query.dtype, device=query.device)
-    out, weights = F.multi_head_attention_forward(
+    attend: Any = F.multi_head_attention_forward
+    out, weights = attend(
         *projected,
         width,
         module.num_heads,
@@ -104,7 +105,7 @@ def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
     return out, torch.stack(finals)
 
 
-def _run(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Tensor | None, suffix: str):
+def _run(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Any, suffix: str):
     biases = ("bias_ih" + suffix, "bias_hh" + suffix) if module.bias else (None, None)
     ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(
         0

@@ -17,9 +17,7 @@ from fimprobe.types import Estimate, Moments, MomentsBatch
 Value = TypeVar("Value", float, Tensor)
 
 
-def label_variance(
-    a4: Value, q: Value, r: Value, batch_size: int, draws: int | None
-) -> Value | None:
+def label_variance(a4: Value, q: Value, r: Value, batch_size: int, draws: int | None) -> Value | None:
     """V̂_y, the variance of one draw's g² over labels, unbiased, averaged over inputs.
 
     Sampled: A4/(BS) − (Q − A4)/(BS(S−1)), None for S = 1. Exact (``draws=None``), by the additivity
@@ -148,9 +146,7 @@ def _total(moments: MomentsBatch, group: Mapping[str, Moments]) -> float | None:
     return total_label_variance(moments, sum_tensors(grams))
 
 
-def _diagonal_labels(
-    moments: MomentsBatch, group: Mapping[str, Moments]
-) -> dict[str, Tensor] | None:
+def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
     found = {}
     for name, m in group.items():
         assert m.a4 is not None and m.q is not None and m.r is not None
@@ -161,9 +157,7 @@ def _diagonal_labels(
     return found
 
 
-def _diagonal_inputs(
-    moments: MomentsBatch, group: Mapping[str, Moments]
-) -> dict[str, Tensor] | None:
+def _diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
     labels = _diagonal_labels(moments, group)
     if labels is None:
         return None

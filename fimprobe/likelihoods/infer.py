@@ -121,9 +121,7 @@ def _categorical(h: Tensor, g: Tensor, coarse: float) -> str:
                 return ""  # c depends on p_y: not a likelihood's score (focal loss, for one)
             if len(mine) > 1 and float(where.max() - where.min()) > 50 * coarse:
                 evidence += 1
-        return (
-            "c_y(softmax − onehot): cross-entropy with class weights" if evidence else "undecided"
-        )
+        return "c_y(softmax − onehot): cross-entropy with class weights" if evidence else "undecided"
     # smoothed: g_k = c p_k − d for k ≠ y with common c, d; c(p − q) with q a distribution
     x, y = p[others], g[others]
     if len(x) < 4 or float(x.max() - x.min()) < 50 * coarse:
@@ -135,9 +133,7 @@ def _categorical(h: Tensor, g: Tensor, coarse: float) -> str:
     if (
         slope > 0
         and 0 < smooth < 1
-        and bool(
-            ((y - slope * x - offset).abs() <= coarse * abs(slope) + coarse * size.max()).all()
-        )
+        and bool(((y - slope * x - offset).abs() <= coarse * abs(slope) + coarse * size.max()).all())
     ):
         target = p - g / slope
         if bool((target.sum(1) - 1).abs().max() < 100 * coarse):
@@ -181,11 +177,7 @@ def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
         label = rate - g / c
         error = (label - label.round()).abs()
         allowed = precision * (1 + rate + (g / c).abs())
-        if (
-            bool((allowed > 0.1).any())
-            or bool((error > allowed).any())
-            or float(label.min()) < -0.5
-        ):
+        if bool((allowed > 0.1).any()) or bool((error > allowed).any()) or float(label.min()) < -0.5:
             continue
         # chance that real-valued targets look whole at this precision, over all candidates
         chance = len(counts) * float((2 * allowed).clamp(max=1).log().sum().exp())
@@ -201,11 +193,7 @@ def _describe(h: Tensor, g: Tensor) -> str:
             "the outputs are log-probabilities (each row's exp sums to 1); they are valid logits: "
             "pass likelihood='categorical'"
         )
-    if (
-        rows.shape[1] > 1
-        and bool((rows >= 0).all())
-        and bool(((rows.sum(1) - 1).abs() < 1e-4).all())
-    ):
+    if rows.shape[1] > 1 and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all()):
         how = " and the loss reads one of them" if bool(single.all()) else ""
         return (
             f"the outputs are probabilities (rows sum to 1{how}): pass likelihood='categorical' and "

@@ -1,0 +1,101 @@
+"""What the engine is asked, and what it knows about the model: the problem and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fimprobe.batch import Batch
+from fimprobe.engines.rules import rules_for
+from fimprobe.engines.tape import Layouts
+from fimprobe.engines.unrolled import UNROLLED
+from fimprobe.types import Draws, FimprobeError, Likelihood
+
+Outputs = Callable[[Any], Tensor]
+
+
+@dataclass
+class Plan:
+    """How each parameter is reached; made and verified on the first samples, then reused.
+
+    ``replay`` maps a parameter to the module replayed for it, ``loop`` names the modules that
+    ``vmap`` cannot run, ``unused`` the parameters the outputs do not depend on.
+    """
+
+    layouts: Layouts = field(default_factory=Layouts)
+    replay: dict[str, str] = field(default_factory=dict)
+    loop: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+    chunk: int | None = None
+    verified: int = 0
+    """Samples that the guard has compared; 0 before it ran."""
+
+
+@dataclass
+class Problem:
+    """One measurement's question, as the engine needs it."""
+
+    twin: nn.Module
+    batch: Batch
+    likelihood: Likelihood
+    draws: Draws
+    outputs: Outputs
+    mask: Tensor | None
+    memory_mb: float
+    diagonals: bool
+
+    def __post_init__(self) -> None:
+        """Index the trainable parameters."""
+        self.parameters = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The outputs for a part of the batch, checked."""
+        h = self.outputs(self.twin(*batch.args, **batch.kwargs))
+        if h.dim() == 0 or h.shape[0] != batch.size:
+            raise FimprobeError(
+                f"the outputs have shape {tuple(h.shape)}, but the batch holds {batch.size} "
+                "samples; give inputs and outputs batch first, or pass output= a function that "
+                "returns the outputs [B, ...]"
+            )
+        self.likelihood.check_outputs(h)
+        return h
+
+
+class OverMemory(Exception):
+    """A chunk needs more memory than the ceiling; ``fit`` samples should not."""
+
+    def __init__(self, fit: int) -> None:
+        super().__init__(fit)
+        self.fit = max(1, fit)
+
+
+class PlanMismatch(Exception):
+    """The plan does not fit this batch: parameter or module -> reason."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__(str(reasons))
+        self.reasons = reasons
+
+
+def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
+    """Parameter -> how it is measured, or why not."""
+    told = {}
+    for name, parameter in problem.twin.named_parameters():
+        owner = problem.twin.get_submodule(name.rpartition(".")[0])
+        if not parameter.requires_grad:
+            told[name] = "left out: frozen"
+        elif name in plan.unused:
+            told[name] = "left out: the outputs do not depend on it"
+        elif name in plan.replay or not rules_for(owner):
+            path = plan.replay.get(name, name.rpartition(".")[0])
+            if name not in plan.replay and type(owner) in UNROLLED:
+                told[name] = f"autograd: {type(owner).__name__} written out"
+            else:
+                how = "loop over samples" if path in plan.loop else "vmap"
+                told[name] = f"autograd: replay of {path or 'the whole model'} ({how})"
+        else:
+            told[name] = f"autograd: {type(owner).__name__} rule"
+    return told
