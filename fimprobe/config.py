@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
 from fimprobe.schedule import At, Budget, Every, Schedule
@@ -77,16 +77,27 @@ class Config(_Section):
     on_error: Literal["warn", "raise"] = "warn"
     seed: int = 0
 
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        if self.likelihood != "auto":
+    @field_validator("likelihood")
+    @classmethod
+    def _known(cls, likelihood: Any) -> Any:
+        if likelihood != "auto":
             try:
-                get_likelihood(self.likelihood)
+                get_likelihood(likelihood)
             except FimprobeError as error:
                 raise ValueError(str(error)) from None
-        if isinstance(self.draws, int) and self.draws < 1:
-            raise ValueError(f"draws={self.draws} is no number of labels; use 1, 2, ... or exact")
-        return self
+        return likelihood
+
+    @field_validator("draws")
+    @classmethod
+    def _number_of_labels(cls, draws: int | str) -> int | str:
+        if isinstance(draws, int) and draws < 1:
+            raise ValueError("this is no number of labels; use 1, 2, ... or exact")
+        return draws
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML file; ``config.schema.json`` in the package holds it."""
+    return Config.model_json_schema()
 
 
 def load_config(config: str | Path | Mapping[str, Any] | Config | None, **options: Any) -> Config:

@@ -95,10 +95,11 @@ class Moments:
     """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
 
     With weights w in place of 1 for exact draws (S is then 1 in every formula):
-    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its
-    square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` Σ_i Σ_b Σ_blocks (Σ_s w g²)² (equals ``q_sum`` for one block) ·
-    ``gram`` [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
-    (``squared_norms`` [B, S] alone where S is large). ``a4``, ``q``, ``r`` are per entry.
+    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its square) ·
+    ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` the same with the
+    square taken inside each block (equal for one block) · ``gram`` [B, S, S] the inner products
+    g_s·g_t, its diagonal the per-sample squared norms (``squared_norms`` [B, S] alone where S is
+    large) · ``a4``, ``q``, ``r`` per entry where asked for.
     """
 
     a2: Tensor
@@ -158,8 +159,8 @@ class Estimate:
     def draws_for(self, eps: float) -> float | None:
         """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F̂‖²).
 
-        >>> Estimate(1.0, 2.0, 3.0, 1.0, 4.0, None, None, None).draws_for(0.1)
-        100.0
+        >>> Estimate(1.0, 2.0, 3.0, 1.0, 4.0, None, None, None).draws_for(0.5)
+        4.0
         """
         if not eps > 0:
             raise FimprobeError(f"eps={eps!r} is no relative error; pass a number above 0")

@@ -94,9 +94,7 @@ def lstm(**options: Any) -> Case:
 
 def recurrent(kind: type[nn.Module], **options: Any) -> Case:
     layer = kind(3, 4, batch_first=True, num_layers=2, **options)
-    model = Lambda(
-        lambda self, x: self.parts[1](self.parts[0](x)[0][:, -1]), layer, nn.Linear(4, 3)
-    )
+    model = Lambda(lambda self, x: self.parts[1](self.parts[0](x)[0][:, -1]), layer, nn.Linear(4, 3))
     return Case(model, (torch.randn(4, 5, 3),), covered_by="written out")
 
 
@@ -180,9 +178,7 @@ def functional_tie() -> Case:
         x = torch.tanh(self.parts[0](tokens)).mean(1)
         return F.linear(x, self.parts[0].weight)
 
-    return Case(
-        Lambda(f, nn.Embedding(3, 4)), (torch.randint(3, (4, 3)),), covered_by="whole model"
-    )
+    return Case(Lambda(f, nn.Embedding(3, 4)), (torch.randint(3, (4, 3)),), covered_by="whole model")
 
 
 def folded() -> Case:
@@ -357,9 +353,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv2d circular same": lambda: net(
         nn.Conv2d(4, 2, 3, padding="same", padding_mode="circular"), _TWO()
     ),
-    "conv3d": lambda: net(
-        nn.Conv3d(2, 2, (2, 3, 2), padding=(0, 1, 1), stride=(1, 2, 1)), _THREE()
-    ),
+    "conv3d": lambda: net(nn.Conv3d(2, 2, (2, 3, 2), padding=(0, 1, 1), stride=(1, 2, 1)), _THREE()),
     "conv3d groups dilation": lambda: net(nn.Conv3d(2, 4, 2, groups=2, dilation=2), _THREE()),
     "convtranspose1d": lambda: net(
         nn.ConvTranspose1d(4, 2, 3, stride=2, padding=1, output_padding=1), _ONE()
@@ -405,9 +399,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "encoder, sequence first, T = B": sequence_first_encoder,
     "lstm": lstm,
     "lstm sequence first": lambda: lstm(batch_first=False),
-    "lstm deep bidirectional projected": lambda: lstm(
-        num_layers=2, bidirectional=True, proj_size=2
-    ),
+    "lstm deep bidirectional projected": lambda: lstm(num_layers=2, bidirectional=True, proj_size=2),
     "gru": lambda: recurrent(nn.GRU),
     "rnn relu no bias": lambda: recurrent(nn.RNN, nonlinearity="relu", bias=False),
     "packed sequences": packed,

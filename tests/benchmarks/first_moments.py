@@ -40,8 +40,15 @@ def gpt2(tied: bool) -> tuple[nn.Module, Tensor]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        n_layer=4, n_embd=128, n_head=4, vocab_size=1000, n_positions=64, tie_word_embeddings=tied,
-        bos_token_id=0, eos_token_id=0, use_cache=False,
+        n_layer=4,
+        n_embd=128,
+        n_head=4,
+        vocab_size=1000,
+        n_positions=64,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
     )
 
     class Logits(nn.Module):
@@ -120,12 +127,26 @@ def nngeometry_diagonal(model: nn.Module, x: Tensor) -> Callable[[], None]:
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=len(x))
 
     def run() -> None:
-        FIM(model=model, loader=loader, representation=PMatDiag, n_output=10,
-            variant="classif_logits", device="cpu", function=lambda *d: model(d[0]))
+        FIM(
+            model=model,
+            loader=loader,
+            representation=PMatDiag,
+            n_output=10,
+            variant="classif_logits",
+            device="cpu",
+            function=lambda *d: model(d[0]),
+        )
 
     def mc() -> None:
-        FIM(model=model, loader=loader, representation=PMatDiag, variant="classif_logits",
-            trials=1, device="cpu", function=lambda *d: model(d[0])) if False else run()
+        FIM(
+            model=model,
+            loader=loader,
+            representation=PMatDiag,
+            variant="classif_logits",
+            trials=1,
+            device="cpu",
+            function=lambda *d: model(d[0]),
+        ) if False else run()
 
     return mc
 

@@ -1,0 +1,104 @@
+"""Imports run one way, in the order of the data; the README's example runs; torchvision may break."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "likelihoods.independent",
+    "likelihoods.categorical", "likelihoods.bernoulli", "likelihoods.gaussian",
+    "likelihoods.poisson", "likelihoods", "likelihoods.infer", "engines", "engines.rules",
+    "engines.unrolled", "engines.tape", "engines.graph", "engines.replay", "engines.contract",
+    "engines.gather", "engines.problem", "engines.replayed", "engines.autograd", "engines.plan",
+    "estimators", "estimators.i1", "report", "measure", "sinks", "sinks.memory", "sinks.jsonl",
+    "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
+]  # fmt: skip
+
+
+def imports(path):
+    """Modules of the package that a file imports, those for type checking only left out."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module:
+            if node.module.startswith("fimprobe."):
+                yield node.module.removeprefix("fimprobe.")
+
+
+def test_a_file_imports_only_what_stands_above_it():
+    files = {
+        ".".join(p.relative_to(ROOT / "fimprobe").with_suffix("").parts).removesuffix(".__init__"): p
+        for p in (ROOT / "fimprobe").rglob("*.py")
+    }
+    files.pop("__init__")
+    assert set(files) == set(ORDER)
+    for name, path in files.items():
+        if name == "cli":  # a command imports what it runs
+            continue
+        for used in imports(path):
+            assert ORDER.index(used) < ORDER.index(name), f"{name} imports {used}"
+
+
+def test_integrations_use_the_public_api_only():
+    for path in (ROOT / "integrations").glob("*.py"):
+        assert not list(imports(path)), path
+
+
+def test_an_optional_package_is_imported_in_one_file():
+    for package in ("tensorboard", "pydantic", "sklearn", "tqdm"):
+        users = [
+            p.name
+            for p in (ROOT / "fimprobe").rglob("*.py")
+            if f"from {package}" in p.read_text() or f"import {package}" in p.read_text()
+        ]
+        assert len(users) == 1, (package, users)
+
+
+def test_the_readme_example_runs(tmp_path):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pairs for 10 %" in done.stdout
+
+
+def test_a_torchvision_that_cannot_be_imported_counts_as_absent(tmp_path):
+    fake = tmp_path / "torchvision"
+    fake.mkdir()
+    (fake / "__init__.py").write_text(
+        "from torchvision import ops\nraise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (fake / "ops.py").write_text("")
+    meta = tmp_path / "torchvision-0.28.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    for order in ("import fimprobe, transformers", "import transformers, fimprobe"):
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {order}\n"
+            "from transformers import GPT2Config, GPT2LMHeadModel, BertConfig, BertModel\n"
+            "GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=5,"
+            " bos_token_id=0, eos_token_id=0))\n"
+            "print('built')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "built" in done.stdout, (order, done.stderr[-2000:])
+
+
+def test_the_demo_shows_its_point(tmp_path, capsys):
+    from fimprobe.cli import main
+
+    assert main(["demo", "--epochs", "12", "--log-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for name in ("mlp", "cnn"):
+        line = next(x for x in out.splitlines() if x.startswith(f"What it found: as the {name}"))
+        first, last = (float(w.rstrip("%")) for w in line.split() if w.endswith("%"))
+        assert last > 1.5 * first
+    assert "tensorboard --logdir" in out

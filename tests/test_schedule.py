@@ -1,0 +1,63 @@
+"""Schedules: when a probe is due, and that a budget is kept."""
+
+import random
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import fimprobe
+from fimprobe.schedule import At, Budget, Every
+
+
+def test_every_and_at():
+    assert [s for s in range(10) if Every(4).due(s)] == [0, 4, 8]
+    assert [s for s in range(10) if At([1, 7]).due(s)] == [1, 7]
+
+
+@pytest.mark.parametrize("make", [lambda: Every(0), lambda: Budget(0), lambda: Budget(1.0)])
+def test_bad_values(make):
+    with pytest.raises(fimprobe.FimprobeError):
+        make()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.3])
+def test_budget_is_kept_and_used_on_a_simulated_clock(share):
+    rng = random.Random(0)
+    schedule, spent, total, probes = Budget(share), 0.0, 0.0, 0
+    for step in range(5000):
+        loop = 0.01 * rng.uniform(0.7, 1.3)
+        probe = 0.0
+        if schedule.due(step):
+            probes += 1
+            probe = (0.5 if probes == 1 else 0.03) * rng.uniform(0.8, 1.2)
+        schedule.observe(loop_seconds=loop, probe_seconds=probe)
+        spent, total = spent + probe, total + loop + probe
+    assert spent <= share * total
+    assert spent >= 0.5 * min(share, 1) * total or probes == 1
+
+
+def test_a_pause_earns_no_burst():
+    schedule = Budget(0.1)
+    for _ in range(20):
+        schedule.observe(loop_seconds=0.01, probe_seconds=0.0)
+    schedule.observe(loop_seconds=3600.0, probe_seconds=0.0)
+    assert schedule.elapsed < 1
+
+
+def test_a_real_loop_keeps_its_share():
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    x, y = torch.randn(512, 64), torch.randint(10, (512,))
+    with fimprobe.attach(
+        net, likelihood="categorical", schedule={"budget": 0.2}, tensorboard=False
+    ) as probe:
+        started = time.perf_counter()
+        while time.perf_counter() - started < 3:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        schedule = probe.schedule
+    assert len(probe.history) > 3
+    assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed)
