@@ -136,22 +136,27 @@ def _check_draws(draws: Any) -> int | None:
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Autograd on, autocast off, and every random stream put back as it was."""
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[d.index or 0] for d in devices]
+    states = [g.get_state() for g in generators]
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
     kind = next(iter(unwrap(model).parameters())).device.type
     try:
         with (
-            torch.random.fork_rng(devices),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(kind, enabled=False),
             torch.autocast("cpu", enabled=False),
         ):
-            torch.manual_seed(seed)
+            for generator in generators:
+                generator.manual_seed(seed)
             yield
     finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)

@@ -102,9 +102,14 @@ def make_report(
     for name in moments.parameters:
         layers.setdefault(name.rpartition(".")[0] or ROOT, []).append(name)
 
-    def group(names: list[str]) -> GroupEstimates:
-        numel = sum(moments.parameters[n].a2.numel() for n in names)
-        return GroupEstimates(numel, i1.estimate(moments, names, diagonals=diagonals))
+    groups = {f"parameter {n}": [n] for n in moments.parameters}
+    groups |= {f"layer {n}": names for n, names in layers.items()}
+    groups["total"] = list(moments.parameters)
+    estimates = i1.estimate_groups(moments, groups, diagonals=diagonals)
+
+    def group(key: str) -> GroupEstimates:
+        numel = sum(moments.parameters[n].a2.numel() for n in groups[key])
+        return GroupEstimates(numel, estimates[key])
 
     return Report(
         step=step,
@@ -112,9 +117,9 @@ def make_report(
         draws=moments.draws,
         seconds=seconds,
         likelihood=likelihood,
-        parameters={name: group([name]) for name in moments.parameters},
-        layers={name: group(names) for name, names in layers.items()},
-        total=group(list(moments.parameters)),
+        parameters={name: group(f"parameter {name}") for name in moments.parameters},
+        layers={name: group(f"layer {name}") for name in layers},
+        total=group("total"),
         coverage=moments.coverage,
     )
 

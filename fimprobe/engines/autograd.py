@@ -55,8 +55,8 @@ def measure_moments(problem: Problem, plan: Plan) -> MomentsBatch:
         parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
         batch_size=size,
         draws=problem.draws.count,
-        second=torch.cat([w.second for w in exact]) if exact else None,
-        fourth=torch.cat([w.fourth for w in exact]) if exact else None,
+        second=torch.cat([w.second for w in exact]).cpu() if exact else None,
+        fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
         blocks=torch.tensor(weights.blocks) if weights else None,
         coverage=coverage(problem, plan),
     )
@@ -190,25 +190,24 @@ def _seeds(
     return seeds, None
 
 
-def _backward(h: Tensor, tape: Tape, seeds: list[Tensor]) -> list[Tensor | None]:
-    """δ [B?, S, ...] at every edge: one backward per draw, weights' gradients never asked for."""
+def _backward(h: Tensor, tape: Tape, seeds: list[Tensor]) -> list[list[Tensor] | None]:
+    """δ of each draw at every edge: one backward per draw, weights' gradients never asked for."""
     if not tape.edges:
         return []
-    collected: list[list[Tensor | None]] = []
+    collected = []
     for i, seed in enumerate(seeds):
         last = i == len(seeds) - 1
         collected.append(
-            list(torch.autograd.grad(h, tape.edges, seed, retain_graph=not last, allow_unused=True))
+            torch.autograd.grad(h, tape.edges, seed, retain_graph=not last, allow_unused=True)
         )
-    stacked: list[Tensor | None] = []
+    by_edge: list[list[Tensor] | None] = []
     for parts in zip(*collected, strict=True):
         present = next((p for p in parts if p is not None), None)
         if present is None:
-            stacked.append(None)
-            continue
-        filled = [torch.zeros_like(present) if p is None else p for p in parts]
-        stacked.append(torch.stack(filled) if len(filled) > 1 else filled[0].unsqueeze(0))
-    return stacked
+            by_edge.append(None)
+        else:
+            by_edge.append([torch.zeros_like(present) if p is None else p for p in parts])
+    return by_edge
 
 
 def _numel(edge: Any) -> int:

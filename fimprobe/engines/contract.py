@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fimprobe.types import Moments
 
-GRAM_LIMIT = 64
+GRAM_LIMIT = 16
 """Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
 
 

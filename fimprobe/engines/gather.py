@@ -10,76 +10,68 @@ from torch import Tensor
 
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
 from fimprobe.engines.rules import Call, embedding_tokens
-from fimprobe.engines.tape import Use
+from fimprobe.engines.tape import Use, batch_first
 
-Live = list[tuple[Use, Call, Tensor]]
+Live = list[tuple[Use, Call, list[Tensor]]]
+
+CACHE_BYTES = 4 * 2**20
+"""On a CPU the gradients at hand stay below this: fresh pages cost more than arithmetic."""
 
 
 def contract_uses(
     accumulator: Accumulator,
     uses: list[Use],
-    deltas: list[Tensor | None],
+    deltas: list[list[Tensor] | None],
     size: int,
     weights: Weights | None,
     room: float,
 ) -> None:
     """Add the moments of one parameter from all its uses."""
     shape = accumulator.a2.shape
-    live = []
+    live: Live = []
     for use in uses:
-        delta = use_delta(use, deltas, size)
+        delta = use_deltas(use, deltas, size)
         if delta is not None:
             inputs = tuple(precise(x) for x in use.call.inputs)
-            call = type(use.call)(use.call.module, inputs, use.call.folded)
-            live.append((use, call, precise(delta)))
+            call = Call(use.call.module, inputs, use.call.folded)
+            live.append((use, call, [precise(d) for d in delta]))
     if not live:
         return
-    scale = _scale([(call.inputs if use.rule.outer else (), d) for use, call, d in live])
-    live = [(use, call, _rescaled(d, scale)) for use, call, d in live]
+    scale = _scale(live)
     use, call, delta = live[0]
     if len(live) == 1 and use.rows is None:
-        if (
-            use.rule.outer
-            and call.inputs[0].dim() == 2
-            and shape
-            == (
-                delta.shape[-1],
-                call.inputs[0].shape[-1],
-            )
-        ):
-            accumulator.add_outer(delta, call.inputs[0], scale, weights)
+        width = (delta[0].shape[-1], call.inputs[0].shape[-1])
+        if use.rule.outer and call.inputs[0].dim() == 2 and shape == width:
+            stacked = _stack(use, delta, slice(0, size), None, scale)
+            accumulator.add_outer(stacked, call.inputs[0], scale, weights)
             return
         if use.rule.tokens:
-            accumulator.add_tokens(*embedding_tokens(call, delta), scale, weights)
+            stacked = _stack(use, delta, slice(0, size), None, scale)
+            accumulator.add_tokens(*embedding_tokens(call, stacked), scale, weights)
             return
-    draws = delta.shape[1]
-    bytes_each = draws * math.prod(shape) * delta.element_size()
+    if delta[0].device.type == "cpu":
+        room = min(room, CACHE_BYTES)
+    bytes_each = len(delta) * math.prod(shape) * delta[0].element_size()
     tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
-    tile = shape[0] if len(shape) > 0 else 1
-    step = size
-    if bytes_each * size > room:
-        step = max(1, int(room / bytes_each))
-        if bytes_each > room and tiled:
-            tile = max(1, int(shape[0] * room / bytes_each))
+    rows = shape[0] if tiled else 1
+    step = max(1, min(size, int(room / bytes_each)))
+    tile = rows if bytes_each <= room else max(1, int(rows * room / bytes_each))
     for start in range(0, size, step):
         samples = slice(start, min(start + step, size))
         part = None if weights is None else weights.rows(samples)
-        for row in range(0, shape[0] if len(shape) else 1, tile):
-            where = slice(row, row + tile) if tiled else slice(None)
-            total = sum_uses(live, samples, where, tiled, shape)
-            accumulator.add(total, samples, where if len(shape) else ..., scale, part)  # type: ignore[arg-type]
-            if not tiled:
-                break
+        for row in range(0, rows, tile):
+            where: Any = slice(row, row + tile) if tiled else ...
+            total = sum_uses(live, samples, where if tiled else None, shape, scale)
+            accumulator.add(total, samples, where, scale, part)
 
 
-def sum_uses(live: list[Any], samples: slice, where: slice, tiled: bool, shape: torch.Size) -> Tensor:
-    """Σ over uses of g [b, S, *tile]: before any power is taken."""
+def sum_uses(
+    live: Live, samples: slice, where: slice | None, shape: torch.Size, scale: Tensor
+) -> Tensor:
+    """Σ over uses of g [b, S, *tile] / scale: before any power is taken."""
     total: Tensor | None = None
     for use, call, delta in live:
-        part = delta[samples]
-        if tiled:
-            part = part[..., where]
-        g = use.rule.gradient(call.rows(samples), part)
+        g = use.rule.gradient(call.rows(samples), _stack(use, delta, samples, where, scale))
         if use.rows is not None:
             if total is None:
                 total = g.new_zeros(*g.shape[:2], *shape)
@@ -90,29 +82,38 @@ def sum_uses(live: list[Any], samples: slice, where: slice, tiled: bool, shape: 
     return total
 
 
-def _scale(groups: list[tuple[tuple[Tensor, ...], Tensor]]) -> Tensor:
-    first = groups[0][1]
+def _stack(
+    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor
+) -> Tensor:
+    """δ [b, S, ...] of some samples (and rows of the parameter), divided by ``scale``."""
+    parts = [d[samples] if where is None else d[samples][..., where] for d in delta]
+    if len(parts) == 1:
+        stacked = parts[0].unsqueeze(1)
+    elif use.rule.tiles or use.rule.outer:  # draws beside the channels: one product for all
+        stacked = torch.stack(parts, -2).movedim(-2, 1)
+    else:
+        stacked = torch.stack(parts, 1)
+    if stacked.dtype == torch.float64 or (scale.device.type == "cpu" and float(scale) == 1):
+        return stacked
+    return stacked * (1 / scale).to(stacked.dtype)
+
+
+def _scale(live: Live) -> Tensor:
+    first = live[0][2][0]
     if first.dtype == torch.float64:
         return torch.ones((), dtype=torch.float64, device=first.device)
-    return torch.stack([power_of_two(delta, *inputs) for inputs, delta in groups]).max()
+    scales = [
+        power_of_two(d, *(call.inputs if use.rule.outer else ()))
+        for use, call, delta in live
+        for d in delta
+    ]
+    return torch.stack(scales).max() if len(scales) > 1 else scales[0]
 
 
-def _rescaled(delta: Tensor, scale: Tensor) -> Tensor:
-    if delta.dtype == torch.float64 or (delta.device.type == "cpu" and float(scale) == 1):
-        return delta
-    return delta * (1 / scale).to(delta.dtype)
-
-
-def use_delta(use: Use, deltas: list[Tensor | None], size: int) -> Tensor | None:
-    """δ of a use as [B, S, ...]."""
+def use_deltas(use: Use, deltas: list[list[Tensor] | None], size: int) -> list[Tensor] | None:
+    """δ of a use for each draw, batch first."""
     delta = deltas[use.edge]
-    if delta is None:
-        return None
-    if use.layout == 0:
-        return delta.transpose(0, 1)
-    if use.layout == 1:
-        return delta.movedim(2, 0)
-    return delta.unflatten(1, (size, -1)).transpose(0, 1)
+    return None if delta is None else [batch_first(d, use.layout, size) for d in delta]
 
 
 def precise(x: Tensor) -> Tensor:

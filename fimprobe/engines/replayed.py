@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fimprobe.batch import Batch
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
-from fimprobe.engines.gather import precise, sum_uses, use_delta
+from fimprobe.engines.gather import precise, sum_uses, use_deltas
 from fimprobe.engines.problem import Plan, Problem
 from fimprobe.engines.replay import replay_gradients
 from fimprobe.engines.rules import rules_for
@@ -52,7 +52,7 @@ def contract_replays(
     tape: Tape,
     replays: list[tuple[Replayed, dict[str, Tensor]]],
     pieces: dict[str, list[tuple[Replayed, str]]],
-    deltas: list[Tensor | None],
+    deltas: list[list[Tensor] | None],
     seeds: Tensor,
     accumulators: dict[str, Accumulator],
     weights: Weights | None,
@@ -81,12 +81,12 @@ def contract_replays(
             if name not in plan.replay:
                 uses = tape.uses.get(id(problem.parameters[name]), [])
                 for use in uses:
-                    delta = use_delta(use, deltas, batch.size)
+                    delta = use_deltas(use, deltas, batch.size)
                     if delta is None:
                         continue
                     live = [(use, use.call, delta)]
                     total = total + precise(
-                        sum_uses(live, samples, slice(None), False, problem.parameters[name].shape)
+                        sum_uses(live, samples, None, problem.parameters[name].shape, one)
                     )
             part = None if weights is None else weights.rows(samples)
             scale = one if total.dtype == torch.float64 else power_of_two(total)
@@ -100,7 +100,7 @@ def _replay(
     plan: Plan,
     call: Replayed,
     inside: dict[str, Tensor],
-    deltas: list[Tensor | None],
+    deltas: list[list[Tensor] | None],
     seeds: Tensor,
     batch: Batch,
     samples: slice,
@@ -117,7 +117,7 @@ def _replay(
         incoming = []
         for edge in call.edges:
             delta = None if edge is None else deltas[edge]
-            incoming.append(None if delta is None else delta.transpose(0, 1)[samples])
+            incoming.append(None if delta is None else torch.stack([d[samples] for d in delta], 1))
         if all(d is None for d in incoming):
             return {}
     detached = {n: p.detach() for n, p in inside.items()}

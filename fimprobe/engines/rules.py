@@ -57,11 +57,8 @@ def linear_weight(call: Call, delta: Tensor) -> Tensor:
     if x.dim() == 2:
         return delta.unsqueeze(-1) * x[:, None, None, :]
     x = x.reshape(samples, -1, x.shape[-1])
-    delta = delta.reshape(samples, draws, -1, width).transpose(2, 3)
-    if draws == 1:
-        return torch.bmm(delta.squeeze(1), x).unsqueeze(1)
-    product = torch.bmm(delta.reshape(samples, draws * width, -1), x)
-    return product.view(samples, draws, width, -1)
+    delta = delta.movedim(1, -2).reshape(samples, x.shape[1], draws * width)
+    return torch.bmm(delta.transpose(1, 2), x).view(samples, draws, width, -1)
 
 
 def last_bias(call: Call, delta: Tensor) -> Tensor:
@@ -88,7 +85,6 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
     """
     module: Any = call.module
     (x,) = call.inputs
-    weight = module.weight
     if not call.folded:
         x, delta = x.unsqueeze(1), delta.unsqueeze(2)
     samples, folds = x.shape[:2]
@@ -112,33 +108,22 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
                 strict=True,
             )
         ]
-    draws = delta.shape[1]
-    if draws > 1 and module.groups == 1 and not module.transposed:
-        # the draws as further output channels: x is read once
-        merged = delta.transpose(1, 2).flatten(2, 3).unsqueeze(1)
-        merged_gradient = _grouped(
-            module, x, merged, draws * weight.shape[0], padding, output_padding
-        )
-        return merged_gradient.view(samples, draws, *weight.shape)
-    gradients = [
-        _grouped(module, x, draw.unsqueeze(1), weight.shape[0], padding, output_padding)
-        for draw in delta.unbind(1)
-    ]
-    return gradients[0].unsqueeze(1) if draws == 1 else torch.stack(gradients, 1)
+    gradients = [_grouped(module, x, draw, padding, output_padding) for draw in delta.unbind(1)]
+    return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
 
 
 def _grouped(
-    module: Any, x: Tensor, delta: Tensor, rows: int, padding: Any, output_padding: list[int]
+    module: Any, x: Tensor, delta: Tensor, padding: Any, output_padding: list[int]
 ) -> Tensor:
-    """Weight gradients [B, rows, ...] for x [B, k, C, ...] and one δ [B, 1, k, O, ...]."""
+    """Weight gradients [B, *weight.shape] for x [B, k, C, ...] and one draw's δ [B, k, O, ...]."""
     samples, folds = x.shape[:2]
+    shape = module.weight.shape
     grouped = x.transpose(0, 1).reshape(folds, samples * x.shape[2], *x.shape[3:])
-    seed = delta.squeeze(1).transpose(0, 1)
-    seed = seed.reshape(folds, samples * seed.shape[2], *seed.shape[3:])
+    seed = delta.transpose(0, 1).reshape(folds, samples * delta.shape[2], *delta.shape[3:])
     gradient = torch.ops.aten.convolution_backward(
         seed,
         grouped,
-        x.new_empty((samples * rows, *module.weight.shape[1:])),
+        x.new_empty((samples * shape[0], *shape[1:])),
         None,
         module.stride,
         padding,
@@ -148,7 +133,7 @@ def _grouped(
         samples * module.groups,
         [False, True, False],
     )[1]
-    return gradient.view(samples, rows, *module.weight.shape[1:])
+    return gradient.view(samples, *shape)
 
 
 def channel_sum(call: Call, product: Tensor) -> Tensor:

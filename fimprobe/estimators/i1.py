@@ -45,105 +45,107 @@ def spread(q: Value, diagonal_square: Value, batch_size: int, draws: int | None)
     return (q / count**2 - batch_size * diagonal_square) / (batch_size - 1)
 
 
-def total_label_variance(moments: MomentsBatch, gram: Tensor) -> float | None:
-    """L1 = E‖g‖⁴ − ‖F‖_F² of a block, mean over inputs, from the Gram matrices [B, S, S].
+def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
+    """L1 = E‖g‖⁴ − ‖F‖_F² of blocks, mean over inputs, from their Gram matrices [..., B, S, S].
 
     Sampled (S ≥ 2), unbiased: mean_s ‖g_s‖⁴ − mean_{s≠t} (g_s·g_t)². Exact passes with weights w:
     each independent label adds its own L1, and pairs of labels s ≠ t add
     tr F_s tr F_t + tr(F_s F_t) (theory §6).
     """
     square = gram.square()
-    own = square.diagonal(dim1=1, dim2=2)
+    own = square.diagonal(dim1=-2, dim2=-1)
     if moments.draws is not None:
         draws = moments.draws
-        cross = (square.sum((1, 2)) - own.sum(1)) / (draws * (draws - 1))
-        return float((own.mean(1) - cross).mean())
+        cross = (square.sum((-2, -1)) - own.sum(-1)) / (draws * (draws - 1))
+        return (own.mean(-1) - cross).mean(-1)
     assert moments.second is not None and moments.fourth is not None
     assert moments.blocks is not None
     w, m = moments.second.double(), moments.fourth.double()
     blocks = moments.blocks.to(gram.device)
-    same = blocks[:, None] == blocks[None, :]
-    weighted = square * w[:, :, None] * w[:, None, :]
-    trace = torch.zeros(len(w), int(blocks.max()) + 1, dtype=w.dtype, device=w.device)
-    trace.index_add_(1, blocks, w * gram.diagonal(dim1=1, dim2=2))
-    total = (m * own).sum(1) - (weighted * same).sum((1, 2))
-    total += trace.sum(1).square() - trace.square().sum(1) + (weighted * ~same).sum((1, 2))
-    return float(total.mean())
+    member = torch.nn.functional.one_hot(blocks).to(w.dtype)  # passes x blocks
+    same = member @ member.T
+    weighted = square * w.unsqueeze(-1) * w.unsqueeze(-2)
+    trace = (w * gram.diagonal(dim1=-2, dim2=-1)) @ member
+    total = (m * own).sum(-1) - (weighted * same).sum((-2, -1))
+    total += trace.sum(-1).square() - trace.square().sum(-1) + (weighted * (1 - same)).sum((-2, -1))
+    return total.mean(-1)
 
 
-def estimate(moments: MomentsBatch, names: list[str], *, diagonals: bool) -> Estimate:
-    """Î₁ of the group of parameters ``names``."""
-    group = {name: moments.parameters[name] for name in names}
+def estimate_groups(
+    moments: MomentsBatch, groups: Mapping[str, list[str]], *, diagonals: bool
+) -> dict[str, Estimate]:
+    """Î₁ of each group of parameters, all groups at once."""
     size, draws = moments.batch_size, moments.draws
     count = size * (draws or 1)
-    trace = sum(m.a2_sum for m in group.values()) / count
-    square = sum(m.a2_square for m in group.values()) / count**2
-    a4, q, r = (sum(getattr(m, k) for m in group.values()) for k in ("a4_sum", "q_sum", "r_sum"))
+    index = {name: i for i, name in enumerate(moments.parameters)}
+    records = list(moments.parameters.values())
+    member = torch.zeros(len(groups), len(records), dtype=torch.float64)
+    for row, names in enumerate(groups.values()):
+        member[row, [index[n] for n in names]] = 1
+    sums = torch.tensor(
+        [[m.a2_sum, m.a2_square, m.a4_sum, m.q_sum, m.r_sum] for m in records],
+        dtype=torch.float64,
+    )
+    a2, square, a4, q, r = (member @ sums).unbind(1)
+    trace, square = a2 / count, square / count**2
     labels = label_variance(a4, q, r, size, draws)
     across = spread(q, square, size, draws)
-    inputs = total = None
-    if across is not None and draws is None:
-        inputs = across
-    elif across is not None and draws is not None and labels is not None:
-        inputs = across - labels / draws
-    if inputs is not None and labels is not None:
+    norms = torch.stack([m.squared_norms for m in records]).double().cpu()
+    errors = _trace_error(moments, torch.tensordot(member, norms, 1))
+    totals = None
+    if all(m.gram is not None for m in records):
+        grams = torch.stack([m.gram for m in records if m.gram is not None]).cpu()
+        totals = total_label_variance(moments, torch.tensordot(member, grams, 1))
+    inputs: Tensor | None = None
+    total: Tensor | None = None
+    if across is not None and labels is not None:
+        inputs = across if draws is None else across - labels / draws
         total = inputs + labels
     elif draws == 1:
         total = across
     elif size == 1:
         total = labels  # one input: the labels' part is all there is to see
-    norms = sum_tensors([m.squared_norms for m in group.values()])
-    error = _error_of_mean(across, labels, size, draws)
-    return Estimate(
-        trace=trace,
-        norm=square**0.5,
-        label_variance=labels,
-        input_variance=inputs,
-        total_variance=total,
-        std_error=_trace_error(moments, norms),
-        rel_error=None if error is None or square == 0 else (max(error, 0.0) / square) ** 0.5,
-        total_label_variance=_total(moments, group),
-        diagonal={n: m.a2 / count for n, m in group.items()} if diagonals else None,
-        diagonal_label_variance=_diagonal_labels(moments, group) if diagonals else None,
-        diagonal_input_variance=_diagonal_inputs(moments, group) if diagonals else None,
-    )
-
-
-def sum_tensors(tensors: list[Tensor]) -> Tensor:
-    """Σ of equally shaped tensors."""
-    return torch.stack(tensors).sum(0)
-
-
-def _error_of_mean(
-    across: float | None, labels: float | None, size: int, draws: int | None
-) -> float | None:
-    """Σ_i Var F̂_ii: over inputs and draws; for a single input over its draws."""
+    error: Tensor | None = None
     if across is not None:
-        return across / size
-    if labels is not None and draws is not None:
-        return labels / (size * draws)
-    return None
+        error = across / size
+    elif labels is not None and draws is not None:  # a single input: its draws vary
+        error = labels / (size * draws)
+    relative = None if error is None else (error.clamp(min=0) / square).sqrt()
+
+    def at(values: Tensor | None, row: int) -> float | None:
+        return None if values is None else float(values[row])
+
+    found = {}
+    for row, (group, names) in enumerate(groups.items()):
+        mine = {n: moments.parameters[n] for n in names}
+        found[group] = Estimate(
+            trace=float(trace[row]),
+            norm=float(square[row]) ** 0.5,
+            label_variance=at(labels, row),
+            input_variance=at(inputs, row),
+            total_variance=at(total, row),
+            std_error=at(errors, row),
+            rel_error=at(relative, row) if float(square[row]) > 0 else None,
+            total_label_variance=at(totals, row),
+            diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
+            diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
+            diagonal_input_variance=_diagonal_inputs(moments, mine) if diagonals else None,
+        )
+    return found
 
 
-def _trace_error(moments: MomentsBatch, norms: Tensor) -> float | None:
-    """Standard error of the trace: each input's Σ_s ‖g_s‖²/S is one observation."""
+def _trace_error(moments: MomentsBatch, norms: Tensor) -> Tensor | None:
+    """Standard error of the traces [G] from ‖g_bs‖² [G, B, S]: one observation for each input."""
     if moments.draws is None:
         assert moments.second is not None
-        per_input = (norms * moments.second.double()).sum(1)
+        observed = (norms * moments.second.double().cpu()).sum(-1)
+    elif moments.batch_size == 1:  # one input: its draws are the observations
+        observed = norms[:, 0]
     else:
-        per_input = norms.mean(1)
-        if len(per_input) == 1:  # one input: its draws are the observations
-            per_input = norms[0]
-    if len(per_input) < 2:
+        observed = norms.mean(-1)
+    if observed.shape[-1] < 2:
         return None
-    return float(per_input.std() / len(per_input) ** 0.5)
-
-
-def _total(moments: MomentsBatch, group: Mapping[str, Moments]) -> float | None:
-    grams = [m.gram for m in group.values() if m.gram is not None]
-    if len(grams) < len(group):
-        return None
-    return total_label_variance(moments, sum_tensors(grams))
+    return observed.std(-1) / observed.shape[-1] ** 0.5
 
 
 def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
