@@ -4,7 +4,7 @@ from fimprobe import torchvision_guard as _torchvision_guard  # noqa: I001 - bef
 
 from fimprobe import likelihoods
 from fimprobe.config import Config, load_config
-from fimprobe.measure import measure
+from fimprobe.measurement import measure
 from fimprobe.probe import Probe
 from fimprobe.report import Report
 from fimprobe.types import BatchError, Estimate, FimprobeError, GroupEstimates, Likelihood, Sink

@@ -35,31 +35,33 @@ class Capture:
         self.model, self.watch = model, watch
         self.last: Captured | None = None
         self.evaluations = 0
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
         self._compiled: Any = None
-        before = torch._dynamo.disable(self._before) if _uses_dynamo(model) else self._before
-        after = torch._dynamo.disable(self._after) if _uses_dynamo(model) else self._after
-        self._handles: list[Any] = []
-        if getattr(model, "_compiled_call_impl", None) is not None:
-            # model.compile(): the compiled call has its hooks baked in, so it is wrapped instead
-            compiled: Any = model._compiled_call_impl
-            self._compiled = compiled
+        self._call: Any = None
+        self._wrap()
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self._before(model, args, kwargs)
-                out = compiled(*args, **kwargs)
-                self._after(model, args, kwargs, out)
-                return out
+    def _wrap(self) -> None:
+        """Where ``model.compile()`` was called: its graph has the hooks baked in or left out."""
+        model, compiled = self.model, getattr(self.model, "_compiled_call_impl", None)
+        if compiled is None or compiled is self._call:
+            return
 
-            model._compiled_call_impl = call
-        else:
-            self._handles = [
-                model.register_forward_pre_hook(before, with_kwargs=True),
-                model.register_forward_hook(after, with_kwargs=True),
-            ]
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._before(model, args, kwargs)
+            out = compiled(*args, **kwargs)
+            self._after(model, args, kwargs, out)
+            return out
+
+        model._compiled_call_impl = call
+        self._compiled, self._call = compiled, call
 
     def take(self) -> Captured | None:
         """The captured batch, forgotten here."""
         last, self.last = self.last, None
+        self._wrap()  # the model may have been compiled since
         return last
 
     def remove(self) -> None:
@@ -67,13 +69,25 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._compiled is not None:
+        if self._call is not None and self.model._compiled_call_impl is self._call:
             self.model._compiled_call_impl = self._compiled
-            self._compiled = None
+        self._compiled = self._call = None
         self.last = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        """A copied model's hooks do nothing."""
+        return _blind()
+
+    def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
+        """A pickled model's neither."""
+        return _blind, ()
+
+    def _seen(self, model: nn.Module) -> bool:
+        # a copied model shares the hooks; inside a compiled graph they would break it
+        return model is self.model and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
+        if self._seen(model):
             if model.training:
                 self.last = Captured(args, dict(kwargs))
             else:
@@ -83,7 +97,7 @@ class Capture:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         captured = self.last
-        if captured is None or not model.training or not torch.is_grad_enabled():
+        if captured is None or not model.training or not self._seen(model):
             return
         tensor = self.watch(out)
         if tensor is not None and tensor.requires_grad:
@@ -95,8 +109,11 @@ class Capture:
             tensor.register_hook(keep)
 
 
-def _uses_dynamo(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod")
+def _blind() -> Capture:
+    """A capture of no model."""
+    capture = Capture.__new__(Capture)
+    capture.model, capture.last = None, None  # type: ignore[assignment]
+    return capture
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

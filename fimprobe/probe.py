@@ -27,7 +27,7 @@ from fimprobe.likelihoods.infer import (
     infer_from_gradient,
     infer_from_model,
 )
-from fimprobe.measure import measure, select_outputs
+from fimprobe.measurement import measure, select_outputs
 from fimprobe.report import Report
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink
@@ -266,6 +266,8 @@ class Probe:
             tensor = self._output(out)
         except Exception:  # said at the measurement, where it matters
             return None
+        if not isinstance(tensor, Tensor):
+            return None
         return tensor if self.likelihood is None or tensor.dim() > 2 else None
 
     def _no_batch(self) -> None:
@@ -311,20 +313,22 @@ class Probe:
         if distributed and torch.distributed.get_rank() > 0:  # reports stay in probe.history
             return None
         remedy = "pass another log_dir; reports stay in probe.history"
-        if config.tensorboard:
-            self._guarded(board, f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})")
+        what = f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})"
+        written = bool(config.tensorboard) and self._guarded(board, what, key="log_dir")
         if config.jsonl is not False and (config.tensorboard or config.jsonl):
             where = str(config.jsonl or log_dir / FILE_NAME)
-            self._guarded(lines, f"jsonl={where!r} cannot be written ({remedy})")
-        return log_dir if len(self._sinks) > 1 and config.tensorboard else None
+            what = f"jsonl={where!r} cannot be written ({remedy})"
+            # below log_dir, what hindered TensorBoard hinders this: told once
+            self._guarded(lines, what, key="jsonl" if config.jsonl else "log_dir")
+        return log_dir if written else None
 
-    def _guarded(self, action: Callable[[], None], what: str) -> bool:
+    def _guarded(self, action: Callable[[], None], what: str, key: str | None = None) -> bool:
         try:
             action()
         except Exception as error:
             if self.config.on_error == "raise":
                 raise FimprobeError(f"{what}: {error}") from error
-            self._tell(f"{what}: {error}")
+            self._tell(f"{what}: {error}", key=key)
             return False
         return True
 

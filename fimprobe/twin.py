@@ -85,7 +85,7 @@ def make_twin(model: nn.Module) -> nn.Module:
             if isinstance(value, (Tensor, list, tuple, dict)):
                 for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                        memo[id(leaf)] = leaf.detach()
+                        memo[id(leaf)] = leaf.detach().clone()
     for module in compiled:
         memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
     twin: nn.Module = copy.deepcopy(model, memo)

@@ -12,7 +12,7 @@ ORDER = [
     "likelihoods.poisson", "likelihoods", "likelihoods.infer", "engines", "engines.rules",
     "engines.unrolled", "engines.tape", "engines.graph", "engines.replay", "engines.contract",
     "engines.gather", "engines.problem", "engines.replayed", "engines.autograd", "engines.plan",
-    "estimators", "estimators.i1", "report", "measure", "sinks", "sinks.memory", "sinks.jsonl",
+    "estimators", "estimators.i1", "report", "measurement", "sinks", "sinks.memory", "sinks.jsonl",
     "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 

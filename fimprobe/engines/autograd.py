@@ -25,6 +25,9 @@ from fimprobe.types import BatchError, FimprobeError, MomentsBatch
 PASS_LIMIT = 4096
 """Most backward passes that ``draws="exact"`` takes."""
 
+FRESH_BYTES = 2.5 * 2**20
+"""On a CPU, samples are taken in chunks whose largest layer output stays below this."""
+
 
 def measure_moments(problem: Problem, plan: Plan) -> MomentsBatch:
     """Moments of every trainable parameter over the whole batch, chunk by chunk."""
@@ -92,6 +95,11 @@ def _measure_chunk(
     if saved() + passes * stash > ceiling and batch.size > 1:
         fit = int(batch.size * ceiling / (saved() + passes * stash))
         raise OverMemory(min(batch.size - 1, fit))
+    if h.device.type == "cpu" and plan.chunk is None and tape.edges:
+        # large fresh tensors cost more in page faults than the chunks cost in calls
+        largest = max(_numel(edge) for edge in tape.edges) * h.element_size()
+        if largest > FRESH_BYTES and batch.size > 1:
+            raise OverMemory(_even(batch.size, int(batch.size * FRESH_BYTES / largest)))
     seeds, weights = _seeds(problem, rows, h, mask)
     deltas = _backward(h, tape, seeds)
     check_inputs_unchanged(tape)
@@ -208,6 +216,11 @@ def _backward(h: Tensor, tape: Tape, seeds: list[Tensor]) -> list[list[Tensor] |
         else:
             by_edge.append([torch.zeros_like(present) if p is None else p for p in parts])
     return by_edge
+
+
+def _even(size: int, chunk: int) -> int:
+    """The chunk no larger than ``chunk`` that cuts ``size`` most evenly."""
+    return math.ceil(size / math.ceil(size / max(chunk, 1)))
 
 
 def _numel(edge: Any) -> int:

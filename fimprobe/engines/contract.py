@@ -85,7 +85,8 @@ class Accumulator:
         self.q_sum += q * power
         single = len(blocks) == 1
         self.r_sum += (q if single else sum(_dot(t, t) for t in blocks)) * power
-        self.a2[where] += (f.sum(0) * scale.to(f.dtype) ** 2).view(tile)
+        total = f.sum(0)
+        self.a2[where] += (total if _is_one(scale) else total * scale.to(f.dtype) ** 2).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
             quartic = square.double().square()
             if weights is not None:
@@ -98,33 +99,40 @@ class Accumulator:
 
     def add_outer(self, delta: Tensor, x: Tensor, scale: Tensor, weights: Weights | None) -> None:
         """Take ``scale``·δ xᵀ with δ [b, S, o], x [b, i]: the moments factor, no g is formed."""
-        samples = slice(0, delta.shape[0])
         power = scale**4
-        gram = self.grams[-1][samples]
+        gram = self.grams[-1]
         x2 = x.square()
-        length = x2.sum(-1).double()
+        length, x4_sum = x2.sum(-1).double(), torch.linalg.vecdot(x2, x2).double()
+        square = delta.square()
         if gram.dim() == 3:
             inner = torch.bmm(delta, delta.transpose(1, 2)).double()
             gram += inner * length[:, None, None] * scale**2
-        square = delta.square()
-        if gram.dim() == 2:
+        else:
             gram += square.sum(-1).double() * length[:, None] * scale**2
-        blocks = [square.sum(1)] if weights is None else _block_sums(square, weights)
-        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
         # δ was rescaled: its powers stay in range, the sums over samples are taken in float64
-        quartic = square.square()
-        if weights is not None:
-            quartic = quartic * weights.fourth.to(quartic.dtype).unsqueeze(-1)
-        quartic = quartic.sum(1)
-        x4 = x2.square()
-        x4_sum = x4.sum(-1).double()
-        self.a4_sum += torch.dot(quartic.sum(-1).double(), x4_sum) * power
+        single = weights is None and delta.shape[1] == 1
+        if weights is None:
+            blocks = [square.squeeze(1) if single else square.sum(1)]
+        else:
+            blocks = _block_sums(square, weights)
+        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
         f2 = f.square()
-        self.q_sum += torch.dot(f2.sum(-1).double(), x4_sum) * power
         r2 = f2 if len(blocks) == 1 else torch.stack(blocks).square().sum(0)
-        self.r_sum += torch.dot(r2.sum(-1).double(), x4_sum) * power
-        self.a2.addmm_(f.t() * scale.to(f.dtype) ** 2, x2.to(f.dtype))
+        quartic = f2
+        if weights is not None:
+            quartic = torch.einsum("bs,bso->bo", weights.fourth.to(square.dtype), square.square())
+        elif not single:
+            quartic = square.square().sum(1)
+        fourth = torch.dot(quartic.sum(-1).double(), x4_sum) * power
+        q = fourth if single else torch.dot(f2.sum(-1).double(), x4_sum) * power
+        self.a4_sum += fourth
+        self.q_sum += q
+        self.r_sum += q if r2 is f2 else torch.dot(r2.sum(-1).double(), x4_sum) * power
+        if not _is_one(scale):
+            f = f * scale.to(f.dtype) ** 2
+        self.a2.addmm_(f.t(), x2)
         if self.a4 is not None and self.q is not None and self.r is not None:
+            x4 = x2.square()
             self.a4 += quartic.t().double() @ x4.double() * power
             self.q += f2.t().double() @ x4.double() * power
             self.r += r2.t().double() @ x4.double() * power
@@ -204,6 +212,11 @@ def power_of_two(*tensors: Tensor) -> Tensor:
         return torch.ones_like(product)
     product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
     return torch.exp2(torch.ceil(torch.log2(product)))
+
+
+def _is_one(scale: Tensor) -> bool:
+    """Whether a scale does nothing; never asked of a GPU, which would have to be waited for."""
+    return scale.device.type == "cpu" and float(scale) == 1
 
 
 def _sums(x: Tensor) -> tuple[float, float]:

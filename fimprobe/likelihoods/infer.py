@@ -7,6 +7,7 @@ batch cannot tell, the answer is "undecided" and the next batch is asked.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,8 @@ def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
                 undecided = "the batch is too uniform to tell cross-entropy from other losses"
             elif verdict:
                 return Decision(Categorical(class_dim=dim), f"the loss gradient is {verdict}")
+    if undecided:  # gradients that sum to zero over the classes are no other family's, but for chance
+        return Decision(None, undecided, final=False)
     for family, verdict in (
         (Bernoulli(), _bernoulli(h, g, coarse)),
         (Poisson(), _poisson(h, g, coarse)),
@@ -105,60 +108,91 @@ def _categorical(h: Tensor, g: Tensor, coarse: float) -> str:
     rest = (p * others).sum(1)
     c = (g * others).sum(1) / rest
     fit = ((g - c[:, None] * p) * others).abs().amax(1) <= coarse * size + coarse**2 * size.max()
+    verdict = ""
     if bool(fit.all()) and bool((c > 0).all()):
         confident = rest < 1e-3  # too near one-hot for c to be read off precisely
         sure = ~confident if bool((~confident).any()) else torch.ones_like(confident)
         c, label, p_label = c[sure], label[sure], p[sure].gather(1, label[sure][:, None])[:, 0]
-        if bool(((c - c.mean()).abs() <= 10 * coarse * c.mean()).all()):
-            # a loss f(p_y) such as focal loss has c = c(p_y): equal c tells nothing if p_y is equal
-            if len(c) < 2 or float(p_label.max() - p_label.min()) < 50 * coarse:
-                return "undecided"
+        verdict = _constant(c, p_label, torch.zeros_like(label), coarse)
+        if verdict == "yes":
             return "c(softmax − onehot)"
-        evidence = 0
-        for y in label.unique():
-            mine, where = c[label == y], p_label[label == y]
-            if bool(((mine - mine.mean()).abs() > 10 * coarse * mine.mean()).any()):
-                return ""  # c depends on p_y: not a likelihood's score (focal loss, for one)
-            if len(mine) > 1 and float(where.max() - where.min()) > 50 * coarse:
-                evidence += 1
-        return "c_y(softmax − onehot): cross-entropy with class weights" if evidence else "undecided"
-    # smoothed: g_k = c p_k − d for k ≠ y with common c, d; c(p − q) with q a distribution
+        if not verdict:
+            verdict = _constant(c, p_label, label, coarse)
+        if verdict == "yes":
+            return "c_y(softmax − onehot): cross-entropy with class weights"
+    return _smoothed(p, g, coarse) or verdict
+
+
+def _smoothed(p: Tensor, g: Tensor, coarse: float) -> str:
+    """Rows [n, C]: c(p − q), q being s/C everywhere and 1 − s more at the label."""
+    classes, precision = p.shape[1], min(coarse, 1e-2)
+    label = g.argmin(1)
+    # the label has the least g unless p_y > q_y, where the model is right: then p is largest there
+    plain = (label == p.argmax(1)) | (g.amin(1) < -0.5 * g.abs().max())
+    others = torch.ones_like(g, dtype=torch.bool).scatter(1, label[:, None], False)
+    others &= plain[:, None] | ~plain.any()
     x, y = p[others], g[others]
-    if len(x) < 4 or float(x.max() - x.min()) < 50 * coarse:
-        return "undecided" if len(x) < 4 else ""
+    if len(p) < 3 or len(x) < 4:
+        return "undecided"
+    spread = float(x.max() - x.min())
+    if spread < 10 * precision or (classes == 2 and spread < 10 * precision**0.5):
+        return ""
     centred = x - x.mean()
     slope = float((centred * (y - y.mean())).sum() / centred.square().sum())
-    offset = float(y.mean() - slope * x.mean())
-    smooth = -offset * g.shape[1] / slope if slope else -1.0
-    if (
-        slope > 0
-        and 0 < smooth < 1
-        and bool(((y - slope * x - offset).abs() <= coarse * abs(slope) + coarse * size.max()).all())
-    ):
-        target = p - g / slope
-        if bool((target.sum(1) - 1).abs().max() < 100 * coarse):
-            return f"c(softmax − smoothed onehot), smoothing {smooth:.2g}"
-    return ""
+    if not slope > 0:
+        return ""
+    target = (p - g / slope).sort(1).values
+    share = float((slope * x - y).mean()) / slope
+    wrong = (target - share).abs()
+    wrong[:, -1] = (target[:, -1] - 1 + (classes - 1) * share).abs()
+    error = float(wrong.max())
+    if error < precision and 5 * max(error, 1e-9) < share < 1 / classes:
+        return f"c(softmax − smoothed onehot), smoothing {share * classes:.2g}"
+    return "undecided" if error < 5 * precision else ""
+
+
+def _constant(c: Tensor, p_label: Tensor, group: Tensor, coarse: float) -> str:
+    """Whether c is constant within each group, and a loss f(p_label) would not look so.
+
+    Focal loss has c = (1−p)^γ − γ p (1−p)^(γ−1) log p, others c = p^q or p(1−p): where these would
+    vary by no more than c does, the batch is too uniform to tell.
+    """
+    _, group = group.unique(return_inverse=True)
+    count = torch.bincount(group).to(c.dtype)
+
+    def centred(x: Tensor) -> Tensor:
+        return x - (torch.zeros_like(count).index_add(0, group, x) / count)[group]
+
+    freedom = len(c) - len(count)
+    varied = centred(c.log())
+    level = min(10 * coarse, 0.15)
+    if bool((varied.abs() > level).any()):
+        return ""
+    p = p_label.clamp(1e-12, 1 - 1e-9)
+    gamma = torch.arange(0.5, 5.1, 0.25, dtype=p.dtype, device=p.device)[:, None]
+    focal = (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * p.log()
+    rivals = [*focal.log(), p.log(), (p * (1 - p)).log()]
+    least = min(float(centred(x).square().sum()) for x in rivals)
+    floor = freedom * min(coarse / 10, 1e-3) ** 2
+    enough = freedom >= max(2, math.log(1e-5, level)) and least > 9 * max(float(varied.square().sum()), floor)
+    return "yes" if enough else "undecided"
 
 
 def _bernoulli(h: Tensor, g: Tensor, coarse: float) -> str:
-    """Entries c(sigmoid h − y), y = 0 where the gradient is positive; c may depend on y."""
+    """Entries c(sigmoid h − y), y = 0 where g > 0; c may depend on y and on the last dimension."""
     live = g != 0
+    column = torch.arange(h.shape[-1], device=h.device).expand(h.shape)[live]
     h, g = h[live], g[live]
     up = g > 0
     c = torch.where(up, g / torch.sigmoid(h), -g / torch.sigmoid(-h))
-    spread = 0.0
-    for side, p in ((up, torch.sigmoid(h)), (~up, torch.sigmoid(-h))):
-        if not bool(side.any()):
-            continue
-        mine = c[side]
-        if bool(((mine - mine.mean()).abs() > 10 * coarse * mine.mean()).any()):
-            return ""
-        if int(side.sum()) > 2:
-            spread = max(spread, float(p[side].max() - p[side].min()))
-    if spread < 50 * coarse:
-        return "undecided"
-    return "c(sigmoid − y), y in {0, 1}"
+    p_label = torch.where(up, torch.sigmoid(-h), torch.sigmoid(h))
+    for group, what in ((up.long(), ""), (2 * column + up, ", weighted by component")):
+        verdict = _constant(c, p_label, group, coarse)
+        if verdict == "yes":
+            return "c(sigmoid − y), y in {0, 1}" + what
+        if verdict:
+            return verdict
+    return ""
 
 
 def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
@@ -172,17 +206,27 @@ def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
     # the true label of one entry gives c; try every count it may have had
     candidates = g[first] / (rate[first] - counts)
     candidates = candidates[(candidates > 0) & torch.isfinite(candidates)]
-    precision = coarse * 5
+    precision = min(coarse * 5, 1e-2)
+    # where exp h is a straight line in h, squared error with whole targets gives the same gradient
+    centred = h - h.mean()
+    slope = (centred * rate).sum() / centred.square().sum().clamp(min=1e-300)
+    bend = (rate - rate.mean() - slope * centred).abs()
+    verdict = ""
     for c in candidates:
         label = rate - g / c
         error = (label - label.round()).abs()
         allowed = precision * (1 + rate + (g / c).abs())
-        if bool((allowed > 0.1).any()) or bool((error > allowed).any()) or float(label.min()) < -0.5:
+        if bool((error > allowed).any()) or bool((label < -0.5).any()):
             continue
-        # chance that real-valued targets look whole at this precision, over all candidates
-        chance = len(counts) * float((2 * allowed).clamp(max=1).log().sum().exp())
-        return "c(exp h − y) with whole y" if chance < 1e-4 else "undecided"
-    return ""
+        # chance that real-valued targets look whole at this precision, over all candidates; the
+        # first is whole by construction
+        tells = bend > 2 * allowed
+        tells[first] = False
+        chance = len(counts) * float((2 * allowed[tells]).clamp(max=1).log().sum().exp())
+        if chance < 1e-4:
+            return "c(exp h − y) with whole y"
+        verdict = "undecided"
+    return verdict
 
 
 def _describe(h: Tensor, g: Tensor) -> str:

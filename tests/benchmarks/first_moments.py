@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import fimprobe
-from fimprobe.measure import Plan
+from fimprobe.engines.problem import Plan
 
 warnings.filterwarnings("ignore")
 
