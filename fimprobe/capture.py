@@ -35,6 +35,7 @@ class Capture:
         self.model, self.watch = model, watch
         self.last: Captured | None = None
         self.evaluations = 0
+        self.failed: Exception | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -87,11 +88,16 @@ class Capture:
         return model is self.model and not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._seen(model):
-            if model.training:
-                self.last = Captured(args, dict(kwargs))
-            else:
-                self.evaluations += 1
+        if not self._seen(model):
+            return
+        if not model.training:
+            self.evaluations += 1
+            return
+        self.last = None
+        try:
+            self.last = Captured(args, dict(kwargs))
+        except Exception as error:  # told at the step
+            self.failed = error
 
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -99,14 +105,20 @@ class Capture:
         captured = self.last
         if captured is None or not model.training or not self._seen(model):
             return
-        tensor = self.watch(out)
-        if tensor is not None and tensor.requires_grad:
-            captured.outputs = tensor.detach()
 
-            def keep(gradient: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
+            try:
                 captured.gradient = gradient.detach().clone()
+            except Exception as error:  # out of memory
+                self.failed = error
 
-            tensor.register_hook(keep)
+        try:
+            tensor = self.watch(out)
+            if tensor is not None and tensor.requires_grad:
+                captured.outputs = tensor.detach()
+                tensor.register_hook(keep)
+        except Exception as error:
+            self.failed = error
 
 
 def _blind() -> Capture:

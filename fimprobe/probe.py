@@ -143,13 +143,16 @@ class Probe:
         if self.detached:
             return None
         captured = self._capture.take()
-        if captured is None and inputs is None:
+        failed, self._capture.failed = self._capture.failed, None
+        if captured is None and inputs is None and failed is None:
             self._no_batch()
             return None
         started = time.perf_counter()
         step, self.steps = self.steps, self.steps + 1
         report = None
         try:
+            if failed is not None and self.active:
+                raise failed
             if self.active and self.likelihood is None and captured is not None:
                 self._ask(captured)
             due = inputs is not None or self.schedule.due(step)
@@ -268,7 +271,8 @@ class Probe:
             return None
         if not isinstance(tensor, Tensor):
             return None
-        return tensor if self.likelihood is None or tensor.dim() > 2 else None
+        positions = tensor.dim() > 2 and self.schedule.due(self.steps)
+        return tensor if self.likelihood is None or positions else None
 
     def _no_batch(self) -> None:
         self._without_batch += 1
@@ -277,7 +281,7 @@ class Probe:
                 "its forward passes ran in eval mode; call model.train() while training"
                 if self._capture.evaluations
                 else "no forward pass of the attached object was seen; attach to the object that "
-                "the loop calls"
+                "the loop calls, after torch.compile and other wrappers"
             )
             self._tell(
                 f"the optimizer steps, but no training batch was captured: {why}, or call "

@@ -306,6 +306,22 @@ def shared_layer_tied_weight() -> Case:
     )
 
 
+class SharedScale(nn.Module):
+    """A parameter of its own, and a layer's weight used beside the layer."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.borrowed, self.own = weight, nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x @ self.borrowed) * self.own
+
+
+def tied_to_raw() -> Case:
+    first = nn.Linear(4, 4)
+    return Case(nn.Sequential(first, nn.Tanh(), SharedScale(first.weight), nn.Linear(4, 3)), (torch.randn(4, 4),))
+
+
 def scalar_parameter() -> Case:
     def f(self: Any, x: Tensor) -> Tensor:
         return self.parts[0](x) * self.temperature.exp()
@@ -416,5 +432,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "experts": experts,
     "class token": class_token,
     "scalar parameter": scalar_parameter,
+    "tied to a raw parameter": tied_to_raw,
     "parameter list": parameter_list,
 }

@@ -79,6 +79,9 @@ def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
                 return Decision(Categorical(class_dim=dim), f"the loss gradient is {verdict}")
     if undecided:  # gradients that sum to zero over the classes are no other family's, but for chance
         return Decision(None, undecided, final=False)
+    normalised = _normalised(h, min(coarse + 1e-4, 1e-2))
+    if normalised:
+        return Decision(None, normalised)
     for family, verdict in (
         (Bernoulli(), _bernoulli(h, g, coarse)),
         (Poisson(), _poisson(h, g, coarse)),
@@ -89,7 +92,15 @@ def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
             return Decision(family, f"the loss gradient is {verdict}")
     if undecided:
         return Decision(None, undecided, final=False)
-    return Decision(None, _describe(h, g))
+    if bool(((h >= 0) & (h <= 1)).all()):
+        return Decision(
+            None,
+            "the outputs lie in [0, 1]: if they are sigmoid probabilities pass "
+            "likelihood='bernoulli' and output=torch.logit",
+        )
+    return Decision(
+        None, "the loss gradient matches no likelihood's score (regression and focal loss do not)"
+    )
 
 
 def _categorical(h: Tensor, g: Tensor, coarse: float) -> str:
@@ -184,8 +195,14 @@ def _bernoulli(h: Tensor, g: Tensor, coarse: float) -> str:
     column = torch.arange(h.shape[-1], device=h.device).expand(h.shape)[live]
     h, g = h[live], g[live]
     up = g > 0
-    c = torch.where(up, g / torch.sigmoid(h), -g / torch.sigmoid(-h))
-    p_label = torch.where(up, torch.sigmoid(-h), torch.sigmoid(h))
+    wrong, p_label = torch.sigmoid(torch.where(up, h, -h)), torch.sigmoid(torch.where(up, -h, h))
+    sure = wrong > 5 * min(coarse, 1e-2)  # elsewhere 1 − p has lost its digits
+    if not (bool(up.any()) and bool((~up).any()) and bool(sure.any())):
+        return "undecided"  # with one label only, a negative log-likelihood looks the same
+    c = (g.abs() / wrong)[sure]
+    if bool((g[~sure].abs() > 20 * min(coarse, 1e-2) * c.max()).any()):
+        return ""
+    up, column, p_label = up[sure], column[sure], p_label[sure]
     for group, what in ((up.long(), ""), (2 * column + up, ", weighted by component")):
         verdict = _constant(c, p_label, group, coarse)
         if verdict == "yes":
@@ -197,7 +214,8 @@ def _bernoulli(h: Tensor, g: Tensor, coarse: float) -> str:
 
 def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
     """Entries c(exp h − y) with whole y ≥ 0, for a c that makes every entry whole."""
-    h, g = h.flatten(), g.flatten()
+    live = g != 0  # zeros are masked entries, or hinge and likelihood losses that read one output
+    h, g = h[live], g[live]
     if float(h.max()) > 15:
         return ""
     rate = h.exp()
@@ -229,26 +247,22 @@ def _poisson(h: Tensor, g: Tensor, coarse: float) -> str:
     return verdict
 
 
-def _describe(h: Tensor, g: Tensor) -> str:
-    rows = h.reshape(-1, h.shape[-1]) if h.dim() > 1 else h[:, None]
-    single = (g.reshape(rows.shape) != 0).sum(1) <= 1
-    if rows.shape[1] > 1 and bool(((rows.exp().sum(1) - 1).abs() < 1e-4).all()):
-        return (
-            "the outputs are log-probabilities (each row's exp sums to 1); they are valid logits: "
-            "pass likelihood='categorical'"
-        )
-    if rows.shape[1] > 1 and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all()):
-        how = " and the loss reads one of them" if bool(single.all()) else ""
-        return (
-            f"the outputs are probabilities (rows sum to 1{how}): pass likelihood='categorical' and "
-            "output=torch.log, or let the model return logits"
-        )
-    if bool(((h >= 0) & (h <= 1)).all()):
-        return (
-            "the outputs lie in [0, 1]: if they are sigmoid probabilities pass "
-            "likelihood='bernoulli' and output=torch.logit"
-        )
-    return "the loss gradient matches no likelihood's score (regression and focal loss do not)"
+def _normalised(h: Tensor, near: float) -> str:
+    """What to pass where the outputs are (log-)probabilities; empty where they are not."""
+    for dim in (-1, 1):
+        if h.dim() < 2 or h.shape[dim] < 2:
+            continue
+        if bool(((h.exp().sum(dim) - 1).abs() < near).all()):
+            return (
+                "the outputs are log-probabilities (each row's exp sums to 1); they are valid "
+                "logits: pass likelihood='categorical'"
+            )
+        if bool((h >= 0).all()) and bool(((h.sum(dim) - 1).abs() < near).all()):
+            return (
+                "the outputs are probabilities (each row sums to 1): pass likelihood='categorical' "
+                "and output=torch.log, or let the model return logits"
+            )
+    return ""
 
 
 def ignored_positions(outputs: Tensor, gradient: Tensor, likelihood: Any) -> Tensor | None:

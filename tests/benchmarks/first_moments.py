@@ -118,7 +118,7 @@ def backpack_square(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def nngeometry_diagonal(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    from nngeometry.metrics import FIM
+    from nngeometry.metrics import FIM_MonteCarlo
     from nngeometry.object import PMatDiag
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -127,28 +127,17 @@ def nngeometry_diagonal(model: nn.Module, x: Tensor) -> Callable[[], None]:
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=len(x))
 
     def run() -> None:
-        FIM(
-            model=model,
-            loader=loader,
-            representation=PMatDiag,
-            n_output=10,
-            variant="classif_logits",
-            device="cpu",
-            function=lambda *d: model(d[0]),
-        )
-
-    def mc() -> None:
-        FIM(
+        FIM_MonteCarlo(
             model=model,
             loader=loader,
             representation=PMatDiag,
             variant="classif_logits",
             trials=1,
             device="cpu",
-            function=lambda *d: model(d[0]),
-        ) if False else run()
+            function=lambda *batch: model(batch[0]),
+        )
 
-    return mc
+    return run
 
 
 def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
