@@ -27,10 +27,10 @@ def attach(
 ) -> Probe:
     """Watch a model's training; the loop stays as it is.
 
-    The batch is captured by a hook on ``model`` (attach to the object that the loop calls, compiled
-    or wrapped); an optimizer that holds its parameters triggers, before it changes them. Steps are
-    optimizer steps: accumulation counts once (its last batch is probed), a step that GradScaler
-    skips not at all, an LBFGS step once (at its first closure call).
+    The batch is captured by a hook on ``model`` (attach to the object that the loop calls, after
+    ``torch.compile`` and other wrappers); an optimizer that holds its parameters triggers, before
+    it changes them. Steps are optimizer steps: accumulation counts once (its last batch is probed),
+    a step that GradScaler skips not at all, an LBFGS step once (at its first closure call).
 
     Args:
         model: the module, ``torch.compile``d or DDP-wrapped ones included.
