@@ -319,7 +319,10 @@ class SharedScale(nn.Module):
 
 def tied_to_raw() -> Case:
     first = nn.Linear(4, 4)
-    return Case(nn.Sequential(first, nn.Tanh(), SharedScale(first.weight), nn.Linear(4, 3)), (torch.randn(4, 4),))
+    return Case(
+        nn.Sequential(first, nn.Tanh(), SharedScale(first.weight), nn.Linear(4, 3)),
+        (torch.randn(4, 4),),
+    )
 
 
 def scalar_parameter() -> Case:

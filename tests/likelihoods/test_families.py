@@ -175,7 +175,11 @@ def test_low_precision_logits_agree_with_float64(family, dtype):
 @pytest.mark.parametrize("gap", [15.0, 25.0, 80.0])
 def test_float32_near_one_hot(gap):
     h = torch.tensor([[0.0, gap, 1.0]])
-    for call, rtol in (("fisher_norm", 1e-5), ("fourth_moment_trace", 1e-5), ("fourth_moment_norm", 1e-3)):
+    for call, rtol in (
+        ("fisher_norm", 1e-5),
+        ("fourth_moment_trace", 1e-5),
+        ("fourth_moment_norm", 1e-3),
+    ):
         want = float(getattr(Categorical(), call)(h.double()))
         assert float(getattr(Categorical(), call)(h)) == pytest.approx(want, rel=rtol)
         assert want > 0
@@ -208,7 +212,10 @@ N = 40000
 def test_categorical_frequencies():
     h = torch.tensor([[0.3, -1.0, 1.2, 0.0]])
     y = sample(Categorical(), h.expand(N, 4), torch.Generator().manual_seed(0))
-    within(torch.nn.functional.one_hot(y, 4).double(), torch.tensor([float(p) for p in softmax(h[0].tolist())]))
+    within(
+        torch.nn.functional.one_hot(y, 4).double(),
+        torch.tensor([float(p) for p in softmax(h[0].tolist())]),
+    )
 
 
 def test_bernoulli_frequencies():

@@ -66,7 +66,9 @@ def test_bfloat16_cross_entropy(kind, autocast):
     for seed in range(10):
         h, y, *_ = batch(seed, rows=256, dtype=torch.bfloat16)
         found = infer(
-            h, lambda h: F.cross_entropy(h.float() if autocast else h, y, **CROSS_ENTROPY[kind]), 65536.0
+            h,
+            lambda h: F.cross_entropy(h.float() if autocast else h, y, **CROSS_ENTROPY[kind]),
+            65536.0,
         )
         assert getattr(found.likelihood, "name", found) == "categorical", seed
 
