@@ -27,9 +27,9 @@ def imports(path):
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module:
-            if node.module.startswith("fimprobe."):
-                yield node.module.removeprefix("fimprobe.")
+        module = node.module if isinstance(node, ast.ImportFrom) else None
+        if module and module.startswith("fimprobe.") and id(node) not in skipped:
+            yield module.removeprefix("fimprobe.")
 
 
 def test_a_file_imports_only_what_stands_above_it():
