@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.tape import Layouts
 from fimprobe.engines.unrolled import UNROLLED
-from fimprobe.types import Draws, FimprobeError, Likelihood
+from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood
 
 Outputs = Callable[[Any], Tensor]
 
@@ -61,6 +62,12 @@ class Problem:
                 "returns the outputs [B, ...]"
             )
         self.likelihood.check_outputs(h)
+        finite = torch.isfinite(h)
+        if not bool(finite.all()):
+            raise BatchError(
+                f"{int((~finite).sum())} of {h.numel()} outputs are not finite (NaN or infinite); "
+                "look at the inputs, the learning rate and the model's precision"
+            )
         return h
 
 

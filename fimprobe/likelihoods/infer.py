@@ -185,7 +185,7 @@ def _constant(c: Tensor, p_label: Tensor, group: Tensor, coarse: float) -> str:
     rivals = [*focal.log(), p.log(), (p * (1 - p)).log()]
     least = min(float(centred(x).square().sum()) for x in rivals)
     floor = freedom * min(coarse / 10, 1e-3) ** 2
-    enough = freedom >= max(2, math.log(1e-5, level)) and least > 9 * max(
+    enough = freedom >= max(2, math.log(1e-8, level)) and least > 9 * max(
         float(varied.square().sum()), floor
     )
     return "yes" if enough else "undecided"
