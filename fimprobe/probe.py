@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -161,7 +162,7 @@ class Probe:
         except BatchError as error:
             if self.config.on_error == "raise":
                 raise
-            self._tell(f"step {step} was not probed: {error}", key=str(error)[:20])
+            self._tell(f"step {step} was not probed: {error}", key=re.sub(r"\d+", "", str(error)))
         except Exception as error:
             if self.config.on_error == "raise":
                 raise

@@ -165,8 +165,9 @@ def _smoothed(p: Tensor, g: Tensor, coarse: float) -> str:
 def _constant(c: Tensor, p_label: Tensor, group: Tensor, coarse: float) -> str:
     """Whether c is constant within each group, and a loss f(p_label) would not look so.
 
-    Focal loss has c = (1−p)^γ − γ p (1−p)^(γ−1) log p, others c = p^q or p(1−p): where these would
-    vary by no more than c does, the batch is too uniform to tell.
+    Focal loss has c = (1−p)^γ − γ p (1−p)^(γ−1) log p, others c = p^q or p(1−p), squared error
+    against ±2 the tangent of the sigmoid at 0: where these would vary by no more than c does, the
+    batch is too uniform to tell.
     """
     _, group = group.unique(return_inverse=True)
     count = torch.bincount(group).to(c.dtype)
@@ -182,7 +183,8 @@ def _constant(c: Tensor, p_label: Tensor, group: Tensor, coarse: float) -> str:
     p = p_label.clamp(1e-12, 1 - 1e-9)
     gamma = torch.arange(0.5, 5.1, 0.25, dtype=p.dtype, device=p.device)[:, None]
     focal = (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * p.log()
-    rivals = [*focal.log(), p.log(), (p * (1 - p)).log()]
+    straight = (0.5 - p.logit() / 4).abs().clamp(min=1e-6) / (1 - p)
+    rivals = [*focal.log(), p.log(), (p * (1 - p)).log(), straight.log()]
     least = min(float(centred(x).square().sum()) for x in rivals)
     floor = freedom * min(coarse / 10, 1e-3) ** 2
     enough = freedom >= max(2, math.log(1e-8, level)) and least > 9 * max(
