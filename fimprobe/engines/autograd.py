@@ -107,11 +107,8 @@ def _measure_chunk(
         for name, parameter in problem.parameters.items():
             if name not in accumulators:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
-                zeros = torch.zeros_like(
-                    parameter, dtype=dtype, memory_format=torch.contiguous_format
-                )
-                accumulators[name] = Accumulator(zeros, problem.diagonals)
-        seeds_stacked = torch.stack(seeds, 1)
+                a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+                accumulators[name] = Accumulator(a2, problem.diagonals)
         pieces: dict[str, list[tuple[Replayed, str]]] = {}
         for call, inside in replays:
             for local, held in inside.items():
@@ -139,7 +136,7 @@ def _measure_chunk(
             replays,
             pieces,
             deltas,
-            seeds_stacked,
+            seeds,
             accumulators,
             weights,
             names,

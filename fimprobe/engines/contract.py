@@ -31,6 +31,7 @@ class Accumulator:
     """The running moments of one parameter."""
 
     a2: Tensor
+    """Uninitialised until the first contribution."""
     diagonals: bool
     a4_sum: Tensor = field(init=False)
     q_sum: Tensor = field(init=False)
@@ -39,6 +40,7 @@ class Accumulator:
     q: Tensor | None = None
     r: Tensor | None = None
     grams: list[Tensor] = field(default_factory=list)
+    empty: bool = True
 
     def __post_init__(self) -> None:
         """Start from zero."""
@@ -85,6 +87,7 @@ class Accumulator:
         self.q_sum += q * power
         single = len(blocks) == 1
         self.r_sum += (q if single else sum(_dot(t, t) for t in blocks)) * power
+        self._zero()
         total = f.sum(0)
         self.a2[where] += (total if _is_one(scale) else total * scale.to(f.dtype) ** 2).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
@@ -130,7 +133,12 @@ class Accumulator:
         self.r_sum += q if r2 is f2 else torch.dot(r2.sum(-1).double(), x4_sum) * power
         if not _is_one(scale):
             f = f * scale.to(f.dtype) ** 2
-        self.a2.addmm_(f.t(), x2)
+        if self.empty and f.dtype == self.a2.dtype:
+            torch.mm(f.t(), x2, out=self.a2)
+            self.empty = False
+        else:
+            self._zero()
+            self.a2.addmm_(f.t().to(self.a2.dtype), x2.to(self.a2.dtype))
         if self.a4 is not None and self.q is not None and self.r is not None:
             x4 = x2.square()
             self.a4 += quartic.t().double() @ x4.double() * power
@@ -171,6 +179,7 @@ class Accumulator:
         self.q_sum += f2.sum() * power
         r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
         self.r_sum += r2.sum() * power
+        self._zero()
         self.a2.index_add_(0, token, f.to(self.a2.dtype) * scale.to(self.a2.dtype) ** 2)
         if self.a4 is not None and self.q is not None and self.r is not None:
             quartic = quartic.sum(1) if draws > 1 else quartic.squeeze(1)
@@ -178,8 +187,14 @@ class Accumulator:
             self.q.index_add_(0, token, f2 * power)
             self.r.index_add_(0, token, r2 * power)
 
+    def _zero(self) -> None:
+        if self.empty:
+            self.a2.zero_()
+            self.empty = False
+
     def finish(self) -> Moments:
         """The moments, on the CPU where they are scalars."""
+        self._zero()
         gram = torch.cat(self.grams)
         norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
         total, square = _sums(self.a2)

@@ -71,7 +71,13 @@ def sum_uses(
     """Σ over uses of g [b, S, *tile] / scale: before any power is taken."""
     total: Tensor | None = None
     for use, call, delta in live:
-        g = use.rule.gradient(call.rows(samples), _stack(use, delta, samples, where, scale))
+        at = call.rows(samples)
+        if use.rule.tiles or use.rule.outer:
+            g = use.rule.gradient(at, _stack(use, delta, samples, where, scale))
+        else:  # δ is larger than g here: the draws meet in g
+            each = [_stack(use, [d], samples, where, scale) for d in delta]
+            parts = [use.rule.gradient(at, d) for d in each]
+            g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if use.rows is not None:
             if total is None:
                 total = g.new_zeros(*g.shape[:2], *shape)

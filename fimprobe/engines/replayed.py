@@ -53,7 +53,7 @@ def contract_replays(
     replays: list[tuple[Replayed, dict[str, Tensor]]],
     pieces: dict[str, list[tuple[Replayed, str]]],
     deltas: list[list[Tensor] | None],
-    seeds: Tensor,
+    draws: list[Tensor],
     accumulators: dict[str, Accumulator],
     weights: Weights | None,
     names: dict[int, str],
@@ -63,10 +63,10 @@ def contract_replays(
     """Add the moments of replayed parameters, all calls and rule uses summed first."""
     if not replays:
         return
-    draws = seeds.shape[1]
-    each = max(sum(p.numel() for p in inside.values()) * draws * 4 for _, inside in replays) * max(
-        1, len(replays) // 4
-    )
+    seeds = torch.stack(draws, 1)
+    each = max(
+        sum(p.numel() for p in inside.values()) * len(draws) * 4 for _, inside in replays
+    ) * max(1, len(replays) // 4)
     step = max(1, min(batch.size, int(room / each)))
     one = torch.ones((), dtype=torch.float64, device=seeds.device)
     for start in range(0, batch.size, step):
