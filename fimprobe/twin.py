@@ -73,7 +73,7 @@ def make_twin(model: nn.Module) -> nn.Module:
                 memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
         for name in _HOOKS:
             hooks = module.__dict__.get(name)
-            if hooks:
+            if hooks is not None:  # empty ones too: copying dozens of them is what would cost
                 memo[id(hooks)] = OrderedDict(
                     (k, copy.deepcopy(hook))
                     for k, hook in hooks.items()

@@ -25,8 +25,8 @@ from fimprobe.types import FimprobeError, MomentsBatch
 PASS_LIMIT = 4096
 """Most backward passes that ``draws="exact"`` takes."""
 
-FRESH_BYTES = 9 * 2**20
-"""On a CPU, samples are taken in chunks whose largest δ, over all draws, stays below this."""
+FRESH_BYTES = 4.5 * 2**20
+"""On a CPU, samples are taken in chunks whose largest layer output stays below this."""
 
 
 def measure_moments(problem: Problem, plan: Plan) -> MomentsBatch:
@@ -95,7 +95,7 @@ def _measure_chunk(
         raise OverMemory(min(batch.size - 1, fit))
     if h.device.type == "cpu" and plan.chunk is None and tape.edges:
         # large fresh tensors cost more in page faults than the chunks cost in calls
-        largest = passes * max(_numel(edge) for edge in tape.edges) * h.element_size()
+        largest = max(_numel(edge) for edge in tape.edges) * h.element_size()
         if largest > FRESH_BYTES and batch.size > 1:
             raise OverMemory(_even(batch.size, int(batch.size * FRESH_BYTES / largest)))
     seeds, weights = _seeds(problem, rows, h, mask)
