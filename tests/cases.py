@@ -357,6 +357,13 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "conv1d same dilated": lambda: net(nn.Conv1d(4, 2, 4, padding="same", dilation=2), _ONE()),
     "conv2d": lambda: net(nn.Conv2d(4, 3, 3, padding=1), _TWO()),
+    "conv2d many taps": lambda: net(
+        nn.Conv2d(8, 2, (3, 4), stride=(1, 2), padding=(2, 1)), torch.randn(3, 8, 4, 5)
+    ),
+    "conv2d few taps": lambda: net(
+        nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        torch.randn(3, 2, 6, 5),
+    ),
     "conv2d rectangular": lambda: net(
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2), _TWO()
     ),

@@ -7,6 +7,7 @@ compute anything and does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,9 @@ class Call:
         """The call on some samples only."""
         return Call(self.module, tuple(x[samples] for x in self.inputs), self.folded)
 
+
+FEW_TAPS = 48
+"""Convolutions of no more taps (input channels × kernel) multiply patches; measured on a CPU."""
 
 Gradient = Callable[[Call, Tensor], Tensor]
 
@@ -94,6 +98,9 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
         x = F.pad(x.flatten(0, 1), module._reversed_padding_repeated_twice, mode=mode)
         x = x.unflatten(0, (samples, folds))
         padding = (0,) * len(module.kernel_size)
+    taps = math.prod(module.weight.shape[1:])
+    if not module.transposed and module.groups == 1 and folds == 1 and taps <= FEW_TAPS:
+        return _from_patches(module, x.squeeze(1), delta.squeeze(2), padding)
     output_padding = list(module.output_padding)
     if module.transposed:  # forward(output_size=...) may ask for another one than the module's
         output_padding = [
@@ -110,6 +117,25 @@ def conv_weight(call: Call, delta: Tensor) -> Tensor:
         ]
     gradients = [_grouped(module, x, draw, padding, output_padding) for draw in delta.unbind(1)]
     return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
+
+
+def _from_patches(module: Any, x: Tensor, delta: Tensor, padding: Any) -> Tensor:
+    """G = δ [B, S·O, L] times patches [B, L, C·K]: the better way for few input channels."""
+    width = [side for pad in reversed(padding) for side in (pad, pad)]
+    x = F.pad(x, width) if any(width) else x.contiguous()
+    samples, channels = x.shape[:2]
+    steps, sizes = x.stride()[2:], delta.shape[3:]
+    patches = x.as_strided(
+        (samples, channels, *module.kernel_size, *sizes),
+        (
+            *x.stride()[:2],
+            *(step * d for step, d in zip(steps, module.dilation, strict=True)),
+            *(step * s for step, s in zip(steps, module.stride, strict=True)),
+        ),
+    ).reshape(samples, -1, math.prod(sizes))
+    seed = delta.reshape(samples, -1, patches.shape[2])
+    product = torch.bmm(seed, patches.transpose(1, 2))
+    return product.view(samples, delta.shape[1], *module.weight.shape)
 
 
 def _grouped(
