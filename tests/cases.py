@@ -208,6 +208,40 @@ def conv1d_transformers() -> Case:
     return Case(model, (torch.randn(4, 4),))
 
 
+def lively(model: nn.Module) -> nn.Module:
+    """Weights of size one half: near uniform labels V_y is a small difference of large numbers."""
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    return model
+
+
+def gpt2() -> Case:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=1, n_embd=4, n_head=2, vocab_size=3, n_positions=4, bos_token_id=0, eos_token_id=0
+    )
+    model = lively(Lambda(lambda self, t: self.parts[0](t).logits, GPT2LMHeadModel(config)))
+    return Case(model, (torch.randint(3, (3, 2)),), positions=2, covered_by="Conv1D rule")
+
+
+def bert() -> Case:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=7,
+        max_position_embeddings=8,
+        num_labels=3,
+    )
+    net = BertForSequenceClassification(config)
+    model = lively(Lambda(lambda self, t: self.parts[0](t).logits, net))
+    return Case(model, (torch.randint(7, (3, 4)),))
+
+
 def experts() -> Case:
     def f(self: Any, x: Tensor) -> Tensor:
         route = self.parts[0](x).argmax(-1)
@@ -439,6 +473,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "tied and reused": shared_layer_tied_weight,
     "folded frames": folded,
     "time-major fold": unfolded_time_major,
+    "GPT-2, tied": gpt2,
+    "BERT": bert,
     "experts": experts,
     "class token": class_token,
     "scalar parameter": scalar_parameter,
