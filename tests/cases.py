@@ -208,6 +208,28 @@ def conv1d_transformers() -> Case:
     return Case(model, (torch.randn(4, 4),))
 
 
+class Shifts(nn.Module):
+    """Two parameters with the very same gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a + self.b
+
+
+def shared_deltas() -> Case:
+    """Residual branches hand one and the same δ to several layers."""
+
+    def f(self: Any, x: Tensor) -> Tensor:
+        y = self.parts[0](x) + self.parts[1](x) + self.parts[2](x)
+        return self.parts[4](torch.tanh(self.parts[3](y)))
+
+    parts = nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Linear(4, 4), Shifts(), nn.Linear(4, 3)
+    return Case(Lambda(f, *parts), (torch.randn(4, 4),))
+
+
 def lively(model: nn.Module) -> nn.Module:
     """Weights of size one half: near uniform labels V_y is a small difference of large numbers."""
     for p in model.parameters():
@@ -473,6 +495,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "tied and reused": shared_layer_tied_weight,
     "folded frames": folded,
     "time-major fold": unfolded_time_major,
+    "shared deltas": shared_deltas,
     "GPT-2, tied": gpt2,
     "BERT": bert,
     "experts": experts,

@@ -61,7 +61,7 @@ class Accumulator:
     ) -> None:
         """Take ``scale``·g [b, S, *tile] of some samples and leading rows of the parameter.
 
-        ``g`` is overwritten.
+        ``g`` may share memory with δ, and δ with other layers' δ: it is only read.
         """
         b, draws = g.shape[:2]
         tile = g.shape[2:]
@@ -69,7 +69,7 @@ class Accumulator:
         gram = self.grams[-1][samples]
         if gram.dim() == 3:
             gram += torch.bmm(g, g.transpose(1, 2)).double() * scale**2
-        square = g.square_() if g.is_contiguous() else g.square()
+        square = g.square()
         if gram.dim() == 2:
             gram += square.sum(-1).double() * scale**2
         if weights is None:

@@ -192,3 +192,28 @@ def test_agrees_with_backpack_on_the_same_scores(name, double):
     for n, p in extended.named_parameters():
         have = report.parameters[n].i1.diagonal[n] * len(h)
         assert torch.allclose(have, p.sum_grad_squared, rtol=1e-9)
+
+
+@pytest.mark.parametrize("draws", [1, 2, "exact"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", "shared deltas"]
+)
+def test_chunks_of_1_and_3_and_all_agree(name, draws, double):
+    from fimprobe.engines.problem import Plan
+
+    case = CASES[name]()
+    reports = []
+    for chunk in (1, 3, None):
+        plan = Plan()
+        for _ in range(2):  # the first measurement makes the plan
+            report = fimprobe.measure(
+                case.model.eval(), case.inputs, likelihood="categorical", draws=draws, plan=plan
+            )
+            plan.chunk = chunk
+        reports.append(report)
+    for other in reports[:2]:
+        for n, group in reports[2].parameters.items():
+            for kind in ("trace", "norm", "label_variance", "std_error", "total_label_variance"):
+                want = getattr(group.i1, kind)
+                have = getattr(other.parameters[n].i1, kind)
+                assert have == (None if want is None else pytest.approx(want, rel=1e-9, abs=1e-14))
