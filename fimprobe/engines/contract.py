@@ -66,6 +66,10 @@ class Accumulator:
         b, draws = g.shape[:2]
         tile = g.shape[2:]
         g = g.reshape(b, draws, -1)
+        if g.dtype != torch.float64:  # whatever the layer's inputs did to it
+            own = power_of_two(g)
+            if not _is_one(own):
+                g, scale = g * (1 / own).to(g.dtype), scale * own
         gram = self.grams[-1][samples]
         if gram.dim() == 3:
             gram += torch.bmm(g, g.transpose(1, 2)).double() * scale**2

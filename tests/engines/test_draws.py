@@ -217,3 +217,20 @@ def test_chunks_of_1_and_3_and_all_agree(name, draws, double):
                 want = getattr(group.i1, kind)
                 have = getattr(other.parameters[n].i1, kind)
                 assert have == (None if want is None else pytest.approx(want, rel=1e-9, abs=1e-14))
+
+
+@pytest.mark.parametrize("factor", [1e-13, 1e-6, 1e6])
+def test_float32_range_of_convolutions(factor):
+    """The inputs' size, not only δ's, decides whether fourth powers fit."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    nn.init.zeros_(net[2].bias)
+    x = torch.randn(4, 3, 6, 6) * factor
+    with torch.no_grad():
+        net[2].weight *= min(1.0, 1 / factor)  # moderate logits
+    options = {"likelihood": "categorical", "draws": "exact"}
+    have = fimprobe.measure(net, x, **options).parameters["0.weight"].i1
+    want = fimprobe.measure(copy.deepcopy(net).double(), x.double(), **options)
+    want = want.parameters["0.weight"].i1
+    assert want.label_variance > 0
+    assert have.label_variance / want.label_variance == pytest.approx(1, rel=1e-3)
+    assert have.rel_error == pytest.approx(want.rel_error, rel=1e-3)
