@@ -98,7 +98,8 @@ def measure(
         if not plan.verified or (plan.verified == 1 and batch.size > 1):
             fresh = make_plan(problem)
             plan.__dict__.update(fresh.__dict__)
-        moments = measure_planned(problem, plan)
+        measured = measure_planned(problem, plan)
+        moments = measured.moments["i1"]
     if not moments.parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
     report = make_report(moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals)

@@ -90,6 +90,7 @@ def make_twin(model: nn.Module) -> nn.Module:
         memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
     twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():
+        _differentiable_weight_norm(module)
         if getattr(module, "inplace", False) is True:
             module.inplace = False
         if getattr(module, "scale_grad_by_freq", False):
@@ -97,6 +98,26 @@ def make_twin(model: nn.Module) -> nn.Module:
         if getattr(module, "sparse", False) is True:
             module.sparse = False
     return twin.eval()
+
+
+def _differentiable_weight_norm(module: Any) -> None:
+    """Write weight norm out: torch's fused kernel has a wrong second derivative in v (torch 2.13)."""
+
+    def weight(g: Tensor, v: Tensor, dim: int) -> Tensor:
+        if dim == -1:
+            return v * (g / v.square().sum().sqrt())
+        others = [d for d in range(v.dim()) if d != dim % v.dim()]
+        return v * (g / v.square().sum(others, keepdim=True).sqrt())
+
+    if type(module).__name__ == "_WeightNorm" and hasattr(module, "dim"):
+        dim = -1 if module.dim is None else module.dim
+        module.forward = lambda g, v: weight(g, v, dim)
+    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+        if type(hook).__name__ == "WeightNorm" and hasattr(hook, "compute_weight"):
+            name, dim = hook.name, hook.dim
+            hook.compute_weight = lambda m, name=name, dim=dim: weight(
+                getattr(m, name + "_g"), getattr(m, name + "_v"), dim
+            )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

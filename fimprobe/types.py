@@ -35,6 +35,33 @@ class Pass(NamedTuple):
     block: int
 
 
+@dataclass(frozen=True)
+class OutputNorms:
+    """Sizes of an input's output Fisher information I(h) and fourth moment M, float64 [B].
+
+    The output vector is all of an input's labelled positions together, independent given the
+    input; M = K − I⊗I = Cov(vec δδᵀ) is a C²×C² matrix, δ being the score at the outputs and
+    K_abcd = E δ_a δ_b δ_c δ_d. Norms and traces are exact. The largest eigenvalues are exact for
+    independent components and for softmax outputs where ``Categorical.norms`` says so, otherwise
+    upper bounds. ``fisher_min`` is exact. Without any labelled position all are 0.
+    """
+
+    fisher_norm: Tensor
+    """‖I‖_F."""
+    fisher_trace: Tensor
+    """tr I."""
+    fisher_max: Tensor
+    """λ_max(I), or an upper bound."""
+    fisher_min: Tensor
+    """λ_min(I) over the labelled positions; 0 for softmax outputs."""
+    moment_norm: Tensor
+    """‖M‖_F."""
+    moment_trace: Tensor
+    """tr M."""
+    moment_max: Tensor
+    """λ_max(M), or an upper bound."""
+
+
 @runtime_checkable
 class Likelihood(Protocol):
     """A family p(y | h) of label distributions, h being the network's outputs [B, ...].
@@ -64,6 +91,21 @@ class Likelihood(Protocol):
 
     def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
         """Passes whose weighted squares and fourth powers sum to the exact moments."""
+
+    def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
+        """Norms, traces and extreme eigenvalues of I(h) and M, one value per input."""
+
+    def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
+        """L ξ with L Lᵀ = I(h) and ξ of the outputs' shape: the seed of one Hutchinson draw."""
+
+    def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
+        """Passes of the exact expectation over Rademacher ξ: the columns of L, a block each."""
+
+    def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raise :class:`FimprobeError` where a data set's labels do not fit the outputs."""
+
+    def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """``score`` at labels that ``check_labels`` let pass, zero where they are ignored."""
 
 
 @dataclass
@@ -126,6 +168,65 @@ class MomentsBatch:
     fourth: Tensor | None = None
     blocks: Tensor | None = None
     coverage: dict[str, str] = field(default_factory=dict)
+    classes: int | None = None
+    """Outputs that share one label (softmax), where bounds were asked for."""
+
+
+@dataclass
+class Curvature:
+    """Second derivatives of one parameter θ: R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ of B inputs and n seeds.
+
+    ``trace`` [B, n] Σ_i R_ii and ``square`` [B, n] Σ_i R_ii², unbiased over the probes ·
+    ``probe_squares`` [B, n, K] Σ_i r_i² of each probe's r, whose mean is R_ii ·
+    ``block`` [J, B, n, n] or its diagonal [J, B, n]: ⟨(R_y u)_θ, (R_z σu)_θ⟩ for directions u of
+    the parameters, R within one call, and σ = ``signs`` [J, B] the flips that take other
+    parameters out · ``joint`` the same, R across calls (where a parameter meets itself again) ·
+    ``whole`` ⟨(R_y u)_θ, (R_z u)_θ⟩ for u over all parameters.
+    ``diagonal``, ``diagonal_square`` per entry: Σ_b Σ_n w R_ii and Σ_b Σ_n w R_ii².
+    """
+
+    trace: Tensor
+    square: Tensor
+    probe_squares: Tensor | None
+    block: Tensor
+    whole: Tensor
+    signs: Tensor
+    joint: Tensor | None = None
+    diagonal: Tensor | None = None
+    diagonal_square: Tensor | None = None
+
+
+@dataclass
+class CurvatureBatch:
+    """All parameters' second derivatives. The first ``draws`` seeds are those of the labels.
+
+    ``weights`` [B, draws]: of R² in its expectation over labels. ``partners``: parameters of the
+    same layer that a parameter meets again (itself, where it is reused). ``probes``: K.
+    """
+
+    parameters: dict[str, Curvature]
+    draws: int
+    weights: Tensor
+    exact: bool
+    partners: dict[str, set[str]]
+    probes: int
+
+
+@dataclass
+class Measured:
+    """What an engine returns: moments of each kind of seeds, curvature, and constants per input.
+
+    ``moments``: "i1" the labels' scores, "ih" Hutchinson's seeds, "empirical" the data's labels,
+    "jacobian" the outputs themselves. ``activations``: moments of ∂ℓ/∂h of each layer's input, for
+    the labels' scores.
+    """
+
+    moments: dict[str, MomentsBatch]
+    curvature: CurvatureBatch | None = None
+    norms: OutputNorms | None = None
+    activations: MomentsBatch | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

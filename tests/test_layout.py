@@ -7,9 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "likelihoods.independent",
-    "likelihoods.categorical", "likelihoods.bernoulli", "likelihoods.gaussian",
-    "likelihoods.poisson", "likelihoods", "likelihoods.infer", "engines", "engines.rules",
+    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "likelihoods.norms",
+    "likelihoods.independent", "likelihoods.categorical", "likelihoods.bernoulli",
+    "likelihoods.gaussian", "likelihoods.poisson",
+    "likelihoods", "likelihoods.infer", "engines", "engines.rules",
     "engines.unrolled", "engines.tape", "engines.graph", "engines.replay", "engines.contract",
     "engines.gather", "engines.problem", "engines.replayed", "engines.autograd", "engines.plan",
     "estimators", "estimators.i1", "report", "measurement", "sinks", "sinks.memory", "sinks.jsonl",

@@ -7,39 +7,51 @@ differentiated by replaying the smallest module that contains all their uses.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fimprobe.batch import Batch
 from fimprobe.engines.contract import Accumulator, Weights
-from fimprobe.engines.gather import contract_uses
+from fimprobe.engines.curvature import measure_curvature, twice_differentiable
+from fimprobe.engines.curves import CurvatureSums
+from fimprobe.engines.gather import contract_uses, precise
 from fimprobe.engines.graph import foreign_uses
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem, coverage
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
-from fimprobe.engines.tape import Replayed, Tape, check_inputs_unchanged, record
-from fimprobe.types import FimprobeError, MomentsBatch
-
-PASS_LIMIT = 4096
-"""Most backward passes that ``draws="exact"`` takes."""
+from fimprobe.engines.seeds import (
+    Seeds,
+    check_passes,
+    curvature_seeds,
+    data_seeds,
+    hutchinson_seeds,
+    label_seeds,
+    mask_of,
+    output_seeds,
+)
+from fimprobe.engines.tape import Replayed, Tape, batch_first, check_inputs_unchanged, record
+from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 
 FRESH_BYTES = 4.5 * 2**20
 """On a CPU, samples are taken in chunks whose largest layer output stays below this."""
 
 
-def measure_moments(problem: Problem, plan: Plan) -> MomentsBatch:
-    """Moments of every trainable parameter over the whole batch, chunk by chunk."""
+def measure_moments(problem: Problem, plan: Plan) -> Measured:
+    """Everything asked for, over the whole batch, chunk by chunk."""
     size = problem.batch.size
-    accumulators: dict[str, Accumulator] = {}
-    reached: set[str] = set()
-    exact: list[Weights] = []
+    run = _Run()
     start, chunk = 0, min(plan.chunk or size, size)
     while start < size:
         rows = slice(start, min(start + chunk, size))
         try:
-            reached |= _measure_chunk(problem, plan, rows, accumulators, exact)
+            _measure_chunk(problem, plan, rows, run)
         except OverMemory as error:  # raised before anything was accumulated
             chunk = plan.chunk = error.fit
             continue
@@ -48,36 +60,93 @@ def measure_moments(problem: Problem, plan: Plan) -> MomentsBatch:
                 raise
             # some accumulators hold this chunk and some do not: start afresh
             chunk = plan.chunk = chunk // 2
-            accumulators, reached, exact, start = {}, set(), [], 0
+            run, start = _Run(), 0
             continue
         start = rows.stop
-    unused = set(problem.parameters) - reached
-    plan.unused = unused
-    weights = exact[0] if exact else None
-    return MomentsBatch(
-        parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
-        batch_size=size,
-        draws=problem.draws.count,
-        second=torch.cat([w.second for w in exact]).cpu() if exact else None,
-        fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
-        blocks=torch.tensor(weights.blocks) if weights else None,
-        coverage=coverage(problem, plan),
-    )
+    plan.unused = set(problem.parameters) - run.reached
+    return run.finish(problem, plan)
 
 
-def _measure_chunk(
-    problem: Problem,
-    plan: Plan,
-    rows: slice,
-    accumulators: dict[str, Accumulator],
-    exact: list[Weights],
-) -> set[str]:
-    """Add one chunk's moments; returns the parameters that its outputs depend on."""
-    batch = problem.batch[rows]
-    mask = None if problem.mask is None else problem.mask[rows]
+@dataclass
+class _Run:
+    """What the chunks add up to."""
+
+    accumulators: dict[str, dict[str, Accumulator]] = field(default_factory=dict)
+    weights: dict[str, list[Weights]] = field(default_factory=dict)
+    activations: dict[str, Accumulator] = field(default_factory=dict)
+    curves: dict[str, CurvatureSums] = field(default_factory=dict)
+    second: list[Tensor] = field(default_factory=list)
+    partners: dict[str, set[str]] = field(default_factory=dict)
+    norms: list[OutputNorms] = field(default_factory=list)
+    classes: int | None = None
+    reached: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def finish(self, problem: Problem, plan: Plan) -> Measured:
+        """The sums of all chunks."""
+        told = coverage(problem, plan)
+        moments = {
+            kind: self._batch(problem, kind, accumulators, plan.unused, told)
+            for kind, accumulators in self.accumulators.items()
+        }
+        curvature = None
+        if self.curves and "i2" not in self.notes:
+            curvature = CurvatureBatch(
+                {n: c.finish() for n, c in self.curves.items() if n not in plan.unused},
+                self.second[0].shape[1],
+                torch.cat(self.second).double().cpu(),
+                problem.draws.count is None,
+                self.partners,
+                problem.ask.probes,
+            )
+        norms = None
+        if self.norms:
+            norms = OutputNorms(*(torch.cat(parts).double().cpu() for parts in _columns(self.norms)))
+        activations = None
+        if self.activations:
+            activations = self._batch(problem, "i1", self.activations, set(), {})
+        return Measured(
+            moments, curvature, norms, activations, self.seconds, list(self.notes.values())
+        )
+
+    def _batch(
+        self,
+        problem: Problem,
+        kind: str,
+        accumulators: dict[str, Accumulator],
+        unused: set[str],
+        told: dict[str, str],
+    ) -> MomentsBatch:
+        exact = self.weights.get(kind)
+        count = {"i1": problem.draws.count, "empirical": 1, "jacobian": None}.get(
+            kind, problem.draws.count if problem.ask.ih else problem.ask.probes
+        )
+        return MomentsBatch(
+            parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
+            batch_size=problem.batch.size,
+            draws=count if not exact else None,
+            second=torch.cat([w.second for w in exact]).cpu() if exact else None,
+            fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
+            blocks=torch.tensor(exact[0].blocks) if exact else None,
+            coverage=told,
+            classes=self.classes,
+        )
+
+
+def _columns(norms: list[OutputNorms]) -> list[tuple[Tensor, ...]]:
+    names = [f.name for f in dataclasses.fields(OutputNorms)]
+    return [tuple(getattr(n, name) for n in norms) for name in names]
+
+
+def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None:
+    """Add one chunk."""
+    batch, ask = problem.batch[rows], problem.ask
     ceiling = problem.memory_mb * 2**20
+    clock = _Clock(run.seconds)
     guard = _memory_guard(problem, ceiling / 2, batch.size)
-    with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved:
+    kernels = twice_differentiable() if ask.probes else contextlib.nullcontext()
+    with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
         h = problem.forward(batch)
     if tape.failed:
         raise PlanMismatch(tape.failed)
@@ -87,130 +156,211 @@ def _measure_chunk(
     stash = sum(_numel(edge) for edge in tape.edges) * h.element_size()
     if problem.draws.count is None:
         passes = problem.likelihood.count_passes(h)
-        _check_passes(passes, stash / batch.size, ceiling)
+        check_passes(problem, h, stash / batch.size, ceiling)
     else:
         passes = problem.draws.count
-    if saved() + passes * stash > ceiling and batch.size > 1:
-        fit = int(batch.size * ceiling / (saved() + passes * stash))
+    kept = passes * (1 + (ask.probes + 4) * (ask.probes > 0))
+    if saved() + kept * stash > ceiling and batch.size > 1:
+        fit = int(batch.size * ceiling / (saved() + kept * stash))
         raise OverMemory(min(batch.size - 1, fit))
     if h.device.type == "cpu" and plan.chunk is None and tape.edges:
         # large fresh tensors cost more in page faults than the chunks cost in calls
         largest = max(_numel(edge) for edge in tape.edges) * h.element_size()
         if largest > FRESH_BYTES and batch.size > 1:
             raise OverMemory(_even(batch.size, int(batch.size * FRESH_BYTES / largest)))
-    seeds, weights = _seeds(problem, rows, h, mask)
-    deltas = _backward(h, tape, seeds)
+    clock.stop("forward")
+    names = {id(p): n for n, p in problem.parameters.items()}
+    calls = replayed_parameters(problem, plan, tape, names)
+    pieces: dict[str, list[tuple[Replayed, str]]] = {}
+    for call, inside in calls:
+        for local, held in inside.items():
+            pieces.setdefault(names[id(held)], []).append((call, local))
+    unseen = {
+        name
+        for name in reached - set(pieces)
+        if name in plan.replay or id(problem.parameters[name]) not in tape.uses
+    }
+    if unseen:
+        raise PlanMismatch(dict.fromkeys(unseen, "its module was not called"))
+    site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
+    detached = h.detach()
+    labels = label_seeds(problem, rows, detached)
+    plain = not (ask.ih or ask.bounds or ask.probes or ask.labels is not None)
+    run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain)
+    clock.stop("i1")
+    if plain:
+        return
+    if ask.ih or ask.probes:
+        _contract(site, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
+        clock.stop("ih")
+    if ask.labels is not None:
+        _contract(site, run, "empirical", data_seeds(problem, rows, detached), h, reached)
+        clock.stop("empirical")
+    if ask.bounds:
+        family: Any = problem.likelihood
+        norms = family.norms(detached, mask_of(problem, rows, detached))
+        run.norms.append(norms)
+        axis = getattr(family, "class_dim", None)
+        run.classes = None if axis is None else h.shape[axis]
+        _contract(site, run, "jacobian", output_seeds(problem, rows, detached, norms), h, reached)
+        clock.stop("bounds")
+    if ask.probes:
+        _curve(site, run, h, labels)
+        clock.stop("i2")
+
+
+@dataclass
+class _Site:
+    """One chunk's recorded forward."""
+
+    problem: Problem
+    plan: Plan
+    tape: Tape
+    calls: list[tuple[Replayed, dict[str, Tensor]]]
+    pieces: dict[str, list[tuple[Replayed, str]]]
+    names: dict[int, str]
+    batch: Batch
+    rows: slice
+    room: float
+
+
+def _contract(
+    site: _Site,
+    run: _Run,
+    kind: str,
+    seeds: Seeds,
+    h: Tensor,
+    reached: set[str],
+    last: bool = False,
+) -> set[str]:
+    """Pull the seeds back and add each parameter's moments; returns the parameters met."""
+    problem, tape, size = site.problem, site.tape, site.batch.size
+    inputs = problem.ask.bounds and kind == "i1"
+    deltas, sources = _backward(h, tape, seeds.seeds, inputs, last)
     check_inputs_unchanged(tape)
+    reached = set(reached)
+    accumulators = run.accumulators.setdefault(kind, {})
     with torch.no_grad():
-        names = {id(p): n for n, p in problem.parameters.items()}
-        replays = replayed_parameters(problem, plan, tape, names)
         for name, parameter in problem.parameters.items():
             if name not in accumulators:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-                accumulators[name] = Accumulator(a2, problem.diagonals)
-        pieces: dict[str, list[tuple[Replayed, str]]] = {}
-        for call, inside in replays:
-            for local, held in inside.items():
-                pieces.setdefault(names[id(held)], []).append((call, local))
-        unseen = {
-            name
-            for name in reached - set(pieces)
-            if name in plan.replay or id(problem.parameters[name]) not in tape.uses
-        }
-        if unseen:
-            raise PlanMismatch(dict.fromkeys(unseen, "its module was not called"))
-        for accumulator in accumulators.values():
-            accumulator.begin(batch.size, passes)
-        for name, parameter in problem.parameters.items():
-            uses = [] if name in plan.replay else tape.uses.get(id(parameter), [])
-            if name in pieces:
+                accumulators[name] = Accumulator.like(parameter, problem.diagonals)
+            accumulators[name].begin(size, len(seeds.seeds))
+        for name in problem.parameters:
+            if name in site.pieces:
                 continue
+            parameter = problem.parameters[name]
+            uses = [] if name in site.plan.replay else tape.uses.get(id(parameter), [])
             if any(deltas[use.edge] is not None for use in uses):
                 reached.add(name)
-            contract_uses(accumulators[name], uses, deltas, batch.size, weights, ceiling / 8)
+            contract_uses(accumulators[name], uses, deltas, size, seeds.weights, site.room)
         contract_replays(
             problem,
-            plan,
+            site.plan,
             tape,
-            replays,
-            pieces,
+            site.calls,
+            site.pieces,
             deltas,
-            seeds,
+            seeds.seeds,
             accumulators,
-            weights,
-            names,
-            batch,
-            ceiling / 8,
+            seeds.weights,
+            site.names,
+            site.batch,
+            site.room,
         )
-    if weights is not None:
-        exact.append(weights)
+        if inputs:
+            _add_activations(tape, run, sources, seeds, size)
+    if seeds.weights is not None:
+        run.weights.setdefault(kind, []).append(seeds.weights)
     return reached
 
 
-def _check_passes(passes: int, stash_per_pass: float, ceiling: float) -> None:
-    if passes > PASS_LIMIT:
-        raise FimprobeError(
-            f"draws='exact' would take {passes} backward passes for each chunk (labels × positions "
-            f"of one sample), more than the limit of {PASS_LIMIT}; pass draws=2 instead"
-        )
-    if passes * stash_per_pass > ceiling:
-        raise FimprobeError(
-            f"draws='exact' would take {passes} backward passes that keep "
-            f"{passes * stash_per_pass / 2**20:.0f} MB for one sample, more than memory_mb="
-            f"{ceiling / 2**20:.0f}; pass draws=2 instead, or a larger memory_mb"
-        )
+def _add_activations(
+    tape: Tape, run: _Run, sources: list[list[Tensor] | None], seeds: Seeds, size: int
+) -> None:
+    """Moments of ∂ℓ/∂h of each layer's input h: Î₁(h) = mean (∂ℓ/∂h)(∂ℓ/∂h)ᵀ, eq. (19)."""
+    for path, (index, layout) in tape.activations.items():
+        found = sources[index]
+        if found is None:
+            continue
+        g = torch.stack([precise(batch_first(d, layout, size)) for d in found], 1)
+        if path not in run.activations:
+            run.activations[path] = Accumulator.like(g[0, 0], False)
+        if run.activations[path].a2.shape != g.shape[2:]:
+            continue  # another length in this chunk
+        run.activations[path].begin(size, len(seeds.seeds))
+        one = torch.ones((), dtype=torch.float64, device=g.device)
+        where: Any = slice(None) if g.dim() > 2 else ...
+        run.activations[path].add(g, slice(0, size), where, one, seeds.weights)
 
 
-def _seeds(
-    problem: Problem, rows: slice, h: Tensor, mask: Tensor | None
-) -> tuple[list[Tensor], Weights | None]:
-    """δ at the outputs of each draw or exact pass."""
-    detached, likelihood = h.detach(), problem.likelihood
-    shape = likelihood.label_shape(detached)
-    if mask is not None and mask.shape != shape:
-        raise FimprobeError(
-            f"mask has shape {tuple(mask.shape)}, but the labels have shape {tuple(shape)}; pass a "
-            "boolean tensor with one entry for each label"
-        )
-    if problem.draws.count is None:
-        passes = list(likelihood.exact_passes(detached, mask))
-        return [p.seed.to(h.dtype) for p in passes], Weights(
-            torch.stack([p.second for p in passes], 1),
-            torch.stack([p.fourth for p in passes], 1),
-            [p.block for p in passes],
-        )
-    uniforms = problem.draws.uniforms_for(rows, problem.batch.size, shape).to(h.device)
-    seeds = []
-    for draw in range(problem.draws.count):
-        score = likelihood.score(detached, likelihood.quantile(detached, uniforms[:, draw]))
-        if mask is not None:
-            where = mask
-            if where.dim() < score.dim():
-                where = where.unsqueeze(getattr(likelihood, "class_dim", -1))
-            score = score.masked_fill(~where, 0)
-        seeds.append(score.to(h.dtype))
-    return seeds, None
+def _curve(site: _Site, run: _Run, h: Tensor, labels: Seeds) -> None:
+    """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
+    problem = site.problem
+    if "i2" in run.notes:
+        return
+    seeds = curvature_seeds(problem, site.rows, h.detach(), labels)
+    assert seeds.weights is not None
+    for name, parameter in problem.parameters.items():
+        if name not in run.curves:
+            run.curves[name] = CurvatureSums(parameter, problem.diagonals, site.room)
+        run.curves[name].seeds = seeds.seeds
+    try:
+        with twice_differentiable():
+            run.partners = measure_curvature(
+                problem,
+                site.plan,
+                site.tape,
+                h,
+                seeds,
+                site.rows,
+                site.batch,
+                site.calls,
+                site.names,
+                run.curves,
+            )
+    except (PlanMismatch, OverMemory, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        run.notes["i2"] = f"Î₂ was not measured: the model has no second derivative here ({first})"
+        return
+    for curve in run.curves.values():
+        curve.end()
+    run.second.append(seeds.weights.second)
 
 
-def _backward(h: Tensor, tape: Tape, seeds: list[Tensor]) -> list[list[Tensor] | None]:
-    """δ of each draw at every edge: one backward per draw, weights' gradients never asked for."""
-    if not tape.edges:
-        return []
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def stop(self, key: str) -> None:
+        """Add the time since the last stop to ``key``."""
+        now = time.perf_counter()
+        self.seconds[key] = self.seconds.get(key, 0.0) + now - self.last
+        self.last = now
+
+
+def _backward(
+    h: Tensor, tape: Tape, seeds: list[Tensor], inputs: bool, last: bool
+) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
+    """δ of each seed at every edge (and source): one backward each, never of the weights."""
+    places = [*tape.edges, *(tape.sources if inputs else [])]
+    if not places:
+        return [], []
     collected = []
     for i, seed in enumerate(seeds):
-        last = i == len(seeds) - 1
+        keep = not last or i < len(seeds) - 1
         collected.append(
-            torch.autograd.grad(h, tape.edges, seed, retain_graph=not last, allow_unused=True)
+            torch.autograd.grad(h, places, seed, retain_graph=keep, allow_unused=True)
         )
-    by_edge: list[list[Tensor] | None] = []
+    by_place: list[list[Tensor] | None] = []
     for parts in zip(*collected, strict=True):
         present = next((p for p in parts if p is not None), None)
         if present is None:
-            by_edge.append(None)
+            by_place.append(None)
         else:
-            by_edge.append([torch.zeros_like(present) if p is None else p for p in parts])
-    return by_edge
+            by_place.append([torch.zeros_like(present) if p is None else p for p in parts])
+    return by_place[: len(tape.edges)], by_place[len(tape.edges) :]
 
 
 def _even(size: int, chunk: int) -> int:

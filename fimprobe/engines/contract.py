@@ -51,6 +51,13 @@ class Accumulator:
             wide = torch.zeros_like(self.a2, dtype=torch.float64)
             self.a4, self.q, self.r = wide.clone(), wide.clone(), wide.clone()
 
+    @classmethod
+    def like(cls, parameter: Tensor, diagonals: bool) -> Accumulator:
+        """An accumulator for gradients of a tensor like this one."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+        return cls(a2, diagonals)
+
     def begin(self, samples: int, draws: int) -> None:
         """Make room for the Gram matrices [samples, S, S] (or squared norms) of the next chunk."""
         shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd import measure_moments
-from fimprobe.engines.problem import Plan, PlanMismatch, Problem
+from fimprobe.engines.problem import Ask, Plan, PlanMismatch, Problem
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.tape import Layouts, record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
-from fimprobe.types import Draws, FimprobeError, MomentsBatch
+from fimprobe.types import Draws, FimprobeError, Measured, MomentsBatch
 
 
-def measure_planned(problem: Problem, plan: Plan) -> MomentsBatch:
+def measure_planned(problem: Problem, plan: Plan) -> Measured:
     """Moments; where the batch shows a use that the plan did not know, the plan is widened."""
     for _ in range(100):
         try:
@@ -41,6 +41,7 @@ def make_plan(problem: Problem) -> Plan:
         draws=Draws(1, seed=20240525),
         mask=None,
         diagonals=False,
+        ask=Ask(),
     )
     plan = Plan(layouts=_expansions(problem))
     alone, outputs = _alone(problem)
@@ -55,7 +56,7 @@ def make_plan(problem: Problem) -> Plan:
             "with track_running_stats=False) or draw random numbers in eval mode cause it"
         )
     for _ in range(200):
-        moments = measure_planned(problem, plan)
+        moments = measure_planned(problem, plan).moments["i1"]
         wrong = _disagreeing(problem, moments, alone)
         if not wrong:
             plan.layouts.settled = True

@@ -35,6 +35,20 @@ class Plan:
     """Samples that the guard has compared; 0 before it ran."""
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What is measured beside Î₁: Î_H, the empirical Fisher, bounds, and Î₂ by K ``probes``.
+
+    ``exact``: diagonals of second derivatives by BackPACK, in place of probes.
+    """
+
+    ih: bool = False
+    labels: Tensor | None = None
+    bounds: bool = False
+    probes: int = 0
+    exact: bool = False
+
+
 @dataclass
 class Problem:
     """One measurement's question, as the engine needs it."""
@@ -47,6 +61,7 @@ class Problem:
     mask: Tensor | None
     memory_mb: float
     diagonals: bool
+    ask: Ask = Ask()
 
     def __post_init__(self) -> None:
         """Index the trainable parameters."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,17 @@ class Rule:
 
     ``tiles``: slicing δ's last dimension slices the parameter's first. ``outer``: without shared
     positions the gradient is an outer product δ xᵀ, whose moments factor (theory §2).
-    ``tokens``: the gradient has rows for the tokens of the sample only.
+    ``tokens``: the gradient has rows for the tokens of the sample only. ``shift``: the parameter is
+    added to the output along its "last" dimensions or its "channel" dimension. ``linear``: the
+    gradient is linear in the layer's input, as it is in δ.
     """
 
     gradient: Gradient
     tiles: bool = False
     outer: bool = False
     tokens: bool = False
+    shift: Literal["last", "channel"] | None = None
+    linear: bool = False
 
 
 def linear_weight(call: Call, delta: Tensor) -> Tensor:
@@ -262,14 +267,12 @@ def embedding_weight(call: Call, delta: Tensor) -> Tensor:
 
 
 LINEAR = {
-    "weight": Rule(linear_weight, tiles=True, outer=True),
-    "bias": Rule(last_bias, tiles=True),
+    "weight": Rule(linear_weight, tiles=True, outer=True, linear=True),
+    "bias": Rule(last_bias, tiles=True, shift="last"),
 }
-_CONV = {
-    "weight": Rule(conv_weight),
-    "bias": Rule(channel_sum),
-}
-_RUNNING = {"weight": Rule(running_norm_weight), "bias": Rule(channel_sum)}
+_CHANNEL_BIAS = Rule(channel_sum, shift="channel")
+_CONV = {"weight": Rule(conv_weight, linear=True), "bias": _CHANNEL_BIAS}
+_RUNNING = {"weight": Rule(running_norm_weight), "bias": _CHANNEL_BIAS}
 _LOOKUP = {"weight": Rule(embedding_weight, tokens=True)}
 _CONVS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -291,22 +294,43 @@ _RUNNING_NORMS: tuple[type[nn.Module], ...] = (
 RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Linear: LINEAR,
     nn.modules.linear.NonDynamicallyQuantizableLinear: LINEAR,
-    nn.Bilinear: {"weight": Rule(bilinear_weight, tiles=True), "bias": Rule(last_bias, tiles=True)},
+    nn.Bilinear: {"weight": Rule(bilinear_weight, tiles=True), "bias": LINEAR["bias"]},
     **dict.fromkeys(_CONVS, _CONV),
     **dict.fromkeys(_RUNNING_NORMS, _RUNNING),
-    nn.LayerNorm: {"weight": Rule(layer_norm_weight), "bias": Rule(layer_norm_bias)},
+    nn.LayerNorm: {"weight": Rule(layer_norm_weight), "bias": Rule(layer_norm_bias, shift="last")},
     nn.RMSNorm: {"weight": Rule(rms_norm_weight)},
-    nn.GroupNorm: {"weight": Rule(group_norm_weight), "bias": Rule(channel_sum)},
+    nn.GroupNorm: {"weight": Rule(group_norm_weight), "bias": _CHANNEL_BIAS},
     nn.PReLU: {"weight": Rule(prelu_weight)},
     nn.Embedding: _LOOKUP,
     nn.EmbeddingBag: _LOOKUP,
 }
 _BY_NAME = {
     "transformers.pytorch_utils.Conv1D": {
-        "weight": Rule(conv1d_weight, outer=True),
-        "bias": Rule(last_bias, tiles=True),
+        "weight": Rule(conv1d_weight, outer=True, linear=True),
+        "bias": LINEAR["bias"],
     }
 }
+
+
+def direction(
+    rule: Rule, module: nn.Module, name: str, args: tuple[Any, ...], out: torch.Size, along: Tensor
+) -> Tensor:
+    """The output's derivative along ``along``, a direction of the parameter: outputs are affine in it.
+
+    ``args`` are the module's own inputs, ``out`` its output's shape; autograd goes through them.
+    """
+    if rule.shift == "last":
+        return along.expand(out)
+    if rule.shift == "channel":
+        return along.view(-1, *[1] * (len(out) - 2)).expand(out)
+    if getattr(module, "padding_idx", None) is not None:
+        along = along.index_fill(0, torch.tensor([module.padding_idx], device=along.device), 0)
+    others = {n: torch.zeros_like(p) for n, p in module._parameters.items() if p is not None}
+    options = {"output_size": list(out[2:])} if getattr(module, "transposed", False) else {}
+    result: Tensor = functional_call(module, others | {name: along}, args, options)
+    if isinstance(module, nn.PReLU):  # its output does not vanish with its weight
+        result = result - functional_call(module, others, args)
+    return result
 
 
 def rules_for(module: nn.Module) -> dict[str, Rule]:

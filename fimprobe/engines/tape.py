@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,31 +14,43 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from fimprobe.engines.rules import LINEAR, Call, Rule, rules_for
+from fimprobe.engines.rules import LINEAR, Call, Rule, direction, rules_for
 from fimprobe.engines.unrolled import UNROLLED, NotUnrolled
 from fimprobe.types import FimprobeError
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter under a rule. ``rows``: the part of a packed parameter it fills."""
+    """One use of a parameter under a rule. ``rows``: the part of a packed parameter it fills.
+
+    For second derivatives: ``sources`` are the places where the gradients of the call's inputs
+    arrive (None where an input depends on no parameter; one per time step where ``steps``), and
+    ``direction`` gives the output's derivative along a direction of the parameter.
+    """
 
     rule: Rule
     call: Call
     edge: int
     layout: int | str
     rows: slice | None = None
+    sources: Sequence[int | None] = ()
+    direction: Callable[[Tensor], Tensor] | None = None
+    steps: bool = False
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One call of a module whose parameters are differentiated by replaying it per sample."""
+    """One call of a module whose parameters are differentiated by replaying it per sample.
+
+    ``edges`` belong to the tensors among the outputs, ``sources`` to those among the inputs.
+    """
 
     path: str
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     edges: tuple[int | None, ...]
+    sources: tuple[int | None, ...] = ()
 
 
 @dataclass
@@ -64,6 +76,10 @@ class Tape:
         self.uses: dict[int, list[Use]] = {}
         self.replayed: list[Replayed] = []
         self.edges: list[Any] = []
+        self.layout_of: list[int | str] = []
+        self.sources: list[Any] = []
+        self._source_of: dict[Any, int] = {}
+        self.activations: dict[str, tuple[int, int | str]] = {}
         self.versions: list[tuple[Tensor, int, str]] = []
         self.cuts: dict[Any, list[Any]] = {}
         self.failed: dict[str, str] = {}
@@ -80,10 +96,22 @@ class Tape:
                 return layout
         return None
 
-    def edge(self, output: Tensor) -> int:
+    def edge(self, output: Tensor, layout: int | str = 0) -> int:
         """Register a tensor or its gradient edge as a place where δ is wanted."""
         self.edges.append(output if output.is_leaf else get_gradient_edge(output))
+        self.layout_of.append(layout)
         return len(self.edges) - 1
+
+    def source(self, x: Tensor) -> int | None:
+        """Register an input as a place where its gradient can be asked for; None for a constant."""
+        if not x.requires_grad:
+            return None
+        place = x if x.is_leaf else get_gradient_edge(x)
+        key = id(x) if x.is_leaf else (place.node, place.output_nr)
+        if key not in self._source_of:
+            self._source_of[key] = len(self.sources)
+            self.sources.append(place)
+        return self._source_of[key]
 
     def cut(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         """Let a walk over the graph jump from a call's outputs to its inputs."""
@@ -107,12 +135,16 @@ class Tape:
             return
         batched = tuple(batch_first(x.detach(), layout, self.batch_size) for x in inputs)
         call = Call(module, batched, layout == "folded")
-        edge = self.edge(out)
+        edge = self.edge(out, layout)
+        sources = [self.source(x) for x in inputs]
+        if sources[0] is not None:
+            self.activations.setdefault(path, (sources[0], layout))
         self.versions += [(x, x._version, path) for x in inputs if not x.is_inference()]
         for name, rule in names.items():
             parameter = module._parameters.get(name)
             if parameter is not None and parameter.requires_grad:
-                use = Use(rule, call, edge, layout)
+                along = functools.partial(direction, rule, module, name, args, out.shape)
+                use = Use(rule, call, edge, layout, None, sources, along)
                 self.uses.setdefault(id(parameter), []).append(use)
         self.cut([out], inputs)
 
@@ -133,7 +165,8 @@ class Tape:
             self.failed[path] = "no batch dimension at its inputs and outputs"
             return
         edges = tuple(self.edge(x) if want else None for x, want in zip(leaves, wanted, strict=True))
-        self.replayed.append(Replayed(path, module, args, kwargs, edges))
+        places = tuple(self.source(x) for x in inputs)
+        self.replayed.append(Replayed(path, module, args, kwargs, edges, places))
         self.cut(outputs, inputs)
 
 
@@ -160,7 +193,8 @@ class _Affine:
         w, b = self._data(weight, rows), self._data(bias, bias_rows)
         out = F.linear(x, w, b)
         epsilon = torch.zeros_like(out).requires_grad_()
-        self._use(x.detach(), epsilon, layout, weight, bias, rows, bias_rows)
+        sources = [self.tape.source(x)]
+        self._use([x], sources, x.detach(), epsilon, layout, weight, bias, rows, bias_rows)
         return out + epsilon
 
     def steps(self, weight: str, bias: str | None, like: Tensor) -> Callable[[int, Tensor], Tensor]:
@@ -169,12 +203,16 @@ class _Affine:
         assert w is not None
         epsilon = like.new_zeros(*like.shape[:2], w.shape[0]).requires_grad_()
         states = like.new_empty(*like.shape[:2], w.shape[1])
-        self._use(states, epsilon, 1, weight, bias, None, None)
+        live: list[Tensor] = []
+        sources: list[int | None] = []
+        self._use(live, sources, states, epsilon, 1, weight, bias, None, None, steps=True)
         parts = epsilon.unbind(0)
 
         def step(t: int, state: Tensor) -> Tensor:
             with torch.no_grad():
                 states[t] = state
+            live.append(state)
+            sources.append(self.tape.source(state))
             return F.linear(state, w, b) + parts[t]
 
         return step
@@ -188,12 +226,24 @@ class _Affine:
     def _parameter(self, name: str) -> Any:
         return functools.reduce(getattr, name.split("."), self.module)
 
-    def _use(self, x, epsilon, layout, weight, bias, rows, bias_rows) -> None:
+    def _use(
+        self, live, sources, x, epsilon, layout, weight, bias, rows, bias_rows, steps=False
+    ) -> None:
         call = Call(self.module, (batch_first(x, layout, self.tape.batch_size),))
-        edge = self.tape.edge(epsilon)
+        edge = self.tape.edge(epsilon, layout)
         for name, part, rule in ((weight, rows, "weight"), (bias, bias_rows, "bias")):
             if name is not None and self._parameter(name).requires_grad:
-                use = Use(LINEAR[rule], call, edge, layout, part)
+
+                def along(
+                    u: Tensor, part: slice | None = part, weights: bool = rule == "weight"
+                ) -> Tensor:
+                    u = u if part is None else u[part]
+                    if not weights:
+                        return u.expand(epsilon.shape)
+                    outs = [F.linear(state, u) for state in live]
+                    return torch.stack(outs) if steps else outs[0]
+
+                use = Use(LINEAR[rule], call, edge, layout, part, sources, along, steps)
                 self.pending.append((id(self._parameter(name)), use))
 
     def commit(self) -> None:
@@ -324,3 +374,18 @@ def batch_first(x: Tensor, layout: int | str, size: int) -> Tensor:
     if layout == "folded":
         return x.unflatten(0, (size, -1))
     return x.transpose(0, 1) if layout == 1 else x
+
+
+def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
+    """The inverse of :func:`batch_first`."""
+    if layout == "folded":
+        return x.flatten(0, 1)
+    return x.transpose(0, 1) if layout == 1 else x
+
+
+def along_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:
+    """``factors`` [B] in a shape that multiplies the samples of ``x``."""
+    if layout == "folded":
+        return factors.repeat_interleave(x.shape[0] // len(factors)).view(-1, *[1] * (x.dim() - 1))
+    lead = [1] * layout if isinstance(layout, int) else []
+    return factors.view(*lead, -1, *[1] * (x.dim() - 1 - len(lead)))

@@ -15,6 +15,11 @@ class Bernoulli(Independent):
     """p(y = 1 | h) = sigmoid(h) for each component; the score is y − sigmoid(h)."""
 
     name: str = "bernoulli"
+    support = "labels 0 and 1 (not probabilities)"
+
+    def in_support(self, labels: Tensor) -> Tensor:
+        """0 and 1."""
+        return (labels == 0) | (labels == 1)
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """1 where the uniform exceeds P(y = 0) = sigmoid(−h)."""

@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimprobe.types import FimprobeError, Pass
+from fimprobe.likelihoods.norms import combine, position_mask
+from fimprobe.types import FimprobeError, OutputNorms, Pass
+
+IGNORED = -100
+"""The label of a position that has none, as in torch's cross-entropy."""
+
+_EXACT_WORK = 2**18  # positions × classes³ per input: at most about 2 ms on one core
+_CHUNK = 2**20  # numbers in each of the some twenty arrays alive at once
 
 
 class _Split(NamedTuple):
@@ -60,6 +67,44 @@ class Categorical:
                 "label pass likelihood='bernoulli'"
             )
 
+    def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raise unless there is a class index, or −100 for none, at every position."""
+        shape, classes = self.label_shape(outputs), outputs.shape[self.class_dim]
+        if labels.shape != shape:
+            remedy = "pass one class index per position, -100 where there is none"
+            if labels.shape == outputs.shape:
+                remedy = f"pass class indices: labels.argmax({self.class_dim}) of one-hot labels"
+            elif labels.numel() == shape.numel():
+                remedy += f": labels.reshape{tuple(shape)} if the order is the same"
+            raise FimprobeError(
+                f"labels have shape {tuple(labels.shape)}, but likelihood='categorical' with outputs "
+                f"{tuple(outputs.shape)} needs {tuple(shape)}; {remedy}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise FimprobeError(
+                f"labels have type {labels.dtype}, but likelihood='categorical' needs class indices; "
+                "pass whole numbers such as labels.long()"
+            )
+        labels = labels.long()
+        wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
+        if bool(wrong.any()):
+            raise FimprobeError(
+                f"labels hold {int(wrong.sum())} of {labels.numel()} class indices outside 0 to "
+                f"{classes - 1}, the first {labels[wrong][0].item()}; number the classes from 0, and "
+                f"set the label of ignored positions to {IGNORED}"
+            )
+
+    def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The score at a data set's class indices; zero where they are −100.
+
+        >>> Categorical().data_score(torch.zeros(2, 2), torch.tensor([1, -100])).abs().tolist()
+        [[0.5, 0.5], [0.0, 0.0]]
+        """
+        labels = labels.to(outputs.device, torch.int64)
+        ignored = labels == IGNORED
+        score = self.score(outputs, labels.masked_fill(ignored, 0))
+        return score.masked_fill(ignored.unsqueeze(self.class_dim), 0)
+
     def label_shape(self, outputs: Tensor) -> torch.Size:
         """The outputs' shape without the class dimension."""
         return self._last(outputs).shape[:-1]
@@ -81,55 +126,63 @@ class Categorical:
 
     def output_fisher(self, outputs: Tensor) -> Tensor:
         """I(h) = diag p − ppᵀ [..., C, C]."""
-        split = self._split(outputs)
-        diagonal = split.p * self._complement(split)
-        fisher = -split.p.unsqueeze(-1) * split.p.unsqueeze(-2)
-        fisher.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-        return fisher
+        return _fisher(self._split(outputs))
 
     def fisher_norm(self, outputs: Tensor) -> Tensor:
         """‖I(h)‖_F per position: √(Σ p²(1−p)² + Σ_{j≠k} p_j² p_k²)."""
-        split = self._split(outputs)
-        return self._fisher_square(split).sqrt()
+        return _fisher_square(self._split64(outputs)).sqrt().to(_precise(outputs))
 
     def fourth_moment_trace(self, outputs: Tensor) -> Tensor:
         """Tr M = E‖t − η‖⁴ − ‖I‖_F² per position."""
-        s = self._split(outputs)
-        t2 = s.rest.square().sum(-1)
-        square = (1 - s.p).square() + s.p_max.square().unsqueeze(-1)  # rows of the rest
-        square = square + t2.unsqueeze(-1) - s.p.square()
-        fourth = s.p_max * (s.e.square() + t2).square() + (s.rest * square.square()).sum(-1)
-        return fourth - self._fisher_square(s)
+        return _moment_trace(self._split64(outputs)).to(_precise(outputs))
 
     def fourth_moment_norm(self, outputs: Tensor) -> Tensor:
         """‖M‖_F per position, in O(C): ‖K‖_F² − 2⟨K, I⊗I⟩ + ‖I‖_F⁴ with the top class set apart."""
-        s = self._split(outputs)
-        e, m = s.e, s.p_max
-        t1, t2, t3, t4, t5, t6 = (s.rest.pow(k).sum(-1) for k in range(1, 7))
-        a = m.square() + t2  # s₂; δ_y·δ_z = [y=z] − p_y − p_z + s₂
-        b = t2 - m * e  # s₂ − p_max
-        kurtosis = m.square() * (e.square() + t2).pow(4)
-        kurtosis = kurtosis + 2 * m * (
-            b.pow(4) * t1 - 4 * b.pow(3) * t2 + 6 * b.square() * t3 - 4 * b * t4 + t5
+        return _moment_norm(self._split64(outputs)).to(_precise(outputs))
+
+    def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
+        """All norms per input [B], in float64 and in O(C) memory per position.
+
+        The largest eigenvalues are exact where T·C³ ≤ 64³ (T positions per input, masked or not).
+        Elsewhere λ_max(I) ≤ min{p_max, 1−s₂, 2 max p(1−p), ‖I‖_F} and
+        λ_max(M) ≤ min{(1+s₂) λ_max(I), ‖M‖_F}: for ‖B‖_F = 1, E(δᵀBδ)² ≤ max‖δ‖² tr(B I B) and
+        ‖δ_y‖² = 1 − 2p_y + s₂. λ_min(I) = 0, as I(h)1 = 0.
+        """
+        h = self._last(outputs)
+        h = h.reshape(h.shape[0], -1, h.shape[-1])
+        positions, classes = h.shape[1:]
+        exact = positions * classes**3 <= _EXACT_WORK
+        keep = position_mask(mask, h[..., 0])
+        values = torch.zeros((6, *keep.shape), dtype=torch.float64, device=h.device)
+        for part in keep.nonzero().split(max(1, _CHUNK // (classes**2 if exact else classes))):
+            b, t = part.unbind(1)
+            values[:, b, t] = _position_norms(_split(h[b, t].double()), exact)
+        norm, trace, largest, m_norm, m_trace, m_largest = values
+        return combine(
+            OutputNorms(
+                fisher_norm=norm,
+                fisher_trace=trace,
+                fisher_max=largest,
+                fisher_min=torch.zeros_like(norm),
+                moment_norm=m_norm,
+                moment_trace=m_trace,
+                moment_max=m_largest,
+            ),
+            mask,
         )
-        a_ = a.unsqueeze(-1)
-        kurtosis = kurtosis + (s.rest.square() * (1 - 2 * s.rest + a_).pow(4)).sum(-1)
-        t = [t1, t2, t3, t4, t5]
-        pairs = torch.zeros_like(e)  # Σ_{y≠z in the rest} p_y p_z (a − p_y − p_z)⁴
-        for i in range(5):
-            for j in range(5 - i):
-                k = 4 - i - j
-                c = (-1) ** (i + j) * _MULTINOMIAL[(i, j, k)]
-                same = [t2, t3, t4, t5, t6][i + j]
-                pairs = pairs + c * a.pow(k) * (t[i] * t[j] - same)
-        kurtosis = kurtosis + pairs
-        # q_y = (t−η)ᵀ I (t−η) given label y
-        s3_minus = (1 - e).pow(3) * e - 2 * (1 - e).square() * t2 - t2.square() + t3  # s₃ − s₂²
-        q = s.rest - 3 * s.rest.square() + 2 * s.rest * a_ + s3_minus.unsqueeze(-1)
-        mean = (m * e - t2).unsqueeze(-1)
-        q_top = m * (e.square() + t2).square() + (s.rest * (s.rest + mean).square()).sum(-1)
-        cross = m * q_top.square() + (s.rest * q.square()).sum(-1)
-        return (kurtosis - 2 * cross + self._fisher_square(s).square()).clamp(min=0).sqrt()
+
+    def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
+        """L ξ per position, L = diag √p − p √pᵀ: √p_y ξ_y − p_y Σ_z √p_z ξ_z.
+
+        For the top class the two terms in ξ_y are put together as √p_y (1 − p_y) ξ_y.
+        """
+        s = self._split(outputs)
+        weighted = s.p.sqrt() * self._last(xi).to(s.p.dtype)
+        own = weighted.gather(-1, s.top)
+        others = weighted.scatter(-1, s.top, 0.0).sum(-1, keepdim=True)
+        top = own * s.e.unsqueeze(-1) - s.p_max.unsqueeze(-1) * others
+        rest = weighted - s.p * (own + others)
+        return rest.scatter(-1, s.top, top).movedim(-1, self.class_dim)
 
     def count_passes(self, outputs: Tensor) -> int:
         """T·C: every class at every position."""
@@ -154,24 +207,126 @@ class Categorical:
                     seed.view(score.shape).movedim(-1, self.class_dim), weight, weight, position
                 )
 
+    def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
+        """One pass per class c and position: the column L e_c = √p_c (e_c − p), a block each."""
+        s = self._split(outputs)
+        shape, classes = s.p.shape, s.p.shape[-1]
+        p, own = (x.reshape(shape[0], -1, classes) for x in (s.p, _complement(s)))
+        keep = position_mask(mask, p[..., 0]).to(p.dtype)
+        for position in range(p.shape[1]):
+            for c in range(classes):
+                root = p[:, position, c].sqrt()
+                seed = torch.zeros_like(p)
+                seed[:, position] = -p[:, position] * root[:, None]
+                seed[:, position, c] = own[:, position, c] * root
+                weight = keep[:, position]
+                block = position * classes + c
+                yield Pass(seed.view(shape).movedim(-1, self.class_dim), weight, weight, block)
+
     def _last(self, outputs: Tensor) -> Tensor:
         return outputs.movedim(self.class_dim, -1)
 
     def _split(self, outputs: Tensor) -> _Split:
-        h = self._last(outputs)
-        p = torch.softmax(h, -1, dtype=_precise(h))
-        p_max, top = p.max(-1, keepdim=True)
-        rest = p.scatter(-1, top, 0.0)
-        return _Split(p, top, p_max.squeeze(-1), rest, rest.sum(-1))
+        return _split(self._last(outputs))
 
-    def _complement(self, split: _Split) -> Tensor:
-        return (1 - split.p).scatter(-1, split.top, split.e.unsqueeze(-1))
+    def _split64(self, outputs: Tensor) -> _Split:
+        # near one-hot the squares of I's entries are below float32's range
+        return _split(self._last(outputs).double())
 
-    def _fisher_square(self, s: _Split) -> Tensor:
-        own = (s.p * self._complement(s)).square().sum(-1)
-        t2 = s.rest.square().sum(-1)
-        cross = 2 * s.p_max.square() * t2 + t2.square() - s.rest.pow(4).sum(-1)
-        return own + cross
+
+def _split(h: Tensor) -> _Split:
+    p = torch.softmax(h, -1, dtype=_precise(h))
+    p_max, top = p.max(-1, keepdim=True)
+    rest = p.scatter(-1, top, 0.0)
+    return _Split(p, top, p_max.squeeze(-1), rest, rest.sum(-1))
+
+
+def _complement(s: _Split) -> Tensor:
+    """1 − p."""
+    return (1 - s.p).scatter(-1, s.top, s.e.unsqueeze(-1))
+
+
+def _fisher(s: _Split) -> Tensor:
+    """I [..., C, C]."""
+    fisher = -s.p.unsqueeze(-1) * s.p.unsqueeze(-2)
+    fisher.diagonal(dim1=-2, dim2=-1).copy_(s.p * _complement(s))
+    return fisher
+
+
+def _fisher_square(s: _Split) -> Tensor:
+    own = (s.p * _complement(s)).square().sum(-1)
+    t2 = s.rest.square().sum(-1)
+    cross = 2 * s.p_max.square() * t2 + t2.square() - s.rest.square().square().sum(-1)
+    return own + cross
+
+
+def _moment_trace(s: _Split) -> Tensor:
+    t2 = s.rest.square().sum(-1)
+    square = (1 - s.p).square() + s.p_max.square().unsqueeze(-1)  # rows of the rest
+    square = square + t2.unsqueeze(-1) - s.p.square()
+    fourth = s.p_max * (s.e.square() + t2).square() + (s.rest * square.square()).sum(-1)
+    return fourth - _fisher_square(s)
+
+
+def _moment_norm(s: _Split) -> Tensor:
+    e, m = s.e, s.p_max
+    squares, fourths = s.rest.square(), s.rest.square().square()
+    powers = (s.rest, squares, squares * s.rest, fourths, fourths * s.rest, fourths * squares)
+    t1, t2, t3, t4, t5, t6 = (x.sum(-1) for x in powers)
+    a = m.square() + t2  # s₂; δ_y·δ_z = [y=z] − p_y − p_z + s₂
+    b = t2 - m * e  # s₂ − p_max
+    kurtosis = m.square() * (e.square() + t2).pow(4)
+    kurtosis = kurtosis + 2 * m * (
+        b.pow(4) * t1 - 4 * b.pow(3) * t2 + 6 * b.square() * t3 - 4 * b * t4 + t5
+    )
+    a_ = a.unsqueeze(-1)
+    kurtosis = kurtosis + (squares * (1 - 2 * s.rest + a_).square().square()).sum(-1)
+    t = [t1, t2, t3, t4, t5]
+    pairs = torch.zeros_like(e)  # Σ_{y≠z in the rest} p_y p_z (a − p_y − p_z)⁴
+    for i in range(5):
+        for j in range(5 - i):
+            k = 4 - i - j
+            c = (-1) ** (i + j) * _MULTINOMIAL[(i, j, k)]
+            same = [t2, t3, t4, t5, t6][i + j]
+            pairs = pairs + c * a.pow(k) * (t[i] * t[j] - same)
+    kurtosis = kurtosis + pairs
+    # q_y = (t−η)ᵀ I (t−η) given label y
+    s3_minus = (1 - e).pow(3) * e - 2 * (1 - e).square() * t2 - t2.square() + t3  # s₃ − s₂²
+    q = s.rest - 3 * squares + 2 * s.rest * a_ + s3_minus.unsqueeze(-1)
+    mean = (m * e - t2).unsqueeze(-1)
+    q_top = m * (e.square() + t2).square() + (s.rest * (s.rest + mean).square()).sum(-1)
+    cross = m * q_top.square() + (s.rest * q.square()).sum(-1)
+    return (kurtosis - 2 * cross + _fisher_square(s).square()).clamp(min=0).sqrt()
+
+
+def _position_norms(s: _Split, exact: bool) -> Tensor:
+    """‖I‖, tr I, λ_max(I), ‖M‖, tr M, λ_max(M) of positions [n, C], stacked [6, n]."""
+    norm, own = _fisher_square(s).sqrt(), s.p * _complement(s)
+    trace, m_norm, m_trace = own.sum(-1), _moment_norm(s), _moment_trace(s)
+    if exact:
+        largest = torch.linalg.eigvalsh(_fisher(s))[..., -1]
+        m_largest = torch.linalg.eigvalsh(_moment_gram(s))[..., -1].clamp(min=0)
+    else:
+        largest = torch.stack([s.p_max, trace, 2 * own.amax(-1), norm]).amin(0)
+        s2 = s.p.square().sum(-1)
+        # where E‖δ‖⁴ is far above ‖M‖_F, the latter's rounding error may not take it below λ_max
+        rounding = 1e-14 * (m_trace + norm.square()).square()
+        m_largest = torch.minimum((1 + s2) * largest, (m_norm.square() + rounding).sqrt())
+    return torch.stack([norm, trace, largest, m_norm, m_trace.clamp(min=0), m_largest])
+
+
+def _moment_gram(s: _Split) -> Tensor:
+    """D^½ G̃ D^½ [n, C, C], whose nonzero eigenvalues are M's (theory §3 with J the identity).
+
+    Γ_yz = δ_y·δ_z, G = Γ∘Γ, G̃_yz = ⟨δ_yδ_yᵀ − I, δ_zδ_zᵀ − I⟩ = G_yz − (Gp)_y − (Gp)_z + pᵀGp.
+    """
+    scores = (-s.p.unsqueeze(-2)).repeat(1, s.p.shape[-1], 1)
+    scores.diagonal(dim1=-2, dim2=-1).copy_(_complement(s))
+    square = (scores @ scores.mT).square()
+    mean = square @ s.p.unsqueeze(-1)
+    centred = square - mean - mean.mT + s.p.unsqueeze(-2) @ mean
+    root = s.p.sqrt()
+    return root.unsqueeze(-1) * centred * root.unsqueeze(-2)
 
 
 _FACTORIAL = (1, 1, 2, 6, 24)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fimprobe.types import FimprobeError, Pass
+from fimprobe.likelihoods.norms import combine, position_mask
+from fimprobe.types import FimprobeError, OutputNorms, Pass
 
 
 class Independent:
@@ -16,7 +17,8 @@ class Independent:
     A family of one's own gives four elementwise methods, computed in at least float32:
     ``quantile(h, u)`` the inverse CDF, ``score(h, y)`` = ∂ log p/∂h, and the score's
     ``variance(h)`` and ``fourth_moment(h)`` (about its mean, which is 0). For a natural parameter
-    h the score is t(y) − η, so that these are the central moments of t(y). See
+    h the score is t(y) − η, so that these are the central moments of t(y). ``in_support(y)`` and
+    ``support`` (its description) tell which data labels are possible. See
     ``examples/own_family.py``.
 
     With components of variance v and fourth moment m (theory §5): ‖I‖_F² = Σv²,
@@ -25,6 +27,7 @@ class Independent:
     """
 
     name = "independent"
+    support = "finite numbers"
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """Labels at the uniforms."""
@@ -42,12 +45,40 @@ class Independent:
         """E score⁴."""
         raise NotImplementedError
 
+    def in_support(self, labels: Tensor) -> Tensor:
+        """Where a label is possible under the family (elementwise, bool)."""
+        return torch.isfinite(labels)
+
     def check_outputs(self, outputs: Tensor) -> None:
         """Raise unless there is a batch dimension."""
         if outputs.dim() < 1:
             raise FimprobeError(
                 f"likelihood={self.name!r} needs outputs [B, ...], but they have shape ()"
             )
+
+    def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raise unless there is one possible label per output component."""
+        if labels.shape != outputs.shape:
+            remedy = "pass one label per output component"
+            if labels.numel() == outputs.numel():
+                remedy += ": labels.view_as(outputs) if the order is the same"
+            raise FimprobeError(
+                f"labels have shape {tuple(labels.shape)}, but likelihood={self.name!r} with outputs "
+                f"{tuple(outputs.shape)} needs the outputs' shape; {remedy}"
+            )
+        if labels.is_complex():
+            raise FimprobeError(f"labels have type {labels.dtype}; pass real numbers")
+        wrong = ~self.in_support(labels)
+        if bool(wrong.any()):
+            raise FimprobeError(
+                f"labels hold {int(wrong.sum())} of {labels.numel()} values that likelihood="
+                f"{self.name!r} cannot draw, the first {labels[wrong][0].item()}; pass "
+                f"{self.support} (where mask is False too, any will do there), or another likelihood"
+            )
+
+    def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The score at a data set's labels of any type, taken in float64 as drawn labels are."""
+        return self.score(outputs, labels.to(outputs.device, torch.float64))
 
     def label_shape(self, outputs: Tensor) -> torch.Size:
         """One label per component: the outputs' shape."""
@@ -59,19 +90,38 @@ class Independent:
 
     def fisher_norm(self, outputs: Tensor) -> Tensor:
         """‖I(h)‖_F per input [B]."""
-        return self._flat(self.variance(outputs)).square().sum(-1).sqrt()
+        return self.norms(outputs, None).fisher_norm.to(precise(outputs).dtype)
 
     def fourth_moment_trace(self, outputs: Tensor) -> Tensor:
         """Tr M per input [B]."""
-        v, m = self._flat(self.variance(outputs)), self._flat(self.fourth_moment(outputs))
-        return (m - v.square()).sum(-1) + v.sum(-1).square() - v.square().sum(-1)
+        return self.norms(outputs, None).moment_trace.to(precise(outputs).dtype)
 
     def fourth_moment_norm(self, outputs: Tensor) -> Tensor:
         """‖M‖_F per input [B]."""
-        v, m = self._flat(self.variance(outputs)), self._flat(self.fourth_moment(outputs))
-        square = v.square()
-        own = (m - square).square().sum(-1)
-        return (own + 2 * (square.sum(-1).square() - square.square().sum(-1))).sqrt()
+        return self.norms(outputs, None).moment_norm.to(precise(outputs).dtype)
+
+    def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
+        """All norms per input [B], exact: each component is a position with I = v, M = m − v²."""
+        h = outputs.double()
+        v, m = self._flat(self.variance(h)).double(), self._flat(self.fourth_moment(h)).double()
+        own = (m - v.square()).clamp(min=0)
+        return combine(
+            OutputNorms(
+                fisher_norm=v,
+                fisher_trace=v,
+                fisher_max=v,
+                fisher_min=v,
+                moment_norm=own,
+                moment_trace=own,
+                moment_max=own,
+            ),
+            mask,
+        )
+
+    def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
+        """√v ∘ ξ."""
+        root = self.variance(outputs).sqrt()
+        return root * xi.to(root.dtype)
 
     def count_passes(self, outputs: Tensor) -> int:
         """One pass per output component, however large the labels' support."""
@@ -87,6 +137,16 @@ class Independent:
             seed = torch.zeros_like(v)
             seed[:, component] = 1
             yield Pass(seed.view(outputs.shape), v[:, component], m[:, component], component)
+
+    def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
+        """Seeds √v e_c with second = fourth = 1 (0 where masked); each is a block."""
+        root = self._flat(self.variance(outputs).sqrt())
+        keep = position_mask(mask, root).to(root.dtype)
+        for component in range(root.shape[1]):
+            seed = torch.zeros_like(root)
+            seed[:, component] = root[:, component]
+            weight = keep[:, component]
+            yield Pass(seed.view(outputs.shape), weight, weight, component)
 
     @staticmethod
     def _flat(x: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ class Poisson(Independent):
     """Y ~ Poisson(exp h) for each component; the score is y − exp(h)."""
 
     name: str = "poisson"
+    support = "whole numbers from 0 (not rates or log-rates)"
+
+    def in_support(self, labels: Tensor) -> Tensor:
+        """Whole numbers from 0."""
+        return torch.isfinite(labels) & (labels >= 0) & (labels == labels.double().floor())
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """The smallest k with P(Y ≤ k) ≥ u, by bisection on the regularised gamma function."""

@@ -1,0 +1,709 @@
+"""Bounds on a layer's Jacobian from the norms of the weights after it, on chains of known operators."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from fimprobe.batch import Batch
+from fimprobe.engines.operators import (
+    ROUNDING,
+    InputNorms,
+    Norms,
+    bias_norms,
+    convolution_input_norms,
+    convolution_norms,
+    linear_input_norms,
+    linear_norms,
+)
+from fimprobe.engines.problem import Problem
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """Weight-norm bounds on J_l = ∂h_L/∂W_l, W_l the layer's trained weight and bias, per input.
+
+    Tensors are float64 [B] on the CPU. Where ``reason`` is given the bounds are None.
+    """
+
+    frobenius: Tensor | None = None
+    """At least ‖J_l‖_F: (20) in the form that holds for every layer."""
+    spectral: Tensor | None = None
+    """At least s_max(J_l): (21)."""
+    unsafe_frobenius: Tensor | None = None
+    """(20) as printed, ‖X̃_l‖_F Π_{i>l} ‖W_i⁻‖_F: below ‖J_l‖_F at the last layer, and with GELU."""
+    input_norm: Tensor | None = None
+    """At least s_max(X̃_l): ‖h̄_l‖ for a layer used at one position."""
+    activation_constant: Tensor | None = None
+    """Product of the constants of activations, norms of poolings, ... between layer and outputs."""
+    weight_spectral_norm: float | None = None
+    """s_max of the layer's own linear operator without bias (a bound at most 4 % above it)."""
+    weight_frobenius_norm: float | None = None
+    """‖·‖_F of that operator on one input: √T ‖W⁻‖_F for a Linear used at T positions."""
+    reason: str | None = None
+    """Why there are no bounds."""
+
+
+def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
+    """Bounds of every module that owns a trained weight which the outputs depend on.
+
+    From the outputs towards the input, ∂h_L/∂z_l = A_1 ⋯ A_k with z_l the layer's output before its
+    activation. With s_i ≥ s_max(A_i), S = Π s_i, f_i = ‖A_i‖_F of the weights' operators, n the
+    least dimension on the way (and of W_l), X̃_l the rows that meet W_l (h̄_lᵀ for a Linear):
+
+    - ``spectral``: S s_max(X̃_l);
+    - ``frobenius``: the least of √n S s_max(X̃_l), min_j (f_j/s_j) S s_max(X̃_l) and S ‖X̃_l ⊗ I‖_F.
+
+    s_i is a Lipschitz constant for an activation; for LayerNorm, max pooling and a function written
+    out in elementwise steps it is the norm of their derivative at this input. The chain is read off
+    the autograd graph of one forward pass. A layer has bounds if one path leads from it to the
+    outputs: layers inside one branch of a sum have, those before a fork have not. Source: Soen &
+    Sun 2021, (19)–(21); (20) as printed fails at the last layer.
+
+    Returns:
+        Module path -> bounds or reason, in the modules' order.
+
+    Raises:
+        BatchError: where the outputs are not finite.
+    """
+    with torch.enable_grad():
+        outputs = problem.forward(batch)
+        if outputs.grad_fn is None:
+            return {}
+        return _Walk(problem.twin, outputs, batch.size).result()
+
+
+LIPSCHITZ: dict[str, Callable[[Any], float]] = {
+    **dict.fromkeys(
+        ["Relu", "Tanh", "LogSigmoid", "Softplus", "Hardtanh", "Softshrink", "Hardshrink", "Threshold"],
+        lambda node: 1.0,
+    ),
+    **dict.fromkeys(["Clamp", "ClampMin", "ClampMax", "Abs", "Neg", "Sin", "Cos", "Atan"], lambda n: 1.0),
+    "Sigmoid": lambda node: 0.25,
+    "Hardsigmoid": lambda node: 1 / 6,
+    "Hardswish": lambda node: 1.5,
+    "Gelu": lambda node: 1.12890415 if node._saved_approximate == "none" else 1.12899307,
+    "Silu": lambda node: 1.09983933,
+    "Mish": lambda node: 1.08849817,
+    "Erf": lambda node: 1.12837917,
+    "Elu": lambda node: (
+        abs(node._saved_scale) * max(1.0, abs(node._saved_alpha * node._saved_input_scale))
+    ),
+    "Celu": lambda node: 1.0 if node._saved_alpha > 0 else math.inf,
+    "LeakyRelu": lambda node: max(1.0, abs(node._saved_negative_slope)),
+    "RreluWithNoise": lambda node: max(1.0, abs(node._saved_lower), abs(node._saved_upper)),
+    "PreluKernel": lambda node: max(1.0, float(node._saved_weight.abs().max())),
+}
+"""Lipschitz constants of the activations, rounded up, by the name of their backward node."""
+
+_MEASURED = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Exp", "Log", "Log1P", "Sqrt", "Rsqrt",
+             "Reciprocal", "Where", "MaskedFill", "Expm1", "Sign"}  # fmt: skip
+_BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
+_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy"}
+_MOVES = {"T", "Transpose", "Permute"}
+
+
+def _last(count: int) -> Callable[[Any, int], set[int]]:
+    return lambda node, dims: set(range(max(0, dims - count), dims))
+
+
+def _saved_dims(node: Any, dims: int) -> set[int]:
+    for name in ("_saved_dim", "_saved_dims"):
+        if hasattr(node, name):
+            saved = getattr(node, name)
+            return {_signed(d) % dims for d in (saved if isinstance(saved, tuple) else (saved,))}
+    return set(range(dims))
+
+
+# what each of these touches: dimensions of its input; every output is a copy of one input or 0
+_COPIES: dict[str, Callable[[Any, int], set[int]]] = {
+    **{f"MaxPool{d}DWithIndices": _last(d) for d in (2, 3)},
+    **{f"AdaptiveMaxPool{d}D": _last(d) for d in (2, 3)},
+    **{f"{kind}Pad{d}D": _last(d) for kind in ("Reflection", "Replication") for d in (1, 2, 3)},
+    **{f"UpsampleNearest{exact}{d}D": _last(d) for exact in ("", "Exact") for d in (1, 2, 3)},
+    "ConstantPadNd": lambda node, dims: _last(len(node._saved_pad) // 2)(node, dims),
+    "PixelShuffle": _last(3),
+    "PixelUnshuffle": _last(3),
+    "ChannelShuffle": lambda node, dims: {1},
+    **dict.fromkeys(["Slice", "Select", "Flip", "IndexSelect"], _saved_dims),
+}
+# ... and every output is a sum of inputs with coefficients of one sign
+_SUMS: dict[str, Callable[[Any, int], set[int]]] = {
+    **{f"AvgPool{d}D": _last(d) for d in (2, 3)},
+    **{f"AdaptiveAvgPool{d}D": _last(d) for d in (2, 3)},
+    "UpsampleLinear1D": _last(1),
+    "UpsampleBilinear2D": _last(2),
+    "UpsampleTrilinear3D": _last(3),
+    **dict.fromkeys(["Mean", "Sum", "Amax", "Amin", "Max"], _saved_dims),
+}
+_AFFINE = {"Addmm": (1, 2, 0), "Mm": (0, 1, None), "Convolution": (0, 1, 2), "Linear": (0, 1, 2)}
+_CALLED = {
+    "Softmax": "softmax between layers",
+    "LogSoftmax": "log-softmax between layers",
+    "Bmm": "two activations are multiplied, as in attention",
+}
+
+
+class _Edge(NamedTuple):
+    node: Any
+    nr: int
+
+    @property
+    def kind(self) -> str:
+        return re.sub(r"^.*::|Backward\d*$", "", self.node.name())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.node._input_metadata[self.nr].shape)
+
+    @property
+    def saved(self) -> Any:
+        """The node, to read what it saved."""
+        return self.node
+
+    def parent(self, slot: int) -> _Edge | None:
+        node, nr = self.node.next_functions[slot]
+        return None if node is None else _Edge(node, nr)
+
+    def parents(self) -> list[_Edge]:
+        return [_Edge(node, nr) for node, nr in self.node.next_functions if node is not None]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What is known of ∂h_L/∂(a tensor); ``outer`` elements come before the batch in its layout."""
+
+    spectral: Tensor
+    constant: Tensor
+    frobenius_ratio: float = math.inf
+    """min_j ‖A_j‖_F / s_j over the weights' operators."""
+    unsafe: float = 1.0
+    dims: int | float = math.inf
+    outer: int = 1
+    above: str = "the outputs"
+    bias: Tensor | None = None
+    """A bias added after the product with its weight, which comes next."""
+    edges: int = 1
+    """Uses of the next node that are accounted for."""
+
+
+class _Stop(Exception):
+    """The chain ends here: the reason."""
+
+
+class _Walk:
+    """From the outputs down every path, until a fork or a function that is not known."""
+
+    def __init__(self, twin: nn.Module, outputs: Tensor, size: int) -> None:
+        self.twin, self.size = twin, size
+        self.parameters = {
+            id(p): name for name, p in twin.named_parameters(remove_duplicate=True) if p.requires_grad
+        }
+        root = _Edge(outputs.grad_fn, outputs.output_nr)
+        self.uses: Counter[Any] = Counter({root.node: 1})
+        self.affine: dict[str, list[_Edge]] = {}
+        stack, seen = [root.node], {root.node}
+        while stack:
+            edge = _Edge(stack.pop(), 0)
+            for parent in edge.parents():
+                self.uses[parent.node] += 1
+                if parent.node not in seen:
+                    seen.add(parent.node)
+                    stack.append(parent.node)
+        self.times: Counter[int] = Counter()
+        for node in seen:
+            edge = _Edge(node, 0)
+            parameter = self.parameter(edge)
+            if parameter is not None:  # itself, or a transpose of it
+                self.times[id(parameter)] = max(self.times[id(parameter)], self.uses[node])
+            if edge.kind in _AFFINE:
+                weight = self.parameter(edge.parent(_AFFINE[edge.kind][1]))
+                if weight is not None:
+                    self.affine.setdefault(self.owner(weight), []).append(edge)
+        self.found: dict[str, tuple[LayerBound, set[int]]] = {}
+        self.reasons: dict[int, str] = {}
+        self.flooded: set[Any] = set()
+        self.norms: dict[Any, Norms | None] = {}
+        one = torch.ones(size, dtype=torch.float64)
+        self.walk(root, _Path(one, one))
+
+    # -- the walk ----------------------------------------------------------------------------
+
+    def walk(self, root: _Edge, path: _Path) -> None:
+        """Give every layer on the way its bounds; everything beyond a stop the stop's reason."""
+        stack = [(root, path)]
+        while stack:
+            edge, path = stack.pop()
+            if hasattr(edge.node, "variable"):
+                continue
+            try:
+                if self.uses[edge.node] > path.edges:
+                    raise _Stop(
+                        f"the output of {self.below(edge)} is used {self.uses[edge.node]} times"
+                    )
+                numel = math.prod(edge.shape)
+                if numel % (path.outer * self.size):
+                    raise _Stop(self.mixes(edge, path))
+                path = replace(path, dims=min(path.dims, numel // self.size), edges=1)
+                onward = self.step(edge, path)
+            except _Stop as stop:
+                self.flood([edge], str(stop))
+                continue
+            stack += onward
+            walked = {following.node for following, _ in onward}
+            self.flood(
+                [p for p in edge.parents() if p.node not in walked],
+                f"its outputs are parameters of another function ({edge.node.name()})",
+            )
+
+    def flood(self, edges: list[_Edge], reason: str) -> None:
+        """Note why everything from here to the input has no bounds."""
+        stack = [edge.node for edge in edges]
+        while stack:
+            node = stack.pop()
+            if node is None or node in self.flooded:
+                continue
+            self.flooded.add(node)
+            if hasattr(node, "variable"):
+                self.reasons.setdefault(id(node.variable), reason)
+            stack += [following for following, _ in node.next_functions]
+
+    def step(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
+        """One node: the edges behind it with what is known of the outputs' derivative there."""
+        kind, parent = edge.kind, edge.parent(0) if edge.node.next_functions else None
+        if kind in _AFFINE:
+            return self.affine_step(edge, path)
+        if kind in _VIEWS:
+            return [] if parent is None else [(parent, path)]
+        path_after = replace(path, bias=None)
+        if kind in _MOVES:
+            assert parent is not None
+            return [(parent, replace(path_after, outer=self.moved(edge, path)))]
+        if kind in LIPSCHITZ:
+            if parent is None:
+                return []
+            return [(parent, self.scaled(path_after, LIPSCHITZ[kind](edge.saved), edge))]
+        if kind in _COPIES or kind in _SUMS:
+            return [] if parent is None else [(parent, self.linear(edge, parent, path_after))]
+        if kind in ("NativeLayerNorm", "NativeGroupNorm"):
+            return [] if parent is None else [(parent, self.normalised(edge, path_after))]
+        if kind in _MEASURED or (kind in _BATCH_NORMS and not edge.saved._saved_training):
+            return self.elementwise(edge, path)
+        if kind == "Cat":
+            return self.branches(edge, path_after)
+        if kind in _CALLED:
+            raise _Stop(_CALLED[kind])
+        if "Attention" in kind:
+            raise _Stop("attention")
+        raise _Stop(self.unknown(edge, path))
+
+    # -- layers ------------------------------------------------------------------------------
+
+    def affine_step(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
+        """A layer z = X̃ Wᵀ: its own bounds, and its operator for what comes before it."""
+        data, weight_slot, bias_slot = _AFFINE[edge.kind]
+        node, parent = edge.node, edge.parent(data)
+        weight = self.parameter(edge.parent(weight_slot))
+        bias = None if bias_slot is None else self.parameter(edge.parent(bias_slot))
+        plain = edge.kind != "Addmm" or node._saved_alpha == node._saved_beta == 1
+        turned = parent is not None and self.parameter(parent) is not None
+        turned = turned or (parent is None and weight is None and bias is None)
+        if not plain or turned or (edge.kind == "Convolution" and node._saved_transposed):
+            raise _Stop(self.unknown(edge, path))
+        width = edge.shape[1 if edge.kind == "Convolution" else -1]
+        if bias is None and weight is not None and path.bias is not None:
+            bias = path.bias if self.owner(path.bias) == self.owner(weight) else None
+        if bias is not None and bias.shape != (width,):
+            bias = None
+        named = weight if weight is not None else bias
+        if named is not None:
+            self.layer(edge, replace(path, bias=None), weight, bias)
+        if parent is None:
+            return []
+        norms = self.operator_norms(edge)
+        if norms is None:
+            raise _Stop(self.unknown(edge, path))
+        ratio = norms.frobenius / norms.spectral if norms.spectral else 1.0
+        onward = replace(
+            path,
+            spectral=path.spectral * norms.spectral,
+            frobenius_ratio=min(path.frobenius_ratio, ratio),
+            unsafe=path.unsafe * norms.frobenius,
+            above=path.above if named is None else repr(self.owner(named)),
+            bias=None,
+        )
+        return [(parent, onward)]
+
+    def layer(self, edge: _Edge, path: _Path, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Bounds of one layer from the path to its output."""
+        inputs, blocks = self.input_norms(edge, path, weight is not None, bias is not None)
+        trained = [p for p in (weight, bias) if p is not None]
+        rank = min(path.dims, sum(p.numel() for p in trained))
+        spectral = path.spectral * inputs.spectral * ROUNDING
+        frobenius = torch.minimum(
+            spectral * min(math.sqrt(rank), path.frobenius_ratio),
+            path.spectral * inputs.frobenius * (math.sqrt(blocks) * ROUNDING),
+        )
+        bound = LayerBound(
+            frobenius=frobenius,
+            spectral=spectral,
+            unsafe_frobenius=path.unsafe * inputs.frobenius,
+            input_norm=inputs.spectral,
+            activation_constant=path.constant,
+        )
+        self.found[self.owner(trained[0])] = bound, {id(p) for p in trained}
+
+    def input_norms(
+        self, edge: _Edge, path: _Path, weight: bool, bias: bool
+    ) -> tuple[InputNorms, int]:
+        """Norms of X̃, and how often each of its blocks occurs in ∂z/∂W."""
+        node, shape = edge.node, edge.shape
+        if edge.kind == "Convolution":
+            out, groups = shape[1], node._saved_groups
+            images = self.split(edge, shape[0], path)
+            if not weight:
+                positions = images * math.prod(shape[2:])
+                return bias_norms(self.size, positions, groups), out // groups
+            x = node._saved_input.detach()
+            x = x.unflatten(0, (path.outer, self.size, -1)).transpose(0, 1).flatten(1, 2)
+            norms = convolution_input_norms(
+                x,
+                self.weight_shape(edge)[2:],
+                stride=node._saved_stride,
+                padding=node._saved_padding,
+                dilation=node._saved_dilation,
+                groups=groups,
+                bias=bias,
+            )
+            return norms, out // groups
+        rows = self.split(edge, math.prod(shape[:-1]), path)
+        if not weight:
+            return bias_norms(self.size, rows), shape[-1]
+        x = getattr(node, {"Addmm": "_saved_mat1", "Mm": "_saved_self"}.get(edge.kind, "_saved_input"))
+        x = x.detach().flatten(0, -2).unflatten(0, (path.outer, self.size, -1)).transpose(0, 1)
+        return linear_input_norms(x.flatten(1, 2), weight=weight, bias=bias), shape[-1]
+
+    def split(self, edge: _Edge, rows: int, path: _Path) -> int:
+        """Rows that belong to one input."""
+        if rows % (path.outer * self.size):
+            raise _Stop(self.mixes(edge, path))
+        return rows // self.size
+
+    def weight_shape(self, edge: _Edge) -> tuple[int, ...]:
+        weight = self.weight(edge)
+        assert weight is not None
+        return tuple(weight.shape)
+
+    def weight(self, edge: _Edge) -> Tensor | None:
+        """A layer's weight (transposed or not); None where autograd kept none."""
+        name = {"Addmm": "_saved_mat2", "Mm": "_saved_mat2"}.get(edge.kind, "_saved_weight")
+        saved: Tensor | None = getattr(edge.node, name)
+        return saved if saved is not None else self.parameter(edge.parent(_AFFINE[edge.kind][1]))
+
+    def operator_norms(self, edge: _Edge) -> Norms | None:
+        """Norms of a layer's operator on one input."""
+        if edge.node in self.norms:
+            return self.norms[edge.node]
+        node, weight, norms = edge.node, self.weight(edge), None
+        rows = math.prod(edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1])
+        positions = max(1, rows // self.size)
+        if weight is not None and edge.kind == "Convolution":
+            parent = edge.parent(0)
+            x = node._saved_input if parent is None else None
+            shape = parent.shape if parent is not None else None if x is None else x.shape
+            if shape is not None and not node._saved_transposed:
+                norms = convolution_norms(
+                    weight.detach(),
+                    shape[2:],
+                    stride=node._saved_stride,
+                    padding=node._saved_padding,
+                    dilation=node._saved_dilation,
+                    groups=node._saved_groups,
+                    positions=positions,
+                )
+        elif weight is not None and weight.dim() == 2:
+            norms = linear_norms(weight.detach(), positions)
+        self.norms[node] = norms
+        return norms
+
+    # -- between layers ----------------------------------------------------------------------
+
+    def scaled(self, path: _Path, factor: Tensor | float, edge: _Edge, *, outer: int = 0) -> _Path:
+        """The path behind an operator of norm ``factor``."""
+        factor = torch.as_tensor(factor, dtype=torch.float64)
+        if not bool(torch.isfinite(factor).all()):
+            raise _Stop(f"the derivative is not bounded {self.between(edge, path)}")
+        return replace(
+            path,
+            spectral=path.spectral * factor,
+            constant=path.constant * factor,
+            outer=outer or path.outer,
+        )
+
+    def linear(self, edge: _Edge, parent: _Edge, path: _Path) -> _Path:
+        """Copies: s_max² is the largest number of copies. Sums: s_max² ≤ ‖A‖₁ ‖A‖_∞."""
+        touched = (_COPIES if edge.kind in _COPIES else _SUMS)[edge.kind](edge.saved, len(parent.shape))
+        shape = list(edge.shape)
+        if len(shape) < len(parent.shape):  # the touched dimensions are gone
+            for dim in sorted(touched):
+                shape.insert(dim, 1)
+        outer = self.outer_behind(edge, tuple(shape), parent.shape, touched, path)
+        ones = self.ones(edge)
+        if edge.kind in _COPIES:
+            columns = self.pulled(edge, parent, ones)
+            squared = self.per_sample(columns, outer)
+        else:
+            ones.requires_grad_()
+            columns = self.pulled(edge, parent, ones, create_graph=True)
+            (rows,) = torch.autograd.grad(columns, ones, torch.ones_like(columns))
+            squared = self.per_sample(columns.detach(), outer) * self.per_sample(rows, path.outer)
+        return self.scaled(path, squared.sqrt() * _margin(ones.dtype), edge, outer=outer)
+
+    def normalised(self, edge: _Edge, path: _Path) -> _Path:
+        """LayerNorm, GroupNorm: the derivative γ/σ (I − 11ᵀ/n − x̂x̂ᵀ/n) has norm ≤ max|γ|/σ."""
+        node, shape = edge.saved, edge.shape
+        group = edge.kind == "NativeGroupNorm"
+        touched = set(range(1, len(shape)))
+        if not group:
+            touched = _last(len(node._saved_normalized_shape))(node, len(shape))
+        self.outer_behind(edge, shape, shape, touched, path)
+        scale = self.per_sample(node._saved_result2.detach(), path.outer)
+        if node._saved_weight is not None:
+            scale = scale * float(node._saved_weight.abs().max())
+        return self.scaled(path, scale * _margin(node._saved_result2.dtype), edge)
+
+    def elementwise(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
+        """A function of one tensor in elementwise steps: its slope at this input; or a sum."""
+        counts: Counter[Any] = Counter()
+        frontier: dict[Any, _Edge] = {}
+        biases = []
+        todo: list[_Edge] = [edge]
+        while todo:
+            for parent in todo.pop().parents():
+                leaf = self.parameter(parent)
+                if leaf is not None:
+                    biases.append(leaf)
+                    continue
+                counts[parent.node] += 1
+                known = frontier.setdefault(parent.node, parent)
+                if parent.shape != edge.shape or known.nr != parent.nr:
+                    if counts.total() > 1 and edge.kind in ("Add", "Sub"):
+                        return self.branches(edge, replace(path, bias=None))
+                    raise _Stop(self.unknown(edge, path))
+            if len(frontier) > 1:
+                latest = max(frontier.values(), key=lambda e: e.node._sequence_nr())
+                inner = latest.kind in _MEASURED or latest.kind in LIPSCHITZ
+                if not inner or self.uses[latest.node] != counts[latest.node]:
+                    if edge.kind in ("Add", "Sub"):
+                        return self.branches(edge, replace(path, bias=None))
+                    if edge.kind in ("Mul", "Div"):
+                        raise _Stop(f"two activations are multiplied {self.between(edge, path)}")
+                    raise _Stop(self.unknown(edge, path))
+                todo.append(frontier.pop(latest.node))
+        if not frontier:
+            return []
+        (parent,) = frontier.values()
+        ones = self.ones(edge)
+        slopes = self.pulled(edge, parent, ones).abs()
+        factor = self.per_sample(slopes, path.outer)
+        if bool((factor != 1).any()):
+            factor = factor * _margin(ones.dtype)
+        bias = None
+        if edge.kind == "Add" and len(biases) == 1 and edge.saved._saved_alpha == 1:
+            bias = biases[0] if biases[0].shape == edge.shape[-1:] else None
+        onward = replace(path, bias=bias, edges=counts[parent.node])
+        return [(parent, self.scaled(onward, factor, edge))]
+
+    def branches(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
+        """A sum or concatenation: each branch by itself (what they share is met as a fork)."""
+        onward = []
+        for slot in range(len(edge.node.next_functions)):
+            parent = edge.parent(slot)
+            if parent is None or self.parameter(parent) is not None:
+                continue
+            if edge.kind == "Cat":
+                shape = parent.shape
+                if len(shape) != len(edge.shape):
+                    raise _Stop(self.unknown(edge, path))
+                touched = _saved_dims(edge.saved, len(shape))
+                outer = self.outer_behind(edge, edge.shape, shape, touched, path)
+                onward.append((parent, replace(path, outer=outer)))
+            elif parent.shape == edge.shape:
+                factor = abs(edge.saved._saved_alpha) if slot == 1 else 1.0
+                onward.append((parent, self.scaled(path, float(factor), edge)))
+            else:
+                raise _Stop(self.unknown(edge, path))
+        return onward
+
+    def ones(self, edge: _Edge) -> Tensor:
+        metadata = edge.node._input_metadata[edge.nr]
+        return torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+
+    def pulled(
+        self, edge: _Edge, parent: _Edge, seed: Tensor, *, create_graph: bool = False
+    ) -> Tensor:
+        """Aᵀ seed for the operator A between two edges, all samples at once."""
+        (gradient,) = torch.autograd.grad(
+            [GradientEdge(edge.node, edge.nr)],
+            [GradientEdge(parent.node, parent.nr)],
+            [seed],
+            retain_graph=True,
+            create_graph=create_graph,
+        )
+        return gradient
+
+    # -- where the batch is ------------------------------------------------------------------
+
+    def per_sample(self, x: Tensor, outer: int) -> Tensor:
+        """The largest element of each sample [B]."""
+        return x.reshape(outer, self.size, -1).amax((0, 2)).cpu().double()
+
+    def outer_behind(
+        self,
+        edge: _Edge,
+        shape: tuple[int, ...],
+        shape_behind: tuple[int, ...],
+        touched: set[int],
+        path: _Path,
+    ) -> int:
+        """Elements before the batch behind an operator that acts on the dimensions ``touched``."""
+        if self.size == 1:
+            return 1
+        dim, inside = self.batch_dim(edge, shape, path)
+        if dim in touched or shape[dim] != shape_behind[dim]:
+            raise _Stop(self.mixes(edge, path))
+        return math.prod(shape_behind[:dim]) * inside
+
+    def moved(self, edge: _Edge, path: _Path) -> int:
+        """Elements before the batch behind a transpose or permutation."""
+        if self.size == 1:
+            return 1
+        shape, node = edge.shape, edge.node
+        order = list(range(len(shape)))  # dimension of the output -> dimension of the input
+        if edge.kind == "Permute":
+            order = [_signed(d) % len(shape) for d in node._saved_dims]
+        elif len(shape) > 1:
+            a, b = (
+                (0, 1) if edge.kind == "T" else (_signed(node._saved_dim0), _signed(node._saved_dim1))
+            )
+            order[a], order[b] = order[b], order[a]
+        dim, inside = self.batch_dim(edge, shape, path)
+        before = [shape[order.index(d)] for d in range(order[dim])]
+        return math.prod(before) * inside
+
+    def batch_dim(self, edge: _Edge, shape: tuple[int, ...], path: _Path) -> tuple[int, int]:
+        """The dimension that holds the batch, and the elements before the batch inside of it."""
+        before = 1
+        for dim, n in enumerate(shape):
+            if path.outer < before * n:
+                inside = path.outer // before
+                if path.outer % before or n % (inside * self.size):
+                    break
+                return dim, inside
+            before *= n
+        raise _Stop(self.mixes(edge, path))
+
+    # -- names and reasons -------------------------------------------------------------------
+
+    def parameter(self, edge: _Edge | None) -> Tensor | None:
+        """The trained parameter behind an edge with nothing but transposes and casts between."""
+        while edge is not None:
+            if hasattr(edge.node, "variable"):
+                variable: Tensor = edge.node.variable
+                return variable if id(variable) in self.parameters else None
+            if edge.kind not in _MOVES | {"ToCopy", "View"}:
+                return None
+            edge = edge.parent(0)
+        return None
+
+    def owner(self, parameter: Tensor) -> str:
+        return self.parameters[id(parameter)].rpartition(".")[0]
+
+    def below(self, edge: _Edge) -> str:
+        """The nearest module behind an edge, for messages."""
+        queue, seen = deque([edge.node]), {edge.node}
+        while queue:
+            node = queue.popleft()
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) in self.parameters:
+                return repr(self.owner(variable) or self.parameters[id(variable)])
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    queue.append(following)
+        return "the inputs"
+
+    def between(self, edge: _Edge, path: _Path) -> str:
+        return f"between {self.below(edge)} and {path.above} ({edge.node.name()})"
+
+    def unknown(self, edge: _Edge, path: _Path) -> str:
+        return (
+            f"the function between {self.below(edge)} and {path.above} is not known "
+            f"({edge.node.name()})"
+        )
+
+    def mixes(self, edge: _Edge, path: _Path) -> str:
+        return f"samples of the batch cannot be told apart {self.between(edge, path)}"
+
+    def result(self) -> dict[str, LayerBound]:
+        """Bounds or reasons of every module with trained parameters that were reached."""
+        owned: dict[str, list[Tensor]] = {}
+        for name, parameter in self.twin.named_parameters():
+            if self.times[id(parameter)]:
+                owned.setdefault(name.rpartition(".")[0], []).append(parameter)
+        return {path: self.conclude(path, parameters) for path, parameters in owned.items()}
+
+    def conclude(self, path: str, parameters: list[Tensor]) -> LayerBound:
+        """A module's bounds, or the reason why there are none."""
+        bound, covers = self.found.get(path, (LayerBound(), set()))
+        uses = self.affine.get(path, [])
+        norms = self.operator_norms(uses[0]) if len(uses) == 1 else None
+        if norms is not None:
+            bound = replace(
+                bound, weight_spectral_norm=norms.spectral, weight_frobenius_norm=norms.frobenius
+            )
+        kind = type(self.twin.get_submodule(path)).__name__
+        again = [p for p in parameters if self.times[id(p)] > 1]
+        reason = None
+        if again:
+            local = self.parameters[id(again[0])].rpartition(".")[2]
+            reason = f"its {local} is used {self.times[id(again[0])]} times (tied or called again)"
+        elif not covers and not uses:
+            layer = kind in ("Linear", "Conv1d", "Conv2d", "Conv3d") or "parametrizations" in path
+            reason = (
+                "its weight is computed from other parameters"
+                if layer
+                else f"the bounds are for Linear and Conv1d to Conv3d layers; this is {kind}"
+            )
+        elif not covers:
+            reason = next(
+                (self.reasons[id(p)] for p in parameters if id(p) in self.reasons),
+                "it is reached in a way that is not known",
+            )
+        elif covers != {id(p) for p in parameters}:
+            reason = f"this {kind} has parameters besides one weight and its bias"
+        if reason is None:
+            return bound
+        return LayerBound(
+            weight_spectral_norm=bound.weight_spectral_norm,
+            weight_frobenius_norm=bound.weight_frobenius_norm,
+            reason=reason,
+        )
+
+
+def _signed(dim: int) -> int:
+    """Dimensions are saved as unsigned numbers."""
+    return dim - 2**64 if dim >= 2**63 else dim
+
+
+def _margin(dtype: torch.dtype) -> float:
+    """What a few operations in ``dtype`` may take from a measured slope."""
+    return 1 + 16 * torch.finfo(dtype).eps

@@ -1,0 +1,180 @@
+"""What is pulled back from the outputs: scores of labels, Hutchinson's seeds, the outputs themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.contract import Weights
+from fimprobe.engines.problem import Problem
+from fimprobe.engines.signs import signs
+from fimprobe.types import FimprobeError, OutputNorms, Pass
+
+PASS_LIMIT = 4096
+"""Most backward passes that ``draws="exact"`` takes."""
+
+
+@dataclass
+class Seeds:
+    """Gradients [B, ...] at the outputs, pulled back together; ``weights`` of their powers."""
+
+    seeds: list[Tensor]
+    weights: Weights | None
+
+
+def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+    """Scores of the drawn labels, or the passes of their exact expectation."""
+    if problem.draws.count is None:
+        return _passes(problem.likelihood.exact_passes(h, mask_of(problem, rows, h)), h)
+    found = []
+    for uniforms in _uniforms(problem, rows, h).unbind(1):
+        score = problem.likelihood.score(h, problem.likelihood.quantile(h, uniforms))
+        found.append(_masked(problem, rows, h, score))
+    return Seeds(found, None)
+
+
+def hutchinson_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+    """L ξ with L Lᵀ = I(h) and ξ Rademacher, or the columns of L: the passes over all ξ."""
+    family: Any = problem.likelihood
+    if problem.draws.count is None:
+        return _passes(family.hutchinson_passes(h, mask_of(problem, rows, h)), h)
+    count = problem.draws.count if problem.ask.ih else problem.ask.probes
+    found = []
+    for i in range(count):
+        xi = _signs(problem, rows, h, f"hutchinson {i}")
+        found.append(_masked(problem, rows, h, family.fisher_factor(h, xi)))
+    return Seeds(found, None)
+
+
+def data_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+    """Scores of the data's own labels."""
+    family: Any = problem.likelihood
+    labels = problem.ask.labels
+    assert labels is not None
+    return Seeds([_masked(problem, rows, h, family.data_score(h, labels[rows].to(h.device)))], None)
+
+
+def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -> Seeds:
+    """Seeds for ‖J‖: one unit vector for each output where labels are exact, else K random signs.
+
+    Their squares are weighted so that Q becomes Σ_i λ_max(M) ‖J_i‖⁴ (for signs: Q − A4 does). For
+    classes, each sign vector is followed by its mean over the classes, with weight 0.
+    """
+    top = norms.moment_max.to(h.dtype).unsqueeze(1)
+    keep = _masked(problem, rows, h, torch.ones_like(h))
+    if problem.draws.count is None:
+        order = _class_last(problem, keep)
+        units = torch.eye(order[0].numel(), dtype=h.dtype, device=h.device)
+        found = []
+        for unit in units:
+            seed = unit.view(order[0].shape).expand(order.shape) * order
+            found.append(_class_back(problem, seed, h))
+        weights = top.sqrt().expand(-1, len(found))
+        return Seeds(found, Weights(weights, torch.zeros_like(weights), [0] * len(found)))
+    found, means = [], []
+    for i in range(problem.ask.probes):
+        u = _signs(problem, rows, h, f"jacobian {i}") * keep
+        found.append(u)
+        axis = getattr(problem.likelihood, "class_dim", None)
+        if axis is not None:
+            means.append(u.mean(axis, keepdim=True).expand_as(u))
+    second = torch.cat([top.sqrt().expand(-1, len(found)), top.new_zeros(len(h), len(means))], 1)
+    count = len(found) + len(means)
+    return Seeds(found + means, Weights(second, second.square(), [0] * count))
+
+
+def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
+    """Seeds for R: those of the labels, then (for ‖H‖) the mean over classes, or K random signs."""
+    found, weights = list(labels.seeds), labels.weights
+    more: list[Tensor] = []
+    if problem.ask.bounds:
+        axis = getattr(problem.likelihood, "class_dim", None)
+        keep = _masked(problem, rows, h, torch.ones_like(h))
+        if problem.draws.count is not None:
+            more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in range(problem.ask.probes)]
+        elif axis is not None:  # Σ_a H^a of each position: what the labels' scores do not show
+            order = _class_last(problem, keep)
+            width = order.shape[-1]
+            for t in range(order[0].numel() // width):
+                seed = torch.zeros_like(order).view(len(h), -1, width)
+                seed[:, t] = order.reshape(len(h), -1, width)[:, t] / math.sqrt(width)
+                more.append(_class_back(problem, seed.view(order.shape), h))
+    second = (
+        torch.full((len(h), len(found)), 1 / len(found), dtype=torch.float64, device=h.device)
+        if weights is None
+        else weights.second.double()
+    )
+    return Seeds(found + more, Weights(second, second, [0] * len(found)))
+
+
+def check_passes(problem: Problem, h: Tensor, stash_per_pass: float, ceiling: float) -> None:
+    """Refuse exact expectations that take too many passes, or too much memory for one sample."""
+    passes = problem.likelihood.count_passes(h)
+    if passes > PASS_LIMIT:
+        raise FimprobeError(
+            f"draws='exact' would take {passes} backward passes for each chunk (labels × positions "
+            f"of one sample), more than the limit of {PASS_LIMIT}; pass draws=2 instead"
+        )
+    if passes * stash_per_pass > ceiling:
+        raise FimprobeError(
+            f"draws='exact' would take {passes} backward passes that keep "
+            f"{passes * stash_per_pass / 2**20:.0f} MB for one sample, more than memory_mb="
+            f"{ceiling / 2**20:.0f}; pass draws=2 instead, or a larger memory_mb"
+        )
+
+
+def mask_of(problem: Problem, rows: slice, h: Tensor) -> Tensor | None:
+    """The rows' mask, checked."""
+    mask = None if problem.mask is None else problem.mask[rows]
+    shape = problem.likelihood.label_shape(h)
+    if mask is not None and mask.shape != shape:
+        raise FimprobeError(
+            f"mask has shape {tuple(mask.shape)}, but the labels have shape {tuple(shape)}; pass a "
+            "boolean tensor with one entry for each label"
+        )
+    return mask
+
+
+def _masked(problem: Problem, rows: slice, h: Tensor, seed: Tensor) -> Tensor:
+    mask = mask_of(problem, rows, h)
+    if mask is not None:
+        if mask.dim() < seed.dim():
+            mask = mask.unsqueeze(getattr(problem.likelihood, "class_dim", -1))
+        seed = seed.masked_fill(~mask, 0)
+    return seed.to(h.dtype)
+
+
+def _uniforms(problem: Problem, rows: slice, h: Tensor) -> Tensor:
+    shape = problem.likelihood.label_shape(h)
+    return problem.draws.uniforms_for(rows, problem.batch.size, shape).to(h.device)
+
+
+def _signs(problem: Problem, rows: slice, h: Tensor, key: str) -> Tensor:
+    return signs(
+        h.shape, key, problem.draws.seed, first=rows.start, dtype=h.dtype, device=h.device
+    )
+
+
+def _class_last(problem: Problem, x: Tensor) -> Tensor:
+    axis = getattr(problem.likelihood, "class_dim", None)
+    return x if axis is None else x.movedim(axis, -1)
+
+
+def _class_back(problem: Problem, x: Tensor, like: Tensor) -> Tensor:
+    axis = getattr(problem.likelihood, "class_dim", None)
+    return (x if axis is None else x.movedim(-1, axis)).reshape(like.shape)
+
+
+def _passes(passes: Iterator[Pass], h: Tensor) -> Seeds:
+    found = list(passes)
+    weights = Weights(
+        torch.stack([p.second for p in found], 1),
+        torch.stack([p.fourth for p in found], 1),
+        [p.block for p in found],
+    )
+    return Seeds([p.seed.to(h.dtype) for p in found], weights)
