@@ -2,12 +2,20 @@
 
 from fimprobe import torchvision_guard as _torchvision_guard  # noqa: I001 - before transformers
 
-from fimprobe import likelihoods
+from fimprobe import likelihoods, penalties
 from fimprobe.config import Config, load_config
 from fimprobe.measurement import measure
 from fimprobe.probe import Probe
 from fimprobe.report import Report
-from fimprobe.types import BatchError, Estimate, FimprobeError, GroupEstimates, Likelihood, Sink
+from fimprobe.types import (
+    BatchError,
+    Estimate,
+    FimprobeError,
+    Geometry,
+    GroupEstimates,
+    Likelihood,
+    Sink,
+)
 
 from fimprobe.integrations.loop import attach  # noqa: I001 - uses all of the above
 
@@ -17,6 +25,7 @@ __all__ = [
     "Config",
     "Estimate",
     "FimprobeError",
+    "Geometry",
     "GroupEstimates",
     "Likelihood",
     "Probe",
@@ -26,5 +35,6 @@ __all__ = [
     "likelihoods",
     "load_config",
     "measure",
+    "penalties",
 ]
 del _torchvision_guard

@@ -52,8 +52,8 @@ def _check(options: Any) -> int:
 
 
 def _show(options: Any) -> int:
-    from fimprobe.report import format_table, format_trend
     from fimprobe.sinks.jsonl import read_jsonl
+    from fimprobe.table import format_table, format_trend
 
     records = read_jsonl(options.run)
     if not records:

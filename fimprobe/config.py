@@ -52,6 +52,12 @@ class LayersConfig(_Section):
     top: int = Field(12, ge=0, description="layers charted, those that need most draws first")
 
 
+class SecondOrderConfig(_Section):
+    """Random probes for Î₂'s second derivatives."""
+
+    probes: int = Field(2, ge=2, description="probes; the noise they add falls as 1/sqrt(probes)")
+
+
 class TensorboardConfig(_Section):
     """Where the run is written."""
 
@@ -67,9 +73,16 @@ class Config(_Section):
 
     schedule: ScheduleConfig = ScheduleConfig(budget=0.02)
     likelihood: Any = Field("auto", description="auto, " + ", ".join(sorted(LIKELIHOODS)))
-    estimators: list[Literal["i1"]] = Field(["i1"], min_length=1)
+    estimators: list[Literal["i1", "i2", "ih", "empirical"]] = Field(
+        ["i1", "i2"], min_length=1, description="i1 is always measured"
+    )
     draws: int | Literal["exact"] = Field(2, description="labels for each input, or exact")
     batch: int = Field(32, ge=1, description="inputs probed, drawn from the captured batch")
+    second_order: SecondOrderConfig | Literal["exact", "off"] = Field(
+        SecondOrderConfig(probes=2), description="how Î₂ is had: probes, exact (BackPACK) or off"
+    )
+    bounds: bool = Field(True, description="bounds, covariance norms, hidden layers")
+    engine: Literal["auto", "autograd", "backpack"] = "auto"
     memory_mb: float = Field(512, gt=0, description="ceiling of the probe's working memory")
     layers: LayersConfig = LayersConfig()
     tensorboard: TensorboardConfig | Literal[False] = TensorboardConfig()
@@ -165,6 +178,7 @@ def _keys(loc: tuple[Any, ...]) -> list[str]:
     sections = {
         "schedule": ScheduleConfig,
         "layers": LayersConfig,
+        "second_order": SecondOrderConfig,
         "tensorboard": TensorboardConfig,
     }
     if loc and loc[0] in sections:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fimprobe
-from fimprobe.report import Report, format_trend
+from fimprobe.report import Report
+from fimprobe.table import format_trend
 from fimprobe.types import FimprobeError
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
-from fimprobe.engines.plan import make_plan, measure_planned
-from fimprobe.engines.problem import Plan, Problem
+from fimprobe.engines.chain import LayerBound, chain_bounds
+from fimprobe.engines.plan import check_curvature, make_plan, measure_planned
+from fimprobe.engines.problem import Ask, Plan, Problem
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.report import Report, make_report
 from fimprobe.twin import make_twin, trainable, unwrap
@@ -27,6 +30,11 @@ def measure(
     *,
     likelihood: str | Likelihood,
     draws: int | Literal["exact"] = 2,
+    estimators: Sequence[str] = ("i1", "i2"),
+    second_order: Mapping[str, int] | Literal["exact", "off"] = MappingProxyType({"probes": 2}),
+    bounds: bool = True,
+    engine: Literal["auto", "autograd", "backpack"] = "auto",
+    labels: Tensor | None = None,
     mask: Tensor | None = None,
     output: Callable[[Any], Tensor] | None = None,
     diagonals: bool = False,
@@ -35,7 +43,7 @@ def measure(
     step: int = 0,
     plan: Plan | None = None,
 ) -> Report:
-    """Measure Î₁, the mean of g gᵀ with labels drawn from the model, and its variance.
+    """Measure estimators of the Fisher information, their variances and the bounds on them.
 
     Args:
         model: any module; it is read, never changed. It is measured in eval mode.
@@ -45,10 +53,18 @@ def measure(
             see :mod:`fimprobe.likelihoods`. The model's outputs are its parameters (logits,
             log-rates, means).
         draws: labels drawn for each input, or ``"exact"`` for the expectation over all labels.
+        estimators: of ``"i1"`` (always measured) Î₁ the mean of g gᵀ, ``"i2"`` Î₂ minus the mean
+            Hessian, ``"ih"`` Î_H Hutchinson's, ``"empirical"`` (needs ``labels``).
+        second_order: how Î₂'s second derivatives are had: ``{"probes": K}`` random probes, K ≥ 2;
+            ``"exact"`` diagonals by BackPACK, where the model is in its domain; ``"off"``.
+        bounds: (17), (18) and their relatives, ‖Cov‖ (exact labels), (19)–(21), activations.
+        engine: ``"backpack"`` has BackPACK give Î₁'s moments too; ``"auto"`` is ``"autograd"``,
+            which was never slower.
+        labels: the data's labels, for the empirical Fisher only.
         mask: boolean, shaped like the labels; False leaves a position out (padding).
         output: from what the model returns to the outputs [B, ...]; by default a tensor itself, the
             ``logits`` of a mapping or record, the first batched tensor of a tuple.
-        diagonals: keep F's diagonal and its variances, in the parameters' shapes.
+        diagonals: keep the diagonals and their variances, in the parameters' shapes.
         memory_mb: ceiling of the probe's own working memory; samples are taken in chunks below it.
         seed: the same seed draws the same labels at any chunking and on any device.
         step: number that the report carries.
@@ -58,16 +74,17 @@ def measure(
         FimprobeError: naming the argument, its value and the remedy.
         BatchError: a FimprobeError about this batch only (empty, non-finite outputs).
 
-    Source: Soen & Sun 2021, eq. (3), (10)–(13).
+    Source: Soen & Sun 2021, eq. (3)–(22); Soen & Sun 2024 (diagonals); Sun 2026 (Î_H).
 
     >>> net = nn.Linear(3, 2)
     >>> report = measure(net, torch.ones(4, 3), likelihood="categorical", draws="exact")
-    >>> report.total.numel, report.total.i1.trace > 0
-    (8, True)
+    >>> report.total.numel, report.total.i1.trace > 0, report.total.i2.label_variance
+    (8, True, 0.0)
     """
     started = time.perf_counter()
     family = get_likelihood(likelihood)
     count = _check_draws(draws)
+    ask = check_options(estimators, second_order, bounds, engine, labels)
     if not memory_mb > 0:
         raise FimprobeError(f"memory_mb={memory_mb!r} is no ceiling; pass megabytes above 0")
     if not isinstance(model, nn.Module):
@@ -82,6 +99,7 @@ def measure(
         raise BatchError(
             "a batch of one with draws=1 has no variance to measure; pass draws=2 or more inputs"
         )
+    chain: dict[str, LayerBound] = {}
     with _undisturbed(model, seed):
         twin = make_twin(model)
         problem = Problem(
@@ -93,18 +111,121 @@ def measure(
             mask=mask,
             memory_mb=memory_mb,
             diagonals=diagonals,
+            ask=ask,
         )
+        if labels is not None:
+            _check_labels(problem)
         plan = plan if plan is not None else Plan()
         if not plan.verified or (plan.verified == 1 and batch.size > 1):
             fresh = make_plan(problem)
             plan.__dict__.update(fresh.__dict__)
+        if ask.i2 and (not plan.curved or (plan.curved == 1 and batch.size > 1)):
+            check_curvature(problem, plan)
+        if plan.uncurved and ask.i2:
+            problem.ask = replace(ask, i2=False, exact=False)
+        if engine == "backpack":
+            _check_backpack(problem, plan, second_order=False)
+        if ask.exact:
+            _check_backpack(problem, plan, second_order=True)
         measured = measure_planned(problem, plan)
-        moments = measured.moments["i1"]
-    if not moments.parameters:
+        if engine == "backpack":
+            from fimprobe.engines import backpack
+
+            measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
+        if plan.uncurved and ask.i2:
+            measured.notes.append(plan.uncurved)
+        if bounds:
+            chain = chain_bounds(problem, problem.batch)
+    if not measured.moments["i1"].parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
-    report = make_report(moments, step=step, seconds=0.0, likelihood=family.name, diagonals=diagonals)
+    report = make_report(
+        measured,
+        chain,
+        step=step,
+        seconds=0.0,
+        likelihood=family.name,
+        ask_ih=ask.ih,
+        diagonals=diagonals,
+    )
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
+
+
+ESTIMATORS = ("i1", "i2", "ih", "empirical")
+
+
+def check_options(
+    estimators: Any, second_order: Any, bounds: Any, engine: Any, labels: Any = None
+) -> Ask:
+    """What to measure, checked; raises with argument, value and remedy."""
+    wanted = [estimators] if isinstance(estimators, str) else list(estimators)
+    unknown = [e for e in wanted if e not in ESTIMATORS]
+    if unknown or not wanted:
+        raise FimprobeError(f"estimators={estimators!r}: use some of {', '.join(ESTIMATORS)}")
+    if labels is None and "empirical" in wanted:
+        raise FimprobeError(
+            "estimators holds 'empirical', which is made of the data's labels; pass labels="
+        )
+    if engine not in ("auto", "autograd", "backpack"):
+        raise FimprobeError(f"engine={engine!r} is unknown; use auto, autograd or backpack")
+    probes = 2
+    if isinstance(second_order, Mapping):
+        probes = second_order.get("probes")  # type: ignore[assignment]
+        if set(second_order) != {"probes"} or isinstance(probes, bool):
+            raise FimprobeError(f"second_order={dict(second_order)!r}: use {{'probes': 2}}")
+        if not isinstance(probes, int) or probes < 2:
+            raise FimprobeError(
+                f"second_order={dict(second_order)!r}: squares of a single probe are biased; use 2 "
+                "probes or more"
+            )
+    elif second_order not in ("exact", "off"):
+        raise FimprobeError(
+            f"second_order={second_order!r} is unknown; use {{'probes': 2}}, 'exact' or 'off'"
+        )
+    return Ask(
+        i2="i2" in wanted and second_order != "off",
+        ih="ih" in wanted,
+        labels=labels if "empirical" in wanted else None,
+        bounds=bool(bounds),
+        probes=probes,
+        exact=second_order == "exact" and "i2" in wanted,
+    )
+
+
+def _check_labels(problem: Problem) -> None:
+    if problem.ask.labels is None:
+        return
+    family: Any = problem.likelihood
+    with torch.no_grad():
+        first = problem.forward(problem.batch[:1])
+    labels = problem.ask.labels
+    if len(labels) != problem.batch.size:
+        raise FimprobeError(
+            f"labels has {len(labels)} entries, but the batch holds {problem.batch.size} samples"
+        )
+    family.check_labels(first.expand(problem.batch.size, *first.shape[1:]), labels)
+
+
+def _check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
+    if plan.backpack is None or second_order not in plan.backpack:
+        try:
+            from fimprobe.engines import backpack
+        except ImportError as error:
+            raise FimprobeError(
+                "engine='backpack' and second_order='exact' need BackPACK; run: pip install "
+                f"'fimprobe[backpack]' ({error})"
+            ) from None
+        plan.backpack = (plan.backpack or {}) | {
+            second_order: backpack.offending_modules(problem, second_order=second_order)
+        }
+    wrong = plan.backpack[second_order]
+    if wrong:
+        told = "; ".join(f"{path or 'the model'}: {why}" for path, why in wrong.items())
+        what = "second_order='exact'" if second_order else "engine='backpack'"
+        remedy = "second_order={'probes': 2}" if second_order else "engine='auto'"
+        raise FimprobeError(
+            f"{what} is outside the domain where BackPACK is right, because of {told}. Use {remedy}"
+        )
 
 
 def select_outputs(out: Any) -> Tensor:

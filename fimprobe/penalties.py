@@ -27,7 +27,7 @@ BLOCK = 8
 """Vectors for each weight. A penalty brings the largest singular values together and makes them
 change places: one vector then lags by 10 % and more of s_max², eight by 0.1 %."""
 
-START = 30
+START = 40
 """Iterations more in a weight's first call: random matrices are then within 1 % of s_max."""
 
 _vectors: Any = WeakIdKeyDictionary()
@@ -73,16 +73,18 @@ def spectral(model: nn.Module, *, include: str | Iterable[str] = "*", iterations
     Add it to a loss: ``loss = criterion(...) + 1e-3 * fimprobe.penalties.spectral(model)``. The
     layers are those of :func:`frobenius`.
 
-    Power iteration: v ← Wᵀu/‖Wᵀu‖, u ← Wv/‖Wv‖, and the term is ‖Wᵀu‖² with u held fixed. It never
-    exceeds s_max², and its gradient 2(u)(Wᵀu)ᵀ is 2 s_max u vᵀ, that of s_max², once u has converged.
-    v is kept from call to call, so that two products with W for each iteration follow a weight that
-    an optimizer moves; a weight's first call takes ``START`` Lanczos steps beforehand.
+    Block power iteration: an orthonormal basis of W's leading right singular vectors (``BLOCK`` at
+    most) is multiplied by W, orthonormalised, and by Wᵀ; u is the unit vector in the middle with the
+    largest ‖Wᵀu‖. The term is ‖Wᵀu‖² with u held fixed: never more than s_max², and its gradient
+    2 u (Wᵀu)ᵀ is that of s_max², 2 s_max u vᵀ, once u has converged. The basis is kept from call to
+    call, so that one iteration, two products with W, follows a weight that an optimizer moves; a
+    weight's first call takes ``START`` more.
 
-    v lives in this module for as long as the weight does: nothing is set on the model, its state
-    dict or copies of it. It starts from a generator of its own, the same on every rank and device,
-    and no random stream is touched. Calls without gradients (``torch.no_grad()``) leave it as it is,
-    so that watching the penalty does not change training. A run resumed from a checkpoint starts
-    its vectors anew and follows the uninterrupted one up to the power iteration's error only.
+    The basis lives in this module for as long as the layer does: nothing is set on the model, its
+    state dict or copies of it. It starts from a generator of its own, the same on every rank and
+    device, and no random stream is touched. Calls without gradients (``torch.no_grad()``) leave it
+    as it is, so that watching the penalty does not change training. A run resumed from a checkpoint
+    starts it anew, and follows the uninterrupted one up to the iteration's error only.
 
     Convolutions: W is the kernel [O, I·k₁·k₂…], the matrix that multiplies a patch; of several
     groups the largest s_max counts, as they act on channels of their own. With zero or circular
@@ -173,7 +175,7 @@ def _orthogonal(x: Tensor) -> Tensor:
 
 
 def _leading(gram: Tensor) -> Tensor:
-    """The leading eigenvector of small positive matrices [groups, k, k], by squaring: [groups, 1, k]."""
+    """Leading eigenvectors of small positive matrices [groups, k, k], by squaring: [groups, 1, k]."""
     for _ in range(8):  # the 256th power: what is left of the others is within 1 % of s_max²
         gram = gram / (_trace(gram) + torch.finfo(gram.dtype).tiny)
         gram = gram @ gram

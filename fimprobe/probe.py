@@ -28,6 +28,8 @@ from fimprobe.likelihoods.infer import (
     infer_from_gradient,
     infer_from_model,
 )
+from fimprobe.likelihoods.labels import REMEDY as LABELS
+from fimprobe.likelihoods.labels import labels_from_gradient
 from fimprobe.measurement import measure, select_outputs
 from fimprobe.report import Report
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
@@ -58,6 +60,7 @@ class Probe:
         config: Config | None = None,
         *,
         mask: Mask | None = None,
+        labels: Mask | None = None,
         output: Callable[[Any], Tensor] | None = None,
         sinks: list[Sink] | None = None,
     ) -> None:
@@ -83,7 +86,7 @@ class Probe:
         self.coverage: dict[str, str] = {}
         self.active = True
         self.detached = False
-        self._mask, self._output = mask, output or select_outputs
+        self._mask, self._labels, self._output = mask, labels, output or select_outputs
         self._plan = Plan()
         self._memory = MemorySink()
         self._sinks: list[Sink] = [self._memory, *(sinks or [])]
@@ -182,25 +185,36 @@ class Probe:
 
     def _measure(self, step: int, captured: Captured | None, inputs: Any) -> Report:
         assert self.likelihood is not None
-        mask = None
+        mask = labels = None
+        wanted = list(self.config.estimators)
         if inputs is not None:
             batch = Batch.of(inputs)
+            wanted = [e for e in wanted if e != "empirical"] or ["i1"]
         else:
             assert captured is not None
             if not captured.unchanged():
                 raise BatchError("the batch was changed in place after the forward pass")
             batch = Batch.of_call(captured.args, captured.kwargs)
             mask = self._mask_of(captured)
+            if "empirical" in wanted:
+                labels = self._labels_of(captured)
         if batch.size > self.config.batch:
             generator = torch.Generator().manual_seed(self.config.seed + 7919 * step)
             rows = torch.randperm(batch.size, generator=generator)[: self.config.batch].sort()[0]
             batch = batch[rows]
             mask = None if mask is None else mask[rows.to(mask.device)]
+            labels = None if labels is None else labels[rows.to(labels.device)]
+        second = self.config.second_order
         report = measure(
             self.model,
             batch,
             likelihood=self.likelihood,
             draws=self.config.draws,
+            estimators=wanted,
+            second_order=second if isinstance(second, str) else second.model_dump(),
+            bounds=self.config.bounds,
+            engine=self.config.engine,
+            labels=labels,
             mask=mask,
             output=self._output,
             memory_mb=self.config.memory_mb,
@@ -231,6 +245,19 @@ class Probe:
         if captured.gradient is not None and captured.outputs is not None:
             return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
         return None
+
+    def _labels_of(self, captured: Captured) -> Tensor:
+        if self._labels is not None:
+            return self._labels(captured.args, captured.kwargs)
+        labels = captured.kwargs.get("labels")
+        if isinstance(labels, Tensor):
+            name = type(unwrap(self.model)).__name__
+            if name.endswith(("ForCausalLM", "LMHeadModel")):  # position t predicts token t + 1
+                labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+            return labels
+        if captured.outputs is None or captured.gradient is None:
+            raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
+        return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
 
     def _settle_likelihood(self) -> None:
         if self.config.likelihood != "auto":
@@ -264,7 +291,8 @@ class Probe:
 
     def _watch(self, out: Any) -> Tensor | None:
         """The output tensor whose gradient is needed: to infer, and to see ignored positions."""
-        if not self.active or self.config.likelihood != "auto":
+        empirical = "empirical" in self.config.estimators and self.schedule.due(self.steps)
+        if not self.active or (self.config.likelihood != "auto" and not empirical):
             return None
         try:
             tensor = self._output(out)
@@ -273,7 +301,7 @@ class Probe:
         if not isinstance(tensor, Tensor):
             return None
         positions = tensor.dim() > 2 and self.schedule.due(self.steps)
-        return tensor if self.likelihood is None or positions else None
+        return tensor if self.likelihood is None or positions or empirical else None
 
     def _no_batch(self) -> None:
         self._without_batch += 1

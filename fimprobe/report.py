@@ -1,13 +1,18 @@
-"""A report: estimates grouped by parameter, layer and model, the advice, and the table."""
+"""A report: estimates grouped by parameter, layer and model."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fimprobe.estimators import i1
-from fimprobe.types import Estimate, GroupEstimates, MomentsBatch
+from fimprobe.advice import make_advice
+from fimprobe.estimators import i1, i2
+from fimprobe.estimators.empirical import compare
+from fimprobe.estimators.tightness import bound_hessians, bound_scores
+from fimprobe.table import format_table
+from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured
 
 ROOT = "(model)"
 """Layer name of parameters that the model itself holds."""
@@ -27,54 +32,30 @@ class Report:
     layers: dict[str, GroupEstimates]
     total: GroupEstimates
     coverage: dict[str, str] = field(default_factory=dict)
+    kinks: list[str] = field(default_factory=list)
+    """Modules (or autograd nodes) that are not twice differentiable, where Î₂ was measured."""
+    notes: list[str] = field(default_factory=list)
+    """What was asked for and could not be measured, with the reason."""
+    seconds_by_part: dict[str, float] = field(default_factory=dict)
+    """Where the time went: forward, i1, ih, bounds, i2, and of that "i2 diagonal"."""
 
     @property
     def advice(self) -> list[str]:
-        """What the numbers say, in sentences."""
-        lines = []
-        need = self.total.i1.draws_for(0.1)
-        have = self.batch_size * (self.draws or 1)
-        drawn = "exact labels" if self.draws is None else f"{have} draws"
-        if need is not None and self.total.i1.rel_error is not None:
-            cause = " by the choice of inputs alone" if self.draws is None else ""
-            lines.append(
-                f"Î₁ of the whole model is off by {_percent(self.total.i1.rel_error)}{cause} at "
-                f"{self.batch_size} inputs with {drawn}; 10 % takes {_count(need)} (input, label) "
-                "pairs."
-            )
-        worst = max(
-            (
-                (group.i1.draws_for(0.1) or 0.0, name)
-                for name, group in self.layers.items()
-                if group.i1.norm > 0
-            ),
-            default=(0.0, ""),
-        )
-        if worst[0] > 0 and len(self.layers) > 1:
-            lines.append(f"The layer that needs most is {worst[1]}: {_count(worst[0])} pairs.")
-        labels, inputs = self.total.i1.label_variance, self.total.i1.input_variance
-        if labels is not None and inputs is not None and inputs > 0 and self.draws is not None:
-            best = (labels / inputs) ** 0.5
-            side = (
-                "more labels for each input help"
-                if best > 2 * self.draws
-                else "more inputs help, not more labels"
-            )
-            lines.append(
-                f"Labels cause {labels / (labels + inputs):.0%} of the variance of one pair; {side} "
-                f"(best number of labels for an input at equal cost: {max(best, 1):.2g})."
-            )
-        left = [f"{n} ({why[10:]})" for n, why in self.coverage.items() if why.startswith("left")]
-        if left:
-            shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-            lines.append(f"Left out: {shown}.")
-        return lines
+        """What the numbers say and what to do about it, in sentences."""
+        return make_advice(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and names only: what JSON can hold."""
 
         def group(g: GroupEstimates) -> dict[str, Any]:
-            return {"numel": g.numel, "i1": _scalars(g.i1)}
+            found: dict[str, Any] = {"numel": g.numel, "i1": _scalars(g.i1)}
+            for kind in ("i2", "ih", "empirical", "activation"):
+                estimate = getattr(g, kind)
+                if estimate is not None:
+                    found[kind] = _scalars(estimate)
+            if g.geometry is not None:
+                found["geometry"] = dataclasses.asdict(g.geometry)
+            return found
 
         return {
             "step": self.step,
@@ -86,6 +67,8 @@ class Report:
             "layers": {name: group(g) for name, g in self.layers.items()},
             "parameters": {name: group(g) for name, g in self.parameters.items()},
             "coverage": self.coverage,
+            "kinks": self.kinks,
+            "notes": self.notes,
             "advice": self.advice,
         }
 
@@ -95,114 +78,113 @@ class Report:
 
 
 def make_report(
-    moments: MomentsBatch, *, step: int, seconds: float, likelihood: str, diagonals: bool
+    measured: Measured,
+    chain: Mapping[str, Any],
+    *,
+    step: int,
+    seconds: float,
+    likelihood: str,
+    ask_ih: bool,
+    diagonals: bool,
 ) -> Report:
-    """Group the moments by parameter, by the layer that owns them, and over all."""
+    """Group what was measured by parameter, by the layer that owns it, and over all."""
+    scores = measured.moments["i1"]
     layers: dict[str, list[str]] = {}
-    for name in moments.parameters:
+    for name in scores.parameters:
         layers.setdefault(name.rpartition(".")[0] or ROOT, []).append(name)
-
-    groups = {f"parameter {n}": [n] for n in moments.parameters}
+    groups = {f"parameter {n}": [n] for n in scores.parameters}
     groups |= {f"layer {n}": names for n, names in layers.items()}
-    groups["total"] = list(moments.parameters)
-    estimates = i1.estimate_groups(moments, groups, diagonals=diagonals)
+    groups["total"] = list(scores.parameters)
+    estimates = i1.estimate_groups(scores, groups, diagonals=diagonals)
+    geometry: dict[str, Geometry] = {}
+    if measured.norms is not None:
+        estimates, geometry = bound_scores(measured, groups, estimates)
+    second: dict[str, Estimate] = {}
+    if measured.curvature is not None:
+        curvature = measured.curvature
+        grams = {
+            key: i2.whole_gram(curvature) if key == "total" else i2.block_gram(curvature, names)
+            for key, names in groups.items()
+        }
+        second = i2.estimate_groups(measured, groups, estimates, grams, diagonals=diagonals)
+        if measured.norms is not None:
+            second = bound_hessians(measured, groups, second, grams)
+    hutchinson: dict[str, Estimate] = {}
+    if ask_ih:
+        hutchinson = i1.estimate_groups(measured.moments["ih"], groups, diagonals=diagonals)
+    data: dict[str, Estimate] = {}
+    if "empirical" in measured.moments:
+        data = i1.estimate_groups(measured.moments["empirical"], groups, diagonals=diagonals)
+        best = measured.moments["ih" if scores.draws and "ih" in measured.moments else "i1"]
+        for key, names in groups.items():
+            cosine, ratio = compare(measured.moments["empirical"], best, names)
+            data[key] = dataclasses.replace(data[key], cosine=cosine, trace_ratio=ratio)
+    hidden: dict[str, Estimate] = {}
+    if measured.activations is not None:
+        paths = {f"layer {n}": [n] for n in measured.activations.parameters}
+        hidden = i1.estimate_groups(measured.activations, paths, diagonals=False)
 
     def group(key: str) -> GroupEstimates:
-        numel = sum(moments.parameters[n].a2.numel() for n in groups[key])
-        return GroupEstimates(numel, estimates[key])
+        numel = sum(scores.parameters[n].a2.numel() for n in groups[key])
+        shape = geometry.get(key)
+        kind, _, layer = key.partition(" ")
+        if shape is not None and kind == "layer":
+            shape = _with_chain(shape, chain.get(layer), measured.norms is not None)
+        return GroupEstimates(
+            numel,
+            estimates[key],
+            second.get(key),
+            hutchinson.get(key),
+            data.get(key),
+            hidden.get(key),
+            shape,
+        )
 
     return Report(
         step=step,
-        batch_size=moments.batch_size,
-        draws=moments.draws,
+        batch_size=scores.batch_size,
+        draws=scores.draws,
         seconds=seconds,
         likelihood=likelihood,
-        parameters={name: group(f"parameter {name}") for name in moments.parameters},
+        parameters={name: group(f"parameter {name}") for name in scores.parameters},
         layers={name: group(f"layer {name}") for name in layers},
         total=group("total"),
-        coverage=moments.coverage,
+        coverage=scores.coverage,
+        kinks=measured.kinks,
+        notes=measured.notes,
+        seconds_by_part=measured.seconds,
     )
 
 
-def format_table(record: dict[str, Any], top: int | None = None) -> str:
-    """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
-    rows = [
-        (
-            "layer",
-            "parameters",
-            "trace F",
-            "± s.e.",
-            "rel. error",
-            "V labels",
-            "V inputs",
-            "pairs for 10 %",
-        )
-    ]
-    layers = list(record["layers"].items())
-    if top is not None and len(layers) > top:
-        layers = sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]
-    for name, group in [*layers, ("total", record["total"])]:
-        e = group["i1"]
-        rows.append(
-            (
-                name,
-                f"{group['numel']:,}",
-                _number(e["trace"]),
-                _number(e["std_error"]),
-                _percent(e["rel_error"]),
-                _number(e["label_variance"]),
-                _number(e["input_variance"]),
-                _count(e["draws_for_10_percent"]),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    rule = "-" * max(map(len, lines))
-    head = (
-        f"fimprobe · step {record['step']} · {record['batch_size']} inputs · draws "
-        f"{record['draws']} · {record['likelihood']} · {record['seconds']:.3g} s"
+def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:
+    """(20) and (21) of a layer beside what they bound: root mean squares over the inputs."""
+    if bound is None:
+        reason = "no Linear or Conv layer" if wanted else ""
+        return dataclasses.replace(geometry, reason=reason)
+
+    def rms(x: Any) -> float | None:
+        return None if x is None else float(x.double().square().mean()) ** 0.5
+
+    return dataclasses.replace(
+        geometry,
+        frobenius_bound=rms(bound.frobenius),
+        spectral_bound=rms(bound.spectral),
+        weight_spectral_norm=bound.weight_spectral_norm,
+        weight_frobenius_norm=bound.weight_frobenius_norm,
+        reason=bound.reason or "",
     )
-    return "\n".join([head, lines[0], rule, *lines[1:-1], rule, lines[-1], "", *record["advice"]])
 
 
-def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
-    """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
-    last = len(records) - 1
-    count = min(rows, len(records))
-    picks = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
-    lines = [f"{'step':>8}  {'trace F':>10}  {'rel. error':>10}  {'one pair':>10}  pairs for 10 %"]
-    for i in picks:
-        e = records[i]["total"]["i1"]
-        need = e["draws_for_10_percent"]
-        one = None if need is None else 0.1 * need**0.5
-        lines.append(
-            f"{records[i]['step']:>8}  {_number(e['trace']):>10}  {_percent(e['rel_error']):>10}"
-            f"  {_percent(one):>10}  {_count(need):>14}"
-        )
-    lines.append("(one pair: relative error of Î₁ from a single input with a single drawn label)")
-    return "\n".join(lines)
+_TENSORS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
 
 
 def _scalars(e: Estimate) -> dict[str, Any]:
-    values = {
-        f.name: getattr(e, f.name) for f in dataclasses.fields(e) if not f.name.startswith("diagonal")
+    values = {f.name: getattr(e, f.name) for f in dataclasses.fields(e) if f.name not in _TENSORS}
+    derived = {
+        "draws_for_10_percent": e.draws_for(0.1),
+        "tightness": e.tightness,
+        "sharp_tightness": e.sharp_tightness,
+        "trace_tightness": e.trace_tightness,
+        "diagonal_tightness": e.diagonal_tightness,
     }
-    return values | {"draws_for_10_percent": e.draws_for(0.1)}
-
-
-def _number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3g}"
-
-
-def _percent(x: float | None) -> str:
-    return "–" if x is None else f"{100 * x:.3g} %"
-
-
-def _count(x: float | None) -> str:
-    if x is None:
-        return "–"
-    return f"{max(x, 1):,.0f}" if x < 1e6 else f"{x:.2g}"
+    return values | derived

@@ -151,6 +151,8 @@ class Moments:
     q_sum: float
     r_sum: float
     squared_norms: Tensor
+    top_sum: float = 0.0
+    """Σ_i Σ_b F_bi max_s g_bsi², for one label's exact passes."""
     gram: Tensor | None = None
     a4: Tensor | None = None
     q: Tensor | None = None
@@ -227,6 +229,7 @@ class Measured:
     activations: MomentsBatch | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kinks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -252,10 +255,54 @@ class Estimate:
     rel_error: float | None
     """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws."""
     total_label_variance: float | None
-    """L1: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
+    """L1, L2: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
+    probe_error: float | None = None
+    """Standard error that random probes add to ``label_variance``; None where there are none."""
+    covariance_norm: float | None = None
+    """‖Cov Î‖_F over labels, mean over inputs; exact labels only."""
+    covariance_spectral_norm: float | None = None
+    """‖Cov Î‖_op, mean over inputs; exact labels only."""
+    bound: float | None = None
+    """(17) ‖J‖_F⁴‖M‖_F for Î₁, (18) ‖H‖_F²‖I‖_F for Î₂: on ``covariance_norm``, mean over inputs."""
+    bound_error: float | None = None
+    """Standard error that random probes of ‖J‖ or ‖H‖ add to ``bound``; None where it is exact."""
+    sharp_bound: float | None = None
+    """The same with logits centred and, for exact labels, s_max in place of Frobenius norms."""
+    trace_bound: float | None = None
+    """s_max(J)⁴ tr M, λ_max(I)‖H‖_F²: on ``total_label_variance``."""
+    diagonal_bound: float | None = None
+    """Σ_i ‖J_i‖⁴λ_max(M), Σ_i ‖∂²_ii h‖²λ_max(I) [P2]: on ``label_variance``."""
+    diagonal_range_bound: float | None = None
+    """Σ_i F_ii(max_y g_yi² − F_ii) [P2], one class label: on Î₁'s ``label_variance``."""
+    trace_range: tuple[float, float] | None = None
+    """‖J‖_F²λ_min(I) ≤ tr F ≤ ‖J‖_F²λ_max(I), means over inputs."""
+    cosine: float | None = None
+    """Between the diagonals of the empirical Fisher and of F."""
+    trace_ratio: float | None = None
+    """Of the empirical Fisher to F."""
     diagonal: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     diagonal_label_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     diagonal_input_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def tightness(self) -> float | None:
+        """``bound`` / ``covariance_norm``, 1 at best; None where ‖Cov‖ is not known or is zero."""
+        return _ratio(self.bound, self.covariance_norm)
+
+    @property
+    def sharp_tightness(self) -> float | None:
+        """``sharp_bound`` / ``covariance_norm``."""
+        return _ratio(self.sharp_bound, self.covariance_norm)
+
+    @property
+    def trace_tightness(self) -> float | None:
+        """``trace_bound`` / ``total_label_variance``: for sampled labels too."""
+        return _ratio(self.trace_bound, self.total_label_variance)
+
+    @property
+    def diagonal_tightness(self) -> float | None:
+        """``diagonal_bound`` / ``label_variance``."""
+        return _ratio(self.diagonal_bound, self.label_variance)
 
     def draws_for(self, eps: float) -> float | None:
         """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F̂‖²).
@@ -270,12 +317,42 @@ class Estimate:
         return self.total_variance / (eps * self.norm) ** 2
 
 
+def _ratio(bound: float | None, value: float | None) -> float | None:
+    return None if bound is None or value is None or value <= 0 else bound / value
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a group's parameters W move the outputs h_L: root mean squares over the inputs."""
+
+    jacobian_norm: float
+    """‖∂h_L/∂W‖_F (20); by random probes where labels are sampled."""
+    jacobian_spectral_norm: float | None
+    """s_max(∂h_L/∂W) (21); exact labels only."""
+    frobenius_bound: float | None = None
+    """(20), the form that holds for every layer, on ``jacobian_norm``."""
+    spectral_bound: float | None = None
+    """(21) on ``jacobian_spectral_norm``."""
+    weight_spectral_norm: float | None = None
+    """s_max of the layer's own linear map, without the bias."""
+    weight_frobenius_norm: float | None = None
+    """‖·‖_F of the layer's own linear map, without the bias."""
+    reason: str = ""
+    """Why (20) and (21) do not apply."""
+
+
 @dataclass(frozen=True)
 class GroupEstimates:
     """What was measured for one parameter, one layer or the whole model."""
 
     numel: int
     i1: Estimate
+    i2: Estimate | None = None
+    ih: Estimate | None = None
+    empirical: Estimate | None = None
+    activation: Estimate | None = None
+    """Î₁ of the layer's input h (19): the trace and variance of (∂ℓ/∂h)(∂ℓ/∂h)ᵀ."""
+    geometry: Geometry | None = None
 
 
 class Engine(Protocol):

@@ -21,6 +21,7 @@ def attach(
     likelihood: str | Likelihood = "auto",
     log_dir: str | Path | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
+    labels: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     sinks: list[Sink] | None = None,
     **options: Any,
@@ -41,6 +42,8 @@ def attach(
             says what to pass.
         log_dir: where TensorBoard files and ``fimprobe.jsonl`` go; default ``runs/fimprobe/...``.
         mask: from the forward's (args, kwargs) to a boolean tensor of the labels' shape.
+        labels: the same for the data's labels, which the empirical Fisher needs; by default the
+            keyword ``labels``, or what the loss's gradient at softmax or sigmoid outputs tells.
         output: from what the model returns to its outputs [B, ...].
         sinks: further objects with ``write(report)`` and ``close()``.
 
@@ -62,7 +65,7 @@ def attach(
             f"optimizer={type(optimizer).__name__} holds none of the model's parameters; pass the "
             "one that trains this model"
         )
-    probe = Probe(model, settings, mask=mask, output=output, sinks=sinks)
+    probe = Probe(model, settings, mask=mask, labels=labels, output=output, sinks=sinks)
 
     def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if probe.detached or (optimizer is not None and opt is not optimizer):

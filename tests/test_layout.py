@@ -7,14 +7,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "likelihoods.norms",
-    "likelihoods.independent", "likelihoods.categorical", "likelihoods.bernoulli",
-    "likelihoods.gaussian", "likelihoods.poisson",
-    "likelihoods", "likelihoods.infer", "engines", "engines.rules",
-    "engines.unrolled", "engines.tape", "engines.graph", "engines.replay", "engines.contract",
-    "engines.gather", "engines.problem", "engines.replayed", "engines.autograd", "engines.plan",
-    "estimators", "estimators.i1", "report", "measurement", "sinks", "sinks.memory", "sinks.jsonl",
-    "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
+    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "penalties",
+    "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
+    "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
+    "likelihoods.infer", "likelihoods.labels", "engines", "engines.signs", "engines.rules",
+    "engines.unrolled", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
+    "engines.contract", "engines.gather", "engines.problem", "engines.operators", "engines.chain",
+    "engines.backpack_modules", "engines.backpack", "engines.seeds", "engines.curves",
+    "engines.curvature", "engines.replayed", "engines.autograd", "engines.plan", "estimators",
+    "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
+    "estimators.tightness", "table", "advice", "report", "measurement", "sinks", "sinks.memory",
+    "sinks.jsonl", "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import contract_uses, precise
 from fimprobe.engines.graph import foreign_uses
+from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem, coverage
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
 from fimprobe.engines.seeds import (
@@ -107,7 +108,13 @@ class _Run:
         if self.activations:
             activations = self._batch(problem, "i1", self.activations, set(), {})
         return Measured(
-            moments, curvature, norms, activations, self.seconds, list(self.notes.values())
+            moments,
+            curvature,
+            norms,
+            activations,
+            self.seconds,
+            list(self.notes.values()),
+            (plan.kinks or []) if curvature is not None else [],
         )
 
     def _batch(
@@ -119,7 +126,7 @@ class _Run:
         told: dict[str, str],
     ) -> MomentsBatch:
         exact = self.weights.get(kind)
-        count = {"i1": problem.draws.count, "empirical": 1, "jacobian": None}.get(
+        count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
             kind, problem.draws.count if problem.ask.ih else problem.ask.probes
         )
         return MomentsBatch(
@@ -145,7 +152,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None
     ceiling = problem.memory_mb * 2**20
     clock = _Clock(run.seconds)
     guard = _memory_guard(problem, ceiling / 2, batch.size)
-    kernels = twice_differentiable() if ask.probes else contextlib.nullcontext()
+    kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
     with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
         h = problem.forward(batch)
     if tape.failed:
@@ -159,7 +166,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None
         check_passes(problem, h, stash / batch.size, ceiling)
     else:
         passes = problem.draws.count
-    kept = passes * (1 + (ask.probes + 4) * (ask.probes > 0))
+    kept = passes * (1 + (ask.probes + 4) * ask.i2)
     if saved() + kept * stash > ceiling and batch.size > 1:
         fit = int(batch.size * ceiling / (saved() + kept * stash))
         raise OverMemory(min(batch.size - 1, fit))
@@ -185,14 +192,16 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None
     site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
-    plain = not (ask.ih or ask.bounds or ask.probes or ask.labels is not None)
+    plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain)
     clock.stop("i1")
     if plain:
         return
-    if ask.ih or ask.probes:
+    if ask.ih or ask.i2:
         _contract(site, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
         clock.stop("ih")
+    if ask.exact and problem.draws.count is not None:
+        _add_ggn(site, run)
     if ask.labels is not None:
         _contract(site, run, "empirical", data_seeds(problem, rows, detached), h, reached)
         clock.stop("empirical")
@@ -204,7 +213,9 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None
         run.classes = None if axis is None else h.shape[axis]
         _contract(site, run, "jacobian", output_seeds(problem, rows, detached, norms), h, reached)
         clock.stop("bounds")
-    if ask.probes:
+    if ask.i2:
+        if plan.kinks is None:
+            plan.kinks = find_kinks(h, problem.twin)
         _curve(site, run, h, labels)
         clock.stop("i2")
 
@@ -274,6 +285,25 @@ def _contract(
     return reached
 
 
+def _add_ggn(site: _Site, run: _Run) -> None:
+    """Exact diagonals of F by BackPACK, stored as the moments of their roots."""
+    from fimprobe.engines import backpack  # optional
+
+    problem, size = site.problem, site.batch.size
+    mask = None if problem.mask is None else problem.mask[site.rows]
+    found = backpack.ggn_diagonals(problem, site.batch, mask=mask, verified=True)
+    accumulators = run.accumulators.setdefault("ggn", {})
+    for name, parameter in problem.parameters.items():
+        if name not in accumulators:
+            accumulators[name] = Accumulator.like(parameter, problem.diagonals)
+        accumulators[name].begin(size, 1)
+        if name in found:
+            root = found[name].clamp(min=0).sqrt().unsqueeze(1)
+            one = torch.ones((), dtype=torch.float64, device=root.device)
+            where: Any = slice(None) if root.dim() > 2 else ...
+            accumulators[name].add(root, slice(0, size), where, one, None)
+
+
 def _add_activations(
     tape: Tape, run: _Run, sources: list[list[Tensor] | None], seeds: Seeds, size: int
 ) -> None:
@@ -317,6 +347,7 @@ def _curve(site: _Site, run: _Run, h: Tensor, labels: Seeds) -> None:
                 site.calls,
                 site.names,
                 run.curves,
+                run.seconds,
             )
     except (PlanMismatch, OverMemory, torch.OutOfMemoryError):
         raise
@@ -350,9 +381,7 @@ def _backward(
     collected = []
     for i, seed in enumerate(seeds):
         keep = not last or i < len(seeds) - 1
-        collected.append(
-            torch.autograd.grad(h, places, seed, retain_graph=keep, allow_unused=True)
-        )
+        collected.append(torch.autograd.grad(h, places, seed, retain_graph=keep, allow_unused=True))
     by_place: list[list[Tensor] | None] = []
     for parts in zip(*collected, strict=True):
         present = next((p for p in parts if p is not None), None)

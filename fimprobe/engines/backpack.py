@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,11 +81,11 @@ def measure_moments(problem: Problem, *, verified: bool = False) -> MomentsBatch
                 continue
             name = names[id(parameter)]
             _check_total(name, job.found.get(id(parameter)), gradient, samples * draws)
-            sums.setdefault(name, _Sums()).add(job.found[id(parameter)])
+            sums.setdefault(name, _Sums()).add(job.found[id(parameter)], start)
         if job.weights is not None:
             exact.append(job.weights)
     return MomentsBatch(
-        parameters={n: sums[n].finish(p) for n, p in problem.parameters.items() if n in sums},
+        parameters={n: sums[n].finish(p, size) for n, p in problem.parameters.items() if n in sums},
         batch_size=size,
         draws=problem.draws.count,
         second=torch.cat([w.second for w in exact], 1).t().contiguous().cpu() if exact else None,
@@ -134,7 +134,7 @@ def ggn_diagonals(
         FimprobeError: outside of the domain, or a likelihood without ``output_fisher``.
     """
     if not verified:
-        _check_domain(problem, second_order=True)
+        _check_domain(problem, second_order=True, curvature=False)
 
     def start(rows: slice, h: Tensor) -> Seeded:
         where = None if mask is None else mask[rows]
@@ -150,10 +150,18 @@ def offending_modules(problem: Problem, *, second_order: bool) -> dict[str, str]
     with options that BackPACK knows), which is called once, on one tensor, with the samples first,
     and uses it once; whatever happens between modules is free. The gradients of two samples are
     compared with those of the samples run alone. Second order: all modules of ``LAYERS`` or
-    ``PLAIN`` and in a chain, each one's input being the output of the one before. The path ""
-    stands for the model as a whole.
+    ``PLAIN`` and in a chain, each one's input being the output of the one before; of the Hessian's
+    diagonal, one sample's largest entries are compared with double backward, and it must fit
+    ``memory_mb``. The path "" stands for the model as a whole.
     """
+    return _offending(problem, second_order=second_order, curvature=second_order)
+
+
+def _offending(problem: Problem, *, second_order: bool, curvature: bool) -> dict[str, str]:
     found: dict[str, str] = {}
+    kinds = {p.dtype for p in problem.twin.parameters()}
+    if second_order and not kinds <= {torch.float32, torch.float64}:
+        found[""] = f"parameters of type {sorted(map(str, kinds))}"
     trainable = _own_trainable(problem.twin)
     concerned = dict(trainable)
     if second_order:
@@ -185,7 +193,7 @@ def offending_modules(problem: Problem, *, second_order: bool) -> dict[str, str]
             for path, reason in _watch(problem, rows, concerned, second_order).items():
                 found.setdefault(path, reason)
         if not found:
-            found = _compare_curvature(problem) if second_order else _compare(problem)
+            found = _compare_curvature(problem) if curvature else _compare(problem)
     return found
 
 
@@ -269,20 +277,20 @@ def _chain_reasons(
 ) -> dict[str, str]:
     """Second order: every module takes the very tensor that the one before gave."""
     batch = problem.batch[rows]
-    tensors = [x for x in (*batch.args, *batch.kwargs.values()) if isinstance(x, Tensor)]
-    if len(tensors) != 1 or len(batch.args) + len(batch.kwargs) != 1:
-        return {"": "the inputs are not one tensor"}
-    if not calls:
-        return {"": "no module is called"}
+    inputs = [*batch.args, *batch.kwargs.values()]
     found = {}
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        found[""] = "the inputs are not one tensor"
     before = None
     for path, call in calls:
         x = call.inputs[0] if call.inputs else None
-        if before is None:  # slicing made a new tensor for every problem.batch[rows]
-            same = isinstance(x, Tensor) and x.shape == tensors[0].shape and x.grad_fn is None
-            same = same and bool(torch.equal(x, tensors[0]))  # type: ignore[arg-type]
-        else:
+        if before is not None:
             same = x is before
+        elif isinstance(x, Tensor) and not found:
+            # the model got another slice, with the same numbers in it
+            same = x.grad_fn is None and x.shape == inputs[0].shape and torch.equal(x, inputs[0])
+        else:
+            same = bool(found)
         if not same:
             found[path] = (
                 "its input is not the output of the module before it (a functional operation, a "
@@ -290,7 +298,7 @@ def _chain_reasons(
             )
         before = call.output
     if h is not before:
-        found[""] = "the outputs are not the last module's output"
+        found.setdefault("", "the outputs are not the last module's output")
     return found
 
 
@@ -333,6 +341,7 @@ def _compare(problem: Problem) -> dict[str, str]:
         return {"": f"BackPACK's hooks fail: {error}"}
     tolerance = _tolerance(h.dtype)
     alone: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = {}
     for b in range(2):
         one = problem.forward(problem.batch[rows[b : b + 1]])
         slack = tolerance * float(h.detach().abs().max())
@@ -341,17 +350,22 @@ def _compare(problem: Problem) -> dict[str, str]:
         gradients = torch.autograd.grad(one, parameters, seed[b : b + 1], allow_unused=True)
         for parameter, g in zip(parameters, gradients, strict=True):
             if g is not None:
-                key = id(parameter)
-                alone[key] = alone.get(key, torch.zeros((), device=g.device)) + g.double().square()
+                key, square = id(parameter), g.double().square()
+                alone[key] = alone.get(key, torch.zeros_like(square)) + square
+                norms.setdefault(key, square.new_zeros(2))[b] = square.sum()
     largest = max((float(x.sum()) for x in alone.values()), default=0.0)
     found = {}
     for path, module in layers:
         for p in module._parameters.values():
             if p is None or id(p) not in alone:
                 continue
-            have, want = job.found.get(id(p)), alone[id(p)]
+            have, want, norm = job.found.get(id(p)), alone[id(p)], norms[id(p)]
             slack = tolerance * (float(want.sum()) + tolerance * largest)
-            if have is None or not float((have.a2 - want).abs().sum()) <= slack:
+            if (
+                have is None
+                or not float((have.a2 - want).abs().sum()) <= slack
+                or not float((have.gram[:, 0] - norm).abs().sum()) <= slack
+            ):
                 found[path] = "guard: its gradients differ from those of single samples"
     return found
 
@@ -392,8 +406,8 @@ def _compare_curvature(problem: Problem) -> dict[str, str]:
     }
 
 
-def _check_domain(problem: Problem, *, second_order: bool) -> None:
-    found = offending_modules(problem, second_order=second_order)
+def _check_domain(problem: Problem, *, second_order: bool, curvature: bool = True) -> None:
+    found = _offending(problem, second_order=second_order, curvature=second_order and curvature)
     if found:
         listed = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in found.items())
         remedy = "second_order={'probes': 2}" if second_order else "engine='autograd'"
@@ -496,6 +510,19 @@ class _Collect(FirstOrderBackpropExtension):  # type: ignore[misc]
         rules = {kind: _LayerMoments(*entry) for kind, entry in LAYERS.items()}
         super().__init__("fimprobe_moments", rules, fail_mode="ERROR")
         self.job = job
+        self.done: set[int] = set()
+
+    def __call__(self, module: Any, g_inp: Any, g_out: Any) -> None:
+        """Take one module, once: BackPACK has the inputs and outputs of its last call only."""
+        copies = self.job.samples * self.job.draws
+        first = {t.shape[0] for t in (g_out[0], getattr(module, "input0", g_out[0]))}
+        if id(module) in self.done or first != {copies}:
+            raise FimprobeError(
+                f"{type(module).__name__} was called more than once, or on something else than the "
+                f"{copies} samples, unlike in the first look at the model; pass engine='autograd'"
+            )
+        self.done.add(id(module))
+        super().__call__(module, g_inp, g_out)
 
 
 class _LayerMoments(FirstOrderModuleExtension):  # type: ignore[misc]
@@ -510,12 +537,6 @@ class _LayerMoments(FirstOrderModuleExtension):  # type: ignore[misc]
     def _moments(self, name, ext, module, g_inp, g_out, backproped):  # type: ignore[no-untyped-def]
         job: _Job = ext.job
         parameter, delta, x = getattr(module, name), g_out[0].detach(), module.input0.detach()
-        copies = job.samples * job.draws
-        if delta.shape[0] != copies or x.shape[0] != copies or id(parameter) in job.found:
-            raise FimprobeError(
-                f"{type(module).__name__} was called on {tuple(x.shape)} or more than once, unlike "
-                "on the samples that were looked at first; pass engine='autograd'"
-            )
         if type(module) is nn.Linear and name == "weight" and x.dim() == 2:
             piece = _outer_moments(job, delta, x)
         else:
@@ -602,16 +623,29 @@ def _outer_moments(job: _Job, delta: Tensor, x: Tensor) -> _Piece:
 
 @dataclass
 class _Sums:
-    """A parameter's sums over the chunks."""
+    """A parameter's sums over the chunks; zero for chunks whose outputs do not depend on it."""
 
     piece: _Piece | None = None
 
-    def add(self, piece: _Piece) -> None:
-        """Take another chunk."""
-        self.piece = piece if self.piece is None else self.piece.plus(piece, samples=True)
+    def add(self, piece: _Piece, start: int) -> None:
+        """Take the chunk that begins with sample ``start``."""
+        if self.piece is not None:
+            self._pad(start)
+            self.piece = self.piece.plus(piece, samples=True)
+        else:
+            self.piece = piece
+            gram = piece.gram
+            piece.gram = torch.cat([gram.new_zeros(start, *gram.shape[1:]), gram])
 
-    def finish(self, parameter: Tensor) -> Moments:
+    def _pad(self, size: int) -> None:
+        assert self.piece is not None
+        gram = self.piece.gram
+        missing = gram.new_zeros(size - len(gram), *gram.shape[1:])
+        self.piece.gram = torch.cat([gram, missing])
+
+    def finish(self, parameter: Tensor, size: int) -> Moments:
         """The moments; a2 in the parameter's precision."""
+        self._pad(size)
         s = self.piece
         assert s is not None
         norms = s.gram.diagonal(dim1=1, dim2=2) if s.gram.dim() == 3 else s.gram
@@ -669,9 +703,10 @@ def _passes_and_chunk(problem: Problem) -> tuple[int, int]:
 
     def pack(x: Tensor) -> Tensor:
         nonlocal total
-        if x.untyped_storage().data_ptr() not in seen:
-            seen.add(x.untyped_storage().data_ptr())
-            total += x.untyped_storage().nbytes()
+        with suppress(RuntimeError, NotImplementedError):  # tensors without storage
+            if x.untyped_storage().data_ptr() not in seen:
+                seen.add(x.untyped_storage().data_ptr())
+                total += x.untyped_storage().nbytes()
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

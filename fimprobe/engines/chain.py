@@ -1,12 +1,13 @@
-"""Bounds on a layer's Jacobian from the norms of the weights after it, on chains of known operators."""
+"""Bounds on a layer's Jacobian from the norms of the weights between it and the outputs."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from fimprobe.engines.operators import (
     linear_input_norms,
     linear_norms,
 )
-from fimprobe.engines.problem import Problem
+from fimprobe.engines.problem import OverMemory, Problem
 
 
 @dataclass(frozen=True)
@@ -68,27 +69,81 @@ def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
     outputs: layers inside one branch of a sum have, those before a fork have not. Source: Soen &
     Sun 2021, (19)–(21); (20) as printed fails at the last layer.
 
+    Samples are taken in parts where the forward pass would keep more than half of ``memory_mb``.
+
     Returns:
         Module path -> bounds or reason, in the modules' order.
 
     Raises:
         BatchError: where the outputs are not finite.
     """
-    with torch.enable_grad():
-        outputs = problem.forward(batch)
+    norms: dict[tuple[Any, ...], Norms | None] = {}
+    parts: list[dict[str, LayerBound]] = []
+    start, step = 0, batch.size
+    while start < batch.size:
+        part = batch if step >= batch.size else batch[slice(start, start + step)]
+        try:
+            with torch.enable_grad(), _memory_ceiling(problem, part.size):
+                outputs = problem.forward(part)
+        except OverMemory as over:
+            step = over.fit
+            continue
         if outputs.grad_fn is None:
             return {}
-        return _Walk(problem.twin, outputs, batch.size).result()
+        with torch.enable_grad():
+            parts.append(_Walk(problem.twin, outputs, part.size, norms).result())
+        start += part.size
+    return {path: _joined([p[path] for p in parts if path in p]) for part in parts for path in part}
+
+
+def _joined(parts: list[LayerBound]) -> LayerBound:
+    """The bounds of a batch from those of its parts."""
+    reason = next((p.reason for p in parts if p.reason is not None), None)
+    if len(parts) == 1 or reason is not None:
+        return next(p for p in parts if p.reason == reason)
+    names = [f.name for f in fields(LayerBound) if isinstance(getattr(parts[0], f.name), Tensor)]
+    whole: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
+    return replace(parts[0], **whole)
+
+
+@contextmanager
+def _memory_ceiling(problem: Problem, size: int) -> Iterator[None]:
+    """Stop a forward pass that saves more than half of ``memory_mb`` and can be halved."""
+    seen = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
+    total = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal total
+        if x.layout == torch.strided and x.untyped_storage().data_ptr() not in seen:
+            seen.add(x.untyped_storage().data_ptr())
+            total += x.untyped_storage().nbytes()
+        if total > problem.memory_mb * 2**19 and size > 1:
+            raise OverMemory(size // 2)
+        return x.detach()  # x itself would be kept alive by its own graph
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield
 
 
 LIPSCHITZ: dict[str, Callable[[Any], float]] = {
     **dict.fromkeys(
-        ["Relu", "Tanh", "LogSigmoid", "Softplus", "Hardtanh", "Softshrink", "Hardshrink", "Threshold"],
+        [
+            "Relu",
+            "Tanh",
+            "LogSigmoid",
+            "Softplus",
+            "Hardtanh",
+            "Softshrink",
+            "Hardshrink",
+            "Threshold",
+        ],
         lambda node: 1.0,
     ),
-    **dict.fromkeys(["Clamp", "ClampMin", "ClampMax", "Abs", "Neg", "Sin", "Cos", "Atan"], lambda n: 1.0),
+    **dict.fromkeys(
+        ["Clamp", "ClampMin", "ClampMax", "Abs", "Neg", "Sin", "Cos", "Atan"], lambda n: 1.0
+    ),
     "Sigmoid": lambda node: 0.25,
-    "Hardsigmoid": lambda node: 1 / 6,
+    "Hardsigmoid": lambda node: 0.16666668,  # torch rounds 1/6 to float32, up
     "Hardswish": lambda node: 1.5,
     "Gelu": lambda node: 1.12890415 if node._saved_approximate == "none" else 1.12899307,
     "Silu": lambda node: 1.09983933,
@@ -99,8 +154,8 @@ LIPSCHITZ: dict[str, Callable[[Any], float]] = {
     ),
     "Celu": lambda node: 1.0 if node._saved_alpha > 0 else math.inf,
     "LeakyRelu": lambda node: max(1.0, abs(node._saved_negative_slope)),
-    "RreluWithNoise": lambda node: max(1.0, abs(node._saved_lower), abs(node._saved_upper)),
-    "PreluKernel": lambda node: max(1.0, float(node._saved_weight.abs().max())),
+    "RreluWithNoise": lambda node: max(1.0, abs(node._saved_lower + node._saved_upper) / 2),
+    "PreluKernel": lambda node: max(1.0, float(node._saved_weight.detach().abs().max())),
 }
 """Lipschitz constants of the activations, rounded up, by the name of their backward node."""
 
@@ -134,6 +189,7 @@ _COPIES: dict[str, Callable[[Any, int], set[int]]] = {
     "PixelUnshuffle": _last(3),
     "ChannelShuffle": lambda node, dims: {1},
     **dict.fromkeys(["Slice", "Select", "Flip", "IndexSelect"], _saved_dims),
+    **dict.fromkeys(["Expand", "Repeat"], lambda node, dims: set()),
 }
 # ... and every output is a sum of inputs with coefficients of one sign
 _SUMS: dict[str, Callable[[Any, int], set[int]]] = {
@@ -144,11 +200,18 @@ _SUMS: dict[str, Callable[[Any, int], set[int]]] = {
     "UpsampleTrilinear3D": _last(3),
     **dict.fromkeys(["Mean", "Sum", "Amax", "Amin", "Max"], _saved_dims),
 }
-_AFFINE = {"Addmm": (1, 2, 0), "Mm": (0, 1, None), "Convolution": (0, 1, 2), "Linear": (0, 1, 2)}
+# slots of the input, the weight and the bias
+_AFFINE = {
+    "Addmm": (1, 2, 0),
+    "Mm": (0, 1, None),
+    "Bmm": (0, 1, None),
+    "Convolution": (0, 1, 2),
+    "Linear": (0, 1, 2),
+}
+_ELSEWHERE = "its outputs are parameters of another function"
 _CALLED = {
     "Softmax": "softmax between layers",
     "LogSoftmax": "log-softmax between layers",
-    "Bmm": "two activations are multiplied, as in attention",
 }
 
 
@@ -157,8 +220,13 @@ class _Edge(NamedTuple):
     nr: int
 
     @property
+    def name(self) -> str:
+        name: str = self.node.name()
+        return name.rpartition("::")[2]
+
+    @property
     def kind(self) -> str:
-        return re.sub(r"^.*::|Backward\d*$", "", self.node.name())
+        return re.sub(r"Backward\d*$", "", self.name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -202,8 +270,11 @@ class _Stop(Exception):
 class _Walk:
     """From the outputs down every path, until a fork or a function that is not known."""
 
-    def __init__(self, twin: nn.Module, outputs: Tensor, size: int) -> None:
-        self.twin, self.size = twin, size
+    def __init__(
+        self, twin: nn.Module, outputs: Tensor, size: int, norms: dict[tuple[Any, ...], Norms | None]
+    ) -> None:
+        self.twin, self.size, self.norms = twin, size, norms
+        self.stored = {p.data_ptr() for p in twin.parameters()}
         self.parameters = {
             id(p): name for name, p in twin.named_parameters(remove_duplicate=True) if p.requires_grad
         }
@@ -231,7 +302,6 @@ class _Walk:
         self.found: dict[str, tuple[LayerBound, set[int]]] = {}
         self.reasons: dict[int, str] = {}
         self.flooded: set[Any] = set()
-        self.norms: dict[Any, Norms | None] = {}
         one = torch.ones(size, dtype=torch.float64)
         self.walk(root, _Path(one, one))
 
@@ -252,17 +322,21 @@ class _Walk:
                 numel = math.prod(edge.shape)
                 if numel % (path.outer * self.size):
                     raise _Stop(self.mixes(edge, path))
+                if not edge.node._input_metadata[edge.nr].dtype.is_floating_point:
+                    raise _Stop(self.unknown(edge, path))
                 path = replace(path, dims=min(path.dims, numel // self.size), edges=1)
                 onward = self.step(edge, path)
             except _Stop as stop:
                 self.flood([edge], str(stop))
                 continue
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # checkpointed, or changed in place since
+                self.flood([edge], f"what {edge.name} saved cannot be read")
+                continue
             stack += onward
             walked = {following.node for following, _ in onward}
-            self.flood(
-                [p for p in edge.parents() if p.node not in walked],
-                f"its outputs are parameters of another function ({edge.node.name()})",
-            )
+            self.flood([p for p in edge.parents() if p.node not in walked], _ELSEWHERE)
 
     def flood(self, edges: list[_Edge], reason: str) -> None:
         """Note why everything from here to the input has no bounds."""
@@ -313,6 +387,8 @@ class _Walk:
         node, parent = edge.node, edge.parent(data)
         weight = self.parameter(edge.parent(weight_slot))
         bias = None if bias_slot is None else self.parameter(edge.parent(bias_slot))
+        if edge.kind == "Bmm" and (parent is None or edge.parent(weight_slot) is not None):
+            raise _Stop(f"two activations are multiplied {self.between(edge, path)}")
         plain = edge.kind != "Addmm" or node._saved_alpha == node._saved_beta == 1
         turned = parent is not None and self.parameter(parent) is not None
         turned = turned or (parent is None and weight is None and bias is None)
@@ -323,6 +399,9 @@ class _Walk:
             bias = path.bias if self.owner(path.bias) == self.owner(weight) else None
         if bias is not None and bias.shape != (width,):
             bias = None
+        rows = edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1]
+        if math.prod(rows) % (path.outer * self.size):
+            raise _Stop(self.mixes(edge, path))
         named = weight if weight is not None else bias
         if named is not None:
             self.layer(edge, replace(path, bias=None), weight, bias)
@@ -366,17 +445,16 @@ class _Walk:
     ) -> tuple[InputNorms, int]:
         """Norms of X̃, and how often each of its blocks occurs in ∂z/∂W."""
         node, shape = edge.node, edge.shape
+        layout = (path.outer, self.size, -1)
         if edge.kind == "Convolution":
             out, groups = shape[1], node._saved_groups
-            images = self.split(edge, shape[0], path)
             if not weight:
-                positions = images * math.prod(shape[2:])
+                positions = math.prod(shape) // (out * self.size)
                 return bias_norms(self.size, positions, groups), out // groups
-            x = node._saved_input.detach()
-            x = x.unflatten(0, (path.outer, self.size, -1)).transpose(0, 1).flatten(1, 2)
+            x = node._saved_input.detach().unflatten(0, layout).transpose(0, 1).flatten(1, 2)
             norms = convolution_input_norms(
                 x,
-                self.weight_shape(edge)[2:],
+                node._saved_weight.shape[2:],
                 stride=node._saved_stride,
                 padding=node._saved_padding,
                 dilation=node._saved_dilation,
@@ -384,54 +462,56 @@ class _Walk:
                 bias=bias,
             )
             return norms, out // groups
-        rows = self.split(edge, math.prod(shape[:-1]), path)
         if not weight:
-            return bias_norms(self.size, rows), shape[-1]
-        x = getattr(node, {"Addmm": "_saved_mat1", "Mm": "_saved_self"}.get(edge.kind, "_saved_input"))
-        x = x.detach().flatten(0, -2).unflatten(0, (path.outer, self.size, -1)).transpose(0, 1)
-        return linear_input_norms(x.flatten(1, 2), weight=weight, bias=bias), shape[-1]
-
-    def split(self, edge: _Edge, rows: int, path: _Path) -> int:
-        """Rows that belong to one input."""
-        if rows % (path.outer * self.size):
-            raise _Stop(self.mixes(edge, path))
-        return rows // self.size
-
-    def weight_shape(self, edge: _Edge) -> tuple[int, ...]:
-        weight = self.weight(edge)
-        assert weight is not None
-        return tuple(weight.shape)
+            return bias_norms(self.size, math.prod(shape[:-1]) // self.size), shape[-1]
+        name = {"Addmm": "_saved_mat1", "Mm": "_saved_self"}.get(edge.kind, "_saved_input")
+        x = getattr(node, name).detach().flatten(0, -2)
+        x = x.unflatten(0, layout).transpose(0, 1).flatten(1, 2)
+        return linear_input_norms(x, weight=weight, bias=bias), shape[-1]
 
     def weight(self, edge: _Edge) -> Tensor | None:
         """A layer's weight (transposed or not); None where autograd kept none."""
-        name = {"Addmm": "_saved_mat2", "Mm": "_saved_mat2"}.get(edge.kind, "_saved_weight")
-        saved: Tensor | None = getattr(edge.node, name)
-        return saved if saved is not None else self.parameter(edge.parent(_AFFINE[edge.kind][1]))
+        node, slot = edge.node, edge.parent(_AFFINE[edge.kind][1])
+        if edge.kind == "Convolution":
+            return (
+                slot.node.variable if slot and hasattr(slot.node, "variable") else node._saved_weight
+            )
+        while slot is not None and slot.kind in _MOVES:
+            slot = slot.parent(0)
+        if slot is not None and hasattr(slot.node, "variable"):
+            matrix: Tensor | None = slot.node.variable
+            return matrix
+        saved: Tensor | None = node._saved_weight if edge.kind == "Linear" else node._saved_mat2
+        if edge.kind == "Bmm" and saved is not None:  # one frozen matrix, expanded over the batch
+            return saved[0] if saved.stride(0) == 0 or saved.shape[0] == 1 else None
+        return saved
 
     def operator_norms(self, edge: _Edge) -> Norms | None:
         """Norms of a layer's operator on one input."""
-        if edge.node in self.norms:
-            return self.norms[edge.node]
         node, weight, norms = edge.node, self.weight(edge), None
-        rows = math.prod(edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1])
-        positions = max(1, rows // self.size)
-        if weight is not None and edge.kind == "Convolution":
-            parent = edge.parent(0)
-            x = node._saved_input if parent is None else None
-            shape = parent.shape if parent is not None else None if x is None else x.shape
-            if shape is not None and not node._saved_transposed:
-                norms = convolution_norms(
-                    weight.detach(),
-                    shape[2:],
-                    stride=node._saved_stride,
-                    padding=node._saved_padding,
-                    dilation=node._saved_dilation,
-                    groups=node._saved_groups,
-                    positions=positions,
-                )
-        elif weight is not None and weight.dim() == 2:
+        if weight is None or not weight.is_floating_point():
+            return None
+        convolution = edge.kind == "Convolution"
+        positions = max(1, math.prod(edge.shape[: 1 if convolution else -1]) // self.size)
+        parent, shape = edge.parent(0), ()
+        options: dict[str, Any] = {"positions": positions}
+        if convolution:
+            if node._saved_transposed or (parent is None and node._saved_input is None):
+                return None
+            shape = tuple(node._saved_input.shape if parent is None else parent.shape)
+            for name in ("stride", "padding", "dilation", "groups"):
+                options[name] = getattr(node, f"_saved_{name}")
+        place = weight.data_ptr()  # those of the twin's parameters stay what they are
+        kept = place in self.stored
+        key = (place, weight.shape, shape[2:], *options.values())
+        if kept and key in self.norms:
+            return self.norms[key]
+        if convolution:
+            norms = convolution_norms(weight.detach(), shape[2:], **options)
+        elif weight.dim() == 2:
             norms = linear_norms(weight.detach(), positions)
-        self.norms[node] = norms
+        if kept:
+            self.norms[key] = norms
         return norms
 
     # -- between layers ----------------------------------------------------------------------
@@ -450,8 +530,12 @@ class _Walk:
 
     def linear(self, edge: _Edge, parent: _Edge, path: _Path) -> _Path:
         """Copies: s_max² is the largest number of copies. Sums: s_max² ≤ ‖A‖₁ ‖A‖_∞."""
-        touched = (_COPIES if edge.kind in _COPIES else _SUMS)[edge.kind](edge.saved, len(parent.shape))
+        touched = (_COPIES if edge.kind in _COPIES else _SUMS)[edge.kind](
+            edge.saved, len(parent.shape)
+        )
         shape = list(edge.shape)
+        if len(shape) > len(parent.shape):
+            raise _Stop(self.unknown(edge, path))
         if len(shape) < len(parent.shape):  # the touched dimensions are gone
             for dim in sorted(touched):
                 shape.insert(dim, 1)
@@ -464,7 +548,8 @@ class _Walk:
             ones.requires_grad_()
             columns = self.pulled(edge, parent, ones, create_graph=True)
             (rows,) = torch.autograd.grad(columns, ones, torch.ones_like(columns))
-            squared = self.per_sample(columns.detach(), outer) * self.per_sample(rows, path.outer)
+            columns = columns.detach().abs()
+            squared = self.per_sample(columns, outer) * self.per_sample(rows.abs(), path.outer)
         return self.scaled(path, squared.sqrt() * _margin(ones.dtype), edge, outer=outer)
 
     def normalised(self, edge: _Edge, path: _Path) -> _Path:
@@ -477,50 +562,79 @@ class _Walk:
         self.outer_behind(edge, shape, shape, touched, path)
         scale = self.per_sample(node._saved_result2.detach(), path.outer)
         if node._saved_weight is not None:
-            scale = scale * float(node._saved_weight.abs().max())
+            scale = scale * float(node._saved_weight.detach().abs().max())
         return self.scaled(path, scale * _margin(node._saved_result2.dtype), edge)
 
     def elementwise(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
-        """A function of one tensor in elementwise steps: its slope at this input; or a sum."""
+        """A function of one tensor in elementwise steps: its slope at this input; or a sum.
+
+        Going back step by step, ``slope`` sums the derivatives over the paths and ``size`` their
+        absolute values, which is what rounding errors are relative to.
+        """
         counts: Counter[Any] = Counter()
         frontier: dict[Any, _Edge] = {}
-        biases = []
-        todo: list[_Edge] = [edge]
-        while todo:
-            for parent in todo.pop().parents():
+        biases: list[Tensor] = []
+        ones = self.ones(edge)
+        slope, size = {edge.node: ones}, {edge.node: ones}
+        latest = edge
+        while True:
+            for parent, partial in zip(self.slots(latest), self.partials(latest), strict=True):
                 leaf = self.parameter(parent)
                 if leaf is not None:
                     biases.append(leaf)
+                if parent is None or leaf is not None:
                     continue
                 counts[parent.node] += 1
                 known = frontier.setdefault(parent.node, parent)
                 if parent.shape != edge.shape or known.nr != parent.nr:
-                    if counts.total() > 1 and edge.kind in ("Add", "Sub"):
-                        return self.branches(edge, replace(path, bias=None))
-                    raise _Stop(self.unknown(edge, path))
-            if len(frontier) > 1:
-                latest = max(frontier.values(), key=lambda e: e.node._sequence_nr())
-                inner = latest.kind in _MEASURED or latest.kind in LIPSCHITZ
-                if not inner or self.uses[latest.node] != counts[latest.node]:
-                    if edge.kind in ("Add", "Sub"):
-                        return self.branches(edge, replace(path, bias=None))
-                    if edge.kind in ("Mul", "Div"):
-                        raise _Stop(f"two activations are multiplied {self.between(edge, path)}")
-                    raise _Stop(self.unknown(edge, path))
-                todo.append(frontier.pop(latest.node))
-        if not frontier:
-            return []
-        (parent,) = frontier.values()
-        ones = self.ones(edge)
-        slopes = self.pulled(edge, parent, ones).abs()
-        factor = self.per_sample(slopes, path.outer)
-        if bool((factor != 1).any()):
-            factor = factor * _margin(ones.dtype)
+                    return self.several(edge, path)
+                for sums, term in (
+                    (slope, partial * slope[latest.node]),
+                    (size, partial.abs() * size[latest.node]),
+                ):
+                    sums[parent.node] = sums.get(parent.node, 0) + term
+            if len(frontier) <= 1:
+                break
+            latest = max(frontier.values(), key=lambda e: e.node._sequence_nr())
+            inner = latest.kind in _MEASURED or latest.kind in LIPSCHITZ
+            if not inner or self.uses[latest.node] != counts[latest.node]:
+                return self.several(edge, path)
+            del frontier[latest.node]
         bias = None
         if edge.kind == "Add" and len(biases) == 1 and edge.saved._saved_alpha == 1:
             bias = biases[0] if biases[0].shape == edge.shape[-1:] else None
+            module = self.twin.get_submodule(self.owner(biases[0]))
+            frozen = isinstance(module, nn.Linear) and not module.weight.requires_grad
+            if bias is not None and frozen:
+                self.layer(edge, replace(path, bias=None), None, bias)
+        if not frontier:
+            return []
+        (parent,) = frontier.values()
+        steepest, largest = slope[parent.node].abs(), size[parent.node]
+        if bool((largest != 1).any()):
+            steepest = steepest + largest * (_margin(ones.dtype) - 1)
+        factor = self.per_sample(steepest, path.outer)
         onward = replace(path, bias=bias, edges=counts[parent.node])
         return [(parent, self.scaled(onward, factor, edge))]
+
+    def slots(self, edge: _Edge) -> list[_Edge | None]:
+        return [edge.parent(slot) for slot in range(len(edge.node.next_functions))]
+
+    def partials(self, edge: _Edge) -> tuple[Tensor, ...]:
+        """An elementwise step's derivative in each of its arguments, by its own backward."""
+        count = len(edge.node._input_metadata)
+        seeds = [self.ones(edge) if nr == edge.nr else None for nr in range(count)]
+        with torch.no_grad():
+            found = edge.node(*seeds)
+        return found if isinstance(found, tuple) else (found,)
+
+    def several(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
+        """An elementwise step that several functions meet at."""
+        if edge.kind in ("Add", "Sub"):
+            return self.branches(edge, replace(path, bias=None))
+        if edge.kind in ("Mul", "Div"):
+            raise _Stop(f"two activations are multiplied {self.between(edge, path)}")
+        raise _Stop(self.unknown(edge, path))
 
     def branches(self, edge: _Edge, path: _Path) -> list[tuple[_Edge, _Path]]:
         """A sum or concatenation: each branch by itself (what they share is met as a fork)."""
@@ -529,18 +643,16 @@ class _Walk:
             parent = edge.parent(slot)
             if parent is None or self.parameter(parent) is not None:
                 continue
-            if edge.kind == "Cat":
-                shape = parent.shape
-                if len(shape) != len(edge.shape):
-                    raise _Stop(self.unknown(edge, path))
-                touched = _saved_dims(edge.saved, len(shape))
-                outer = self.outer_behind(edge, edge.shape, shape, touched, path)
-                onward.append((parent, replace(path, outer=outer)))
-            elif parent.shape == edge.shape:
-                factor = abs(edge.saved._saved_alpha) if slot == 1 else 1.0
-                onward.append((parent, self.scaled(path, float(factor), edge)))
-            else:
+            if len(parent.shape) != len(edge.shape):
                 raise _Stop(self.unknown(edge, path))
+            concatenated = edge.kind == "Cat"
+            touched = _saved_dims(edge.saved, len(edge.shape)) if concatenated else set()
+            outer = self.outer_behind(edge, edge.shape, parent.shape, touched, path)
+            factor = 1.0
+            if not concatenated:  # s_max of a broadcast is the root of the number of copies
+                factor = math.sqrt(math.prod(edge.shape) // math.prod(parent.shape)) * ROUNDING
+                factor *= abs(edge.saved._saved_alpha) if slot == 1 else 1.0
+            onward.append((parent, self.scaled(path, factor, edge, outer=outer)))
         return onward
 
     def ones(self, edge: _Edge) -> Tensor:
@@ -642,13 +754,10 @@ class _Walk:
         return "the inputs"
 
     def between(self, edge: _Edge, path: _Path) -> str:
-        return f"between {self.below(edge)} and {path.above} ({edge.node.name()})"
+        return f"between {self.below(edge)} and {path.above} ({edge.name})"
 
     def unknown(self, edge: _Edge, path: _Path) -> str:
-        return (
-            f"the function between {self.below(edge)} and {path.above} is not known "
-            f"({edge.node.name()})"
-        )
+        return f"the function between {self.below(edge)} and {path.above} is not known ({edge.name})"
 
     def mixes(self, edge: _Edge, path: _Path) -> str:
         return f"samples of the batch cannot be told apart {self.between(edge, path)}"
@@ -665,29 +774,30 @@ class _Walk:
         """A module's bounds, or the reason why there are none."""
         bound, covers = self.found.get(path, (LayerBound(), set()))
         uses = self.affine.get(path, [])
-        norms = self.operator_norms(uses[0]) if len(uses) == 1 else None
+        try:
+            norms = self.operator_norms(uses[0]) if len(uses) == 1 else None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what its node saved cannot be read
+            norms = None
         if norms is not None:
             bound = replace(
                 bound, weight_spectral_norm=norms.spectral, weight_frobenius_norm=norms.frobenius
             )
         kind = type(self.twin.get_submodule(path)).__name__
         again = [p for p in parameters if self.times[id(p)] > 1]
+        told = next((self.reasons[id(p)] for p in parameters if id(p) in self.reasons), _ELSEWHERE)
         reason = None
-        if again:
+        if not uses and not covers:
+            if kind not in ("Linear", "Conv1d", "Conv2d", "Conv3d", "ParametrizationList"):
+                reason = f"the bounds are for Linear and Conv1d to Conv3d layers; this is {kind}"
+            else:
+                reason = "its weight is computed" if told == _ELSEWHERE else told
+        elif again:
             local = self.parameters[id(again[0])].rpartition(".")[2]
             reason = f"its {local} is used {self.times[id(again[0])]} times (tied or called again)"
-        elif not covers and not uses:
-            layer = kind in ("Linear", "Conv1d", "Conv2d", "Conv3d") or "parametrizations" in path
-            reason = (
-                "its weight is computed from other parameters"
-                if layer
-                else f"the bounds are for Linear and Conv1d to Conv3d layers; this is {kind}"
-            )
         elif not covers:
-            reason = next(
-                (self.reasons[id(p)] for p in parameters if id(p) in self.reasons),
-                "it is reached in a way that is not known",
-            )
+            reason = told
         elif covers != {id(p) for p in parameters}:
             reason = f"this {kind} has parameters besides one weight and its bias"
         if reason is None:

@@ -36,6 +36,7 @@ class Accumulator:
     a4_sum: Tensor = field(init=False)
     q_sum: Tensor = field(init=False)
     r_sum: Tensor = field(init=False)
+    top_sum: Tensor = field(init=False)
     a4: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
@@ -46,6 +47,7 @@ class Accumulator:
         """Start from zero."""
         zero = torch.zeros((), dtype=torch.float64, device=self.a2.device)
         self.a4_sum, self.q_sum, self.r_sum = zero.clone(), zero.clone(), zero.clone()
+        self.top_sum = zero.clone()
         if self.diagonals:
             # fourth powers of small gradients leave float32's range
             wide = torch.zeros_like(self.a2, dtype=torch.float64)
@@ -98,6 +100,8 @@ class Accumulator:
         self.q_sum += q * power
         single = len(blocks) == 1
         self.r_sum += (q if single else sum(_dot(t, t) for t in blocks)) * power
+        if single and weights is not None:
+            self.top_sum += _dot(f, square.amax(1)) * power
         self._zero()
         total = f.sum(0)
         self.a2[where] += (total if _is_one(scale) else total * scale.to(f.dtype) ** 2).view(tile)
@@ -142,6 +146,8 @@ class Accumulator:
         self.a4_sum += fourth
         self.q_sum += q
         self.r_sum += q if r2 is f2 else torch.dot(r2.sum(-1).double(), x4_sum) * power
+        if r2 is f2 and weights is not None:
+            self.top_sum += torch.dot((f * square.amax(1)).sum(-1).double(), x4_sum) * power
         if not _is_one(scale):
             f = f * scale.to(f.dtype) ** 2
         if self.empty and f.dtype == self.a2.dtype:
@@ -190,6 +196,8 @@ class Accumulator:
         self.q_sum += f2.sum() * power
         r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
         self.r_sum += r2.sum() * power
+        if len(blocks) == 1 and weights is not None:
+            self.top_sum += _dot(f, square.amax(1)) * power
         self._zero()
         self.a2.index_add_(0, token, f.to(self.a2.dtype) * scale.to(self.a2.dtype) ** 2)
         if self.a4 is not None and self.q is not None and self.r is not None:
@@ -217,6 +225,7 @@ class Accumulator:
             float(self.q_sum),
             float(self.r_sum),
             norms,
+            float(self.top_sum),
             gram if gram.dim() == 3 else None,
             self.a4,
             self.q,

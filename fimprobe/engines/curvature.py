@@ -9,6 +9,7 @@ where they are zero (piecewise-linear nets, last layers). ``whole`` moves all pa
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimprobe.batch import Batch
-from fimprobe.engines.curves import Curve, CurvatureSums, Pull, Site
+from fimprobe.engines.curves import CurvatureSums, Curve, Pull, Site
 from fimprobe.engines.problem import Plan, Problem
 from fimprobe.engines.replay import module_direction
 from fimprobe.engines.seeds import Seeds
 from fimprobe.engines.signs import signs
-from fimprobe.engines.tape import Replayed, Tape, along_batch, from_batch_first
+from fimprobe.engines.tape import Replayed, Tape, along_batch, batch_first, from_batch_first
 
 Calls = list[tuple[Replayed, dict[str, Tensor]]]
 
@@ -31,12 +32,16 @@ def twice_differentiable() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def direction_of(parameter: Tensor, key: str, seed: int) -> Tensor:
+    """A direction ±1 of a parameter."""
+    shape = (1, *parameter.shape)
+    return signs(shape, key, seed, dtype=parameter.dtype, device=parameter.device)[0]
+
+
 class Bender:
     """The second-order pass over one chunk: holds δ with its graph, and yields Hv for directions."""
 
-    def __init__(
-        self, h: Tensor, tape: Tape, seeds: list[Tensor], replayed: list[Tensor]
-    ) -> None:
+    def __init__(self, h: Tensor, tape: Tape, seeds: list[Tensor], replayed: list[Tensor]) -> None:
         self.tape, self.replayed = tape, replayed
         self.places = [*tape.edges, *tape.sources, *replayed]
         self.first: list[list[Tensor | None]] = []
@@ -62,7 +67,10 @@ class Bender:
         return [None if d is None else d.detach() for d in self.first[seed][: self.edges]]
 
     def bend(
-        self, seed: int, at_edges: list[Tensor | None], at_parameters: list[Tensor | None] | None = None
+        self,
+        seed: int,
+        at_edges: list[Tensor | None],
+        at_parameters: list[Tensor | None] | None = None,
     ) -> Curve:
         """Derivatives of δ at the edges, and of the sources' inputs, along a direction.
 
@@ -83,7 +91,7 @@ class Bender:
         wanted = [m for m in middle if m is not None and m.requires_grad]
         if not total.requires_grad or not (self.edges or wanted):
             return nothing
-        found = list(
+        found: list[Tensor | None] = list(
             torch.autograd.grad(
                 total, [*self.tape.edges, *wanted], retain_graph=True, allow_unused=True
             )
@@ -104,12 +112,14 @@ def measure_curvature(
     calls: Calls,
     names: dict[int, str],
     sums: dict[str, CurvatureSums],
+    seconds: dict[str, float],
 ) -> dict[str, set[str]]:
     """Add one chunk's second derivatives; returns which parameters of a layer meet each other."""
+    started = time.perf_counter()
     size, count = batch.size, len(seeds.seeds)
     exact = problem.draws.count is None
     site = _sites(problem, plan, tape, batch, calls, names)
-    replayed = [problem.parameters[n] for n, s in site.items() if s.calls]
+    replayed: list[Tensor] = [problem.parameters[n] for n, s in site.items() if s.calls]
     partners = meetings(problem, tape, site)
     bender = Bender(h, tape, seeds.seeds, replayed)
     deltas = [bender.delta(y) for y in range(count)]
@@ -144,13 +154,21 @@ def measure_curvature(
             pull = Pull(problem, plan, site[name], name, size)
             s.add_diagonal(pull, first, bent, deltas, seed)
         del first, bent
+    else:
+        from fimprobe.engines import backpack  # optional
+
+        for y, one in enumerate(seeds.seeds):
+            diagonals = backpack.hessian_diagonals(problem, batch, one, verified=True)
+            for name, s in sums.items():
+                s.add_exact(y, diagonals.get(name))
+    assert seeds.weights is not None
+    labels = seeds.weights.second.shape[1]  # the other seeds serve the bounds
+    share = (time.perf_counter() - started) * labels / count
+    seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + share
     # R's norms: directions of the parameters, with and without flipped signs
     for j in range(problem.ask.probes if exact else 1):
         along = {
-            n: signs(p.shape, f"direction {j} {n}", seed, dtype=p.dtype, device=p.device)
-            if p.dim()
-            else signs((1,), f"direction {j} {n}", seed, dtype=p.dtype, device=p.device)[0]
-            for n, p in problem.parameters.items()
+            n: direction_of(p, f"direction {j} {n}", seed) for n, p in problem.parameters.items()
         }
         flips = {
             n: signs((1,), f"flip {j} {n}", seed, dtype=h.dtype, device=h.device).expand(size)
@@ -168,14 +186,14 @@ def measure_curvature(
             pull = Pull(problem, plan, site[name], name, size, along, flips)
             s.add_block(pull, local, deltas, flips[name])
         del local, fixed
-        whole_directions = _directions(problem, tape, site, along, None, calls, names, size, live=True)
+        whole_directions = _directions(
+            problem, tape, site, along, None, calls, names, size, live=True
+        )
         at_parameters: list[Tensor | None] = [along[n] for n, s in site.items() if s.calls]
         whole = [bender.bend(y, whole_directions, at_parameters) for y in range(count)]
         turned: list[Curve] | None = None
         if partners:
-            directions = _directions(
-                problem, tape, site, along, flips, calls, names, size, live=True
-            )
+            directions = _directions(problem, tape, site, along, flips, calls, names, size, live=True)
             at_parameters = [along[n] * flips[n][0] for n, s in site.items() if s.calls]
             turned = [bender.bend(y, directions, at_parameters) for y in range(count)]
         meeting = set(partners) | {q for group in partners.values() for q in group}
@@ -196,8 +214,6 @@ def _present(deltas: list[list[Tensor | None]], edges: int) -> list[Tensor | Non
 
 
 def _batched_shape(x: Tensor, layout: int | str, size: int) -> torch.Size:
-    from fimprobe.engines.tape import batch_first
-
     return batch_first(x, layout, size).shape
 
 
@@ -217,8 +233,8 @@ def _sites(
     for call, inside in calls:
         if call.path == "":
             call = Replayed("", call.module, batch.args, batch.kwargs, (), ())
-        for local, parameter in inside.items():
-            found[names[id(parameter)]].calls.append((call, local))
+        for local, held in inside.items():
+            found[names[id(held)]].calls.append((call, local))
     return found
 
 
@@ -297,21 +313,19 @@ def _directions(
                 continue
             for use in s.uses:
                 assert use.direction is not None
-                v = use.direction(along[name])
+                moved = use.direction(along[name])
                 if flips is not None:
-                    v = v * along_batch(flips[name], v, use.layout)
+                    moved = moved * along_batch(flips[name], moved, use.layout)
                 old = found[use.edge]
-                found[use.edge] = v if old is None else old + v
+                found[use.edge] = moved if old is None else old + moved
     if live:
         return found
     for call, inside in calls:
         if call.path == "":
             continue
-        for local, parameter in inside.items():
-            name = names[id(parameter)]
-            parts = module_direction(
-                call.module, {local: along[name]}, call.args, call.kwargs
-            )
+        for local, held in inside.items():
+            name = names[id(held)]
+            parts = module_direction(call.module, {local: along[name]}, call.args, call.kwargs)
             for edge, v in zip(call.edges, parts, strict=True):
                 if edge is None or v is None:
                     continue

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fimprobe.batch import Batch
 from fimprobe.engines.contract import GRAM_LIMIT, power_of_two
 from fimprobe.engines.gather import precise, sum_uses
 from fimprobe.engines.problem import Plan, Problem
@@ -73,7 +74,7 @@ class Pull:
         return use if use is not None and use.rule.tokens else None
 
     def at(self, use: Use, arriving: Sequence[Maybe]) -> list[Tensor] | None:
-        """What arrives at a use, batch first, one for each in ``arriving``; None for nothing at all."""
+        """What arrives at a use, batch first, for each in ``arriving``; None where nothing does."""
         parts = [a[use.edge] for a in arriving]
         present = next((p for p in parts if p is not None), None)
         if present is None:
@@ -216,16 +217,10 @@ class Pull:
             bend: list[Tensor | None] = [None]
             moves: list[Tensor | None] = []
         else:
-            seeds = [None if e is None or delta[e] is None else delta[e][samples] for e in call.edges]
-            bend = [
-                None if e is None or curve.edges[e] is None else curve.edges[e][samples]
-                for e in call.edges
-            ]
-            moves = [
-                None if i is None or not inputs or curve.inputs[i] is None
-                else inputs * curve.inputs[i][samples]
-                for i in call.sources
-            ]  # fmt: skip
+            seeds = [_rows(delta, e, samples) for e in call.edges]
+            bend = [_rows(curve.edges, e, samples) for e in call.edges]
+            steps = [_rows(curve.inputs, i, samples) if inputs else None for i in call.sources]
+            moves = [None if x is None else inputs * x for x in steps]
             seeds = [
                 torch.zeros_like(b) if s is None and b is not None else s
                 for s, b in zip(seeds, bend, strict=True)
@@ -265,8 +260,6 @@ class Pull:
     def _replayed(
         self, call: Replayed, run: Callable[..., dict[str, Tensor]], samples: slice
     ) -> dict[str, Tensor]:
-        from fimprobe.batch import Batch
-
         cut = Batch(call.args, call.kwargs, self.size)[samples]
         for vectorise in (True, False) if call.path not in self.plan.loop else (False,):
             try:
@@ -278,6 +271,11 @@ class Pull:
                     raise
                 self.plan.loop.add(call.path)
         raise AssertionError
+
+
+def _rows(tensors: Maybe, index: int | None, samples: slice) -> Tensor | None:
+    x = None if index is None else tensors[index]
+    return None if x is None else x[samples]
 
 
 def _inside(call: Replayed, local: str) -> Tensor:
@@ -329,12 +327,10 @@ class CurvatureSums:
     diagonal: Tensor | None = None
     diagonal_square: Tensor | None = None
 
-    def begin(
-        self, size: int, count: int, second: Tensor, exact: bool, self_meeting: bool
-    ) -> None:
+    def begin(self, size: int, count: int, second: Tensor, exact: bool, self_meeting: bool) -> None:
         """Start a chunk of ``size`` inputs and ``count`` seeds."""
         self.size, self.count, self.second, self.meets = size, count, second, self_meeting
-        self.full = exact and count <= GRAM_LIMIT
+        self.full = exact and second.shape[1] <= GRAM_LIMIT
         self.chunk: dict[str, Tensor] = {}
         if self.diagonals and self.diagonal is None:
             wide = torch.zeros_like(self.parameter, dtype=torch.float64)
@@ -390,6 +386,21 @@ class CurvatureSums:
                         products.append(r.reshape(len(r), -1))
                 if products:
                     self._products(torch.stack(products, 1), samples, y)
+
+    def add_exact(self, y: int, diagonal: Tensor | None) -> None:
+        """R's diagonal of one seed as it is: [B, *shape]."""
+        if "trace" not in self.chunk:
+            self.chunk["trace"] = self.zeros(self.size, self.count)
+            self.chunk["square"] = self.zeros(self.size, self.count)
+        if diagonal is None:
+            return
+        r = diagonal.double().reshape(self.size, -1)
+        self.chunk["trace"][:, y], self.chunk["square"][:, y] = r.sum(1), r.square().sum(1)
+        if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
+            w = self.second[:, y].double().unsqueeze(1)
+            shape = self.parameter.shape
+            self.diagonal += (w * r).sum(0).view(shape)
+            self.diagonal_square += (w * r.square()).sum(0).view(shape)
 
     def _own_diagonal(self, pull, delta, y, k, samples, seed, r):
         """What a replayed module bends by itself: u∘(∂²(δᵀz)u)."""
@@ -505,14 +516,12 @@ class CurvatureSums:
 
             def flipped(y: int, s: slice) -> Tensor | None:
                 pull.output_seed = self.seeds[y]
-                return pull.second(
-                    turned[y], deltas[y], s, inputs=1.0, everything=True, flipped=True
-                )
+                return pull.second(turned[y], deltas[y], s, inputs=1.0, everything=True, flipped=True)
 
             self._pairs_of("joint", pull, plain, flipped, None, None)
 
     def _outer_whole(self, pull: Pull, use: Use, whole: Any, deltas: Any) -> None:
-        """(a xᵀ + δ ẋᵀ) of each seed: inner products of rank-two matrices from those of their sides."""
+        """(a xᵀ + δ ẋᵀ) of each seed: inner products of rank-two matrices."""
         x = precise(use.call.inputs[0]).double()
         bent = pull.at(use, [c.edges for c in whole])
         turned = [pull._input_direction(use, c) for c in whole]

@@ -12,7 +12,7 @@ from torch import Tensor
 ROUNDING = 1 + 1e-11
 """What float64 arithmetic may take from a norm of the sizes met here, with room to spare."""
 DENSE_LINEAR, DENSE_CONVOLUTION, DENSE_INPUTS, GRAM_INPUTS = 1024, 512, 128, 512
-LANCZOS_STEPS, LANCZOS_FAILURE, LANCZOS_NUMBERS = 64, 1e-10, 2**26
+LANCZOS_STEPS, LANCZOS_FAILURE, LANCZOS_NUMBERS = 64, 1e-10, 2**25
 CHUNK_NUMBERS = 2**22
 
 
@@ -49,14 +49,20 @@ def linear_norms(weight: Tensor, positions: int = 1) -> Norms:
     5.0
     """
     matrix = wide(weight)
+    scale = float(matrix.abs().max())
+    if scale == 0:
+        return Norms(0.0, 0.0)
+    matrix = matrix / scale
     frobenius = float(torch.linalg.vector_norm(matrix))
     if min(matrix.shape) <= DENSE_LINEAR:
         spectral = float(_gram_norm(matrix))
     else:
         matrix = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
-        spectral = lanczos_norm(lambda v: matrix.t() @ (matrix @ v), matrix.new_empty(matrix.shape[1]))
+        spectral = lanczos_norm(
+            lambda v: matrix.t() @ (matrix @ v), matrix.new_empty(matrix.shape[1])
+        )
         spectral = min(spectral, frobenius * ROUNDING)
-    return Norms(spectral, math.sqrt(positions) * frobenius)
+    return Norms(spectral * scale, math.sqrt(positions) * frobenius * scale)
 
 
 def convolution_norms(
@@ -69,7 +75,8 @@ def convolution_norms(
     groups: int = 1,
     positions: int = 1,
 ) -> Norms:
-    """Norms of a convolution with zero padding of inputs of spatial ``size`` (T = ``positions`` of them).
+    """Norms of a convolution with zero padding of inputs of spatial ``size``, ``positions`` of them
+    making up one input.
 
     ‖A‖_F² = Σ (ones ∗ W²) counts how often each tap is used: exact. s_max is exact (eigenvalues of
     A's Gram matrix, group by group) where that has up to 512 rows; else the least of ‖A‖_F,
@@ -86,6 +93,7 @@ def convolution_norms(
         return Norms(0.0, 0.0)
     kernel = kernel / scale
     dims = len(size)
+    stride, padding, dilation = (_each(x, dims) for x in (stride, padding, dilation))
     reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape[2:], strict=True)]
     out_size = [
         (n + 2 * p - r - 1) // s + 1 for n, p, r, s in zip(size, padding, reach, stride, strict=True)
@@ -150,20 +158,22 @@ def lanczos_norm(gram: Callable[[Tensor], Tensor], like: Tensor) -> float:
     basis = like.new_zeros(steps, size, dtype=torch.float64)
     small = torch.zeros(steps, steps, dtype=torch.float64)
     basis[0] = v / torch.linalg.vector_norm(v)
+    reached = steps
     for k in range(steps):
         w = gram(basis[k])
         small[k, k] = basis[k] @ w
-        if k + 1 == steps:
+        if k + 1 == steps and steps < size:
             break
         for _ in range(2):  # orthogonal to working precision takes two passes
             w = w - basis[: k + 1].t() @ (basis[: k + 1] @ w)
         beta = float(torch.linalg.vector_norm(w))
-        if beta <= 1e-13 * float(small[0, 0]):
-            break  # the subspace is invariant: more steps would change nothing
+        if k + 1 == size or beta <= 1e-13 * float(small[0, 0]):
+            reached = LANCZOS_STEPS  # the subspace is invariant: more steps would change nothing
+            break
         small[k, k + 1] = small[k + 1, k] = beta
         basis[k + 1] = w / beta
     theta = max(0.0, float(torch.linalg.eigvalsh(small)[-1]))
-    angle = math.asinh(math.sqrt(2 * size / math.pi) / LANCZOS_FAILURE) / (2 * steps - 1)
+    angle = math.asinh(math.sqrt(2 * size / math.pi) / LANCZOS_FAILURE) / (2 * reached - 1)
     return math.sqrt(theta) * math.cosh(angle) * ROUNDING  # 1/√(1−tanh²) = cosh
 
 
@@ -195,6 +205,7 @@ def convolution_input_norms(
     columns.
     """
     samples, count, channels = images.shape[:3]
+    stride, padding, dilation = (_each(x, len(kernel)) for x in (stride, padding, dilation))
     width = channels // groups * math.prod(kernel)
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     sides = [side for p in reversed(padding) for side in (p, p)]
@@ -226,7 +237,8 @@ def convolution_input_norms(
         x = torch.nn.functional.pad(wide(part), sides)
         for dim, r, s in zip(dims, reach, stride, strict=True):
             x = x.unfold(dim, r, s)
-        x = x[(..., *(slice(None, None, d) for d in dilation))]
+        for dim, d in zip(range(-len(kernel), 0), dilation, strict=True):
+            x = x.movedim(dim, -1)[..., ::d].movedim(-1, dim)
         x = x.reshape(len(part), count, groups, channels // groups, -1, math.prod(kernel))
         x = x.permute(0, 2, 1, 4, 3, 5).reshape(len(part), groups, length, width)
         found.append(_input_norms(x, bias))
@@ -237,6 +249,11 @@ def bias_norms(samples: int, positions: int, groups: int = 1) -> InputNorms:
     """X̃ = 1, a column: where only the bias is trained."""
     norm = torch.full((samples,), math.sqrt(positions), dtype=torch.float64)
     return InputNorms(norm, norm * math.sqrt(groups))
+
+
+def _each(option: Sequence[int], dims: int) -> Sequence[int]:
+    """One number for each dimension: torch keeps (0,) for the padding "valid"."""
+    return list(option) * dims if len(option) == 1 else option
 
 
 def _chunks(x: Tensor, numbers_per_sample: int) -> Sequence[Tensor]:

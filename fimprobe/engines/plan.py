@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd import measure_moments
+from fimprobe.engines.curvature import direction_of, twice_differentiable
 from fimprobe.engines.problem import Ask, Plan, PlanMismatch, Problem
 from fimprobe.engines.rules import rules_for
+from fimprobe.engines.seeds import label_seeds
 from fimprobe.engines.tape import Layouts, record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
@@ -71,6 +73,74 @@ def make_plan(problem: Problem) -> Plan:
             )
         _widen(problem, plan, dict.fromkeys(wrong, "guard"))
     raise FimprobeError("no way was found to measure this model; please report it with the model")
+
+
+def check_curvature(problem: Problem, plan: Plan) -> None:
+    """The guard of second derivatives: R u of single samples, by plain double backward, must agree.
+
+    Where it does not, ``plan.uncurved`` says so and Î₂ is left out: no wrong number is reported.
+    """
+    size = min(problem.batch.size, 3)
+    ask = replace(problem.ask, i2=True, ih=False, labels=None, bounds=False, exact=False)
+    small = replace(
+        problem,
+        batch=problem.batch[:size],
+        likelihood=Gaussian(),
+        draws=Draws(1, seed=20240525),
+        mask=None,
+        diagonals=False,
+        ask=ask,
+    )
+    measured = measure_planned(small, plan)
+    plan.chunk, plan.curved = None, size
+    if measured.curvature is None:
+        plan.uncurved = measured.notes[0]
+        return
+    try:
+        want = _bent_alone(small)
+    except (RuntimeError, NotImplementedError):
+        return  # plain autograd has no second derivative of every parameter (EmbeddingBag): no check
+    largest = max((float(w.max()) for w in want.values()), default=0.0)
+    coarse = 5 * _coarse(problem)
+    wrong = []
+    for name, norms in want.items():
+        have = measured.curvature.parameters.get(name)
+        found = torch.zeros_like(norms) if have is None else have.whole[0, :, 0]
+        if bool(((found - norms).abs() > coarse * norms + coarse**2 * largest).any()):
+            wrong.append(name)
+    if wrong:
+        plan.uncurved = (
+            f"Î₂ was not measured: guard: second derivatives of {', '.join(wrong[:5])} do not agree "
+            "with those of single samples; please report it with the model"
+        )
+
+
+def _bent_alone(problem: Problem) -> dict[str, Tensor]:
+    """‖(R_b u)_θ‖² [B] of each parameter for the direction u that the engine took first."""
+    parameters = list(problem.parameters.values())
+    along = [
+        direction_of(p, f"direction 0 {n}", problem.draws.seed) for n, p in problem.parameters.items()
+    ]
+    found: dict[str, list[Tensor]] = {n: [] for n in problem.parameters}
+    for b in range(problem.batch.size):
+        with twice_differentiable():
+            h = problem.forward(problem.batch[b : b + 1])
+            seeds = label_seeds(problem, slice(b, b + 1), h.detach()).seeds
+            bent: Any = [None] * len(parameters)
+            if h.requires_grad:
+                g = torch.autograd.grad(h, parameters, seeds[0], create_graph=True, allow_unused=True)
+                parts = [
+                    (x * u).sum()
+                    for x, u in zip(g, along, strict=True)
+                    if x is not None and x.requires_grad
+                ]
+                total = torch.stack(parts).sum() if parts else h.new_zeros(())
+                if total.requires_grad:
+                    bent = torch.autograd.grad(total, parameters, allow_unused=True)
+        for name, r in zip(problem.parameters, bent, strict=True):
+            zero = torch.zeros((), dtype=torch.float64)
+            found[name].append(zero if r is None else r.double().square().sum().cpu())
+    return {name: torch.stack(norms) for name, norms in found.items()}
 
 
 def _expansions(problem: Problem) -> Layouts:

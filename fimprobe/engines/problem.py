@@ -31,21 +31,28 @@ class Plan:
     loop: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
     chunk: int | None = None
+    curved: int = 0
+    """Samples on which second derivatives were compared."""
+    uncurved: str = ""
+    """Why there are no second derivatives."""
+    kinks: list[str] | None = None
+    backpack: dict[bool, dict[str, str]] | None = None
     verified: int = 0
     """Samples that the guard has compared; 0 before it ran."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What is measured beside Î₁: Î_H, the empirical Fisher, bounds, and Î₂ by K ``probes``.
+    """What is measured beside Î₁: Î₂, Î_H, the empirical Fisher, bounds, by K ``probes`` each.
 
     ``exact``: diagonals of second derivatives by BackPACK, in place of probes.
     """
 
+    i2: bool = False
     ih: bool = False
     labels: Tensor | None = None
     bounds: bool = False
-    probes: int = 0
+    probes: int = 2
     exact: bool = False
 
 

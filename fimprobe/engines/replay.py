@@ -196,9 +196,7 @@ def module_direction(
     """The outputs' derivatives along a direction of the parameters, by two backward passes."""
     args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.enable_grad():
-        moved = {
-            n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in along
-        }
+        moved = {n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in along}
         out = functional_call(module, moved, args, kwargs)
         leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         live = [x for x in leaves if x.requires_grad]
@@ -206,9 +204,7 @@ def module_direction(
         gradients = torch.autograd.grad(
             live, list(moved.values()), dummies, create_graph=True, allow_unused=True
         )
-        parts = [
-            (g * along[n]).sum() for n, g in zip(moved, gradients, strict=True) if g is not None
-        ]
+        parts = [(g * along[n]).sum() for n, g in zip(moved, gradients, strict=True) if g is not None]
         found: Any = (None,) * len(live)
         if parts and any(p.requires_grad for p in parts):
             found = torch.autograd.grad(torch.stack(parts).sum(), dummies, allow_unused=True)

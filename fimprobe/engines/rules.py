@@ -315,7 +315,7 @@ _BY_NAME = {
 def direction(
     rule: Rule, module: nn.Module, name: str, args: tuple[Any, ...], out: torch.Size, along: Tensor
 ) -> Tensor:
-    """The output's derivative along ``along``, a direction of the parameter: outputs are affine in it.
+    """The output's derivative along ``along``, a direction of the parameter it is affine in.
 
     ``args`` are the module's own inputs, ``out`` its output's shape; autograd goes through them.
     """

@@ -1,8 +1,7 @@
-"""What is pulled back from the outputs: scores of labels, Hutchinson's seeds, the outputs themselves."""
+"""What is pulled back from the outputs: scores of labels, Hutchinson's seeds, the outputs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -89,21 +88,12 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
 
 
 def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
-    """Seeds for R: those of the labels, then (for ‖H‖) the mean over classes, or K random signs."""
+    """Seeds for R: those of the labels, then K random signs for ‖H‖."""
     found, weights = list(labels.seeds), labels.weights
     more: list[Tensor] = []
     if problem.ask.bounds:
-        axis = getattr(problem.likelihood, "class_dim", None)
         keep = _masked(problem, rows, h, torch.ones_like(h))
-        if problem.draws.count is not None:
-            more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in range(problem.ask.probes)]
-        elif axis is not None:  # Σ_a H^a of each position: what the labels' scores do not show
-            order = _class_last(problem, keep)
-            width = order.shape[-1]
-            for t in range(order[0].numel() // width):
-                seed = torch.zeros_like(order).view(len(h), -1, width)
-                seed[:, t] = order.reshape(len(h), -1, width)[:, t] / math.sqrt(width)
-                more.append(_class_back(problem, seed.view(order.shape), h))
+        more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in range(problem.ask.probes)]
     second = (
         torch.full((len(h), len(found)), 1 / len(found), dtype=torch.float64, device=h.device)
         if weights is None
@@ -155,9 +145,7 @@ def _uniforms(problem: Problem, rows: slice, h: Tensor) -> Tensor:
 
 
 def _signs(problem: Problem, rows: slice, h: Tensor, key: str) -> Tensor:
-    return signs(
-        h.shape, key, problem.draws.seed, first=rows.start, dtype=h.dtype, device=h.device
-    )
+    return signs(h.shape, key, problem.draws.seed, first=rows.start, dtype=h.dtype, device=h.device)
 
 
 def _class_last(problem: Problem, x: Tensor) -> Tensor:

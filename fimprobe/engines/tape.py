@@ -106,7 +106,7 @@ class Tape:
         """Register an input as a place where its gradient can be asked for; None for a constant."""
         if not x.requires_grad:
             return None
-        place = x if x.is_leaf else get_gradient_edge(x)
+        place: Any = x if x.is_leaf else get_gradient_edge(x)
         key = id(x) if x.is_leaf else (place.node, place.output_nr)
         if key not in self._source_of:
             self._source_of[key] = len(self.sources)

@@ -19,6 +19,16 @@ _SCALARS = (
     "label_variance",
     "input_variance",
     "total_label_variance",
+    "bound",
+    "sharp_bound",
+    "trace_bound",
+    "diagonal_bound",
+    "covariance_norm",
+    "covariance_spectral_norm",
+    "tightness",
+    "probe_error",
+    "cosine",
+    "trace_ratio",
 )
 
 
@@ -54,18 +64,16 @@ class TensorboardSink:
                 f"| parameter | measured by |\n|---|---|\n{coverage}",
                 report.step,
             )
-        values: dict[str, Any] = {
-            f"fim/i1/{name}": getattr(report.total.i1, name) for name in _SCALARS
-        }
-        values["fim/i1/pairs_for_10_percent"] = report.total.i1.draws_for(0.1)
+        values: dict[str, Any] = {}
+        for kind in ("i1", "i2", "ih", "empirical"):
+            total = getattr(report.total, kind)
+            if total is not None:
+                values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _SCALARS}
+                values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
         values["fim_probe/seconds"] = report.seconds
         for layer in self.layers:
             if layer in report.layers:
-                estimate = report.layers[layer].i1
-                for name in ("trace", "rel_error", "label_variance"):
-                    values[f"fim_layers/{layer}/i1_{name}"] = getattr(estimate, name)
-                pairs = estimate.draws_for(0.1)
-                values[f"fim_layers/{layer}/i1_pairs_for_10_percent"] = pairs
+                values |= _layer(f"fim_layers/{layer}/", report.layers[layer])
         summary = Summary(
             value=[
                 Summary.Value(tag=tag, simple_value=float(value))
@@ -93,3 +101,20 @@ class TensorboardSink:
         ]
         chosen = {name for name, _ in sorted(wanted, key=need)[: self.top]}
         return [name for name, _ in wanted if name in chosen]
+
+
+def _layer(prefix: str, group: GroupEstimates) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for kind in ("i1", "i2"):
+        estimate = getattr(group, kind)
+        if estimate is not None:
+            for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
+                values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
+            values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
+    if group.activation is not None:
+        values[f"{prefix}input_i1_trace"] = group.activation.trace
+        values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
+    if group.geometry is not None:
+        for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
+            values[f"{prefix}{name}"] = getattr(group.geometry, name)
+    return values

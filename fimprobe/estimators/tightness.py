@@ -1,0 +1,159 @@
+"""Bounds and covariance norms of every group of parameters, added to its estimates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimprobe.estimators.bounds import (
+    centre_classes,
+    hessian_covariance_square,
+    largest_eigenvalue,
+    score_covariance_norm,
+    score_covariance_spectral_norm,
+    square_of_mean,
+)
+from fimprobe.types import Estimate, Geometry, Measured, MomentsBatch
+
+
+def bound_scores(
+    measured: Measured, groups: Mapping[str, list[str]], estimates: Mapping[str, Estimate]
+) -> tuple[dict[str, Estimate], dict[str, Geometry]]:
+    """Î₁ with ‖Cov Î₁‖, (17), its sharper forms, the trace and the diagonal bounds."""
+    norms, jacobian = measured.norms, measured.moments["jacobian"]
+    scores = measured.moments["i1"]
+    assert norms is not None
+    exact = scores.draws is None  # then the seeds are unit vectors
+    bounded, geometry = {}, {}
+    for group, names in groups.items():
+        new: dict[str, Any] = {}
+        square = _sum(jacobian, names, "squared_norms")
+        gram = _sum(jacobian, names, "gram")
+        if gram is None and square.shape[-1] == 1:
+            gram = square.unsqueeze(-1)
+        if exact:
+            frobenius = square.sum(-1)
+            fourth, error = frobenius.square(), None
+            low_fourth = None
+            spectral = None
+            if gram is not None:
+                centred = centre_classes(gram, jacobian.classes)
+                top = largest_eigenvalue(centred)
+                low_fourth = top.square()
+                spectral = float(largest_eigenvalue(gram).mean()) ** 0.5
+        else:
+            count = _signs(jacobian)
+            frobenius = square[:, :count].mean(-1)
+            fourth, variance = square_of_mean(square[:, :count])
+            error = float((variance * norms.moment_norm.square()).sum().sqrt() / len(variance))
+            low_fourth, spectral = None, None
+            if gram is not None and jacobian.classes is not None:
+                low = _without_mean(gram, count)
+                low_fourth = square_of_mean(low)[0]
+        new["bound"] = float((fourth * norms.moment_norm).mean())
+        new["bound_error"] = error
+        sharp = fourth if low_fourth is None else low_fourth
+        new["sharp_bound"] = float((sharp * norms.moment_norm).mean())
+        new["trace_bound"] = float((sharp * norms.moment_trace).mean())
+        parts = [jacobian.parameters[n] for n in names]
+        if exact:
+            new["diagonal_bound"] = sum(p.q_sum for p in parts) / jacobian.batch_size
+        else:
+            count = _signs(jacobian)
+            total = sum(p.q_sum - p.a4_sum for p in parts)
+            new["diagonal_bound"] = total / (count * (count - 1)) / jacobian.batch_size
+        new["trace_range"] = (
+            float((frobenius * norms.fisher_min).mean()),
+            float((frobenius * norms.fisher_max).mean()),
+        )
+        new |= _covariance(scores, names, jacobian.classes)
+        bounded[group] = dataclasses.replace(estimates[group], **new)
+        geometry[group] = Geometry(max(float(frobenius.mean()), 0.0) ** 0.5, spectral)
+    return bounded, geometry
+
+
+def bound_hessians(
+    measured: Measured,
+    groups: Mapping[str, list[str]],
+    estimates: Mapping[str, Estimate],
+    grams: Mapping[str, Tensor],
+) -> dict[str, Estimate]:
+    """Î₂ with ‖Cov Î₂‖_F, (18), its sharper form, the trace and the diagonal bounds."""
+    norms, curvature = measured.norms, measured.curvature
+    assert norms is not None and curvature is not None
+    classes, draws = measured.moments["jacobian"].classes, curvature.draws
+    bounded = {}
+    for group, names in groups.items():
+        new: dict[str, Any] = {}
+        gram = grams[group]
+        own = gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 4 else gram  # [J, B, n]
+        signs = own[..., draws:].mean(0)  # [B, K]: ‖R_u‖² of the sign seeds
+        square = signs.mean(-1)
+        new["bound"] = float((square * norms.fisher_norm).mean())
+        if signs.shape[-1] > 1:
+            spread = signs.var(-1) / signs.shape[-1] * norms.fisher_norm.square()
+            new["bound_error"] = float(spread.sum().sqrt() / len(spread))
+        low = square
+        if curvature.exact and gram.dim() == 4:
+            mean = gram.mean(0)[..., :draws, :draws]
+            centred = centre_classes(mean, classes)
+            top = largest_eigenvalue(centred)
+            low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
+            new["sharp_bound"] = float((top * norms.fisher_norm).mean())
+            inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
+            new["covariance_norm"] = float(inner.clamp(min=0).sqrt().mean())
+            root = curvature.weights.clamp(min=0).sqrt()
+            weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
+            new["covariance_spectral_norm"] = float(largest_eigenvalue(weighed).mean())
+        new["trace_bound"] = float((low * norms.fisher_max).mean())
+        squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)[:, draws:]
+        new["diagonal_bound"] = float((squares.mean(-1) * norms.fisher_max).mean())
+        bounded[group] = dataclasses.replace(estimates[group], **new)
+    return bounded
+
+
+def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> dict[str, Any]:
+    gram = _sum(scores, names, "gram")
+    if scores.draws is not None or scores.second is None or scores.fourth is None:
+        return {}
+    assert scores.blocks is not None
+    second, fourth = scores.second.double(), scores.fourth.double()
+    found: dict[str, Any] = {}
+    if classes is not None and bool((scores.blocks == scores.blocks[0]).all()):
+        parts = [scores.parameters[n] for n in names]
+        found["diagonal_range_bound"] = sum(p.top_sum - p.q_sum for p in parts) / scores.batch_size
+    if gram is None and scores.second.shape[1] == 1:
+        gram = _sum(scores, names, "squared_norms").unsqueeze(-1)
+    if gram is None:
+        return found
+    found["covariance_norm"] = float(
+        score_covariance_norm(gram, second, fourth, scores.blocks).mean()
+    )
+    top = score_covariance_spectral_norm(gram, second, fourth, scores.blocks)
+    found["covariance_spectral_norm"] = None if top is None else float(top.mean())
+    return found
+
+
+def _signs(jacobian: MomentsBatch) -> int:
+    """Random sign seeds; with classes each has its mean over the classes behind it."""
+    assert jacobian.second is not None
+    seeds = jacobian.second.shape[1]
+    return seeds if jacobian.classes is None else seeds // 2
+
+
+def _without_mean(gram: Tensor, count: int) -> Tensor:
+    """‖Jᵀ(u − ū1)‖² [B, K] from the Gram matrix of u_1 … u_K, ū_1 … ū_K."""
+    own = gram.diagonal(dim1=-2, dim2=-1)
+    between = gram[..., :count, count:].diagonal(dim1=-2, dim2=-1)
+    return own[..., :count] - 2 * between + own[..., count:]
+
+
+def _sum(moments: MomentsBatch, names: list[str], what: str) -> Any:
+    parts = [getattr(moments.parameters[n], what) for n in names]
+    if any(p is None for p in parts):
+        return None
+    return torch.stack(parts).sum(0).double().cpu()
