@@ -5,7 +5,15 @@ lower it. This trains with no penalty, ``fimprobe.penalties.frobenius`` and ``sp
 strengths and measures on held-out digits, labels integrated over exactly. No penalty is also
 measured early in training: a control with unconfident outputs that no penalty made so.
 
-The summary it prints is computed from its runs; nothing in it is written down beforehand.
+The summary it prints is computed from its runs. On 2 cores with torch 2.13, at equal accuracy:
+
+- MLP: the variance falls as the deck says. Frobenius 1e-3 takes the label variance to 0.66 of what
+  it was and the variance relative to ‖diag F‖² to 0.47. But not because (17) does: ‖J‖⁴ falls to
+  0.70 and the outputs' moments rise to 2.4. And no penalty at all, stopped when the net is as
+  confident (and less accurate), is as precise: over confidence the three curves are one.
+- CNN: the absolute variance rises 13 to 16 times, the relative one falls. The weight before the
+  BatchNorm shrinks and the function does not change, so its scores grow. With that layer left out
+  ‖J‖ falls again, but neither variance clearly does.
 
 Run: python examples/penalties.py --seeds 5 --epochs 25 --out /tmp/penalties
 """
@@ -126,10 +134,11 @@ def measure(model: nn.Module, data: Data) -> dict[str, float]:
     with torch.no_grad():
         p = torch.softmax(model(data.test_x).double(), 1)
     s2, s3, s4 = (p.pow(k).sum(1) for k in (2, 3, 4))
-    report = fimprobe.measure(model, data.test_x, likelihood="categorical", draws="exact")
+    only = {"draws": "exact", "estimators": ("i1",), "bounds": False}
+    report = fimprobe.measure(model, data.test_x, likelihood="categorical", **only)
     # of a Gaussian with σ = 1, F = JᵀJ: its trace is E‖J‖_F², the Jacobian that (17) speaks of
     gaussian = fimprobe.likelihoods.Gaussian(sigma=1.0)
-    jacobian = fimprobe.measure(model, data.test_x, likelihood=gaussian, draws="exact")
+    jacobian = fimprobe.measure(model, data.test_x, likelihood=gaussian, **only)
     found = {
         "accuracy": float((p.argmax(1) == data.test_y).double().mean()),
         "confidence": float(p.amax(1).mean()),
@@ -202,7 +211,7 @@ class Change(NamedTuple):
         if math.isnan(self.low):
             return f"×{self.factor:.2g} (one seed: no interval)"
         verdict = "rises" if self.low > 1 else "falls" if self.high < 1 else "no clear change"
-        return f"×{self.factor:.2g} [{self.low:.2g}, {self.high:.2g}] {verdict}"
+        return f"×{self.factor:.3g} [{self.low:.3g}, {self.high:.3g}] {verdict}"
 
 
 def change(
@@ -295,8 +304,8 @@ def summarise(found: dict[Setting, list[dict[str, float]]]) -> str:
     """At equal accuracy, what each penalty does to Î₁'s variance, absolute and relative."""
     lines = [
         "Against no penalty, paired by seed: factor [95 % interval]. Each penalty at its strongest",
-        "setting that costs no accuracy beyond two standard errors. Against stopping early: the same",
-        "seed without penalty, at the moment when it was as confident on average.",
+        "setting that costs no accuracy beyond two standard errors. To stopping early: against the",
+        "same seed without penalty, at the moment when it was as confident on average.",
     ]
     falls: dict[str, list[str]] = {"variance": [], "relative": []}
     others: dict[str, list[str]] = {"variance": [], "relative": []}
@@ -329,7 +338,7 @@ def summarise(found: dict[Setting, list[dict[str, float]]]) -> str:
             matched = at_equal_confidence(found, setting)
             for field, label in (("variance", "absolute"), ("relative", "relative")):
                 against = "not to be told" if matched is None else change(runs, matched, field)
-                lines.append(f"  {label + ', against stopping early':30} {against}")
+                lines.append(f"  {label + ', to stopping early':30} {against}")
             for name in (n.removeprefix("variance") for n in runs[0] if n.startswith("variance")):
                 if name:
                     absolute = change(runs, base, f"variance{name}")
@@ -360,16 +369,16 @@ def draw(found: dict[Setting, list[dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panels = [  # across, up, labels
-        ("accuracy", "variance", "test accuracy (%)", "label variance Σᵢ Vᵢ ((nats/unit²)²)"),
-        ("accuracy", "relative", "test accuracy (%)", "label variance / ‖diag F‖²"),
-        ("confidence", "relative", "1 − mean confidence (%)", "label variance / ‖diag F‖²"),
+    panels = [  # title, across, up, labels
+        ("absolute", "accuracy", "variance", "label variance Σᵢ Vᵢ ((nats/unit²)²)"),
+        ("relative", "accuracy", "relative", "label variance / ‖diag F‖²"),
+        ("relative, over confidence", "confidence", "relative", "label variance / ‖diag F‖²"),
     ]
     figure, axes = pyplot.subplots(
         len(MODELS), len(panels), figsize=(13, 3.9 * len(MODELS)), squeeze=False
     )
     for row, model in zip(axes, MODELS, strict=True):
-        for axis, (across, up, xlabel, ylabel) in zip(row, panels, strict=True):
+        for axis, (title, across, up, ylabel) in zip(row, panels, strict=True):
             for penalty, (color, marker, style) in LOOKS.items():
                 settings = [s for s in found if (s.model, s.penalty) == (model, penalty)]
                 if settings:  # all curves meet where there is no penalty
@@ -395,6 +404,7 @@ def draw(found: dict[Setting, list[dict[str, float]]], path: Path) -> None:
                     marker=marker,
                     linestyle=style,
                     markersize=5,
+                    zorder=3 if penalty == EARLY else 2,
                     linewidth=1.2,
                     elinewidth=1,
                     capsize=2,
@@ -415,9 +425,11 @@ def draw(found: dict[Setting, list[dict[str, float]]], path: Path) -> None:
             elif not math.isnan(error):
                 axis.axvspan(mean - 2 * error, mean + 2 * error, color="0.9", zorder=0)
                 axis.set_xlim(left=max(axis.get_xlim()[0], mean - 4))
-            axis.set_xlabel(xlabel)
+            axis.set_xlabel(
+                "test accuracy (%)" if across == "accuracy" else "1 − mean confidence (%)"
+            )
             axis.set_ylabel(ylabel)
-            axis.set_title(model)
+            axis.set_title(f"{model}: {title}")
             axis.grid(True, which="major", color="0.85", linewidth=0.6)
             axis.set_axisbelow(True)
     handles, labels = axes[-1][0].get_legend_handles_labels()
@@ -425,8 +437,8 @@ def draw(found: dict[Setting, list[dict[str, float]]], path: Path) -> None:
     seeds = len(found[Setting("MLP", NONE, 0.0)])
     figure.suptitle(
         "Weight-norm penalties and the variance of Î₁ on digits: lines run from no penalty to the "
-        f"strongest, and\nfrom early in training to its end; means ± standard errors of {seeds} seeds; "
-        "grey: accuracy without penalty ± 2 standard errors"
+        f"strongest,\ndotted from early in training to its end; means ± standard errors of {seeds} "
+        "seeds; grey: accuracy without penalty ± 2 standard errors"
     )
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=130)
@@ -441,6 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for penalties.png")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
+    torch.set_num_threads(1)  # nets this small only wait for other threads
     found = run(seeds=options.seeds, epochs=options.epochs)
     print(format_table(found))
     print(f"\n{summarise(found)}")

@@ -3,8 +3,11 @@
 The variance of Î₁ is bounded by ‖∂h_L/∂θ‖⁴ (17), and a layer's share of that Jacobian by products
 over the layers above it of ‖W⁻‖_F (20) or s_max(W⁻) (21), W⁻ being the weight without the bias. A
 product of n norms is at most (Σ norm²/n)^(n/2), so what these functions sum holds the products
-down. They bound the absolute variance: whether the variance relative to the Fisher information
-falls too is for a measurement to say (``examples/penalties.py``).
+down. Two things they do not do. Less confident outputs have larger moments, so a smaller bound on
+the Jacobian need not be a smaller variance, absolute or relative to the Fisher information. And a
+normalisation layer, which (20) and (21) leave out, undoes the norm of the weight before it: that
+weight's scores grow as it shrinks, and Î₁'s variance with them. ``include`` leaves it out;
+``examples/penalties.py`` measures all this.
 """
 
 from __future__ import annotations

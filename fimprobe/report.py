@@ -180,6 +180,8 @@ _TENSORS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
 
 def _scalars(e: Estimate) -> dict[str, Any]:
     values = {f.name: getattr(e, f.name) for f in dataclasses.fields(e) if f.name not in _TENSORS}
+    if e.trace_range is not None:
+        values["trace_range"] = list(e.trace_range)
     derived = {
         "draws_for_10_percent": e.draws_for(0.1),
         "tightness": e.tightness,

@@ -271,7 +271,7 @@ class Estimate:
     trace_bound: float | None = None
     """s_max(J)⁴ tr M, λ_max(I)‖H‖_F²: on ``total_label_variance``."""
     diagonal_bound: float | None = None
-    """Σ_i ‖J_i‖⁴λ_max(M), Σ_i ‖∂²_ii h‖²λ_max(I) [P2]: on ``label_variance``."""
+    """Σ_i ‖J_i‖⁴λ_max(M), Σ_i ‖∂²_ii h‖²λ_max(I) [P2]: on ``label_variance``; Î₂: exact labels."""
     diagonal_range_bound: float | None = None
     """Σ_i F_ii(max_y g_yi² − F_ii) [P2], one class label: on Î₁'s ``label_variance``."""
     trace_range: tuple[float, float] | None = None

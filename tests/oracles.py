@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def jacobian(model: nn.Module, args: tuple[Any, ...], b: int, pick: Callable = lambda o: o):
@@ -98,3 +99,146 @@ def summarise(diag, var, l1, name):
     if len(f) > 1:
         out["input"] = f.var(0)
     return out
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def _score(model, args, b: int, seed: Tensor, pick, graph: bool = False) -> Tensor:
+    """The flat gradient Jᵀ seed_b of sample b, all trainable parameters in their order."""
+    one = tuple(a[b : b + 1] if isinstance(a, Tensor) else a for a in args)
+    h = pick(model(*one))
+    params = list(_named(model).values())
+    gs = torch.autograd.grad(h, params, seed[b : b + 1], create_graph=graph, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, gs, strict=True)]
+    )
+
+
+def _derivative(model: nn.Module, total: Tensor) -> Tensor:
+    params = list(_named(model).values())
+    none: Any = [None] * len(params)
+    if total.requires_grad:
+        none = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, none, strict=True)]
+    )
+
+
+def hessians(model: nn.Module, args, seeds, pick=lambda o: o) -> Tensor:
+    """R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ, [B, len(seeds), P, P], row by row by double backward."""
+    found = []
+    for b in range(len(seeds[0])):
+        mine = []
+        for seed in seeds:
+            with sdpa_kernel(SDPBackend.MATH):
+                g = _score(model, args, b, seed, pick, graph=True)
+            rows = [_derivative(model, x) for x in g]
+            mine.append(torch.stack(rows))
+        found.append(torch.stack(mine))
+    return torch.stack(found).detach()
+
+
+def bent(model: nn.Module, args, seeds, u: Tensor, pick=lambda o: o) -> Tensor:
+    """R u, [B, len(seeds), P], by double backward of single samples."""
+    found = []
+    for b in range(len(seeds[0])):
+        for seed in seeds:
+            with sdpa_kernel(SDPBackend.MATH):
+                g = _score(model, args, b, seed, pick, graph=True)
+            found.append(_derivative(model, g @ u))
+    return torch.stack(found).unflatten(0, (-1, len(seeds))).detach()
+
+
+def bent_by_differences(
+    model: nn.Module, args, seeds, u: Tensor, step: float = 2e-4, pick=lambda o: o
+) -> Tensor:
+    """R u, [B, len(seeds), P], by central differences (fourth order) of first-order gradients."""
+    params = list(_named(model).values())
+    before = [p.detach().clone() for p in params]
+    found = torch.zeros(len(seeds[0]), len(seeds), sum(p.numel() for p in params))
+    for times, factor in ((1, 8.0), (-1, -8.0), (2, -1.0), (-2, 1.0)):
+        with torch.no_grad():
+            parts = u.split([p.numel() for p in params])
+            for p, old, part in zip(params, before, parts, strict=True):
+                p.copy_(old + times * step * part.view_as(p))
+        for b in range(len(seeds[0])):
+            for y, seed in enumerate(seeds):
+                found[b, y] += factor / (12 * step) * _score(model, args, b, seed, pick)
+    with torch.no_grad():
+        for p, old in zip(params, before, strict=True):
+            p.copy_(old)
+    return found
+
+
+def spans(model: nn.Module) -> dict[str, slice]:
+    """Where each trainable parameter lies in the flat vector of all of them."""
+    found, start = {}, 0
+    for name, p in _named(model).items():
+        found[name] = slice(start, start + p.numel())
+        start += p.numel()
+    return found
+
+
+class GatheredBag(nn.Module):
+    """EmbeddingBag (sum, mean, weights) by a lookup and a sum, which torch differentiates twice."""
+
+    def __init__(self, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.weight, self.mode, self.padding = bag.weight, bag.mode, bag.padding_idx
+
+    def forward(self, tokens: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        keep = (tokens != self.padding).to(self.weight.dtype)
+        each = keep if per_sample_weights is None else keep * per_sample_weights
+        total = (self.weight[tokens] * each.unsqueeze(-1)).sum(1)
+        return total / keep.sum(1, keepdim=True).clamp(min=1) if self.mode == "mean" else total
+
+
+def without_bags(model: nn.Module) -> nn.Module:
+    """The model with every EmbeddingBag written out; the parameters are the same."""
+    for name, child in list(model.named_children()):
+        setattr(model, name, GatheredBag(child) if isinstance(child, nn.EmbeddingBag) else child)
+        without_bags(child)
+    return model
+
+
+class Dense:
+    """Every matrix of one input, by enumerated labels: J, H, E over labels of g gᵀ, R∘R, ‖R‖²."""
+
+    def __init__(self, model: nn.Module, args, b: int, labels: Callable, pick=lambda o: o) -> None:
+        jac, h = jacobian(model, args, b, pick)
+        self.jacobian = torch.cat(list(jac.values()), 1)
+        one = tuple(a[b : b + 1] if isinstance(a, Tensor) else a for a in args)
+        shape = pick(model(*one)).shape
+        units = [e.view(shape) for e in torch.eye(len(h), dtype=h.dtype)]
+        self.hessian = hessians(model, one, units, pick)[0]  # [C, P, P]
+        table = list(labels(h))
+        self.weights = torch.stack([w for w, _ in table])
+        self.scores = torch.stack([d for _, d in table])
+        self.output_fisher = (self.scores * self.weights[:, None]).T @ self.scores
+        self.fisher = self.jacobian.T @ self.output_fisher @ self.jacobian
+        # V2_ii = E R_ii²
+        bent = self.scores @ self.hessian.diagonal(dim1=1, dim2=2)
+        self.v2 = self.weights @ bent.square()
+
+    def l2(self, index: Tensor) -> float:
+        """Σ_ij Var of the block: E‖R‖_F² = Σ_ab I_ab ⟨H^a, H^b⟩."""
+        block = self.hessian[:, index][:, :, index].flatten(1)
+        return float((self.output_fisher * (block @ block.T)).sum())
+
+
+def groups(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """Entries of every parameter, of every layer that owns some, and of all, as reports have them."""
+    found, layers = {}, {}
+    for n, span in spans(model).items():
+        found["parameters", n] = torch.arange(span.start, span.stop)
+        layers.setdefault(n.rpartition(".")[0] or "(model)", []).append(found["parameters", n])
+    found |= {("layers", n): torch.cat(parts) for n, parts in layers.items()}
+    found["total", ""] = torch.cat([part for parts in layers.values() for part in parts])
+    return found
+
+
+def group_of(report: Any, key: tuple[str, str]) -> Any:
+    """The report's group that ``groups`` calls ``key``."""
+    return report.total if key[0] == "total" else getattr(report, key[0])[key[1]]

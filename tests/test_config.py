@@ -68,7 +68,7 @@ def test_all_mistakes_at_once_with_file_and_line(tmp_path):
         ("likelihood: softmax\n", "'softmax' is unknown; use one of"),
         ("schedule: {every: 3, budget: 0.1}\n", "exactly one of"),
         ("schedule: {budget: 2}\n", "schedule.budget"),
-        ("estimators: [i2]\n", "estimators"),
+        ("estimators: [i3]\n", "estimators"),
         ("memory_mb: -1\n", "memory_mb"),
         ("on_error: ignore\n", "on_error"),
     ],

@@ -127,7 +127,7 @@ class _Run:
     ) -> MomentsBatch:
         exact = self.weights.get(kind)
         count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
-            kind, problem.draws.count if problem.ask.ih else problem.ask.probes
+            kind, problem.draws.count if problem.ask.ih else 1
         )
         return MomentsBatch(
             parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
@@ -335,7 +335,7 @@ def _curve(site: _Site, run: _Run, h: Tensor, labels: Seeds) -> None:
             run.curves[name] = CurvatureSums(parameter, problem.diagonals, site.room)
         run.curves[name].seeds = seeds.seeds
     try:
-        with twice_differentiable():
+        with twice_differentiable(), torch.no_grad():
             run.partners = measure_curvature(
                 problem,
                 site.plan,
@@ -422,7 +422,7 @@ class _memory_guard:  # noqa: N801 - reads as a function where it is used
             pass
         if self.total > self.limit and self.size > 1:
             raise OverMemory(self.size // 2)
-        return x
+        return x.detach()  # an output saved as it is would keep its own graph alive for ever
 
     def __enter__(self) -> Callable[[], int]:
         self.hooks.__enter__()

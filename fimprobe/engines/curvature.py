@@ -46,20 +46,15 @@ class Bender:
         self.places = [*tape.edges, *tape.sources, *replayed]
         self.first: list[list[Tensor | None]] = []
         for seed in seeds:
-            self.first.append(
-                list(
-                    torch.autograd.grad(
-                        h,
-                        self.places,
-                        seed,
-                        create_graph=True,
-                        retain_graph=True,
-                        allow_unused=True,
+            found: list[Tensor | None] = []
+            if self.places:
+                with torch.enable_grad():
+                    found = list(
+                        torch.autograd.grad(
+                            h, self.places, seed, create_graph=True, allow_unused=True
+                        )
                     )
-                )
-                if self.places
-                else []
-            )
+            self.first.append(found)
         self.edges, self.sources = len(tape.edges), len(tape.sources)
 
     def delta(self, seed: int) -> list[Tensor | None]:
@@ -71,34 +66,62 @@ class Bender:
         seed: int,
         at_edges: list[Tensor | None],
         at_parameters: list[Tensor | None] | None = None,
+        inputs: bool = True,
     ) -> Curve:
-        """Derivatives of δ at the edges, and of the sources' inputs, along a direction.
+        """Derivatives of δ at the edges, and of the sources' inputs, along a direction held fixed.
 
         s = ⟨direction, δ⟩; ∂s/∂z is δ's derivative, ∂s/∂δ_x that of the input x.
         """
         first = self.first[seed]
         directions = [*at_edges, *[None] * self.sources, *(at_parameters or [])]
-        parts = [
-            (v * d).sum()
+        pairs = [
+            (d, v)
             for v, d in zip(directions, first, strict=False)
-            if v is not None and d is not None and (d.requires_grad or v.requires_grad)
+            if v is not None and d is not None and d.requires_grad
         ]
         middle = first[self.edges : self.edges + self.sources]
-        nothing = Curve([None] * self.edges, [None] * self.sources)
-        if not parts:
-            return nothing
-        total = torch.stack(parts).sum()
-        wanted = [m for m in middle if m is not None and m.requires_grad]
-        if not total.requires_grad or not (self.edges or wanted):
-            return nothing
+        wanted = [m for m in middle if m is not None and m.requires_grad] if inputs else []
+        if not pairs or not (self.edges or wanted):
+            return Curve([None] * self.edges, [None] * self.sources)
         found: list[Tensor | None] = list(
             torch.autograd.grad(
-                total, [*self.tape.edges, *wanted], retain_graph=True, allow_unused=True
+                [d for d, _ in pairs],
+                [*self.tape.edges, *wanted],
+                [v for _, v in pairs],
+                retain_graph=True,
+                allow_unused=True,
             )
         )
+        if not inputs:
+            return Curve(found, [None] * self.sources)
         later = iter(found[self.edges :])
-        inputs = [next(later) if m is not None and m.requires_grad else None for m in middle]
-        return Curve(found[: self.edges], inputs)
+        moved = [next(later) if m is not None and m.requires_grad else None for m in middle]
+        return Curve(found[: self.edges], moved)
+
+    def release(self, seed: int, curve: Curve, live: list[Tensor | None]) -> Curve:
+        """The same where the direction moves with the calls' inputs: ẑ(x; u), x a function of z.
+
+        δ̇ gains ∂⟨ẑ(x; u), δ⟩/∂z with δ fixed, a first-order pass; the inputs move as before.
+        """
+        pairs = [
+            (v, d.detach())
+            for v, d in zip(live, self.first[seed], strict=False)
+            if v is not None and v.requires_grad and d is not None
+        ]
+        if not pairs:
+            return curve
+        more = torch.autograd.grad(
+            [v for v, _ in pairs],
+            self.tape.edges,
+            [d for _, d in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        both: list[Tensor | None] = [
+            b if a is None else (a if b is None else a + b)
+            for a, b in zip(curve.edges, more, strict=True)
+        ]
+        return Curve(both, curve.inputs)
 
 
 def measure_curvature(
@@ -128,6 +151,8 @@ def measure_curvature(
     for name, s in sums.items():
         s.begin(size, count, second, exact, self_meeting=name in partners.get(name, ()))
     seed = problem.draws.seed
+    labels = second.shape[1]  # the other seeds serve the bounds
+    curved = count if exact else labels  # seeds whose diagonals are wanted
     if not problem.ask.exact:
         # R's diagonal: K probes of random signs at the layers' outputs
         first = [
@@ -149,7 +174,7 @@ def measure_curvature(
             ]
             for k in range(problem.ask.probes)
         ]
-        bent = [[bender.bend(y, v) for v in first] for y in range(count)]
+        bent = [[bender.bend(y, v, inputs=bool(partners)) for v in first] for y in range(curved)]
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size)
             s.add_diagonal(pull, first, bent, deltas, seed)
@@ -157,13 +182,15 @@ def measure_curvature(
     else:
         from fimprobe.engines import backpack  # optional
 
-        for y, one in enumerate(seeds.seeds):
-            diagonals = backpack.hessian_diagonals(problem, batch, one, verified=True)
-            for name, s in sums.items():
-                s.add_exact(y, diagonals.get(name))
-    assert seeds.weights is not None
-    labels = seeds.weights.second.shape[1]  # the other seeds serve the bounds
-    share = (time.perf_counter() - started) * labels / count
+        wide = max(sum(p.numel() for p in problem.parameters.values()) * h.element_size(), 1)
+        step = max(1, int(problem.memory_mb * 2**18 / wide))
+        for y, one in enumerate(seeds.seeds[:curved]):
+            for start in range(0, size, step):
+                part = slice(start, min(start + step, size))
+                found = backpack.hessian_diagonals(problem, batch[part], one[part], verified=True)
+                for name, s in sums.items():
+                    s.add_exact(y, found.get(name), part)
+    share = (time.perf_counter() - started) * labels / curved
     seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + share
     # R's norms: directions of the parameters, with and without flipped signs
     for j in range(problem.ask.probes if exact else 1):
@@ -178,34 +205,52 @@ def measure_curvature(
             )
             for n in along
         }
-        plain = _directions(problem, tape, site, along, None, calls, names, size)
-        flipped = _directions(problem, tape, site, along, flips, calls, names, size)
-        fixed = [_held(plain), _held(flipped)]
-        local = [[bender.bend(y, v) for y in range(count)] for v in fixed]
+        live = _directions(problem, tape, site, along, None, calls, names, size, live=True)
+        turned_live = (
+            _directions(problem, tape, site, along, flips, calls, names, size, live=True)
+            if partners
+            else None
+        )
+        plain = _directions(problem, tape, site, along, None, calls, names, size, given=live)
+        flipped = _directions(
+            problem, tape, site, along, flips, calls, names, size, given=turned_live
+        )
+        ahead = [bender.bend(y, plain) for y in range(count)]
+        other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)
-            s.add_block(pull, local, deltas, flips[name])
-        del local, fixed
-        whole_directions = _directions(
-            problem, tape, site, along, None, calls, names, size, live=True
-        )
-        at_parameters: list[Tensor | None] = [along[n] for n, s in site.items() if s.calls]
-        whole = [bender.bend(y, whole_directions, at_parameters) for y in range(count)]
-        turned: list[Curve] | None = None
+            s.add_block(pull, [ahead, other], deltas, flips[name])
+        if replayed:  # their gradients bend with their inputs in ways of their own
+            bound = _directions(
+                problem, tape, site, along, None, calls, names, size, given=live, own=False
+            )
+            at_parameters: list[Tensor | None] = [along[n] for n, s in site.items() if s.calls]
+            ahead = [bender.bend(y, bound, at_parameters) for y in range(count)]
+        ahead = [bender.release(y, c, live) for y, c in enumerate(ahead)]
         if partners:
-            directions = _directions(problem, tape, site, along, flips, calls, names, size, live=True)
-            at_parameters = [along[n] * flips[n][0] for n, s in site.items() if s.calls]
-            turned = [bender.bend(y, directions, at_parameters) for y in range(count)]
+            if replayed:
+                bound = _directions(
+                    problem,
+                    tape,
+                    site,
+                    along,
+                    flips,
+                    calls,
+                    names,
+                    size,
+                    given=turned_live,
+                    own=False,
+                )
+                at_parameters = [along[n] * flips[n][0] for n, s in site.items() if s.calls]
+                other = [bender.bend(y, bound, at_parameters) for y in range(count)]
+            assert turned_live is not None
+            other = [bender.release(y, c, turned_live) for y, c in enumerate(other)]
         meeting = set(partners) | {q for group in partners.values() for q in group}
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)
-            s.add_whole(pull, whole, turned if name in meeting else None, deltas)
-        del whole, turned
+            s.add_whole(pull, ahead, other if name in meeting else None, deltas)
+        del ahead, other, live, turned_live
     return partners
-
-
-def _held(directions: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if v is None else v.detach() for v in directions]
 
 
 def _present(deltas: list[list[Tensor | None]], edges: int) -> list[Tensor | None]:
@@ -299,26 +344,34 @@ def _directions(
     calls: Calls,
     names: dict[int, str],
     size: int,
+    *,
     live: bool = False,
+    given: list[Tensor | None] | None = None,
+    own: bool = True,
 ) -> list[Tensor | None]:
     """At each edge, its derivative along the parameters' directions within the call.
 
-    ``live``: differentiable through the calls' inputs, and without the replayed calls (their
-    parameters' own gradients take that part, see :meth:`Bender.bend`).
+    ``live``: differentiable through the calls' inputs, without parameters of replayed calls.
+    ``given``: such live directions, to be held fixed and completed with those parameters (``own``).
     """
     found: list[Tensor | None] = [None] * len(tape.edges)
+
+    def add(edge: int, v: Tensor, name: str, layout: int | str) -> None:
+        if flips is not None:
+            v = v * along_batch(flips[name], v, layout)
+        old = found[edge]
+        found[edge] = v if old is None else old + v
+
+    if given is not None:
+        found = [None if v is None else v.detach() for v in given]
     with torch.enable_grad() if live else torch.no_grad():
         for name, s in site.items():
-            if live and s.calls:
+            if (live and s.calls) or (given is not None and not (own and s.calls)):
                 continue
             for use in s.uses:
                 assert use.direction is not None
-                moved = use.direction(along[name])
-                if flips is not None:
-                    moved = moved * along_batch(flips[name], moved, use.layout)
-                old = found[use.edge]
-                found[use.edge] = moved if old is None else old + moved
-    if live:
+                add(use.edge, use.direction(along[name]), name, use.layout)
+    if live or not own:
         return found
     for call, inside in calls:
         if call.path == "":
@@ -327,10 +380,6 @@ def _directions(
             name = names[id(held)]
             parts = module_direction(call.module, {local: along[name]}, call.args, call.kwargs)
             for edge, v in zip(call.edges, parts, strict=True):
-                if edge is None or v is None:
-                    continue
-                if flips is not None:
-                    v = v * along_batch(flips[name], v, 0)
-                old = found[edge]
-                found[edge] = v if old is None else old + v
+                if edge is not None and v is not None:
+                    add(edge, v, name, 0)
     return found

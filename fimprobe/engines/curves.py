@@ -370,7 +370,7 @@ class CurvatureSums:
         for start in range(0, self.size, step):
             samples = slice(start, min(start + step, self.size))
             left = pull.first(first, samples)
-            for y in range(self.count):
+            for y in range(len(bent)):
                 products = []
                 for k in range(probes):
                     r: Tensor | None = None
@@ -387,17 +387,18 @@ class CurvatureSums:
                 if products:
                     self._products(torch.stack(products, 1), samples, y)
 
-    def add_exact(self, y: int, diagonal: Tensor | None) -> None:
-        """R's diagonal of one seed as it is: [B, *shape]."""
+    def add_exact(self, y: int, diagonal: Tensor | None, samples: slice) -> None:
+        """R's diagonal of one seed as it is: [b, *shape]."""
         if "trace" not in self.chunk:
             self.chunk["trace"] = self.zeros(self.size, self.count)
             self.chunk["square"] = self.zeros(self.size, self.count)
         if diagonal is None:
             return
-        r = diagonal.double().reshape(self.size, -1)
-        self.chunk["trace"][:, y], self.chunk["square"][:, y] = r.sum(1), r.square().sum(1)
+        r = diagonal.double().reshape(len(diagonal), -1)
+        self.chunk["trace"][samples, y] = r.sum(1)
+        self.chunk["square"][samples, y] = r.square().sum(1)
         if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
-            w = self.second[:, y].double().unsqueeze(1)
+            w = self.second[samples, y].double().unsqueeze(1)
             shape = self.parameter.shape
             self.diagonal += (w * r).sum(0).view(shape)
             self.diagonal_square += (w * r.square()).sum(0).view(shape)
@@ -429,7 +430,7 @@ class CurvatureSums:
         if v is None:
             return
         left = torch.stack(v, 1)
-        for y in range(self.count):
+        for y in range(len(bent)):
             parts = pull.at(use, [c.edges for c in bent[y]])
             if parts is None:
                 continue
@@ -445,7 +446,7 @@ class CurvatureSums:
         if v is None:
             return
         sample, token, left = embedding_tokens(use.call, torch.stack(v, 1))
-        for y in range(self.count):
+        for y in range(len(bent)):
             parts = pull.at(use, [c.edges for c in bent[y]])
             if parts is None:
                 continue
@@ -582,9 +583,7 @@ class CurvatureSums:
                     a = plain(y, samples)
                     b = a if flipped is None else flipped(y, samples)
                     if a is not None and b is not None:
-                        scale = a.double().abs().amax().clamp(min=1e-300) if a.numel() else 1.0
-                        inner = (a.double() / scale * b.double()).reshape(len(a), -1).sum(1) * scale
-                        gram[samples, y] = inner
+                        gram[samples, y] = _product(a.flatten(1), b.flatten(1))
         self._append(key, gram)
 
     def _stacked(self, make: Callable[[int, slice], Tensor | None], samples: slice) -> Tensor | None:
@@ -623,6 +622,17 @@ class CurvatureSums:
 
 
 _PER_DIRECTION = ("block", "whole", "signs", "joint")
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b [b] in float64's range, without float64 copies of the vectors."""
+    if a.dtype == torch.float64:
+        return torch.linalg.vecdot(a, b)
+    one, two = power_of_two(a), power_of_two(b) if b is not a else None
+    if two is None:
+        two = one
+    scaled = torch.linalg.vecdot(a * (1 / one).to(a.dtype), b * (1 / two).to(b.dtype))
+    return scaled.double() * one * two
 
 
 def _pairs(r: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def hutchinson_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     family: Any = problem.likelihood
     if problem.draws.count is None:
         return _passes(family.hutchinson_passes(h, mask_of(problem, rows, h)), h)
-    count = problem.draws.count if problem.ask.ih else problem.ask.probes
+    count = problem.draws.count if problem.ask.ih else 1
     found = []
     for i in range(count):
         xi = _signs(problem, rows, h, f"hutchinson {i}")

@@ -110,8 +110,9 @@ def bound_hessians(
             weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
             new["covariance_spectral_norm"] = float(largest_eigenvalue(weighed).mean())
         new["trace_bound"] = float((low * norms.fisher_max).mean())
-        squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)[:, draws:]
-        new["diagonal_bound"] = float((squares.mean(-1) * norms.fisher_max).mean())
+        if curvature.exact:
+            squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)[:, draws:]
+            new["diagonal_bound"] = float((squares.mean(-1) * norms.fisher_max).mean())
         bounded[group] = dataclasses.replace(estimates[group], **new)
     return bounded
 

@@ -1,7 +1,8 @@
-"""Î₁ and its variance beside peers' bare second moments, as ratios to one forward+backward.
+"""What a measurement costs, beside peers, as ratios to one forward+backward.
 
-python tests/benchmarks/first_moments.py [--rounds 15]
-Interleaved medians in one process. "moments" says what a row yields.
+python tests/benchmarks/cost.py [--rounds 15] [--ours-only] [--smooth] [--only MLP]
+Interleaved medians in one process. Rows name what they yield. ``--smooth`` takes GELU for ReLU in the
+MLP and the CNN: where layers are piecewise linear, second derivatives within them vanish.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +81,20 @@ def plain(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def ours(model: nn.Module, x: Tensor, draws: int) -> Callable[[], None]:
-    plan = Plan()
-    return lambda: fimprobe.measure(model, x, likelihood="categorical", draws=draws, plan=plan)
+def ours(**options: Any) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
+    def make(model: nn.Module, x: Tensor) -> Callable[[], None]:
+        plan = Plan()
+        settings = {"estimators": ["i1"], "bounds": False, "plan": plan} | options
+        return lambda: fimprobe.measure(model, x, likelihood="categorical", **settings)
+
+    return make
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    for name, child in model.named_children():
+        if isinstance(child, nn.ReLU):
+            setattr(model, name, nn.GELU())
+    return model
 
 
 def vmap_grad(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -112,6 +125,26 @@ def backpack_square(model: nn.Module, x: Tensor) -> Callable[[], None]:
         model.zero_grad(set_to_none=True)
         h = model(x)
         with backpack(SumGradSquared()):
+            loss_layer(h, labels_of(h)).backward()
+
+    return run
+
+
+def backpack_hessian(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    from backpack import backpack, extend
+    from backpack.extensions import BatchDiagHessian
+
+    if not isinstance(model, nn.Sequential):
+        raise NotImplementedError("no second order for these layers")
+    if any(isinstance(m, nn.GELU) for m in model):
+        raise NotImplementedError("no second order for GELU")
+    extend(model)
+    loss_layer = extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        h = model(x)
+        with backpack(BatchDiagHessian()):
             loss_layer(h, labels_of(h)).backward()
 
     return run
@@ -155,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--smooth", action="store_true")
+    parser.add_argument("--only", default="", help="problems whose name holds this")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     problems = {
@@ -163,22 +198,29 @@ def main() -> None:
         "GPT-2 4 layers d=128 T=64 V=1000 B=8, untied": lambda: gpt2(False),
         "GPT-2 the same, tied": lambda: gpt2(True),
     }
+    problems = {name: make for name, make in problems.items() if options.only in name}
+    second = {"estimators": ["i1", "i2"], "draws": 1, "memory_mb": 4096}
     makers: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
         "forward+backward": plain,
-        "fimprobe S=1, A2 A4 Q": lambda m, x: ours(m, x, 1),
-        "fimprobe S=2, A2 A4 Q": lambda m, x: ours(m, x, 2),
+        "fimprobe S=1, A2 A4 Q": ours(draws=1),
+        "fimprobe S=2, A2 A4 Q": ours(draws=2),
+        "fimprobe S=1, I1 and I2, K=2": ours(**second),
+        "fimprobe S=1, I1 and I2, exact (BackPACK)": ours(**second, second_order="exact"),
+        "fimprobe S=1, (17) and (18), K=2": ours(**second, bounds=True),
         "BackPACK SumGradSquared, A2": backpack_square,
+        "BackPACK BatchDiagHessian": backpack_hessian,
         "torch.func vmap(grad), A2": vmap_grad,
         "nngeometry Monte Carlo diagonal, A2": nngeometry_diagonal,
     }
     if options.ours_only:
-        makers = dict(list(makers.items())[:3])
+        makers = {n: m for n, m in makers.items() if n.startswith(("fimprobe", "forward"))}
     for title, make in problems.items():
         torch.manual_seed(0)
         _, x = make()
         runs, missing = {}, {}
         for name, maker in makers.items():
             model = make()[0].eval()
+            model = smooth(model) if options.smooth else model
             try:
                 run = maker(model, x)
                 run()
@@ -190,9 +232,9 @@ def main() -> None:
         print(f"\n{title}: forward+backward {1e3 * unit:.1f} ms")
         for name, seconds in times.items():
             low, mid, high = min(seconds), statistics.median(seconds), max(seconds)
-            print(f"  {name:38s} {mid / unit:6.2f}   ({low / unit:.2f} – {high / unit:.2f})")
+            print(f"  {name:42s} {mid / unit:6.2f}   ({low / unit:.2f} – {high / unit:.2f})")
         for name, why in missing.items():
-            print(f"  {name:38s}   none  ({why})")
+            print(f"  {name:42s}   none  ({why})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,354 @@
+"""Natural gradient with an estimated Fisher information: Î₁ against Î₂ on regression data.
+
+Linear regression on scikit-learn's diabetes data and logistic regression (odd digit or even?) on ten
+principal components of its digits. Each step is θ ← θ − η (Î + λI)⁻¹ ∇L, the gradient from all the
+data, Î from N draws of labels from the model. One draw labels all B inputs at once: the data set is
+one observation with outputs h = Xθ in R^B, and a draw costs one backward pass. So all that differs
+between the curves is the noise of the labels in the preconditioner, and the η that each does best
+with.
+
+The outputs are natural parameters and linear in θ, so Î₂ has no such noise: it is the Fisher
+information from a single draw (deck (11), (16) with ∂²h = 0). Î₁ has rank N and the variance (13):
+relative to ‖F‖_F² it is ((tr F)²/‖F‖_F² + 1)/N for Gaussian labels. What N < P leaves out, the
+damping λ fills in.
+
+Source: the toy experiment of Soen & Sun 2024 (Figure 1), here on real data and against N.
+
+Run: python examples/natural_gradient.py --seeds 20 --steps 25 --out /tmp/natural_gradient
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, vmap
+
+DRAWS = (1, 4, 16, 64, 256)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+PLAIN, EXACT = "none: gradient descent", "F"
+
+
+class Problem(NamedTuple):
+    """Data [B, P], [B] and a family of labels with the natural parameter h = xᵀθ."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    log_likelihood: Callable[[Tensor, Tensor], Tensor]
+    """Of h and y, up to what does not depend on h."""
+    sample: Callable[[Tensor, torch.Generator], Tensor]
+    """Labels y ~ p(y | h)."""
+    output_fisher: Callable[[Tensor], Tensor]
+    """I(h)."""
+
+
+def linear_regression() -> Problem:
+    """y ~ N(h, σ²) on the diabetes data, σ² what least squares leaves over."""
+    from sklearn.datasets import load_diabetes
+
+    features, target = load_diabetes(return_X_y=True)
+    x, y = _with_bias(torch.tensor(features)), _standard(torch.tensor(target))
+    residual = y - x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    s2 = float(residual.square().mean())
+    return Problem(
+        "linear regression (diabetes)",
+        x,
+        y,
+        lambda h, y: -((y - h) ** 2) / (2 * s2),
+        lambda h, g: h + s2**0.5 * torch.randn(h.shape, generator=g, dtype=h.dtype),
+        lambda h: torch.full_like(h, 1 / s2),
+    )
+
+
+def logistic_regression() -> Problem:
+    """y ~ Bernoulli(sigmoid(h)): is the digit odd? Ten principal components do not separate them."""
+    from sklearn.datasets import load_digits
+
+    pixels, digit = load_digits(return_X_y=True)
+    centred = torch.tensor(pixels) - torch.tensor(pixels).mean(0)
+    components = torch.linalg.svd(centred, full_matrices=False).Vh[:10]
+    projected = centred @ components.T
+    return Problem(
+        "logistic regression (digits)",
+        # one scale for all: components of their own sizes are what a natural gradient is for
+        torch.cat([projected / projected.std(), torch.ones(len(projected), 1).double()], 1),
+        torch.tensor(digit % 2, dtype=torch.float64),
+        lambda h, y: y * h - torch.nn.functional.softplus(h),
+        lambda h, g: (torch.rand(h.shape, generator=g, dtype=h.dtype) < h.sigmoid()).to(h),
+        lambda h: h.sigmoid() * (-h).sigmoid(),
+    )
+
+
+def _standard(x: Tensor) -> Tensor:
+    return (x - x.mean(0)) / x.std(0)
+
+
+def _with_bias(x: Tensor) -> Tensor:
+    return torch.cat([_standard(x), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+
+
+def estimate_i1(problem: Problem, theta: Tensor, labels: Tensor) -> Tensor:
+    """Î₁ (3): the mean of g gᵀ/B over draws of labels [N, B] from the model, g = Σ_b g_b."""
+    score = grad(lambda theta, y: problem.log_likelihood(problem.x @ theta, y).sum())
+    scores = vmap(score, (None, 0))(theta, labels)
+    return scores.T @ scores / labels.numel()
+
+
+def estimate_i2(problem: Problem, theta: Tensor, labels: Tensor) -> Tensor:
+    """Î₂ (4): minus the mean Hessian of the log-likelihood, by the same labels [N, B]."""
+    second = hessian(lambda theta, y: problem.log_likelihood(problem.x @ theta, y).mean())
+    return -vmap(second, (None, 0))(theta, labels).mean(0)
+
+
+def fisher(problem: Problem, theta: Tensor) -> Tensor:
+    """F: the mean over inputs of Jᵀ I(h) J."""
+    jacobian = jacfwd(lambda theta: problem.x @ theta)(theta)
+    information = problem.output_fisher(problem.x @ theta)
+    return jacobian.T @ (information[:, None] * jacobian) / len(jacobian)
+
+
+def loss(problem: Problem, theta: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the data, up to a constant."""
+    return -problem.log_likelihood(problem.x @ theta, problem.y).mean()
+
+
+def optimum(problem: Problem) -> Tensor:
+    """The maximum-likelihood θ, by Newton's method."""
+    theta = torch.zeros(problem.x.shape[1], dtype=problem.x.dtype)
+    for _ in range(50):
+        gradient = grad(lambda t: loss(problem, t))(theta)
+        theta = theta - torch.linalg.solve(fisher(problem, theta), gradient)
+    return theta
+
+
+class Curve(NamedTuple):
+    """Excess losses [seeds, steps + 1], ‖Î − F‖_F/‖F‖_F at the start [seeds], and the step size η."""
+
+    excess: Tensor
+    error: Tensor
+    rate: float
+
+
+def descend(
+    problem: Problem,
+    estimator: str,
+    draws: int,
+    *,
+    seeds: int,
+    steps: int,
+    rate: float,
+    damping: float,
+) -> Curve:
+    """Natural gradient descent from θ = 0, all seeds side by side.
+
+    ``damping`` is λ in units of the mean of F's diagonal at the start.
+    """
+    width = problem.x.shape[1]
+    theta = torch.zeros(seeds, width, dtype=problem.x.dtype)
+    start, best = fisher(problem, theta[0]), loss(problem, optimum(problem))
+    ridge = damping * start.trace() / width * torch.eye(width).to(start)
+    generator = torch.Generator().manual_seed(draws)
+    excess = [vmap(lambda t: loss(problem, t))(theta) - best]
+    error = torch.zeros(seeds)
+    for step in range(steps):
+        gradient = vmap(grad(lambda t: loss(problem, t)))(theta)
+        if estimator == PLAIN:
+            estimate = torch.zeros_like(start)
+        elif estimator == EXACT:
+            estimate = vmap(lambda t: fisher(problem, t))(theta)
+        else:
+            outputs = (theta @ problem.x.T)[:, None].expand(-1, draws, -1)
+            labels = problem.sample(outputs, generator)
+            function = estimate_i1 if estimator == "Î₁" else estimate_i2
+            estimate = vmap(lambda t, y, f=function: f(problem, t, y))(theta, labels)
+        if step == 0:
+            error = (estimate - start).norm(dim=(-2, -1)) / start.norm()
+        step_direction = torch.linalg.solve_ex(estimate + ridge, gradient[..., None]).result
+        theta = theta - rate * step_direction[..., 0]
+        excess.append(vmap(lambda t: loss(problem, t))(theta) - best)
+    return Curve(torch.stack(excess, 1), error, rate)
+
+
+def descend_best(problem: Problem, estimator: str, draws: int, **options: float) -> Curve:
+    """With the step size of ``RATES`` that ends lowest, on average over the seeds."""
+    curves = [descend(problem, estimator, draws, rate=rate, **options) for rate in RATES]
+    return min(curves, key=lambda c: float(c.excess[:, -1].mean().nan_to_num(math.inf)))
+
+
+def run(
+    *, seeds: int, steps: int, damping: float
+) -> dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]:
+    """Every problem's curves by estimator and number of draws."""
+    found = {}
+    options = {"seeds": seeds, "steps": steps, "damping": damping}
+    for problem in (linear_regression(), logistic_regression()):
+        # a single run of what is not random, and one draw of Î₂ where all would be the same
+        single = options | {"seeds": 1}
+        curves = {
+            (PLAIN, 0): descend_best(problem, PLAIN, 0, **single),
+            (EXACT, 0): descend_best(problem, EXACT, 0, **single),
+            ("Î₂", 1): descend_best(problem, "Î₂", 1, **options),
+        }
+        for draws in DRAWS:
+            curves["Î₁", draws] = descend_best(problem, "Î₁", draws, **options)
+        found[problem.name] = problem, curves
+    return found
+
+
+def predicted_error(problem: Problem, draws: int) -> float:
+    """√(E‖Î₁ − F‖_F²)/‖F‖_F at θ = 0 for Gaussian scores: √(((tr F)²/‖F‖_F² + 1)/N)."""
+    start = fisher(problem, torch.zeros(problem.x.shape[1], dtype=problem.x.dtype))
+    return math.sqrt((float(start.trace() / start.norm()) ** 2 + 1) / draws)
+
+
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard error over the first dimension; a single value has no error (NaN)."""
+    error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else math.nan * values[0]
+    return values.mean(0), error
+
+
+def steps_to(excess: Tensor, share: float) -> str:
+    """Mean steps until the excess loss is that share of its start, over the seeds that get there."""
+    below = excess <= share * excess[:, :1]
+    there = below.any(1)
+    if not bool(there.any()):
+        return "–"
+    first = below[there].double().argmax(1).double()
+    missed = "" if bool(there.all()) else f" ({int(there.sum())} of {len(there)} seeds)"
+    return f"{float(first.mean()):.1f}{missed}"
+
+
+def format_table(found: dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]) -> str:
+    """Step size, noise at the start, and what is left of the excess loss at the end."""
+    lines = []
+    for name, (problem, curves) in found.items():
+        lines.append(
+            f"{name + ': preconditioner':46}{'η':>5}{'‖Î − F‖/‖F‖ at start':>24}{'Gaussian':>10}"
+            f"{'excess loss left':>26}{'steps to 1 %':>14}"
+        )
+        for (estimator, draws), curve in curves.items():
+            cells = []
+            for values in (curve.error, curve.excess[:, -1] / curve.excess[:, 0]):
+                mean, error = (float(v) for v in mean_and_error(values.view(-1)))
+                cells.append(f"{mean:.2g}" + ("" if math.isnan(error) else f" ± {error:.1g}"))
+            noise = cells[0] if estimator != PLAIN else ""
+            theory = f"{predicted_error(problem, draws):.2g}" if estimator == "Î₁" else ""
+            label = f"{estimator}, N = {draws}" if draws else estimator
+            lines.append(
+                f"  {label:44}{curve.rate:>5g}{noise:>24}{theory:>10}{cells[1]:>26}"
+                f"{steps_to(curve.excess, 0.01):>14}"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(
+    found: dict[str, tuple[Problem, dict[tuple[str, int], Curve]]], path: Path, damping: float
+) -> None:
+    """Excess loss over steps for each problem; the error of Î₁ over the number of draws."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found) + 1, figsize=(14, 4.6))
+    shades = pyplot.get_cmap("viridis")
+    seeds = 1
+    for axis, (name, (_, curves)) in zip(axes, found.items(), strict=False):
+        for (estimator, draws), curve in curves.items():
+            mean, error = mean_and_error(curve.excess / curve.excess[:, :1])
+            seeds = max(seeds, len(curve.excess))
+            steps = range(len(mean))
+            if estimator == "Î₁":
+                place = DRAWS.index(draws) / (len(DRAWS) - 1)
+                look = {"color": shades(0.9 - 0.75 * place), "marker": "osDv^"[DRAWS.index(draws)]}
+            elif estimator == "Î₂":
+                look = {"color": "#D55E00", "marker": "x", "linestyle": "none"}
+            else:
+                look = {"color": "black", "linestyle": ":" if estimator == PLAIN else "-"}
+            if estimator in (PLAIN, EXACT):
+                label = "gradient descent" if estimator == PLAIN else "F exact"
+            else:
+                label = f"{estimator}, N = {draws}"
+            axis.plot(steps, mean, label=label, linewidth=1.3, markersize=4, markevery=3, **look)
+            if not bool(error.isnan().any()) and estimator == "Î₁":
+                axis.fill_between(
+                    steps,
+                    (mean - error).clamp_min(1e-16),
+                    mean + error,
+                    color=look["color"],
+                    alpha=0.25,
+                    linewidth=0,
+                )
+        axis.set_yscale("log")
+        axis.set_ylim(1e-9, 2)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.set_ylabel("excess loss / excess loss at the start")
+        axis.grid(True, color="0.88", linewidth=0.6)
+    axis = axes[-1]
+    for (name, (problem, curves)), color, marker in zip(
+        found.items(), ("#0072B2", "#E69F00"), "os", strict=True
+    ):
+        points = [mean_and_error(curves["Î₁", n].error) for n in DRAWS]
+        axis.errorbar(
+            DRAWS,
+            [float(m) for m, _ in points],
+            yerr=None if math.isnan(float(points[0][1])) else [float(e) for _, e in points],
+            color=color,
+            marker=marker,
+            markersize=5,
+            linestyle="none",
+            capsize=2,
+            label=f"Î₁, {name.partition(' (')[0]}",
+        )
+        axis.plot(DRAWS, [predicted_error(problem, n) for n in DRAWS], color=color, linewidth=1)
+    axis.plot([], [], color="0.4", linewidth=1, label="√(((tr F)²/‖F‖² + 1)/N)")
+    axis.set_xscale("log", base=4)
+    axis.set_yscale("log")
+    axis.set_xticks(DRAWS, [str(n) for n in DRAWS])
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["10 %", "20 %", "50 %", "100 %", "200 %", "500 %"])
+    axis.minorticks_off()
+    axis.set_title("noise of the labels in Î₁ (in Î₂: none)")
+    axis.set_xlabel("draws N of labels for the data set")
+    axis.set_ylabel("‖Î₁ − F‖ / ‖F‖ at the start")
+    axis.grid(True, color="0.88", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        f"Natural gradient with an estimated Fisher information: means ± standard errors of {seeds} "
+        f"seeds,\neach curve at its best step size, damping {damping:g} × mean diagonal of F"
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Descend, print, draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20, help="runs of every setting (default 20)")
+    parser.add_argument("--steps", type=int, default=25, help="steps of descent (default 25)")
+    parser.add_argument("--damping", type=float, default=0.1, help="λ / mean diag F (default 0.1)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figure")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = run(seeds=options.seeds, steps=options.steps, damping=options.damping)
+    print(format_table(found))
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        draw(found, options.out / "natural_gradient.png", options.damping)
+        print(f"figure: {options.out / 'natural_gradient.png'}")
+    except ImportError as error:
+        print(f"no figure: it needs {error.name} (pip install matplotlib)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Î₂ against dense Hessians and enumerated labels: exact and sampled labels, probes and BackPACK."""
+
+import copy
+
+import oracles
+import pytest
+import torch
+from cases import CASES, Lambda, lively
+from torch import nn
+
+import fimprobe
+from fimprobe.engines.problem import Plan
+from fimprobe.likelihoods import Gaussian, get_likelihood
+
+
+def bent_net(outputs=2):
+    """Three layers, so that a middle layer meets curvature from both sides."""
+    net = nn.Sequential(
+        nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2), nn.Sigmoid(), nn.Linear(2, outputs)
+    )
+    return lively(net), torch.randn(3, 3)
+
+
+FAMILIES = {
+    "categorical": ("categorical", lambda h: oracles.categorical_labels(h, 1, len(h)), 3),
+    "bernoulli": ("bernoulli", oracles.bernoulli_labels, 2),
+    "gaussian": (Gaussian(sigma=0.7), lambda h: oracles.gaussian_labels(h, 0.7), 2),
+    "poisson": ("poisson", oracles.poisson_labels, 2),
+}
+
+
+def dense(model, args, labels):
+    """``oracles.Dense`` of every input; ``labels`` may depend on the input's number."""
+    return [oracles.Dense(model, args, b, labels) for b in range(len(args[0]))]
+
+
+def mean(values):
+    return sum(float(v) for v in values) / len(values)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_diagonals_equal_enumeration(name, double):
+    likelihood, labels, outputs = FAMILIES[name]
+    net, x = bent_net(outputs)
+    truth = dense(net, (x,), labels)
+    report = fimprobe.measure(
+        net,
+        x,
+        likelihood=likelihood,
+        draws="exact",
+        second_order="exact",
+        diagonals=True,
+        bounds=False,
+    )
+    assert report.notes == []
+    spans = oracles.spans(net)
+    assert sum(float(t.v2.sum()) for t in truth) > 1e-3
+    for key, index in oracles.groups(net).items():
+        have = oracles.group_of(report, key).i2
+        per_input = torch.stack([t.fisher.diagonal()[index].sum() for t in truth])
+        assert have.trace == pytest.approx(float(per_input.mean()), rel=1e-9)
+        diagonal = torch.stack([t.fisher.diagonal()[index] for t in truth])
+        assert have.norm == pytest.approx(float(diagonal.mean(0).norm()), rel=1e-9)
+        variance = mean([t.v2[index].sum() for t in truth])
+        assert have.label_variance == pytest.approx(variance, rel=1e-9, abs=1e-18)
+        assert have.probe_error is None
+        spread = float(diagonal.var(0).sum())
+        assert have.input_variance == pytest.approx(spread, rel=1e-8)
+        assert have.total_variance == pytest.approx(spread + variance, rel=1e-8)
+        assert have.std_error == pytest.approx(float(per_input.std()) / len(x) ** 0.5, rel=1e-8)
+        # exact labels: only the inputs vary
+        relative = (spread / len(x)) ** 0.5 / have.norm
+        assert have.rel_error == pytest.approx(relative, rel=1e-7)
+        if key[0] == "parameters":
+            n = key[1]
+            f = torch.stack([t.fisher.diagonal()[spans[n]] for t in truth]).mean(0)
+            v = torch.stack([t.v2[spans[n]] for t in truth]).mean(0)
+            assert torch.allclose(have.diagonal[n].flatten(), f, rtol=1e-9, atol=1e-14)
+            assert torch.allclose(have.diagonal_label_variance[n].flatten(), v, rtol=1e-9, atol=1e-14)
+
+
+def averages(measure, seeds, kinds, groups):
+    """{(group, kind): (mean, standard error)} over seeds; ``measure(seed, plan)`` gives a report."""
+    plan, seen = Plan(), {}
+    for seed in range(seeds):
+        report = measure(seed, plan)
+        for key in groups:
+            for kind in kinds:
+                seen.setdefault((key, kind), []).append(
+                    getattr(oracles.group_of(report, key).i2, kind)
+                )
+    found = {}
+    for key, values in seen.items():
+        x = torch.tensor(values, dtype=torch.float64)
+        found[key] = float(x.mean()), float(x.std()) / seeds**0.5
+    return found
+
+
+def truths(truth, groups, kinds):
+    def one(t, index, kind):
+        if kind == "trace":
+            return t.fisher.diagonal()[index].sum()
+        return t.v2[index].sum() if kind == "label_variance" else t.l2(index)
+
+    return {
+        (key, kind): mean([one(t, i, kind) for t in truth])
+        for key, i in groups.items()
+        for kind in kinds
+    }
+
+
+def agree(found, want, least):
+    """All within four standard errors, and the errors are small enough to tell."""
+    told = 0
+    for key, (value, error) in found.items():
+        assert abs(value - want[key]) <= 4 * error + 1e-10 * abs(want[key]) + 1e-17, (
+            key,
+            value,
+            want[key],
+            error,
+        )
+        told += error < 0.25 * abs(want[key])
+    assert told >= least, told
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_probes_of_exact_labels_are_unbiased(name, double):
+    likelihood, labels, outputs = FAMILIES[name]
+    net, x = bent_net(outputs)
+    groups, kinds = oracles.groups(net), ("label_variance", "total_label_variance")
+    found = averages(
+        lambda seed, plan: fimprobe.measure(
+            net,
+            x,
+            likelihood=likelihood,
+            draws="exact",
+            second_order={"probes": 16},
+            estimators=("i2",),
+            bounds=False,
+            seed=seed,
+            plan=plan,
+        ),
+        12,
+        kinds,
+        groups,
+    )
+    agree(found, truths(dense(net, (x,), labels), groups, kinds), 12)
+
+
+def tokens_net():
+    """A sequence model: tied embedding, a Linear used twice, two positions."""
+    decode = nn.Linear(2, 3, bias=False)
+    embedding = nn.Embedding(3, 2)
+    decode.weight = embedding.weight
+
+    def f(self, t):
+        x = self.parts[0](t)
+        x = x + self.parts[1](torch.tanh(self.parts[1](x)))
+        return self.parts[2](torch.tanh(x.cumsum(1)))
+
+    model = lively(Lambda(f, embedding, nn.Linear(2, 2), decode))
+    return model, torch.tensor([[0, 2], [1, 1], [2, 1]])
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3, "exact"])
+@pytest.mark.parametrize("name", ["mlp", "mlp by BackPACK", "sequence", "masked sequence"])
+def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
+    """V2, the trace of F − R and L2 of parameters, layers and the whole."""
+    mask = None
+    if name.startswith("mlp"):
+        net, x = bent_net(3)
+        truth = dense(net, (x,), lambda h: oracles.categorical_labels(h, 1, 3))
+    else:
+        net, x = tokens_net()
+        keep = torch.ones_like(x, dtype=torch.bool)
+        if name == "masked sequence":
+            keep[0, 1] = keep[2, 0] = False
+            mask = keep.repeat(6, 1)
+        truth = [
+            oracles.Dense(net, (x,), b, lambda h, b=b: masked_labels(h, keep[b]))
+            for b in range(len(x))
+        ]
+    copies = torch.cat([x] * 6)
+    groups = oracles.groups(net)
+    kinds = ("trace", "label_variance", "total_label_variance")
+    found = averages(
+        lambda seed, plan: fimprobe.measure(
+            net,
+            copies,
+            likelihood="categorical",
+            draws=draws,
+            second_order="exact" if "BackPACK" in name else {"probes": 2},
+            estimators=("i2",),
+            mask=mask,
+            bounds=False,
+            seed=seed,
+            plan=plan,
+        ),
+        60,
+        kinds,
+        groups,
+    )
+    agree(found, truths(truth, groups, kinds), 2 * len(groups))
+
+
+def masked_labels(h, keep):
+    """Labellings of the kept positions, their scores zero elsewhere."""
+    h = h.view(len(keep), -1)
+    for w, d in oracles.categorical_labels(h[keep].flatten(), int(keep.sum()), h.shape[1]):
+        full = torch.zeros_like(h)
+        full[keep] = d.view(-1, h.shape[1])
+        yield w, full.flatten()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_minus_hessian_is_fisher_minus_residual(name, double):
+    """−∂²log p(y|x,θ)/∂θ∂θᵀ = F − R with R made of the package's own scores; means over y too."""
+    likelihood, labels, outputs = FAMILIES[name]
+    net, x = bent_net(outputs)
+    family = get_likelihood(likelihood)
+    (truth,) = dense(net, (x[:1],), labels)
+    h = net(x[:1]).detach()
+    distribution = {
+        "categorical": lambda h: torch.distributions.Categorical(logits=h),
+        "bernoulli": lambda h: torch.distributions.Bernoulli(logits=h),
+        "gaussian": lambda h: torch.distributions.Normal(h, 0.7),
+        "poisson": lambda h: torch.distributions.Poisson(h.exp()),
+    }[name]
+    names = [n for n, _ in net.named_parameters()]
+    sizes = [p.numel() for p in net.parameters()]
+    flat = torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    def loss(theta, y):
+        parts = dict(zip(names, theta.split(sizes), strict=True))
+        parts = {n: v.view_as(net.get_parameter(n)) for n, v in parts.items()}
+        out = torch.func.functional_call(net, parts, (x[:1],))
+        return -distribution(out).log_prob(y).sum()
+
+    largest = 0.0
+    for u in (0.1, 0.5, 0.9):
+        y = family.quantile(h, torch.full(family.label_shape(h), u))
+        minus = torch.autograd.functional.hessian(lambda t, y=y: loss(t, y), flat)
+        residual = oracles.hessians(net, (x[:1],), [family.score(h, y)])[0, 0]
+        assert torch.allclose(minus, truth.fisher - residual, rtol=1e-9, atol=1e-12)
+        largest = max(largest, float(residual.abs().max()))
+    assert largest > 1e-3
+    expected = truth.weights @ truth.scores
+    assert float(expected.abs().max()) < 1e-9  # hence E R = 0
+
+
+PIECEWISE = {
+    "relu mlp": lambda: (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)),
+        torch.randn(3, 4),
+    ),
+    "leaky cnn": lambda: (
+        nn.Sequential(
+            nn.Conv2d(1, 2, 2),
+            nn.LeakyReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8, 3),
+            nn.LeakyReLU(),
+            nn.Linear(3, 3),
+        ),
+        torch.randn(3, 1, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("draws", [2, "exact"])
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_piecewise_linear_nets_have_exact_zeros(name, draws, double):
+    """Within layers H is zero; between layers it is not."""
+    net, x = PIECEWISE[name]()
+    lively(net)
+    truth = dense(net, (x,), lambda h: oracles.categorical_labels(h, 1, 3))
+    whole = oracles.groups(net)["total", ""]
+    want = mean([t.l2(whole) for t in truth])
+    assert want > 1e-2
+    plan, seen = Plan(), []
+    for seed in range(50):
+        report = fimprobe.measure(
+            net, x, likelihood="categorical", draws=draws, bounds=False, seed=seed, plan=plan
+        )
+        for group in [*report.parameters.values(), *report.layers.values()]:
+            assert (group.i2.label_variance, group.i2.total_label_variance) == (0.0, 0.0)
+            assert group.i2.probe_error == 0.0
+        assert report.total.i2.label_variance == 0.0
+        seen.append(report.total.i2.total_label_variance)
+    seen = torch.tensor(seen)
+    assert float(seen.min()) > 0
+    error = float(seen.std()) / len(seen) ** 0.5
+    assert abs(float(seen.mean()) - want) <= 4 * error and error < 0.2 * want
+
+
+@pytest.mark.parametrize("name", ["mlp", "gru", "conv2d", "class token", "layer norm"])
+def test_the_last_layer_has_no_label_variance(name, double):
+    case = CASES[name]()
+    report = fimprobe.measure(case.model.eval(), case.inputs, likelihood="categorical", bounds=False)
+    *_, last = report.layers
+    assert report.layers[last].i2.label_variance == 0.0
+    assert report.layers[last].i2.total_label_variance == 0.0
+    assert report.layers[last].i1.label_variance > 0
+    first = next(iter(report.parameters.values())).i2
+    assert first.label_variance != 0.0 and first.total_label_variance != 0.0
+
+
+KINDS = (
+    "trace",
+    "label_variance",
+    "total_label_variance",
+    "std_error",
+    "probe_error",
+    "input_variance",
+)
+
+
+@pytest.mark.parametrize("draws", [1, 2, "exact"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        "conv2d",
+        "attention net",
+        "lstm",
+        "class token",
+        "bag mean",
+        "tied and reused",
+        "layer norm",
+    ],
+)
+def test_chunks_draw_the_same_labels_and_probes(name, draws, double):
+    case = CASES[name]()
+    reports = []
+    for chunk in (1, 2, None):
+        plan = Plan()
+        options = {"likelihood": "categorical", "draws": draws, "diagonals": True, "seed": 5}
+        for _ in range(1 if chunk is None else 2):  # the first measurement makes the plan
+            report = fimprobe.measure(
+                case.model.eval(), case.inputs, plan=plan, bounds=False, **options
+            )
+            plan.chunk = chunk
+        reports.append(report)
+    largest = abs(reports[2].total.i2.total_label_variance) + abs(reports[2].total.i2.label_variance)
+    for other in reports[:2]:
+        for n, group in [*reports[2].parameters.items(), ("", reports[2].total)]:
+            have = (other.parameters[n] if n else other.total).i2
+            for kind in KINDS:
+                want = getattr(group.i2, kind)
+                same = None if want is None else pytest.approx(want, rel=1e-9, abs=1e-12 * largest)
+                assert getattr(have, kind) == same, (n, kind)
+            for kind in ("diagonal", "diagonal_label_variance"):
+                for key, want in getattr(group.i2, kind).items():
+                    assert torch.allclose(
+                        getattr(have, kind)[key], want, rtol=1e-9, atol=1e-12 * largest
+                    )
+
+
+@pytest.mark.parametrize("memory_mb", [0.02, 0.01])
+def test_little_memory_changes_nothing(memory_mb, double):
+    case = CASES["attention net"]()
+    options = {"likelihood": "categorical", "draws": 2, "seed": 1}
+    want = fimprobe.measure(case.model.eval(), case.inputs, **options)
+    plan = Plan()
+    have = fimprobe.measure(case.model, case.inputs, memory_mb=memory_mb, plan=plan, **options)
+    assert plan.chunk is not None and plan.chunk < len(case.inputs[0])
+    for n, group in want.parameters.items():
+        for kind in KINDS:
+            assert getattr(have.parameters[n].i2, kind) == pytest.approx(
+                getattr(group.i2, kind), rel=1e-9, abs=1e-14
+            )
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "conv2d", "attention net", "lstm", "class token", "layer norm"]
+)
+@pytest.mark.parametrize("draws", [2, "exact"])
+def test_float32_agrees_with_float64(name, draws, double):
+    case = CASES[name]()
+    model = case.model.eval()
+    options = {"likelihood": "categorical", "draws": draws, "bounds": False}
+    want = fimprobe.measure(model, case.inputs, **options)
+    inputs = tuple(x.float() if x.is_floating_point() else x for x in case.inputs)
+    have = fimprobe.measure(copy.deepcopy(model).float(), inputs, **options)
+    for kind in ("trace", "label_variance", "total_label_variance", "probe_error"):
+        largest = max(abs(getattr(g.i2, kind)) for g in want.parameters.values())
+        for n, group in want.parameters.items():
+            assert getattr(have.parameters[n].i2, kind) == pytest.approx(
+                getattr(group.i2, kind), rel=1e-3, abs=1e-4 * largest
+            ), (n, kind)
