@@ -13,7 +13,7 @@ ORDER = [
     "likelihoods.infer", "likelihoods.labels", "engines", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
     "engines.contract", "engines.gather", "engines.problem", "engines.operators", "engines.chain",
-    "engines.backpack_modules", "engines.backpack", "engines.seeds", "engines.curves",
+    "engines.backpack_modules", "engines.backpack", "engines.seeds", "engines.pull", "engines.curves",
     "engines.curvature", "engines.replayed", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "measurement", "sinks", "sinks.memory",

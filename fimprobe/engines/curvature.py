@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimprobe.batch import Batch
-from fimprobe.engines.curves import CurvatureSums, Curve, Pull, Site
+from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.problem import Plan, Problem
+from fimprobe.engines.pull import Curve, Pull, Site
 from fimprobe.engines.replay import module_direction
 from fimprobe.engines.seeds import Seeds
 from fimprobe.engines.signs import signs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
-from fimprobe.engines.rules import Call, embedding_tokens
+from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use, batch_first
 
 Live = list[tuple[Use, Call, list[Tensor]]]
@@ -40,8 +40,7 @@ def contract_uses(
     scale = _scale(live)
     use, call, delta = live[0]
     if len(live) == 1 and use.rows is None:
-        width = (delta[0].shape[-1], call.inputs[0].shape[-1])
-        if use.rule.outer and call.inputs[0].dim() == 2 and shape == width:
+        if use.rule is LINEAR["weight"] and call.inputs[0].dim() == 2:
             stacked = _stack(use, delta, slice(0, size), None, scale)
             accumulator.add_outer(stacked, call.inputs[0], scale, weights)
             return
