@@ -265,7 +265,7 @@ class Estimate:
     bound: float | None = None
     """(17) ‖J‖_F⁴‖M‖_F for Î₁, (18) ‖H‖_F²‖I‖_F for Î₂: on ``covariance_norm``, mean over inputs."""
     bound_error: float | None = None
-    """Standard error that random probes of ‖J‖ or ‖H‖ add to ``bound``; None where it is exact."""
+    """Standard error that random probes of ‖J‖ or ‖H‖ add to ``bound`` (at most, for ‖H‖)."""
     sharp_bound: float | None = None
     """The same with logits centred and, for exact labels, s_max in place of Frobenius norms."""
     trace_bound: float | None = None

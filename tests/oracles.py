@@ -122,7 +122,10 @@ def _derivative(model: nn.Module, total: Tensor) -> Tensor:
     if total.requires_grad:
         none = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
     return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, none, strict=True)]
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for p, g in zip(params, none, strict=True)
+        ]
     )
 
 

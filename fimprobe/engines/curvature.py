@@ -145,6 +145,7 @@ def measure_curvature(
     site = _sites(problem, plan, tape, batch, calls, names)
     replayed: list[Tensor] = [problem.parameters[n] for n, s in site.items() if s.calls]
     partners = meetings(problem, tape, site)
+    meeting = set(partners) | {q for group in partners.values() for q in group}
     bender = Bender(h, tape, seeds.seeds, replayed)
     deltas = [bender.delta(y) for y in range(count)]
     assert seeds.weights is not None
@@ -198,9 +199,10 @@ def measure_curvature(
         along = {
             n: direction_of(p, f"direction {j} {n}", seed) for n, p in problem.parameters.items()
         }
+        # beside reuse, replayed parameters bend by their batch gradient: one flip for all samples
         flips = {
             n: signs((1,), f"flip {j} {n}", seed, dtype=h.dtype, device=h.device).expand(size)
-            if site[n].calls
+            if site[n].calls and partners
             else signs(
                 (size,), f"flip {j} {n}", seed, first=rows.start, dtype=h.dtype, device=h.device
             )
@@ -246,7 +248,6 @@ def measure_curvature(
                 other = [bender.bend(y, bound, at_parameters) for y in range(count)]
             assert turned_live is not None
             other = [bender.release(y, c, turned_live) for y, c in enumerate(other)]
-        meeting = set(partners) | {q for group in partners.values() for q in group}
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)
             s.add_whole(pull, ahead, other if name in meeting else None, deltas)

@@ -18,6 +18,10 @@ PASS_LIMIT = 4096
 """Most backward passes that ``draws="exact"`` takes."""
 
 
+FEW_CLASSES = 64
+"""Up to so many classes (17) is also taken with centred logits; of more, their mean is no part."""
+
+
 @dataclass
 class Seeds:
     """Gradients [B, ...] at the outputs, pulled back together; ``weights`` of their powers."""
@@ -62,7 +66,7 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
     """Seeds for ‖J‖: one unit vector for each output where labels are exact, else K random signs.
 
     Their squares are weighted so that Q becomes Σ_i λ_max(M) ‖J_i‖⁴ (for signs: Q − A4 does). For
-    classes, each sign vector is followed by its mean over the classes, with weight 0.
+    up to FEW_CLASSES classes, the sign vectors' means over the classes follow, with weight 0.
     """
     top = norms.moment_max.to(h.dtype).unsqueeze(1)
     keep = _masked(problem, rows, h, torch.ones_like(h))
@@ -80,20 +84,22 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
         u = _signs(problem, rows, h, f"jacobian {i}") * keep
         found.append(u)
         axis = getattr(problem.likelihood, "class_dim", None)
-        if axis is not None:
+        if axis is not None and h.shape[axis] <= FEW_CLASSES:
             means.append(u.mean(axis, keepdim=True).expand_as(u))
     second = torch.cat([top.sqrt().expand(-1, len(found)), top.new_zeros(len(h), len(means))], 1)
-    count = len(found) + len(means)
-    return Seeds(found + means, Weights(second, second.square(), [0] * count))
+    blocks = [0] * len(found) + [1] * len(means)
+    return Seeds(found + means, Weights(second, second.square(), blocks))
 
 
 def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
-    """Seeds for R: those of the labels, then K random signs for ‖H‖."""
+    """Seeds for R: those of the labels, then K/2 random signs for ‖H‖ (at least one)."""
     found, weights = list(labels.seeds), labels.weights
     more: list[Tensor] = []
     if problem.ask.bounds:
         keep = _masked(problem, rows, h, torch.ones_like(h))
-        more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in range(problem.ask.probes)]
+        # each is met by two Hessian-vector products
+        half = range(max(1, problem.ask.probes // 2))
+        more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in half]
     second = (
         torch.full((len(h), len(found)), 1 / len(found), dtype=torch.float64, device=h.device)
         if weights is None

@@ -51,7 +51,7 @@ def bound_scores(
             fourth, variance = square_of_mean(square[:, :count])
             error = float((variance * norms.moment_norm.square()).sum().sqrt() / len(variance))
             low_fourth, spectral = None, None
-            if gram is not None and jacobian.classes is not None:
+            if gram is not None and gram.shape[-1] == 2 * count:
                 low = _without_mean(gram, count)
                 low_fourth = square_of_mean(low)[0]
         new["bound"] = float((fourth * norms.moment_norm).mean())
@@ -94,9 +94,9 @@ def bound_hessians(
         signs = own[..., draws:].mean(0)  # [B, K]: ‖R_u‖² of the sign seeds
         square = signs.mean(-1)
         new["bound"] = float((square * norms.fisher_norm).mean())
-        if signs.shape[-1] > 1:
-            spread = signs.var(-1) / signs.shape[-1] * norms.fisher_norm.square()
-            new["bound_error"] = float(spread.sum().sqrt() / len(spread))
+        if len(square) > 1:  # probes and inputs together: an upper bound on the probes' part
+            each = square * norms.fisher_norm
+            new["bound_error"] = float(each.std() / len(each) ** 0.5)
         low = square
         if curvature.exact and gram.dim() == 4:
             mean = gram.mean(0)[..., :draws, :draws]
@@ -140,10 +140,9 @@ def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> 
 
 
 def _signs(jacobian: MomentsBatch) -> int:
-    """Random sign seeds; with classes each has its mean over the classes behind it."""
-    assert jacobian.second is not None
-    seeds = jacobian.second.shape[1]
-    return seeds if jacobian.classes is None else seeds // 2
+    """Random sign seeds, those with a weight; means over classes may stand behind them."""
+    assert jacobian.blocks is not None
+    return int((jacobian.blocks == 0).sum())
 
 
 def _without_mean(gram: Tensor, count: int) -> Tensor:

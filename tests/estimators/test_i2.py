@@ -147,6 +147,23 @@ def test_probes_of_exact_labels_are_unbiased(name, double):
     agree(found, truths(dense(net, (x,), labels), groups, kinds), 12)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampled_labels_of_every_family_are_unbiased(name, double):
+    likelihood, labels, outputs = FAMILIES[name]
+    net, x = bent_net(outputs)
+    groups, kinds = oracles.groups(net), ("trace", "label_variance", "total_label_variance")
+    copies = torch.cat([x] * 12)
+    found = averages(
+        lambda seed, plan: fimprobe.measure(
+            net, copies, likelihood=likelihood, draws=2, bounds=False, seed=seed, plan=plan
+        ),
+        40,
+        kinds,
+        groups,
+    )
+    agree(found, truths(dense(net, (x,), labels), groups, kinds), len(groups))
+
+
 def tokens_net():
     """A sequence model: tied embedding, a Linear used twice, two positions."""
     decode = nn.Linear(2, 3, bias=False)
@@ -196,7 +213,7 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
             seed=seed,
             plan=plan,
         ),
-        60,
+        40,
         kinds,
         groups,
     )
@@ -316,19 +333,12 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("draws", [1, 2, "exact"])
+CHUNKED = ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", "tied and reused"]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "mlp",
-        "conv2d",
-        "attention net",
-        "lstm",
-        "class token",
-        "bag mean",
-        "tied and reused",
-        "layer norm",
-    ],
+    ("name", "draws"),
+    [*((n, d) for n in CHUNKED for d in (1, 2)), ("mlp", "exact"), ("gru", "exact")],
 )
 def test_chunks_draw_the_same_labels_and_probes(name, draws, double):
     case = CASES[name]()
@@ -372,10 +382,30 @@ def test_little_memory_changes_nothing(memory_mb, double):
             )
 
 
+@pytest.mark.parametrize("draws", [1, 3, "exact"])
+def test_bounds_change_no_estimate(draws, double):
+    """Their seeds ride along in the same R: they must not enter the labels' sums."""
+    case = CASES["attention net"]()
+    options = {"likelihood": "categorical", "draws": draws, "diagonals": True}
+    with_bounds, without = (
+        fimprobe.measure(case.model.eval(), case.inputs, bounds=b, **options) for b in (True, False)
+    )
+    assert with_bounds.total.i2.bound is not None and without.total.i2.bound is None
+    for n, group in [*without.parameters.items(), ("", without.total)]:
+        have = (with_bounds.parameters[n] if n else with_bounds.total).i2
+        for kind in KINDS:
+            want = getattr(group.i2, kind)
+            assert getattr(have, kind) == (want if want is None else pytest.approx(want, rel=1e-12))
+        for key, want in group.i2.diagonal_label_variance.items():
+            assert torch.allclose(have.diagonal_label_variance[key], want, rtol=1e-12, atol=1e-18)
+
+
+FLOATS = ["mlp", "conv2d", "attention net", "lstm", "class token", "layer norm"]
+
+
 @pytest.mark.parametrize(
-    "name", ["mlp", "conv2d", "attention net", "lstm", "class token", "layer norm"]
+    ("name", "draws"), [*((n, 2) for n in FLOATS), ("mlp", "exact"), ("conv2d", "exact")]
 )
-@pytest.mark.parametrize("draws", [2, "exact"])
 def test_float32_agrees_with_float64(name, draws, double):
     case = CASES[name]()
     model = case.model.eval()
