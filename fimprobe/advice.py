@@ -20,8 +20,8 @@ def make_advice(report: Report) -> list[str]:
     lines += [*_violations(report), *_probes(report), *report.notes]
     if report.kinks:
         lines.append(
-            "Î₂ needs twice differentiable activations; at generic parameters it stays unbiased for "
-            f"the ones with kinks here ({'; '.join(report.kinks)}), but sees no curvature there."
+            f"Not twice differentiable: {'; '.join(report.kinks)}. Î₂ stays unbiased, since no input "
+            "lies exactly on a kink, but it sees no curvature at the kinks."
         )
     left = [f"{n} ({why[10:]})" for n, why in report.coverage.items() if why.startswith("left")]
     if left:
@@ -57,20 +57,21 @@ def _errors(report: Report) -> list[str]:
     lines = []
     total = report.total.i1
     need = total.draws_for(0.1)
-    drawn = "exact labels" if report.draws is None else f"{report.batch_size * report.draws} draws"
+    pairs = report.batch_size * (report.draws or 1)
+    drawn = "exact labels" if report.draws is None else f"{pairs} (input, label) pairs"
     if need is not None and total.rel_error is not None:
-        cause = " by the choice of inputs alone" if report.draws is None else ""
+        cause = ", from the choice of inputs alone" if report.draws is None else ""
+        pairs = "pairs of an input and a drawn label" if report.draws is None else "such pairs"
         lines.append(
-            f"Î₁ of the whole model is off by {percent(total.rel_error)}{cause} at "
-            f"{report.batch_size} inputs with {drawn}; 10 % takes {count(need)} (input, label) "
-            "pairs."
+            f"Î₁ of the whole model is off by {percent(total.rel_error)} at {report.batch_size} "
+            f"inputs with {drawn}{cause}; 10 % takes {count(need)} {pairs}."
         )
     worst = max(
         ((g.i1.draws_for(0.1) or 0.0, n) for n, g in report.layers.items() if g.i1.norm > 0),
         default=(0.0, ""),
     )
     if worst[0] > 0 and len(report.layers) > 1:
-        lines.append(f"The layer that needs most is {worst[1]}: {count(worst[0])} pairs.")
+        lines.append(f"The layer that needs most is {worst[1]!r}: {count(worst[0])} pairs.")
     return lines
 
 
@@ -80,42 +81,48 @@ def _choice(report: Report) -> list[str]:
     if cost is None:
         return []
     wins: dict[str, list[str]] = {"i1": [], "i2": []}
+    lines, known = [], False
     for name, group in report.layers.items():
         found = better_estimator(group, cost)
+        known = known or found is not None
         if found is not None and found[1] >= CLEAR:
-            gain = "∞" if found[1] == float("inf") else f"{found[1]:.2g}"
-            wins[found[0]].append(f"{name} ({gain}×)")
-    price = f"(one diagonal of Î₂ costs {cost:.2g} times one of Î₁ here)"
-    if wins["i2"] and not wins["i1"]:
-        lines = [f"Use Î₂: less error at equal compute {price} in {_some(wins['i2'])}."]
-    elif wins["i1"] and not wins["i2"]:
-        lines = [f"Use Î₁: less error at equal compute {price} in {_some(wins['i1'])}."]
-    elif wins["i1"]:
-        lines = [
-            f"Use Î₂ in {_some(wins['i2'])} and Î₁ in {_some(wins['i1'])}: less error at equal "
-            f"compute {price}."
-        ]
-    else:
-        lines = [f"Î₁ and Î₂ err alike at equal compute {price}."] if report.total.i2 else []
+            gain = "no error" if found[1] == float("inf") else f"{found[1]:.2g}× less error"
+            wins[found[0]].append(f"{name!r} ({gain})")
+    price = f"at equal compute (a diagonal of Î₂ costs {cost:.2g} times one of Î₁ here)"
+    parts = [
+        f"{label} in {_some(wins[kind])}"
+        for kind, label in (("i2", "Î₂"), ("i1", "Î₁"))
+        if wins[kind]
+    ]
+    if parts:
+        lines.append(f"More accurate {price}: {'; '.join(parts)}.")
+    elif known:
+        lines.append(f"Î₁ and Î₂ err alike {price}.")
     silent = [n for n, g in report.layers.items() if g.i2 is not None and g.i2.label_variance == 0]
     if silent:
-        lines.append(f"Î₂ is exact in the labels (zero variance) in {_some(silent)}.")
+        lines.append(
+            f"Labels add no variance to the diagonal of Î₂ in {_some([repr(n) for n in silent])}."
+        )
     return lines
 
 
 def _labels(report: Report) -> list[str]:
     labels, inputs = report.total.i1.label_variance, report.total.i1.input_variance
-    if labels is None or inputs is None or inputs <= 0 or report.draws is None:
+    if labels is None or inputs is None or report.draws is None:
         return []
-    best = (labels / inputs) ** 0.5
+    labels, inputs = max(labels, 0.0), max(inputs, 0.0)  # estimates: noise takes them below 0
+    if labels + inputs == 0:
+        return []
+    best = max((labels / inputs) ** 0.5, 1.0) if inputs > 0 else float("inf")
     side = (
-        "more labels for each input help"
+        "drawing more labels for each input helps"
         if best > 2 * report.draws
-        else "more inputs help, not more labels"
+        else "take more inputs rather than more labels for each"
     )
+    number_of = f" ({best:.2g} labels for each are best where both cost the same)"
     return [
-        f"Labels cause {labels / (labels + inputs):.0%} of the variance of one pair; {side} "
-        f"(best number of labels for an input at equal cost: {max(best, 1):.2g})."
+        f"Drawn labels cause {100 * labels / (labels + inputs):.0f} % of the variance of one (input, "
+        f"label) pair; {side}{number_of if inputs > 0 else ''}."
     ]
 
 
@@ -135,16 +142,16 @@ def _weights(report: Report) -> list[str]:
     large = sorted(((s, n) for n, s in after.items() if s > 1), reverse=True)[:3]
     if not large:
         return []
-    told = ", ".join(f"{n} (s_max {number(s)})" for s, n in large)
+    told = ", ".join(f"{n!r} (s_max {number(s)})" for s, n in large)
     bound = report.layers[first].geometry
     assert bound is not None
     slack = ""
     if bound.jacobian_spectral_norm and bound.spectral_bound:
         ratio = bound.spectral_bound / bound.jacobian_spectral_norm
-        slack = f", which is {number(ratio)} times the true ‖∂h/∂W‖ at {first}"
+        slack = f" ({number(ratio)} times the true value at {first!r})"
     return [
-        f"The bound (21) on the variance grows with the weights of {told}{slack}; "
-        "fimprobe.penalties.spectral(model) penalises them."
+        f"The bound (21) on s_max(∂h/∂W) of the layers before{slack} grows with the weights of "
+        f"{told}; fimprobe.penalties.spectral(model) penalises them."
     ]
 
 

@@ -36,7 +36,7 @@ def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         order = torch.Generator().manual_seed(1)
         probe = fimprobe.attach(
-            model, log_dir=run / name, draws="exact", batch=64, schedule={"every": 10}
+            model, log_dir=run / name, draws="exact", batch=64, schedule={"every": 20}
         )
         with probe:
             for _ in tqdm(range(epochs), desc=name, unit="epoch"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -131,7 +131,10 @@ def measure(
         if engine == "backpack":
             from fimprobe.engines import backpack
 
+            known = measured.moments["i1"].parameters
             measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
+            for name, moments in measured.moments["i1"].parameters.items():
+                moments.top_sum = known[name].top_sum  # max over labels: not among its moments
         if plan.uncurved and ask.i2:
             measured.notes.append(plan.uncurved)
         if bounds:
@@ -158,14 +161,16 @@ def check_options(
     estimators: Any, second_order: Any, bounds: Any, engine: Any, labels: Any = None
 ) -> Ask:
     """What to measure, checked; raises with argument, value and remedy."""
-    wanted = [estimators] if isinstance(estimators, str) else list(estimators)
-    unknown = [e for e in wanted if e not in ESTIMATORS]
-    if unknown or not wanted:
+    wanted = [estimators] if isinstance(estimators, str) else estimators
+    sequence = isinstance(wanted, Collection)
+    if not sequence or not wanted or any(e not in ESTIMATORS for e in wanted):
         raise FimprobeError(f"estimators={estimators!r}: use some of {', '.join(ESTIMATORS)}")
     if labels is None and "empirical" in wanted:
         raise FimprobeError(
             "estimators holds 'empirical', which is made of the data's labels; pass labels="
         )
+    if not isinstance(bounds, bool):
+        raise FimprobeError(f"bounds={bounds!r} is no switch; use True or False")
     if engine not in ("auto", "autograd", "backpack"):
         raise FimprobeError(f"engine={engine!r} is unknown; use auto, autograd or backpack")
     probes = 2
@@ -186,7 +191,7 @@ def check_options(
         i2="i2" in wanted and second_order != "off",
         ih="ih" in wanted,
         labels=labels if "empirical" in wanted else None,
-        bounds=bool(bounds),
+        bounds=bounds,
         probes=probes,
         exact=second_order == "exact" and "i2" in wanted,
     )
@@ -199,9 +204,20 @@ def _check_labels(problem: Problem) -> None:
     with torch.no_grad():
         first = problem.forward(problem.batch[:1])
     labels = problem.ask.labels
+    if not isinstance(labels, Tensor):
+        raise FimprobeError(
+            f"labels={type(labels).__name__} is no tensor; pass torch.as_tensor(labels), one entry "
+            "for each label"
+        )
+    if labels.dim() == 0:
+        raise FimprobeError(
+            f"labels is a single number, but the batch holds {problem.batch.size} samples; pass "
+            "labels [B, ...]"
+        )
     if len(labels) != problem.batch.size:
         raise FimprobeError(
-            f"labels has {len(labels)} entries, but the batch holds {problem.batch.size} samples"
+            f"labels has {len(labels)} entries, but the batch holds {problem.batch.size} samples; "
+            "pass the labels of these samples, in their order"
         )
     family.check_labels(first.expand(problem.batch.size, *first.shape[1:]), labels)
 

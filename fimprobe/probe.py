@@ -197,7 +197,13 @@ class Probe:
             batch = Batch.of_call(captured.args, captured.kwargs)
             mask = self._mask_of(captured)
             if "empirical" in wanted:
-                labels = self._labels_of(captured)
+                try:
+                    labels = self._labels_of(captured, batch.size)
+                except BatchError as error:  # the other estimators need no labels of the data
+                    if self.config.on_error == "raise":
+                        raise
+                    self._tell(f"step {step}, no empirical Fisher: {error}", key=str(error))
+                    wanted = [e for e in wanted if e != "empirical"] or ["i1"]
         if batch.size > self.config.batch:
             generator = torch.Generator().manual_seed(self.config.seed + 7919 * step)
             rows = torch.randperm(batch.size, generator=generator)[: self.config.batch].sort()[0]
@@ -246,9 +252,16 @@ class Probe:
             return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
         return None
 
-    def _labels_of(self, captured: Captured) -> Tensor:
+    def _labels_of(self, captured: Captured, size: int) -> Tensor:
         if self._labels is not None:
-            return self._labels(captured.args, captured.kwargs)
+            labels = self._labels(captured.args, captured.kwargs)
+            shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            if not isinstance(labels, Tensor) or shape[:1] != (size,):
+                raise FimprobeError(
+                    f"labels= returned {shape} for a batch of {size}; return a tensor with the "
+                    f"labels of all {size} samples"
+                )
+            return labels
         labels = captured.kwargs.get("labels")
         if isinstance(labels, Tensor):
             name = type(unwrap(self.model)).__name__

@@ -20,12 +20,15 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
         )
     ]
     second = record["total"].get("i2") is not None
-    bounded = record["total"]["i1"].get("bound") is not None
-    if second:
-        rows[0] += ("Î₂: rel. error", "V labels")
-    if bounded:
-        rows[0] += ("bound/Cov Î₁",) + (("Î₂",) if second else ())
     layers = list(record["layers"].items())
+    bounded = [  # ‖Cov‖ is known for exact labels only
+        kind
+        for kind in ("i1", "i2")
+        if any(kind in g and g[kind]["tightness"] is not None for _, g in layers)
+    ]
+    if second:
+        rows[0] += ("Î₂: rel. error", "Î₂: V labels")
+    rows[0] += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
     if top is not None and len(layers) > top:
         layers = sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]
     for name, group in [*layers, ("total", record["total"])]:
@@ -45,9 +48,7 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
         if second:
             other = group["i2"]
             rows[-1] += (percent(other["rel_error"]), number(other["label_variance"]))
-        if bounded:
-            rows[-1] += (number(e["tightness"]),)
-            rows[-1] += (number(group["i2"]["tightness"]),) if second else ()
+        rows[-1] += tuple(number(group[kind]["tightness"]) for kind in bounded)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

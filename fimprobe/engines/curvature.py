@@ -219,7 +219,10 @@ def measure_curvature(
             problem, tape, site, along, flips, calls, names, size, given=turned_live
         )
         ahead = [bender.bend(y, plain) for y in range(count)]
-        other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
+        straight = all(e is None for c in ahead for e in c.edges)  # piecewise linear: no blocks
+        other = ahead
+        if partners or not straight:
+            other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)
             s.add_block(pull, [ahead, other], deltas, flips[name])

@@ -16,29 +16,36 @@ _NODES = {
     "Threshold", "Topk",
 }  # fmt: skip
 _MODULES = {
-    "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d", "CELU", "ELU",
-    "FractionalMaxPool2d", "FractionalMaxPool3d", "Hardshrink", "Hardsigmoid", "Hardswish",
-    "Hardtanh", "LeakyReLU", "MaxPool1d", "MaxPool2d", "MaxPool3d", "PReLU", "RReLU", "ReLU",
-    "ReLU6", "SELU", "Softshrink", "Threshold",
+    "AdaptiveMaxPool1d": {"AdaptiveMaxPool2D"}, "AdaptiveMaxPool2d": {"AdaptiveMaxPool2D"},
+    "AdaptiveMaxPool3d": {"AdaptiveMaxPool3D"}, "CELU": {"Elu"}, "ELU": {"Elu"},
+    "FractionalMaxPool2d": {"FractionalMaxPool2D"}, "FractionalMaxPool3d": {"FractionalMaxPool3D"},
+    "Hardshrink": {"Hardshrink"}, "Hardsigmoid": {"Hardsigmoid"}, "Hardswish": {"Hardswish"},
+    "Hardtanh": {"Hardtanh"}, "LeakyReLU": {"LeakyRelu"}, "MaxPool1d": {"MaxPool2DWithIndices"},
+    "MaxPool2d": {"MaxPool2DWithIndices"}, "MaxPool3d": {"MaxPool3DWithIndices"},
+    "PReLU": {"PreluKernel"}, "RReLU": {"LeakyRelu", "RreluWithNoise"}, "ReLU": {"Relu"},
+    "ReLU6": {"Hardtanh"}, "SELU": {"Elu"}, "Softshrink": {"Softshrink"},
+    "Threshold": {"Threshold"},
 }  # fmt: skip
+"""The nodes that each module's forward records."""
 
 
 def find_kinks(outputs: Tensor, model: nn.Module) -> list[str]:
-    """Modules with kinks by class, then autograd nodes where no module of the model explains them.
+    """Modules with kinks by class, then autograd nodes that no module of the model explains.
 
-    ``["ReLU: 1, 3"]`` or ``["ReluBackward0 (called as a function)"]``; empty for a network in C².
+    ``["ReLU: 1, 3", "AmaxBackward (called as a function)"]``; empty for a network in C². A function
+    that the model also has as a module (``F.relu`` beside ``nn.ReLU``) is taken for the module.
     """
     names = {re.sub(r"Backward\d*$", "", type(node).__name__) for node in _nodes([outputs.grad_fn])}
     found = names & _NODES
-    if not found:
-        return []
     modules: dict[str, list[str]] = {}
+    explained: set[str] = set()
     for path, module in model.named_modules():
-        if type(module).__name__ in _MODULES:
+        kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _MODULES), "")
+        if found & _MODULES.get(kind, set()):
+            explained |= _MODULES[kind]
             modules.setdefault(type(module).__name__, []).append(path or "the model itself")
-    if modules:
-        return [f"{kind}: {', '.join(_few(paths))}" for kind, paths in sorted(modules.items())]
-    return [f"{name}Backward (called as a function)" for name in sorted(found)]
+    told = [f"{kind}: {', '.join(_few(paths))}" for kind, paths in sorted(modules.items())]
+    return told + [f"{name}Backward (called as a function)" for name in sorted(found - explained)]
 
 
 def _few(paths: list[str], most: int = 8) -> list[str]:

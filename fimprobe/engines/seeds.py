@@ -33,7 +33,10 @@ class Seeds:
 def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     """Scores of the drawn labels, or the passes of their exact expectation."""
     if problem.draws.count is None:
-        return _passes(problem.likelihood.exact_passes(h, mask_of(problem, rows, h)), h)
+        # m − v² of a Bernoulli label near p = ½ has no digits in float32
+        passes = _passes(problem.likelihood.exact_passes(h.double(), mask_of(problem, rows, h)), h)
+        # masked labels weigh nothing, but Î₂'s bounds see the seeds themselves
+        return Seeds([_masked(problem, rows, h, s) for s in passes.seeds], passes.weights)
     found = []
     for uniforms in _uniforms(problem, rows, h).unbind(1):
         score = problem.likelihood.score(h, problem.likelihood.quantile(h, uniforms))
@@ -165,10 +168,10 @@ def _class_back(problem: Problem, x: Tensor, like: Tensor) -> Tensor:
 
 
 def _passes(passes: Iterator[Pass], h: Tensor) -> Seeds:
-    found = list(passes)
+    found = [p._replace(seed=p.seed.to(h.dtype)) for p in passes]
     weights = Weights(
         torch.stack([p.second for p in found], 1),
         torch.stack([p.fourth for p in found], 1),
         [p.block for p in found],
     )
-    return Seeds([p.seed.to(h.dtype) for p in found], weights)
+    return Seeds([p.seed for p in found], weights)

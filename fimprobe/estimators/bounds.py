@@ -18,58 +18,66 @@ def score_covariance_norm(gram: Tensor, second: Tensor, fourth: Tensor, blocks: 
     """‖Cov Î₁‖_F of one label draw, from Γ [..., n, n] of exact passes.
 
     One label: √Σ p_y p_z G̃_yz² with G = Γ∘Γ centred by p. Several independent labels (blocks):
-    fourth cumulants add, Cov = Σ_t C_t + (F⊗F)(1 + swap).
+    Cov = Σ_t Cov_t + Σ_{s≠t} (F_s⊗F_t)(1 + swap). A block is the labels of one variable, weighted
+    with their probabilities, or a single pass of variance v and fourth moment m, whose Cov_t is
+    (m − v²) g⊗g⊗g⊗g. Nothing large is subtracted: at Bernoulli's p = ½ m − v² vanishes.
 
     >>> gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # g = ±1 with odds ½: g² never varies
     >>> half = torch.tensor([0.5, 0.5])
     >>> score_covariance_norm(gram, half, half, torch.zeros(2)).item()
     0.0
     """
-    if _one_label(second, fourth, blocks):
-        centred = _centred(gram, second)
-        return (second.unsqueeze(-1) * second.unsqueeze(-2) * centred.square()).sum((-2, -1)).sqrt()
-    member = torch.nn.functional.one_hot(blocks.long()).to(gram.dtype)
+    member = _members(blocks, gram)
+    single = member.shape[0] == member.shape[1]
+    weight = (fourth - second.square()).clamp(min=0) if single else second
+    own = gram.square() if single else _centred(gram, second, member)
+    total = (weight.unsqueeze(-1) * weight.unsqueeze(-2) * own.square()).sum((-2, -1))
+    if member.shape[1] == 1:
+        return total.sqrt()
+    same = member @ member.T
     root = second.sqrt()
     x = gram * root.unsqueeze(-1) * root.unsqueeze(-2)  # F in the coordinates of the passes
-    parts = [x * member[:, t].unsqueeze(-1) for t in range(member.shape[1])]  # P_t X
-    inner = torch.einsum("...su,...u,ut->...st", gram.square(), second, member)  # g_sᵀ F_t g_s
-    quartic = torch.einsum("...s,...st,...t->...", fourth, gram.pow(4), fourth)
-    crossed = (fourth.unsqueeze(-1) * inner.square()).sum((-2, -1))
-    total = quartic - 6 * crossed
-    whole = inner.sum(-1)
-    fisher_square = x.square().sum((-2, -1))
-    fourth_power = (x @ x).square().sum((-2, -1))
-    norms = torch.stack([torch.stack([_trace(a, b) for b in parts], -1) for a in parts], -2)
-    cycles = torch.stack([torch.stack([_trace(a @ b, a @ b) for b in parts], -1) for a in parts], -2)
-    total = total + (3 * norms.square() + 6 * cycles).sum((-2, -1))
-    mixed = 2 * (fourth * whole.square()).sum(-1)
-    mixed = mixed - sum(2 * _trace(a, x).square() + 4 * _trace(a @ x, a @ x) for a in parts)
-    total = total + 2 * mixed + 2 * fisher_square.square() + 2 * fourth_power
-    return total.clamp(min=0).sqrt()
+    # of Σ_{s≠t}: Σ_{s≠t, u≠v} ⟨F_s, F_u⟩⟨F_t, F_v⟩ + tr(F_s F_u F_t F_v)
+    apart = 1 - torch.eye(member.shape[1], dtype=gram.dtype, device=gram.device)
+    products = member.T @ x.square() @ member
+    paths = x.unsqueeze(-2) * x.unsqueeze(-3)
+    turns = (paths @ (1 - same) * paths).sum(-1)
+    total = total + 2 * (products * (apart @ products @ apart)).sum((-2, -1))
+    total = total + 2 * (turns * (1 - same)).sum((-2, -1))
+    # between the two: Σ_{u≠v} E (gᵀF_u g)(gᵀF_v g) less tr(F_t F_u F_t F_v)
+    inner = (gram.square() * second.unsqueeze(-2)) @ member
+    crossed = (weight * (inner @ apart * inner).sum(-1)).sum(-1)
+    if not single:
+        crossed = crossed - (turns * same).sum((-2, -1))
+    return (total + 4 * crossed).clamp(min=0).sqrt()
 
 
 def score_covariance_spectral_norm(
     gram: Tensor, second: Tensor, fourth: Tensor, blocks: Tensor
 ) -> Tensor | None:
     """‖Cov Î₁‖_op = λ_max(D^½ G̃ D^½) for one label; dense for few passes; else None."""
-    if _one_label(second, fourth, blocks):
+    member = _members(blocks, gram)
+    n, count = member.shape
+    if count == 1 < n:
         root = second.sqrt()
-        matrix = _centred(gram, second) * root.unsqueeze(-1) * root.unsqueeze(-2)
-        return torch.linalg.eigvalsh(matrix)[..., -1]
-    n = gram.shape[-1]
+        matrix = _centred(gram, second, member) * root.unsqueeze(-1) * root.unsqueeze(-2)
+        return largest_eigenvalue(matrix)
     if n > SMALL:
         return None
     values, vectors = torch.linalg.eigh(gram)
     g = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)  # g_s in an orthonormal basis
-    member = torch.nn.functional.one_hot(blocks.long()).to(gram.dtype)
-    covariance = torch.einsum("...s,...si,...sj,...sk,...sl->...ijkl", fourth, g, g, g, g)
-    each = torch.einsum("...s,st,...si,...sj->...tij", second, member, g, g)
-    for form in ("...tij,...tkl->...ijkl", "...tik,...tjl->...ijkl", "...til,...tjk->...ijkl"):
-        covariance = covariance - torch.einsum(form, each, each)
-    fisher = each.sum(-3)
-    for form in ("...ik,...jl->...ijkl", "...il,...jk->...ijkl"):
-        covariance = covariance + torch.einsum(form, fisher, fisher)
-    return torch.linalg.eigvalsh(covariance.reshape(*gram.shape[:-2], n * n, n * n))[..., -1]
+    outer = g.unsqueeze(-1) * g.unsqueeze(-2)
+    each = torch.einsum("...s,st,...sij->...tij", second, member, outer)
+    if n == count:
+        weight = (fourth - second.square()).clamp(min=0)
+    else:
+        weight = second
+        outer = outer - torch.einsum("st,...tij->...sij", member, each)
+    covariance = torch.einsum("...s,...sij,...skl->...ijkl", weight, outer, outer)
+    others = each.sum(-3, keepdim=True) - each if count > 1 else torch.zeros_like(each)
+    for form in ("...tik,...tjl->...ijkl", "...til,...tjk->...ijkl"):
+        covariance = covariance + torch.einsum(form, each, others)
+    return largest_eigenvalue(covariance.reshape(*gram.shape[:-2], n * n, n * n))
 
 
 def hessian_covariance_square(grams: Tensor, second: Tensor) -> Tensor:
@@ -111,17 +119,14 @@ def square_of_mean(values: Tensor) -> tuple[Tensor, Tensor]:
     return square, 4 * values.mean(-1).square() * values.var(-1) / count
 
 
-def _centred(gram: Tensor, weight: Tensor) -> Tensor:
+def _centred(gram: Tensor, weight: Tensor, member: Tensor) -> Tensor:
+    """⟨g_y g_yᵀ − F_t, g_z g_zᵀ − F_u⟩, y a label of variable t and z of u."""
     g = gram.square()
-    mean = (g * weight.unsqueeze(-2)).sum(-1)
-    whole = (mean * weight).sum(-1)
-    return g - mean.unsqueeze(-1) - mean.unsqueeze(-2) + whole.unsqueeze(-1).unsqueeze(-1)
+    mean = ((g * weight.unsqueeze(-2)) @ member) @ member.T  # over the labels of z's variable
+    whole = member @ (member.T @ (mean * weight.unsqueeze(-1)))
+    return g - mean - mean.transpose(-1, -2) + whole
 
 
-def _one_label(second: Tensor, fourth: Tensor, blocks: Tensor) -> bool:
-    """Whether the passes are the labels of one variable, weighted with their probabilities."""
-    return bool((blocks == blocks[0]).all()) and torch.equal(second, fourth)
-
-
-def _trace(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b.transpose(-1, -2)).sum((-2, -1))
+def _members(blocks: Tensor, like: Tensor) -> Tensor:
+    """Which pass belongs to which variable: 0 and 1 [n, T]."""
+    return torch.nn.functional.one_hot(blocks.long()).to(like.dtype)

@@ -94,9 +94,7 @@ def bound_hessians(
         signs = own[..., draws:].mean(0)  # [B, K]: ‖R_u‖² of the sign seeds
         square = signs.mean(-1)
         new["bound"] = float((square * norms.fisher_norm).mean())
-        if len(square) > 1:  # probes and inputs together: an upper bound on the probes' part
-            each = square * norms.fisher_norm
-            new["bound_error"] = float(each.std() / len(each) ** 0.5)
+        new["bound_error"] = _error(own[..., draws:] * norms.fisher_norm.unsqueeze(-1))
         low = square
         if curvature.exact and gram.dim() == 4:
             mean = gram.mean(0)[..., :draws, :draws]
@@ -137,6 +135,23 @@ def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> 
     top = score_covariance_spectral_norm(gram, second, fourth, scores.blocks)
     found["covariance_spectral_norm"] = None if top is None else float(top.mean())
     return found
+
+
+def _error(values: Tensor) -> float | None:
+    """Standard error of the mean of values [J, B, K]: J directions for all inputs, K signs for each.
+
+    The spread over inputs has the signs' part and more; a direction moves all inputs together, and
+    the spread over a single one is not known.
+    """
+    parts = []
+    directions, size, signs = values.shape
+    if directions > 1:
+        parts.append(values.mean((1, 2)).var() / directions)
+    if size > 1:
+        parts.append(values.mean((0, 2)).var() / size)
+    elif signs > 1:
+        parts.append(values.mean((0, 1)).var() / signs)
+    return float(torch.stack(parts).sum().sqrt()) if parts else None
 
 
 def _signs(jacobian: MomentsBatch) -> int:

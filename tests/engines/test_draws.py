@@ -11,6 +11,13 @@ from torch import nn
 import fimprobe
 from fimprobe.likelihoods import Gaussian
 
+FIRST = {"estimators": ("i1",), "bounds": False}
+"""Nothing beside Î₁ is measured."""
+
+
+def measure_first(model, inputs, **options):
+    return fimprobe.measure(model, inputs, **FIRST, **options)
+
 
 def small(outputs=2):
     return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, outputs)), torch.randn(4, 3)
@@ -28,7 +35,7 @@ def test_exact_draws_of_other_families(name, double):
     likelihood, labels = LABELS[name]
     net, x = small()
     oracle = oracles.enumerate_fisher(net, (x,), labels)
-    report = fimprobe.measure(net, x, likelihood=likelihood, draws="exact", diagonals=True)
+    report = measure_first(net, x, likelihood=likelihood, draws="exact", diagonals=True)
     for n, group in [*report.parameters.items(), ("", report.total)]:
         want, have = oracles.summarise(*oracle, n), group.i1
         assert have.trace == pytest.approx(float(want["diagonal"].sum()), rel=1e-9)
@@ -49,10 +56,10 @@ def test_exact_draws_of_other_families(name, double):
 def test_sampled_draws_are_unbiased(name, draws, double):
     case = CASES[name]()
     model = case.model.eval()
-    exact = fimprobe.measure(model, case.inputs, likelihood="categorical", draws="exact")
+    exact = measure_first(model, case.inputs, likelihood="categorical", draws="exact")
     seen: dict[str, list[float]] = {}
     for seed in range(150):
-        report = fimprobe.measure(
+        report = measure_first(
             model, case.inputs, likelihood="categorical", draws=draws, seed=seed
         )
         for n, group in [*report.parameters.items(), ("total", report.total)]:
@@ -74,7 +81,7 @@ def test_sampled_draws_are_unbiased(name, draws, double):
 def test_chunks_draw_the_same_labels(name, draws, double):
     case = CASES[name]()
     reports = [
-        fimprobe.measure(
+        measure_first(
             case.model.eval(),
             case.inputs,
             likelihood="categorical",
@@ -96,10 +103,10 @@ def test_chunks_draw_the_same_labels(name, draws, double):
 def test_float32_agrees_with_float64(name, double):
     case = CASES[name]()
     model = case.model.eval()
-    want = fimprobe.measure(model, case.inputs, likelihood="categorical", draws="exact")
+    want = measure_first(model, case.inputs, likelihood="categorical", draws="exact")
     single = copy.deepcopy(model).float()
     inputs = tuple(x.float() if x.is_floating_point() else x for x in case.inputs)
-    have = fimprobe.measure(single, inputs, likelihood="categorical", draws="exact")
+    have = measure_first(single, inputs, likelihood="categorical", draws="exact")
     for kind in ("trace", "label_variance", "input_variance", "total_label_variance", "rel_error"):
         for n in want.parameters:
             assert getattr(have.parameters[n].i1, kind) == pytest.approx(
@@ -110,10 +117,10 @@ def test_float32_agrees_with_float64(name, double):
 def test_bfloat16_models_accumulate_in_float32():
     net, x = small(3)
     net = net.bfloat16()
-    half = fimprobe.measure(
+    half = measure_first(
         net, x.bfloat16(), likelihood="categorical", draws="exact", diagonals=True
     )
-    full = fimprobe.measure(
+    full = measure_first(
         copy.deepcopy(net).double(), x.bfloat16().double(), likelihood="categorical", draws="exact"
     )
     assert half.parameters["0.weight"].i1.diagonal["0.weight"].dtype == torch.float32
@@ -128,8 +135,8 @@ def test_float32_range_of_fourth_powers(factor):
     with torch.no_grad():
         net[2].weight *= factor  # gradients of the first layer scale with it
         net[0].bias.zero_()
-    single = fimprobe.measure(net, x, likelihood="gaussian", draws="exact")
-    double = fimprobe.measure(
+    single = measure_first(net, x, likelihood="gaussian", draws="exact")
+    double = measure_first(
         copy.deepcopy(net).double(), x.double(), likelihood="gaussian", draws="exact"
     )
     for n in ("0.weight", "0.bias"):
@@ -161,7 +168,7 @@ def test_masked_positions_carry_no_label(double):
     parts = [
         oracles.enumerate_fisher(case.model, (tokens[b : b + 1],), labels_at(b)) for b in range(4)
     ]
-    report = fimprobe.measure(case.model, tokens, likelihood="categorical", draws="exact", mask=mask)
+    report = measure_first(case.model, tokens, likelihood="categorical", draws="exact", mask=mask)
     for n in report.parameters:
         trace = sum(float(p[0][0][n].sum()) for p in parts) / 4
         variance = sum(float(p[1][0][n].sum()) for p in parts) / 4
@@ -178,7 +185,7 @@ def test_agrees_with_backpack_on_the_same_scores(name, double):
     case = CASES[name]()
     model = case.model.eval()
     sigma = 1.0
-    report = fimprobe.measure(
+    report = measure_first(
         model, case.inputs, likelihood=Gaussian(sigma), draws=1, diagonals=True, seed=11
     )
     extended = extend(copy.deepcopy(model), use_converter=False)
@@ -206,7 +213,7 @@ def test_chunks_of_1_and_3_and_all_agree(name, draws, double):
     for chunk in (1, 3, None):
         plan = Plan()
         for _ in range(2):  # the first measurement makes the plan
-            report = fimprobe.measure(
+            report = measure_first(
                 case.model.eval(), case.inputs, likelihood="categorical", draws=draws, plan=plan
             )
             plan.chunk = chunk
@@ -228,8 +235,8 @@ def test_float32_range_of_convolutions(factor):
     with torch.no_grad():
         net[2].weight *= min(1.0, 1 / factor)  # moderate logits
     options = {"likelihood": "categorical", "draws": "exact"}
-    have = fimprobe.measure(net, x, **options).parameters["0.weight"].i1
-    want = fimprobe.measure(copy.deepcopy(net).double(), x.double(), **options)
+    have = measure_first(net, x, **options).parameters["0.weight"].i1
+    want = measure_first(copy.deepcopy(net).double(), x.double(), **options)
     want = want.parameters["0.weight"].i1
     assert want.label_variance > 0
     assert have.label_variance / want.label_variance == pytest.approx(1, rel=1e-3)

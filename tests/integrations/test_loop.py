@@ -10,7 +10,13 @@ from torch import nn
 import fimprobe
 from fimprobe import FimprobeError
 
-EVERY = {"schedule": {"every": 1}, "tensorboard": False, "on_error": "raise"}
+EVERY = {
+    "schedule": {"every": 1},
+    "tensorboard": False,
+    "on_error": "raise",
+    "estimators": ["i1"],
+    "bounds": False,
+}
 KNOWN = {**EVERY, "likelihood": "categorical"}
 
 
@@ -52,31 +58,39 @@ def equal(report, want):
     assert (report.step, report.batch_size, report.draws) == (want.step, want.batch_size, want.draws)
     assert list(report.parameters) == list(want.parameters)
     for name, group in report.parameters.items():
-        for field in ("trace", "norm", "label_variance", "input_variance", "std_error"):
-            mine, its = getattr(group.i1, field), getattr(want.parameters[name].i1, field)
-            rel = 1e-3 if field == "input_variance" else 1e-4  # a difference of float32 sums
-            assert mine == pytest.approx(its, rel=rel, abs=1e-9), (name, field)
+        for kind in ("i1", "i2"):
+            one, other = getattr(group, kind), getattr(want.parameters[name], kind)
+            assert (one is None) == (other is None)
+            if one is None:
+                continue
+            for field in ("trace", "norm", "label_variance", "input_variance", "std_error"):
+                mine, its = getattr(one, field), getattr(other, field)
+                rel = 1e-3 if field == "input_variance" else 1e-4  # a difference of float32 sums
+                assert mine == pytest.approx(its, rel=rel, abs=1e-9), (name, kind, field)
 
 
 def expected(model, inputs, step, **options):
     """What the probe must report: one measurement of this model with the step's seed."""
-    options = {"likelihood": "categorical", "seed": 1_000_003 * step, "step": step, **options}
+    options = {"likelihood": "categorical", "estimators": ("i1",), "bounds": False, **options}
+    options |= {"seed": 1_000_003 * step, "step": step}
     return fimprobe.measure(model, inputs, **options)
 
 
-def test_a_plain_loop():
+@pytest.mark.parametrize("more", [{}, {"estimators": ("i1", "i2"), "bounds": True}])
+def test_a_plain_loop(more):
     net = mlp()
-    probe = fimprobe.attach(net, **EVERY)
+    probe = fimprobe.attach(net, EVERY, **{k: v if v is True else list(v) for k, v in more.items()})
     optimizer = sgd(net)
     for step in range(4):
         before = copy.deepcopy(net)
         optimizer.zero_grad()
         backward(net, step)
         optimizer.step()
-        equal(probe.last, expected(before, data(step)[0], step))
+        equal(probe.last, expected(before, data(step)[0], step, **more))
         assert probe.steps == len(probe.history) == step + 1
+        assert (probe.last.total.i2 is not None) == bool(more)
         with pytest.raises(AssertionError):  # the comparison sees one optimizer step
-            equal(probe.last, expected(net, data(step)[0], step))
+            equal(probe.last, expected(net, data(step)[0], step, **more))
     assert probe.likelihood.name == "categorical" and "softmax" in probe.decision
     probe.detach()
 
