@@ -61,10 +61,10 @@ def _errors(report: Report) -> list[str]:
     drawn = "exact labels" if report.draws is None else f"{pairs} (input, label) pairs"
     if need is not None and total.rel_error is not None:
         cause = ", from the choice of inputs alone" if report.draws is None else ""
-        pairs = "pairs of an input and a drawn label" if report.draws is None else "such pairs"
+        unit = "pairs of an input and a drawn label" if report.draws is None else "such pairs"
         lines.append(
             f"Î₁ of the whole model is off by {percent(total.rel_error)} at {report.batch_size} "
-            f"inputs with {drawn}{cause}; 10 % takes {count(need)} {pairs}."
+            f"inputs with {drawn}{cause}; 10 % takes {count(need)} {unit}."
         )
     worst = max(
         ((g.i1.draws_for(0.1) or 0.0, n) for n, g in report.layers.items() if g.i1.norm > 0),

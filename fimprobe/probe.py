@@ -262,12 +262,12 @@ class Probe:
                     f"labels of all {size} samples"
                 )
             return labels
-        labels = captured.kwargs.get("labels")
-        if isinstance(labels, Tensor):
+        given = captured.kwargs.get("labels")
+        if isinstance(given, Tensor):
             name = type(unwrap(self.model)).__name__
             if name.endswith(("ForCausalLM", "LMHeadModel")):  # position t predicts token t + 1
-                labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-            return labels
+                return torch.cat([given[:, 1:], torch.full_like(given[:, :1], -100)], 1)
+            return given
         if captured.outputs is None or captured.gradient is None:
             raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
         return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)

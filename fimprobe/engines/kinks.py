@@ -9,22 +9,23 @@ from typing import Any
 from torch import Tensor, nn
 
 _NODES = {
-    "Abs", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "Clamp", "ClampMax", "ClampMin",
-    "Elu", "FractionalMaxPool2D", "FractionalMaxPool3D", "Hardshrink", "Hardsigmoid", "Hardswish",
-    "Hardtanh", "LeakyRelu", "Max", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum",
-    "Median", "Min", "Minimum", "PreluKernel", "Relu", "RreluWithNoise", "Softshrink", "Sort",
+    "Abs", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "Aminmax", "Celu", "Clamp",
+    "ClampMax", "ClampMin", "Cummax", "Cummin", "Elu", "Fmax", "Fmin", "FractionalMaxPool2D",
+    "FractionalMaxPool3D", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "Kthvalue",
+    "LeakyRelu", "Max", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum", "Median", "Min",
+    "Minimum", "Nanmedian", "PreluKernel", "Relu", "RreluWithNoise", "Softshrink", "Sort",
     "Threshold", "Topk",
 }  # fmt: skip
 _MODULES = {
     "AdaptiveMaxPool1d": {"AdaptiveMaxPool2D"}, "AdaptiveMaxPool2d": {"AdaptiveMaxPool2D"},
-    "AdaptiveMaxPool3d": {"AdaptiveMaxPool3D"}, "CELU": {"Elu"}, "ELU": {"Elu"},
+    "AdaptiveMaxPool3d": {"AdaptiveMaxPool3D"}, "CELU": {"Celu"}, "ELU": {"Elu"},
     "FractionalMaxPool2d": {"FractionalMaxPool2D"}, "FractionalMaxPool3d": {"FractionalMaxPool3D"},
     "Hardshrink": {"Hardshrink"}, "Hardsigmoid": {"Hardsigmoid"}, "Hardswish": {"Hardswish"},
     "Hardtanh": {"Hardtanh"}, "LeakyReLU": {"LeakyRelu"}, "MaxPool1d": {"MaxPool2DWithIndices"},
     "MaxPool2d": {"MaxPool2DWithIndices"}, "MaxPool3d": {"MaxPool3DWithIndices"},
     "PReLU": {"PreluKernel"}, "RReLU": {"LeakyRelu", "RreluWithNoise"}, "ReLU": {"Relu"},
     "ReLU6": {"Hardtanh"}, "SELU": {"Elu"}, "Softshrink": {"Softshrink"},
-    "Threshold": {"Threshold"},
+    "Softsign": {"Abs"}, "Threshold": {"Threshold"},
 }  # fmt: skip
 """The nodes that each module's forward records."""
 

@@ -59,9 +59,7 @@ def test_sampled_draws_are_unbiased(name, draws, double):
     exact = measure_first(model, case.inputs, likelihood="categorical", draws="exact")
     seen: dict[str, list[float]] = {}
     for seed in range(150):
-        report = measure_first(
-            model, case.inputs, likelihood="categorical", draws=draws, seed=seed
-        )
+        report = measure_first(model, case.inputs, likelihood="categorical", draws=draws, seed=seed)
         for n, group in [*report.parameters.items(), ("total", report.total)]:
             e = group.i1
             for kind in ("trace", "label_variance", "input_variance", "total_label_variance"):
@@ -117,9 +115,7 @@ def test_float32_agrees_with_float64(name, double):
 def test_bfloat16_models_accumulate_in_float32():
     net, x = small(3)
     net = net.bfloat16()
-    half = measure_first(
-        net, x.bfloat16(), likelihood="categorical", draws="exact", diagonals=True
-    )
+    half = measure_first(net, x.bfloat16(), likelihood="categorical", draws="exact", diagonals=True)
     full = measure_first(
         copy.deepcopy(net).double(), x.bfloat16().double(), likelihood="categorical", draws="exact"
     )

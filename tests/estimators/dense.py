@@ -58,7 +58,9 @@ MAKERS = {
     "bernoulli 2": lambda: Setting(*bent(2), "bernoulli", oracles.bernoulli_labels),
     "bernoulli 3": lambda: Setting(*bent(3), "bernoulli", oracles.bernoulli_labels),
     "poisson": lambda: Setting(*bent(2), "poisson", lambda h: oracles.poisson_labels(h, 40)),
-    "gaussian": lambda: Setting(*bent(2), Gaussian(SIGMA), lambda h: oracles.gaussian_labels(h, SIGMA)),
+    "gaussian": lambda: Setting(
+        *bent(2), Gaussian(SIGMA), lambda h: oracles.gaussian_labels(h, SIGMA)
+    ),
 }
 
 

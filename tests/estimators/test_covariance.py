@@ -257,7 +257,9 @@ def reference(jacobian, logits):
         delta = [[(y == a) - p[a] for a in range(count)] for y in range(count)]
 
         def centred(vectors):
-            gram = [[sum(a * b for a, b in zip(x, y, strict=True)) ** 2 for y in vectors] for x in vectors]
+            gram = [
+                [sum(a * b for a, b in zip(x, y, strict=True)) ** 2 for y in vectors] for x in vectors
+            ]
             m = [sum(p[z] * gram[y][z] for z in range(count)) for y in range(count)]
             whole = sum(p[y] * m[y] for y in range(count))
             return [[gram[y][z] - m[y] - m[z] + whole for z in range(count)] for y in range(count)]
@@ -271,7 +273,9 @@ def reference(jacobian, logits):
         weighed = mp.matrix(
             [[mp.sqrt(p[y] * p[z]) * c[y][z] for z in range(count)] for y in range(count)]
         )
-        squares = [[sum(p[y] * g[y][i] ** k for y in range(count)) for i in range(width)] for k in (2, 4)]
+        squares = [
+            [sum(p[y] * g[y][i] ** k for y in range(count)) for i in range(width)] for k in (2, 4)
+        ]
         return {
             "covariance_norm": float(norm(c)),
             "covariance_spectral_norm": float(max(mp.eigsy(weighed, eigvals_only=True))),
