@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 CLEAR = 1.1
 """Estimators whose errors differ by less are called equal."""
 
+NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
+
 
 def make_advice(report: Report) -> list[str]:
     """The sentences, the most useful first."""
@@ -29,101 +31,143 @@ def make_advice(report: Report) -> list[str]:
     return lines
 
 
-def cost_ratio(report: Report) -> float | None:
-    """Measured cost of one (input, label) pair for diag Î₂ over that for Î₁, at this size."""
-    parts = report.seconds_by_part
-    if not {"forward", "i1", "i2 diagonal"} <= set(parts):
-        return None
-    return (parts["forward"] + parts["i2 diagonal"]) / (parts["forward"] + parts["i1"])
+def costs(report: Report) -> dict[str, float]:
+    """Seconds that this measurement took for the diagonal of each estimator, all pairs together.
 
-
-def better_estimator(group: GroupEstimates, cost: float) -> tuple[str, float] | None:
-    """The better of i1 and i2 at equal compute, and the other one's error over its own.
-
-    Errors go as √(variance of a pair × its cost).
+    All share the forward pass. Î₂ = F − R takes F as well: from Hutchinson's seeds, or from Î₁'s
+    passes where labels are exact.
     """
-    first, second = group.i1, group.i2
-    if second is None or first.total_variance is None or second.total_variance is None:
+    parts = report.seconds_by_part
+    fisher = "i1" if report.draws is None else "ih"
+    needs = {"i1": ["i1"], "i2": [fisher, "i2 diagonal"], "ih": ["ih"]}
+    return {
+        kind: sum(parts[n] for n in ("forward", *names))
+        for kind, names in needs.items()
+        if {"forward", *names} <= set(parts)
+    }
+
+
+def best_estimator(group: GroupEstimates, seconds: dict[str, float]) -> tuple[str, float] | None:
+    """The estimator with the least error at equal compute, and the next best one's error over its.
+
+    Errors go as √(variance of a pair × its cost). None unless two are known, one above zero.
+    """
+    errors = {}
+    for kind, cost in seconds.items():
+        estimate: Estimate | None = getattr(group, kind)
+        if estimate is not None and estimate.total_variance is not None:
+            errors[kind] = (max(estimate.total_variance, 0.0) * cost) ** 0.5
+    if len(errors) < 2 or not any(errors.values()):
         return None
-    ours, theirs = max(first.total_variance, 0.0), max(second.total_variance, 0.0) * cost
-    if ours == 0 and theirs == 0:
-        return None
-    if theirs <= ours:
-        return "i2", (ours / theirs) ** 0.5 if theirs > 0 else float("inf")
-    return "i1", (theirs / ours) ** 0.5 if ours > 0 else float("inf")
+    first, second = sorted(errors, key=lambda kind: errors[kind])[:2]
+    if errors[second] == 0:
+        return first, 1.0
+    return first, errors[second] / errors[first] if errors[first] > 0 else float("inf")
 
 
 def _errors(report: Report) -> list[str]:
     lines = []
     total = report.total.i1
+    if total.norm == 0:
+        return [_zero(report)]
     need = total.draws_for(0.1)
-    pairs = report.batch_size * (report.draws or 1)
-    drawn = "exact labels" if report.draws is None else f"{pairs} (input, label) pairs"
     if need is not None and total.rel_error is not None:
-        cause = ", from the choice of inputs alone" if report.draws is None else ""
-        unit = "pairs of an input and a drawn label" if report.draws is None else "such pairs"
+        pairs = f"{count(need)} (input, label) pairs"
+        size = _plural(report.batch_size, "input")
+        if report.draws is None:
+            how = f"{size} with exact labels, from the choice of inputs alone; with drawn labels"
+        else:
+            how = f"{size} with {_plural(report.draws, 'drawn label')} each"
+            how += f" ({_plural(report.batch_size * report.draws, 'pair')})"
+            if report.batch_size == 1:
+                how += ", seen at that input alone"
+        joint = " an error of" if report.draws is None else "; an error of"
         lines.append(
-            f"Î₁ of the whole model is off by {percent(total.rel_error)} at {report.batch_size} "
-            f"inputs with {drawn}{cause}; 10 % takes {count(need)} {unit}."
+            f"Î₁ of the whole model is off by {percent(total.rel_error)} at {how}{joint} 10 % takes "
+            f"{pairs}."
         )
-    worst = max(
-        ((g.i1.draws_for(0.1) or 0.0, n) for n, g in report.layers.items() if g.i1.norm > 0),
-        default=(0.0, ""),
-    )
+    groups = [(n, g) for n, g in report.layers.items() if g.i1.norm > 0]
+    worst = max(((g.i1.draws_for(0.1) or 0.0, n) for n, g in groups), default=(0.0, ""))
     if worst[0] > 0 and len(report.layers) > 1:
-        lines.append(f"The layer that needs most is {worst[1]!r}: {count(worst[0])} pairs.")
+        lines.append(
+            f"The layer that needs most for 10 % is {worst[1]!r}: {count(worst[0])} (input, label) "
+            "pairs."
+        )
+    dead = [repr(n) for n, g in report.layers.items() if g.i1.norm == 0]
+    if dead:
+        lines.append(
+            f"No gradient reaches {_some(dead)} at these inputs: its Fisher information is zero."
+        )
     return lines
+
+
+def _zero(report: Report) -> str:
+    if report.draws is None:
+        return (
+            "Î₁ of the whole model is zero, whatever the label: the outputs are saturated, or mask= "
+            "leaves no label."
+        )
+    return (
+        "Î₁ of the whole model is zero: none of the drawn labels has a gradient. The outputs are "
+        "saturated (draws='exact' sees the labels that are never drawn), or mask= leaves no label."
+    )
 
 
 def _choice(report: Report) -> list[str]:
     """Which estimator, by layer, at equal compute."""
-    cost = cost_ratio(report)
-    if cost is None:
+    if report.total.i1.norm == 0:
         return []
-    wins: dict[str, list[str]] = {"i1": [], "i2": []}
+    seconds = costs(report)
+    wins: dict[str, list[str]] = {kind: [] for kind in ("i2", "ih", "i1")}
     lines, known = [], False
     for name, group in report.layers.items():
-        found = better_estimator(group, cost)
+        found = best_estimator(group, seconds)
         known = known or found is not None
         if found is not None and found[1] >= CLEAR:
-            gain = "no error" if found[1] == float("inf") else f"{found[1]:.2g}× less error"
+            gain = "no variance seen" if found[1] == float("inf") else f"{found[1]:.2g}×"
             wins[found[0]].append(f"{name!r} ({gain})")
-    price = f"at equal compute (a diagonal of Î₂ costs {cost:.2g} times one of Î₁ here)"
-    parts = [
-        f"{label} in {_some(wins[kind])}"
-        for kind, label in (("i2", "Î₂"), ("i1", "Î₁"))
-        if wins[kind]
-    ]
+    others = [k for k in ("i2", "ih") if k in seconds and getattr(report.total, k) is not None]
+    told = ", ".join(f"{NAMES[k]} {seconds[k] / seconds['i1']:.2g}×" for k in others if known)
+    price = f"at equal compute ({told} the time of Î₁ for a diagonal, as measured here)"
+    parts = [f"{NAMES[kind]} in {_some(names)}" for kind, names in wins.items() if names]
     if parts:
-        lines.append(f"More accurate {price}: {'; '.join(parts)}.")
+        lines.append(
+            f"Least error {price}: {'; '.join(parts)}. In brackets: the next best's error over its."
+        )
     elif known:
-        lines.append(f"Î₁ and Î₂ err alike {price}.")
-    silent = [n for n, g in report.layers.items() if g.i2 is not None and g.i2.label_variance == 0]
+        labels = ["Î₁", *(NAMES[k] for k in others)]
+        lines.append(f"{' and '.join(labels)} err alike {price}.")
+    silent = [
+        repr(n)
+        for n, g in report.layers.items()
+        if g.i2 is not None and g.i2.label_variance == 0 and g.i1.norm > 0
+    ]
     if silent:
         lines.append(
-            f"Labels add no variance to the diagonal of Î₂ in {_some([repr(n) for n in silent])}."
+            f"Labels add no variance to the diagonal of Î₂ in {_some(silent)}: it equals that of F."
         )
     return lines
 
 
 def _labels(report: Report) -> list[str]:
+    """Where the variance comes from, and S* = √(V_y/V_x) labels for each input."""
     labels, inputs = report.total.i1.label_variance, report.total.i1.input_variance
-    if labels is None or inputs is None or report.draws is None:
+    if labels is None or inputs is None or report.draws is None or report.total.i1.norm == 0:
         return []
     labels, inputs = max(labels, 0.0), max(inputs, 0.0)  # estimates: noise takes them below 0
     if labels + inputs == 0:
         return []
-    best = max((labels / inputs) ** 0.5, 1.0) if inputs > 0 else float("inf")
-    side = (
-        "drawing more labels for each input helps"
-        if best > 2 * report.draws
-        else "take more inputs rather than more labels for each"
-    )
-    number_of = f" ({best:.2g} labels for each are best where both cost the same)"
-    return [
-        f"Drawn labels cause {100 * labels / (labels + inputs):.0f} % of the variance of one (input, "
-        f"label) pair; {side}{number_of if inputs > 0 else ''}."
-    ]
+    share = f"Drawn labels cause {100 * labels / (labels + inputs):.0f} % of the variance of one pair"
+    if inputs == 0:
+        return [f"{share}: more labels for each input (draws=) help as much as more inputs."]
+    best = max((labels / inputs) ** 0.5, 1.0)
+    if best > 1.5 * report.draws:
+        do = f"draws={count(best)} is best"
+    elif report.draws > 1.5 * best:
+        do = f"draws={count(best)} with more inputs is best"
+    else:
+        do = f"draws={report.draws} is near the best, and more inputs lower the error"
+    return [f"{share}. Where an input costs as much as a label, {do}."]
 
 
 def _weights(report: Report) -> list[str]:
@@ -157,7 +201,7 @@ def _weights(report: Report) -> list[str]:
 
 def _violations(report: Report) -> list[str]:
     """Measured values above their bounds: an error of ours, to be reported."""
-    found = []
+    found: list[str] = []
     for name, group in {**report.parameters, **report.layers, "the model": report.total}.items():
         for kind in ("i1", "i2"):
             e: Estimate | None = getattr(group, kind)
@@ -168,7 +212,9 @@ def _violations(report: Report) -> list[str]:
             # norms from probed Gram matrices are themselves estimates: only gross ones are told
             factor = 1.001 if kind == "i1" else 2.0
             if value is not None and bound is not None and value > factor * (bound + slack) > 0:
-                found.append(f"{name} ({kind}: {number(value)} > {number(bound)})")
+                equation = "(17)" if kind == "i1" else "(18)"
+                told = f"‖Cov {NAMES[kind]}‖ = {number(value)}, bound {equation} {number(bound)}"
+                found.append(f"{name} ({told})")
     if not found:
         return []
     return [f"VIOLATED BOUND in {_some(found)}: this cannot be; please report it with the model."]
@@ -185,6 +231,10 @@ def _probes(report: Report) -> list[str]:
         f"Random probes add {percent(share)} of noise to Î₂'s label variance; "
         "second_order={'probes': K} with a larger K lowers it as 1/√K."
     ]
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
 def _some(names: list[str], most: int = 8) -> str:
