@@ -43,9 +43,18 @@ def natural_gradient(monkeypatch):
     return module
 
 
+@pytest.fixture
+def variance_along_training(monkeypatch):
+    """The example, with few measurements."""
+    module = load("variance_along_training")
+    monkeypatch.setattr(module, "EARLY", (0.5,))
+    return module
+
+
 ARGUMENTS = {
     "penalties": ["--seeds", "2", "--epochs", "1"],
     "natural_gradient": ["--seeds", "2", "--steps", "3"],
+    "variance_along_training": ["--seeds", "2", "--epochs", "1", "--width", "5", "--inputs", "12"],
 }
 
 
@@ -179,3 +188,77 @@ def test_less_noise_descends_further(natural_gradient):
         exact = left[natural_gradient.EXACT, 0]
         assert left["Î₂", 1] == pytest.approx(exact, rel=1e-6)
         assert max(exact, left["Î₁", 64]) < 0.9 * left["Î₁", 1]
+
+
+# variance along training
+
+
+def enumerated(model, inputs, names):
+    """Sums over the diagonals of some parameters by enumerated labels, dense J, H, I and M.
+
+    Then the variance of the last of them from one sign vector u: Var uᵀSu = 2(‖S‖² − ‖diag S‖²).
+    """
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+    shapes = [parameters[n].shape for n in names]
+    theta = torch.cat([parameters[n].flatten() for n in names])
+    mean, diagonal = torch.zeros(8, dtype=torch.float64), 0
+    for x in inputs:
+
+        def outputs(theta, x=x):
+            parts = theta.split([s.numel() for s in shapes])
+            own = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
+            return torch.func.functional_call(model, parameters | own, (x,))
+
+        jacobian = torch.func.jacrev(outputs)(theta)
+        bends = torch.func.hessian(outputs)(theta).diagonal(dim1=1, dim2=2)
+        p = torch.softmax(outputs(theta), 0)
+        delta = torch.eye(10).double() - p  # a row for each label
+        squares = (delta @ jacobian).square()
+        f = p @ squares
+        information = torch.diag(p) - torch.outer(p, p)
+        pairs = (delta[:, :, None] * delta[:, None, :]).flatten(1) - information.flatten()
+        moment = pairs.T @ (p[:, None] * pairs)
+        gram, largest = bends @ bends.T, torch.linalg.eigvalsh(information)[-1]
+        spread = gram.square().sum() - gram.diagonal().square().sum()
+        found = [
+            f.sum(),
+            0,
+            (p @ squares.square() - f.square()).sum(),
+            jacobian.square().sum(0).square().sum() * torch.linalg.eigvalsh(moment)[-1],
+            (f * (squares.amax(0) - f)).sum(),
+            (p @ (delta @ bends).square()).sum(),
+            gram.trace() * largest,
+            2 * spread * largest.square(),
+        ]
+        mean += torch.tensor([float(v) for v in found], dtype=torch.float64) / len(inputs)
+        diagonal = diagonal + f / len(inputs)
+    mean[1] = diagonal.norm()
+    return mean.tolist()
+
+
+def test_variances_and_bounds_are_those_of_enumerated_labels(variance_along_training):
+    torch.manual_seed(0)
+    model = variance_along_training.make_mlp("sigmoid", 2).double()
+    inputs = torch.rand(3, 64).double()
+    layers = variance_along_training.measure(model, inputs.repeat(300, 1))
+    for index, layer in zip((0, 2, 4, 6), layers, strict=True):
+        *wanted, bound, variance = enumerated(model, inputs, [f"{index}.weight", f"{index}.bias"])
+        assert list(layer[:-1]) == pytest.approx(wanted, rel=1e-6, abs=0)
+        assert abs(layer.v2_spectral - bound) <= 4 * (variance / 900) ** 0.5 < 0.3 * bound + 1e-300
+
+
+def test_times_medians_and_what_has_no_variance(variance_along_training):
+    module = variance_along_training
+    for activation, silent in (("sigmoid", [3]), ("relu", [0, 1, 2, 3])):
+        found = module.run(seeds=3, epochs=2, lr=1e-2, activation=activation, width=4, inputs=6)
+        assert [p.epoch for p in found[0]] == [0, 0.5, 1, 2]
+        assert [i for i in range(4) if module.has_no_variance(found, i)] == silent
+        for i in range(4):
+            zeros = {p.layers[i].v2 for points in found for p in points} == {0.0}
+            assert zeros == (i in silent)
+        for layer in (x for points in found for p in points for x in p.layers):
+            assert min(layer.looseness[:2]) > 0 and math.isnan(layer.looseness[2]) == (layer.v2 == 0)
+        text = module.summarise(found)
+        assert text.count("V2 is exactly 0 in each of 12 measurements") == len(silent)
+        last = sorted(points[-1].accuracy for points in found)
+        assert module.over_seeds(found, lambda p: p.accuracy)[-1] == (2, last[1], last[0], last[2])
