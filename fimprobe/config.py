@@ -90,6 +90,14 @@ class Config(_Section):
     on_error: Literal["warn", "raise"] = "warn"
     seed: int = 0
 
+    @field_validator("estimators", mode="before")
+    @classmethod
+    def _listed(cls, estimators: Any) -> Any:
+        """As :func:`fimprobe.measure` takes them: one name, or a tuple too."""
+        if isinstance(estimators, (tuple, set, frozenset)):
+            return list(estimators)
+        return [estimators] if isinstance(estimators, str) else estimators
+
     @field_validator("likelihood")
     @classmethod
     def _known(cls, likelihood: Any) -> Any:
@@ -141,6 +149,9 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
 def _explain(error: ValidationError, where: dict[tuple[Any, ...], str]) -> str:
     lines, seen = [], set()
     for problem in error.errors():
+        branch = _is_tag(problem["loc"][-1]) if problem["loc"] else False
+        if branch and problem["type"] == "literal_error" and isinstance(problem["input"], dict):
+            continue  # a mapping was meant: what is wrong inside of it says more
         loc = tuple(part for part in problem["loc"] if part in ("",) or not _is_tag(part))
         name = ".".join(map(str, loc))
         if problem["type"] == "extra_forbidden":

@@ -85,8 +85,8 @@ def measure(
     family = get_likelihood(likelihood)
     count = _check_draws(draws)
     ask = check_options(estimators, second_order, bounds, engine, labels)
-    if not memory_mb > 0:
-        raise FimprobeError(f"memory_mb={memory_mb!r} is no ceiling; pass megabytes above 0")
+    _check_numbers(memory_mb, seed)
+    _check_mask_and_output(mask, output)
     if not isinstance(model, nn.Module):
         raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
     if not trainable(model):
@@ -168,6 +168,11 @@ def check_options(
     if labels is None and "empirical" in wanted:
         raise FimprobeError(
             "estimators holds 'empirical', which is made of the data's labels; pass labels="
+        )
+    if labels is not None and "empirical" not in wanted:
+        raise FimprobeError(
+            f"labels are given, but estimators={estimators!r} has no use for them: labels are drawn "
+            "from the model. Add 'empirical' to estimators, or leave labels out"
         )
     if not isinstance(bounds, bool):
         raise FimprobeError(f"bounds={bounds!r} is no switch; use True or False")
@@ -269,6 +274,28 @@ def _check_draws(draws: Any) -> int | None:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise FimprobeError(f"draws={draws!r} is no number of labels; pass 1, 2, ... or 'exact'")
     return draws
+
+
+def _check_numbers(memory_mb: Any, seed: Any) -> None:
+    number = isinstance(memory_mb, (int, float)) and not isinstance(memory_mb, bool)
+    if not number or not 0 < memory_mb < float("inf"):
+        raise FimprobeError(f"memory_mb={memory_mb!r} is no ceiling; pass megabytes above 0")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise FimprobeError(f"seed={seed!r} is no seed; pass a whole number of 64 bits")
+
+
+def _check_mask_and_output(mask: Any, output: Any) -> None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise FimprobeError(
+            f"mask={kind} is no boolean tensor; pass one with an entry for each label, False where "
+            "there is none, such as attention_mask.bool()"
+        )
+    if output is not None and not callable(output):
+        raise FimprobeError(
+            f"output={output!r} is no function; pass one from what the model returns to the outputs "
+            "[B, ...]"
+        )
 
 
 @contextmanager

@@ -71,6 +71,14 @@ class Probe:
                 "the model has no trainable parameters (requires_grad is False everywhere); "
                 "nothing to measure"
             )
+        for name, given in (("mask", mask), ("labels", labels), ("output", output)):
+            if given is not None and not callable(given):
+                takes = (
+                    "what the model returns" if name == "output" else "the forward's (args, kwargs)"
+                )
+                raise FimprobeError(
+                    f"{name}={type(given).__name__} is no function; pass one from {takes} to a tensor"
+                )
         self._key = id(unwrap(model))
         if self._key in _probed:
             raise FimprobeError(

@@ -77,6 +77,10 @@ class Problem:
     def forward(self, batch: Batch) -> Tensor:
         """The outputs for a part of the batch, checked."""
         h = self.outputs(self.twin(*batch.args, **batch.kwargs))
+        if not isinstance(h, Tensor):
+            raise FimprobeError(
+                f"output= returns {type(h).__name__}; let it return the tensor of outputs [B, ...]"
+            )
         if h.dim() == 0 or h.shape[0] != batch.size:
             raise FimprobeError(
                 f"the outputs have shape {tuple(h.shape)}, but the batch holds {batch.size} "
