@@ -23,6 +23,7 @@ from fimprobe.engines.pull import Curve, Pull, Site
 from fimprobe.engines.replay import module_direction
 from fimprobe.engines.seeds import Seeds
 from fimprobe.engines.signs import signs
+from fimprobe.engines.straight import piecewise_linear
 from fimprobe.engines.tape import Replayed, Tape, along_batch, batch_first, from_batch_first
 
 Calls = list[tuple[Replayed, dict[str, Tensor]]]
@@ -68,10 +69,12 @@ class Bender:
         at_edges: list[Tensor | None],
         at_parameters: list[Tensor | None] | None = None,
         inputs: bool = True,
+        straight: bool = False,
     ) -> Curve:
         """Derivatives of δ at the edges, and of the sources' inputs, along a direction held fixed.
 
-        s = ⟨direction, δ⟩; ∂s/∂z is δ's derivative, ∂s/∂δ_x that of the input x.
+        s = ⟨direction, δ⟩; ∂s/∂z is δ's derivative (zero where ``straight``), ∂s/∂δ_x that of the
+        input x.
         """
         first = self.first[seed]
         directions = [*at_edges, *[None] * self.sources, *(at_parameters or [])]
@@ -82,17 +85,20 @@ class Bender:
         ]
         middle = first[self.edges : self.edges + self.sources]
         wanted = [m for m in middle if m is not None and m.requires_grad] if inputs else []
-        if not pairs or not (self.edges or wanted):
+        edges = [] if straight else self.tape.edges
+        if not pairs or not (edges or wanted):
             return Curve([None] * self.edges, [None] * self.sources)
         found: list[Tensor | None] = list(
             torch.autograd.grad(
                 [d for d, _ in pairs],
-                [*self.tape.edges, *wanted],
+                [*edges, *wanted],
                 [v for _, v in pairs],
                 retain_graph=True,
                 allow_unused=True,
             )
         )
+        if straight:
+            found = [*[None] * self.edges, *found]
         if not inputs:
             return Curve(found, [None] * self.sources)
         later = iter(found[self.edges :])
@@ -155,7 +161,12 @@ def measure_curvature(
     seed = problem.draws.seed
     labels = second.shape[1]  # the other seeds serve the bounds
     curved = count if exact else labels  # seeds whose diagonals are wanted
-    if not problem.ask.exact:
+    # then each layer's own block of R is zero, unless it meets itself
+    straight = not replayed and not partners and piecewise_linear(h, tape)
+    if straight:
+        for s in sums.values():
+            s.add_straight(None if problem.ask.exact else problem.ask.probes)
+    elif not problem.ask.exact:
         # R's diagonal: K probes of random signs at the layers' outputs
         first = [
             [
@@ -215,13 +226,12 @@ def measure_curvature(
             else None
         )
         plain = _directions(problem, tape, site, along, None, calls, names, size, given=live)
-        flipped = _directions(
-            problem, tape, site, along, flips, calls, names, size, given=turned_live
-        )
-        ahead = [bender.bend(y, plain) for y in range(count)]
-        straight = all(e is None for c in ahead for e in c.edges)  # piecewise linear: no blocks
+        ahead = [bender.bend(y, plain, straight=straight) for y in range(count)]
         other = ahead
-        if partners or not straight:
+        if not straight:
+            flipped = _directions(
+                problem, tape, site, along, flips, calls, names, size, given=turned_live
+            )
             other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)

@@ -89,6 +89,13 @@ class CurvatureSums:
                 if products:
                     self._products(torch.stack(products, 1), samples, y)
 
+    def add_straight(self, probes: int | None) -> None:
+        """R's diagonal is zero, whatever the probes (None: exact)."""
+        self.chunk["trace"] = self.zeros(self.size, self.count)
+        self.chunk["square"] = self.zeros(self.size, self.count)
+        if probes is not None:
+            self.chunk["probe_squares"] = self.zeros(self.size, self.count, probes)
+
     def add_exact(self, y: int, diagonal: Tensor | None, samples: slice) -> None:
         """R's diagonal of one seed as it is: [b, *shape]."""
         if "trace" not in self.chunk:
