@@ -13,6 +13,8 @@ from torch import nn
 import fimprobe
 
 EVERY = {"schedule": {"every": 1}, "tensorboard": False}
+LEAN = {**EVERY, "estimators": ("i1",), "bounds": False}
+ALL = ("i1", "i2", "ih", "empirical")
 
 
 def convnet():
@@ -114,10 +116,19 @@ def without():
     return run(None)
 
 
-@pytest.mark.parametrize("likelihood", ["auto", "categorical"])
-@pytest.mark.parametrize("draws", [2, "exact"])
-def test_training_is_bit_identical(draws, likelihood, without):
-    assert same(run({**EVERY, "draws": draws, "likelihood": likelihood}), without)
+@pytest.mark.parametrize(
+    "options",
+    [
+        EVERY,
+        {**EVERY, "estimators": ALL, "draws": "exact", "likelihood": "categorical"},
+        {**EVERY, "estimators": ALL, "second_order": "exact", "engine": "backpack"},
+        {**LEAN, "likelihood": "categorical"},
+        {**LEAN, "draws": "exact"},
+    ],
+    ids=["defaults", "everything", "everything, BackPACK", "known likelihood", "exact labels"],
+)
+def test_training_is_bit_identical(options, without):
+    assert same(run(options), without)
 
 
 def test_training_is_bit_identical_with_tensorboard(tmp_path, without):
@@ -157,8 +168,8 @@ def test_memory_does_not_grow():
     net = mlp(64)
     x, y = data(64, 64)
     probe = fimprobe.attach(net, **EVERY)
-    train(net, 100, x, y)
+    train(net, 50, x, y)
     before = resident()
-    train(net, 500, x, y)
-    assert resident() - before < 20 and len(probe.history) == 600
+    train(net, 150, x, y)
+    assert resident() - before < 6 and len(probe.history) == 200
     probe.detach()

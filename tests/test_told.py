@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_harmless import EVERY, data, mlp, same, streams, train
+from test_harmless import LEAN as EVERY
+from test_harmless import data, mlp, same, streams, train
 from torch import nn
 
 import fimprobe

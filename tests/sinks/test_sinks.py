@@ -79,9 +79,8 @@ def test_show_and_check_explain_mistakes(tmp_path, capsys):
 def test_layers_are_chosen_by_pattern_and_number(tmp_path):
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     layers = {"include": ["[0-3]"], "exclude": ["2"], "top": 2}
-    with fimprobe.attach(
-        net, likelihood="categorical", log_dir=tmp_path, layers=layers, schedule={"every": 1}
-    ) as probe:
+    options = {"likelihood": "categorical", "estimators": ("i1",), "bounds": False}
+    with fimprobe.attach(net, log_dir=tmp_path, layers=layers, **options) as probe:
         probe.step(torch.randn(8, 4))
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -106,7 +105,7 @@ def test_a_sink_of_ones_own_and_one_that_fails(caplog):
             raise OSError("disk full")
 
     mine, net = Mine(), nn.Linear(3, 2)
-    options = {"likelihood": "categorical", "tensorboard": False, "schedule": {"every": 1}}
+    options = {"likelihood": "categorical", "tensorboard": False, "estimators": ("i1",)}
     with fimprobe.attach(net, sinks=[Broken(), mine], **options) as probe:
         for _ in range(3):
             probe.step(torch.randn(4, 3))
