@@ -30,7 +30,8 @@ from fimprobe.likelihoods.infer import (
 )
 from fimprobe.likelihoods.labels import REMEDY as LABELS
 from fimprobe.likelihoods.labels import labels_from_gradient
-from fimprobe.measurement import measure, select_outputs
+from fimprobe.measurement import measure
+from fimprobe.options import select_outputs
 from fimprobe.report import Report
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink

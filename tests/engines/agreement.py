@@ -6,7 +6,7 @@ from fimprobe.batch import Batch
 from fimprobe.engines.plan import make_plan, measure_planned
 from fimprobe.engines.problem import Problem
 from fimprobe.likelihoods import get_likelihood
-from fimprobe.measurement import select_outputs
+from fimprobe.options import select_outputs
 from fimprobe.twin import make_twin
 from fimprobe.types import Draws
 

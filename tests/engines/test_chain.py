@@ -17,7 +17,7 @@ from fimprobe.batch import Batch
 from fimprobe.engines.chain import chain_bounds
 from fimprobe.engines.problem import Problem
 from fimprobe.likelihoods import Gaussian
-from fimprobe.measurement import select_outputs
+from fimprobe.options import select_outputs
 from fimprobe.twin import make_twin
 from fimprobe.types import BatchError, Draws
 

@@ -20,7 +20,7 @@ from fimprobe.engines.seeds import curvature_seeds, label_seeds
 from fimprobe.engines.signs import signs
 from fimprobe.estimators.i2 import block_gram, label_variance, probe_error, whole_gram
 from fimprobe.likelihoods import Gaussian, get_likelihood
-from fimprobe.measurement import select_outputs
+from fimprobe.options import select_outputs
 from fimprobe.twin import make_twin
 from fimprobe.types import Draws, Pass
 
