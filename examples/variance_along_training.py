@@ -15,8 +15,8 @@ Medians of 5 seeds with torch 2.13, accuracy going from 11 to 95 %, mean confide
 - Hidden layers: that Î₂ varies less, as in the paper's toy experiment, is not so here. V2 is 56,000,
   980 and 37 times V1 in layers 1, 2, 3 at the start, two to ten times as much of it within two
   epochs, and 0.8, 2.2 and 5.0 times V1 at the end: V1 is of fourth order in what little signal the
-  sigmoids pass back, V2 of second. Î₂ becomes the better one in layer 1 only, from epoch 16 to 19
-  on in four seeds of five.
+  sigmoids pass back, V2 of second. Î₂ gets ahead in layer 1 only, first at epochs 16 to 19, in four
+  seeds of five.
 - Confidence: √V1/‖diag F‖, the relative error from one label, grows in every layer, from 1.0 to 2.6
   at the start to 5.7 to 7.7. In the last layer V1 itself falls, but F falls faster. Î₂'s relative
   error falls in layers 1 and 2 (340 to 6.7, 36 to 8.6) and rises in layer 3 (6 to 15).
