@@ -28,9 +28,10 @@ from fimprobe.options import (
     check_options,
     select_outputs,
 )
+from fimprobe.ranks import Alone, Ranks
 from fimprobe.report import Report, make_report
 from fimprobe.twin import make_twin, trainable, unwrap
-from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood
+from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood, Measured
 
 
 def measure(
@@ -51,6 +52,7 @@ def measure(
     seed: int = 0,
     step: int = 0,
     plan: Plan | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Measure estimators of the Fisher information, their variances and the bounds on them.
 
@@ -78,6 +80,8 @@ def measure(
         seed: the same seed draws the same labels at any chunking and on any device.
         step: number that the report carries.
         plan: what an earlier measurement of this model found out (it is verified, then reused).
+        ranks: the processes that call this together, each with its share of the batch (see
+            :func:`fimprobe.ranks.join`); all of them get the report of the whole.
 
     Raises:
         FimprobeError: naming the argument, its value and the remedy.
@@ -103,51 +107,37 @@ def measure(
             "the model has no trainable parameters (requires_grad is False everywhere); nothing "
             "to measure"
         )
-    batch = Batch.of(inputs)
-    if batch.size == 1 and count == 1:
+    shared: Ranks = ranks or Alone()
+    batch: Batch
+
+    def checked() -> int:
+        nonlocal batch
+        batch = Batch.of(inputs)
+        return batch.size
+
+    sizes = shared.together(checked)
+    if sum(sizes) == 1 and count == 1:
         raise BatchError(
             "a batch of one with draws=1 has no variance to measure; pass draws=2 or more inputs"
         )
-    chain: dict[str, LayerBound] = {}
-    with _undisturbed(model, seed):
-        twin = make_twin(model)
-        problem = Problem(
-            twin=twin,
-            batch=batch.to(next(p.dtype for p in twin.parameters())),
-            likelihood=family,
-            draws=Draws(count, seed),
-            outputs=output or select_outputs,
-            mask=mask,
-            memory_mb=memory_mb,
-            diagonals=diagonals,
-            ask=ask,
-        )
-        if labels is not None:
-            check_labels(problem)
-        plan = plan if plan is not None else Plan()
-        if not plan.verified or (plan.verified == 1 and batch.size > 1):
-            fresh = make_plan(problem)
-            plan.__dict__.update(fresh.__dict__)
-        if ask.i2 and (not plan.curved or (plan.curved == 1 and batch.size > 1)):
-            check_curvature(problem, plan)
-        if plan.uncurved and ask.i2:
-            problem.ask = replace(ask, i2=False, exact=False)
-        if engine == "backpack":
-            check_backpack(problem, plan, second_order=False)
-        if ask.exact:
-            check_backpack(problem, plan, second_order=True)
-        measured = measure_planned(problem, plan)
-        if engine == "backpack":
-            from fimprobe.engines import backpack
 
-            known = measured.moments["i1"].parameters
-            measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
-            for name, moments in measured.moments["i1"].parameters.items():
-                moments.top_sum = known[name].top_sum  # max over labels: not among its moments
-        if plan.uncurved and ask.i2:
-            measured.notes.append(plan.uncurved)
-        if bounds:
-            chain = chain_bounds(problem, problem.batch)
+    def share() -> tuple[Measured, Mapping[str, LayerBound]]:
+        with _undisturbed(model, seed):
+            twin = make_twin(model)
+            problem = Problem(
+                twin=twin,
+                batch=batch.to(next(p.dtype for p in twin.parameters())),
+                likelihood=family,
+                draws=Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes)),
+                outputs=output or select_outputs,
+                mask=mask,
+                memory_mb=memory_mb,
+                diagonals=diagonals,
+                ask=ask,
+            )
+            return _measure_share(problem, plan if plan is not None else Plan(), engine)
+
+    measured, chain = shared.combine(share)
     if not measured.moments["i1"].parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
     report = make_report(
@@ -161,6 +151,36 @@ def measure(
     )
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
+
+
+def _measure_share(
+    problem: Problem, plan: Plan, engine: str
+) -> tuple[Measured, Mapping[str, LayerBound]]:
+    """What this process's samples say."""
+    ask, size = problem.ask, problem.batch.size
+    if ask.labels is not None:
+        check_labels(problem)
+    if not plan.verified or (plan.verified == 1 and size > 1):
+        plan.__dict__.update(make_plan(problem).__dict__)
+    if ask.i2 and (not plan.curved or (plan.curved == 1 and size > 1)):
+        check_curvature(problem, plan)
+    if plan.uncurved and ask.i2:
+        problem.ask = replace(ask, i2=False, exact=False)
+    if engine == "backpack":
+        check_backpack(problem, plan, second_order=False)
+    if ask.exact:
+        check_backpack(problem, plan, second_order=True)
+    measured = measure_planned(problem, plan)
+    if engine == "backpack":
+        from fimprobe.engines import backpack
+
+        known = measured.moments["i1"].parameters
+        measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
+        for name, moments in measured.moments["i1"].parameters.items():
+            moments.top_sum = known[name].top_sum  # max over labels: not among its moments
+    if plan.uncurved and ask.i2:
+        measured.notes.append(plan.uncurved)
+    return measured, chain_bounds(problem, problem.batch) if ask.bounds else {}
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -32,7 +32,9 @@ from fimprobe.likelihoods.labels import REMEDY as LABELS
 from fimprobe.likelihoods.labels import labels_from_gradient
 from fimprobe.measurement import measure
 from fimprobe.options import select_outputs
+from fimprobe.ranks import Alone, Ranks, join
 from fimprobe.report import Report
+from fimprobe.schedule import Agreed, Budget
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink
 from fimprobe.twin import trainable, unwrap
@@ -44,6 +46,17 @@ PATIENCE = 20
 """Training batches that likelihood="auto" may look at before it gives up."""
 
 Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+class Share(NamedTuple):
+    """What one process measures."""
+
+    batch: Batch
+    mask: Tensor | None
+    labels: Tensor | None
+    estimators: Sequence[str]
+
+
 _probed: set[int] = set()
 
 
@@ -88,6 +101,7 @@ class Probe:
             )
         self.model = model
         self.config = config or Config()
+        self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
         self.steps = 0
         self.likelihood: Likelihood | None = None
@@ -100,10 +114,12 @@ class Probe:
         self._memory = MemorySink()
         self._sinks: list[Sink] = [self._memory, *(sinks or [])]
         self._told: set[str] = set()
+        self._failure: Exception | None = None
         self._asked = 0
         self._without_batch = 0
         self._last_end = time.perf_counter()
         self._closers: list[Callable[[], None]] = []
+        self._join()
         self.log_dir = self._open_sinks()
         self._settle_likelihood()
         self._capture = Capture(model, self._watch)
@@ -159,17 +175,17 @@ class Probe:
         failed, self._capture.failed = self._capture.failed, None
         if captured is None and inputs is None and failed is None:
             self._no_batch()
-            return None
+            if self.ranks.size == 1:  # several processes have to count alike
+                return None
         started = time.perf_counter()
         step, self.steps = self.steps, self.steps + 1
         report = None
         try:
-            if failed is not None and self.active:
-                raise failed
+            self._failure = self._failure or failed
             if self.active and self.likelihood is None and captured is not None:
-                self._ask(captured)
+                self._try(lambda: self._ask(captured))
             due = inputs is not None or self.schedule.due(step)
-            if self.active and self.likelihood is not None and due:
+            if self.active and (due or (self._failure is not None and self.ranks.size == 1)):
                 report = self._measure(step, captured, inputs)
         except BatchError as error:
             if self.config.on_error == "raise":
@@ -192,15 +208,65 @@ class Probe:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _measure(self, step: int, captured: Captured | None, inputs: Any) -> Report:
+    def _measure(self, step: int, captured: Captured | None, inputs: Any) -> Report | None:
+        """One report of all processes' batches; None where the likelihood is not known yet."""
+        share: Share | None = None
+
+        def prepare() -> str | None:
+            nonlocal share
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+            if self.likelihood is None:
+                return None
+            share = self._share_of(step, captured, inputs)
+            return f"{self.likelihood.name} at step {step}"
+
+        told = self.ranks.together(prepare)
+        if None in told or share is None:
+            return None
+        if len(set(told)) > 1:
+            raise FimprobeError(f"the processes do not measure the same: {', '.join(map(str, told))}")
         assert self.likelihood is not None
+        second = self.config.second_order
+        report = measure(
+            self.model,
+            share.batch,
+            likelihood=self.likelihood,
+            draws=self.config.draws,
+            estimators=share.estimators,
+            second_order=second if isinstance(second, str) else second.model_dump(),
+            bounds=self.config.bounds,
+            engine=self.config.engine,
+            labels=share.labels,
+            mask=share.mask,
+            output=self._output,
+            memory_mb=self.config.memory_mb,
+            seed=self.config.seed + 1_000_003 * step,
+            step=step,
+            plan=self._plan,
+            ranks=self.ranks,
+        )
+        if isinstance(self.schedule, Agreed):
+            forecast = self.schedule.forecast
+            self.schedule.next = self.ranks.together(lambda: forecast(step))[0]
+        self.coverage = report.coverage
+        for sink in list(self._sinks):
+            write = functools.partial(sink.write, report)
+            if not self._guarded(write, f"{type(sink).__name__} failed"):
+                self._sinks.remove(sink)
+        return report
+
+    def _share_of(self, step: int, captured: Captured | None, inputs: Any) -> Share:
+        """What this process measures: its batch, cut to size, with what belongs to it."""
         mask = labels = None
         wanted = list(self.config.estimators)
         if inputs is not None:
             batch = Batch.of(inputs)
             wanted = [e for e in wanted if e != "empirical"] or ["i1"]
         else:
-            assert captured is not None
+            if captured is None:
+                raise BatchError("no training batch was captured")
             if not captured.unchanged():
                 raise BatchError("the batch was changed in place after the forward pass")
             batch = Batch.of_call(captured.args, captured.kwargs)
@@ -213,36 +279,14 @@ class Probe:
                         raise
                     self._tell(f"step {step}, no empirical Fisher: {error}", key=str(error))
                     wanted = [e for e in wanted if e != "empirical"] or ["i1"]
-        if batch.size > self.config.batch:
+        most = -(-self.config.batch // self.ranks.size)
+        if batch.size > most:
             generator = torch.Generator().manual_seed(self.config.seed + 7919 * step)
-            rows = torch.randperm(batch.size, generator=generator)[: self.config.batch].sort()[0]
+            rows = torch.randperm(batch.size, generator=generator)[:most].sort()[0]
             batch = batch[rows]
             mask = None if mask is None else mask[rows.to(mask.device)]
             labels = None if labels is None else labels[rows.to(labels.device)]
-        second = self.config.second_order
-        report = measure(
-            self.model,
-            batch,
-            likelihood=self.likelihood,
-            draws=self.config.draws,
-            estimators=wanted,
-            second_order=second if isinstance(second, str) else second.model_dump(),
-            bounds=self.config.bounds,
-            engine=self.config.engine,
-            labels=labels,
-            mask=mask,
-            output=self._output,
-            memory_mb=self.config.memory_mb,
-            seed=self.config.seed + 1_000_003 * step,
-            step=step,
-            plan=self._plan,
-        )
-        self.coverage = report.coverage
-        for sink in list(self._sinks):
-            write = functools.partial(sink.write, report)
-            if not self._guarded(write, f"{type(sink).__name__} failed"):
-                self._sinks.remove(sink)
-        return report
+        return Share(batch, mask, labels, wanted)
 
     def _mask_of(self, captured: Captured) -> Tensor | None:
         if self._mask is not None:
@@ -280,6 +324,25 @@ class Probe:
         if captured.outputs is None or captured.gradient is None:
             raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
         return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Keep an error for the next measurement, which all processes make together."""
+        try:
+            action()
+        except Exception as error:
+            self._failure = error
+
+    def _join(self) -> None:
+        """Meet the other processes of this training."""
+        try:
+            self.ranks = join()
+        except FimprobeError as error:
+            if self.config.on_error == "raise":
+                raise
+            self.active = False
+            self._tell(f"nothing is probed: {error}")
+        if self.ranks.size > 1 and isinstance(self.schedule, Budget):
+            self.schedule = Agreed(self.schedule)
 
     def _settle_likelihood(self) -> None:
         if self.config.likelihood != "auto":
@@ -364,8 +427,7 @@ class Probe:
         def lines() -> None:
             self._sinks.append(JsonlSink(config.jsonl or log_dir / FILE_NAME))
 
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_rank() > 0:  # reports stay in probe.history
+        if self.ranks.rank > 0 or not self.active:  # reports stay in probe.history
             return None
         remedy = "pass another log_dir; reports stay in probe.history"
         what = f"tensorboard log_dir={str(log_dir)!r} cannot be written ({remedy})"

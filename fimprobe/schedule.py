@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
@@ -100,3 +101,34 @@ class Budget:
                 self.first = probe_seconds
             else:
                 self.costs.append(probe_seconds)
+
+    def forecast(self, step: int) -> int:
+        """The first step after ``step`` at which a probe will be due, if steps stay as long."""
+        expected = max(self.costs) if self.costs else self.first or 0.0
+        needed = (self.spent + expected) * (1 - self.budget) / self.budget
+        usual = statistics.median(self.steps) if self.steps else 0.0
+        missing = needed - self.elapsed
+        return step + 1 + (math.ceil(missing / usual) if missing > 0 and usual > 0 else 0)
+
+
+@dataclass
+class Agreed:
+    """A budget of several processes: after each probe they settle on the step of the next.
+
+    Each keeps its own account; :meth:`forecast` of one of them, told to all, is what counts.
+    """
+
+    account: Budget
+    next: int = 1
+
+    def due(self, step: int) -> bool:
+        """Whether the step settled on is reached."""
+        return step >= self.next
+
+    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
+        """Add one step to the account."""
+        self.account.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
+
+    def forecast(self, step: int) -> int:
+        """What this process's account says."""
+        return self.account.forecast(step)

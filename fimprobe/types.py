@@ -113,11 +113,14 @@ class Draws:
     """How labels come about: ``count`` samples per input, or ``count=None`` for exact.
 
     ``uniforms`` [B, count, ...] are made once for the whole batch, so that chunking, the
-    engine and the device change no label.
+    engine, the device and the number of processes change no label. Where processes share a batch,
+    ``first`` is the place of this one's first sample among all ``total``.
     """
 
     count: int | None
     seed: int
+    first: int = 0
+    total: int | None = None
     uniforms: Tensor | None = None
 
     def uniforms_for(self, rows: slice, size: int, label_shape: torch.Size) -> Tensor:
@@ -125,10 +128,10 @@ class Draws:
         assert self.count is not None
         if self.uniforms is None:
             generator = torch.Generator().manual_seed(self.seed)
-            shape = (size, self.count, *label_shape[1:])
+            shape = (self.total or size, self.count, *label_shape[1:])
             # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
-            self.uniforms = torch.rand(shape, generator=generator, dtype=torch.float64) + 2.0**-54
-            self.uniforms.clamp_(max=1 - 2.0**-53)
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) + 2.0**-54
+            self.uniforms = drawn.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
         return self.uniforms[rows]
 
 

@@ -22,7 +22,7 @@ ORDER = [
     "engines.backpack", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
-    "estimators.tightness", "table", "advice", "report", "options", "measurement", "sinks", "sinks.memory",
+    "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 

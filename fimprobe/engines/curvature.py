@@ -158,7 +158,7 @@ def measure_curvature(
     second = seeds.weights.second
     for name, s in sums.items():
         s.begin(size, count, second, exact, self_meeting=name in partners.get(name, ()))
-    seed = problem.draws.seed
+    seed, first_sample = problem.draws.seed, problem.draws.first + rows.start
     labels = second.shape[1]  # the other seeds serve the bounds
     curved = count if exact else labels  # seeds whose diagonals are wanted
     # then each layer's own block of R is zero, unless it meets itself
@@ -177,7 +177,7 @@ def measure_curvature(
                         _batched_shape(d, tape.layout_of[e], size),
                         f"diagonal {k} {e}",
                         seed,
-                        first=rows.start,
+                        first=first_sample,
                         dtype=d.dtype,
                         device=d.device,
                     ),
@@ -215,7 +215,7 @@ def measure_curvature(
             n: signs((1,), f"flip {j} {n}", seed, dtype=h.dtype, device=h.device).expand(size)
             if site[n].calls and partners
             else signs(
-                (size,), f"flip {j} {n}", seed, first=rows.start, dtype=h.dtype, device=h.device
+                (size,), f"flip {j} {n}", seed, first=first_sample, dtype=h.dtype, device=h.device
             )
             for n in along
         }

@@ -154,7 +154,9 @@ def _uniforms(problem: Problem, rows: slice, h: Tensor) -> Tensor:
 
 
 def _signs(problem: Problem, rows: slice, h: Tensor, key: str) -> Tensor:
-    return signs(h.shape, key, problem.draws.seed, first=rows.start, dtype=h.dtype, device=h.device)
+    draws = problem.draws
+    first = draws.first + rows.start
+    return signs(h.shape, key, draws.seed, first=first, dtype=h.dtype, device=h.device)
 
 
 def _class_last(problem: Problem, x: Tensor) -> Tensor:
