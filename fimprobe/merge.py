@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.chain import LayerBound, joined
+from fimprobe.engines.chain import LayerBound
+from fimprobe.engines.chain import _joined as joined
 from fimprobe.types import (
     Curvature,
     CurvatureBatch,

@@ -93,10 +93,10 @@ def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
         with torch.enable_grad():
             parts.append(_Walk(problem.twin, outputs, part.size, norms).result())
         start += part.size
-    return {path: joined([p[path] for p in parts if path in p]) for part in parts for path in part}
+    return {path: _joined([p[path] for p in parts if path in p]) for part in parts for path in part}
 
 
-def joined(parts: list[LayerBound]) -> LayerBound:
+def _joined(parts: list[LayerBound]) -> LayerBound:
     """The bounds of a batch from those of its parts."""
     reason = next((p.reason for p in parts if p.reason is not None), None)
     if len(parts) == 1 or reason is not None:
