@@ -95,14 +95,24 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
 
 
 def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
-    """Seeds for R: those of the labels, then K/2 random signs for ‖H‖ (at least one)."""
+    """Seeds for R: those of the labels, and where bounds are asked for those that ‖H‖ needs.
+
+    Sampled labels: K/2 random signs (at least one); each is met by two Hessian-vector products.
+    Exact labels: unit seeds have all of ‖H‖. Softmax scores e_y − p of a position lack its mean:
+    Σ_y ‖H_y‖² = Σ_y ‖R_y‖² + (‖H_1‖² − ‖Σ_y R_y‖²)/C, so that Σ_t ε_t 1_t and Σ_t ε_t Σ_y (e_y − p_t)
+    follow, with signs ε_t that do not matter where there is one position.
+    """
     found, weights = list(labels.seeds), labels.weights
     more: list[Tensor] = []
     if problem.ask.bounds:
         keep = _masked(problem, rows, h, torch.ones_like(h))
-        # each is met by two Hessian-vector products
-        half = range(max(1, problem.ask.probes // 2))
-        more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in half]
+        axis = getattr(problem.likelihood, "class_dim", None)
+        if problem.draws.count is not None:
+            half = range(max(1, problem.ask.probes // 2))
+            more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in half]
+        elif axis is not None:
+            first = _signs(problem, rows, h, "hessian").narrow(axis, 0, 1)
+            more = [first * keep, first * torch.stack(found).sum(0)]
     second = (
         torch.full((len(h), len(found)), 1 / len(found), dtype=torch.float64, device=h.device)
         if weights is None

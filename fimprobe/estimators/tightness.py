@@ -91,15 +91,18 @@ def bound_hessians(
         new: dict[str, Any] = {}
         gram = grams[group]
         own = gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 4 else gram  # [J, B, n]
-        signs = own[..., draws:].mean(0)  # [B, K]: ‖R_u‖² of the sign seeds
-        square = signs.mean(-1)
+        each = _of_outputs(own, draws, curvature.exact, classes)  # [J, B, K]: ‖H‖²
+        square = each.mean((0, 2))
         new["bound"] = float((square * norms.fisher_norm).mean())
-        new["bound_error"] = _error(own[..., draws:] * norms.fisher_norm.unsqueeze(-1))
+        random = not curvature.exact or (classes is not None and draws > classes)
+        new["bound_error"] = _error(each * norms.fisher_norm.unsqueeze(-1), random)
         low = square
         if curvature.exact and gram.dim() == 4:
             mean = gram.mean(0)[..., :draws, :draws]
             centred = centre_classes(mean, classes)
-            top = largest_eigenvalue(centred)
+            # by size: noise of the probes bends eigenvalues of a block below zero, and with them the
+            # norm, taken from the same probes, never exceeds this bound
+            top = torch.linalg.eigvalsh(centred).abs().amax(-1)
             low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
             new["sharp_bound"] = float((top * norms.fisher_norm).mean())
             inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
@@ -109,8 +112,9 @@ def bound_hessians(
             new["covariance_spectral_norm"] = float(largest_eigenvalue(weighed).mean())
         new["trace_bound"] = float((low * norms.fisher_max).mean())
         if curvature.exact:
-            squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)[:, draws:]
-            new["diagonal_bound"] = float((squares.mean(-1) * norms.fisher_max).mean())
+            squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)
+            square = _of_outputs(squares, draws, True, classes).mean(-1)
+            new["diagonal_bound"] = float((square * norms.fisher_max).mean())
         bounded[group] = dataclasses.replace(estimates[group], **new)
     return bounded
 
@@ -137,19 +141,28 @@ def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> 
     return found
 
 
-def _error(values: Tensor) -> float | None:
+def _of_outputs(squares: Tensor, draws: int, exact: bool, classes: int | None) -> Tensor:
+    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of the seeds of ``curvature_seeds``."""
+    more = squares[..., draws:]
+    if not exact:
+        return more
+    found = squares[..., :draws].sum(-1, keepdim=True)
+    return found if classes is None else found + (more[..., :1] - more[..., 1:]) / classes
+
+
+def _error(values: Tensor, random: bool) -> float | None:
     """Standard error of the mean of values [J, B, K]: J directions for all inputs, K signs for each.
 
-    The spread over inputs has the signs' part and more; a direction moves all inputs together, and
-    the spread over a single one is not known.
+    The spread over inputs has the signs' part (where they are ``random``) and more; a direction
+    moves all inputs together, and the spread over a single one is not known.
     """
     parts = []
     directions, size, signs = values.shape
     if directions > 1:
         parts.append(values.mean((1, 2)).var() / directions)
-    if size > 1:
+    if random and size > 1:
         parts.append(values.mean((0, 2)).var() / size)
-    elif signs > 1:
+    elif random and signs > 1:
         parts.append(values.mean((0, 1)).var() / signs)
     return float(torch.stack(parts).sum().sqrt()) if parts else None
 
