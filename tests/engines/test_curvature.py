@@ -93,7 +93,7 @@ def test_whole_equals_double_backward_and_differences(name, double):
     measured = measure_planned(problem, make_plan(problem))
     assert measured.notes == []
     seeds = seeds_of(problem)
-    assert len(seeds) == case.positions * case.classes + 1  # the last is for ‖H‖
+    assert len(seeds) == case.positions * case.classes + 2  # the last two are for ‖H‖
     assert measured.curvature.draws == case.positions * case.classes
     u = torch.cat(
         [direction_of(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
