@@ -1,0 +1,83 @@
+"""Where the kernel of a convolution lies on its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """Output m meets input s m + d τ − p at tap τ, in each of the spatial dimensions."""
+
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        size: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Window:
+        """One number for each dimension: torch keeps (0,) for the padding "valid"."""
+        options = (stride, padding, dilation)
+        full = (tuple(o) * len(size) if len(o) == 1 else tuple(o) for o in options)
+        return cls(tuple(size), tuple(kernel), *full)
+
+    @property
+    def reach(self) -> list[int]:
+        """Inputs from the first tap to the last."""
+        return [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+
+    @property
+    def out_size(self) -> list[int]:
+        return [
+            (n + 2 * p - r) // s + 1
+            for n, p, r, s in zip(self.size, self.padding, self.reach, self.stride, strict=True)
+        ]
+
+    @property
+    def left_over(self) -> list[int]:
+        """Inputs at the end that no output meets: output_padding of the adjoint."""
+        return [
+            n - ((m - 1) * s - 2 * p + r)
+            for n, m, p, r, s in zip(
+                self.size, self.out_size, self.padding, self.reach, self.stride, strict=True
+            )
+        ]
+
+    def counts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """For each dimension the outputs that a tap [k] meets inside the input, that an input [n] is
+        met by.
+        """
+        taps, inputs = [], []
+        for n, m, k, s, p, d in zip(
+            self.size,
+            self.out_size,
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.dilation,
+            strict=True,
+        ):
+            met = s * torch.arange(m) + d * torch.arange(k)[:, None] - p
+            inside = (met >= 0) & (met < n)
+            taps.append(inside.sum(1).double())
+            inputs.append(torch.bincount(met[inside], minlength=n).double())
+        return taps, inputs
+
+
+def weighted(x: Tensor, counts: list[Tensor]) -> Tensor:
+    """``x`` [..., n₁, n₂, ...] times a count for each index of its last dimensions."""
+    for dim, count in enumerate(reversed(counts)):
+        x = x * count.to(x.device).view(-1, *[1] * dim)
+    return x
