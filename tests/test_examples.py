@@ -182,7 +182,7 @@ def test_the_predicted_error_is_that_of_gaussian_labels(natural_gradient):
 
 
 def test_less_noise_descends_further(natural_gradient):
-    found = natural_gradient.run(seeds=4, steps=15, damping=0.1)
+    found = natural_gradient.run(seeds=2, steps=10, damping=0.1)
     for _, curves in found.values():
         left = {k: float(c.excess[:, -1].mean()) for k, c in curves.items()}
         exact = left[natural_gradient.EXACT, 0]

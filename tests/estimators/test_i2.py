@@ -157,7 +157,7 @@ def test_sampled_labels_of_every_family_are_unbiased(name, double):
         lambda seed, plan: fimprobe.measure(
             net, copies, likelihood=likelihood, draws=2, bounds=False, seed=seed, plan=plan
         ),
-        40,
+        20,
         kinds,
         groups,
     )
@@ -213,7 +213,7 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
             seed=seed,
             plan=plan,
         ),
-        40,
+        24,
         kinds,
         groups,
     )

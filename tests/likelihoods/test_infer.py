@@ -165,7 +165,7 @@ def test_other_losses_are_told_what_to_pass(kind):
 @pytest.mark.parametrize("shape", [(1, 5), (2, 2), (2, 10), (4, 3), (32, 4)])
 def test_no_wrong_decision_on_any_seed(shape):
     rows, classes = shape
-    for seed in range(200):
+    for seed in range(60):
         scale = (0.02, 0.3, 1.0, 3.0)[seed % 4]
         dtype = (torch.float32, torch.float64, torch.bfloat16)[seed % 3]
         for kind, (h, loss) in rivals(seed, rows, classes, dtype, scale).items():
@@ -177,7 +177,7 @@ def test_no_wrong_decision_on_any_seed(shape):
 
 def test_small_batches_are_right_or_undecided():
     decided = 0
-    for seed in range(200):
+    for seed in range(60):
         h, y, bits, counts, _ = batch(seed, rows=(1, 2, 4)[seed % 3], classes=3)
         for name, loss in (
             ("categorical", lambda h: F.cross_entropy(h, y)),
@@ -188,7 +188,7 @@ def test_small_batches_are_right_or_undecided():
             assert found.likelihood is not None or not found.final, (seed, name, found)
             assert found.likelihood is None or found.likelihood.name == name, (seed, name, found)
             decided += found.likelihood is not None
-    assert decided > 150
+    assert decided > 45
 
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
