@@ -213,7 +213,7 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
             seed=seed,
             plan=plan,
         ),
-        24,
+        40,
         kinds,
         groups,
     )
