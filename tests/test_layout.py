@@ -21,7 +21,7 @@ ORDER = [
     "engines.backpack.curved_rules", "engines.backpack.second_order", "engines.backpack.comparison",
     "engines.backpack.options", "engines.backpack.calls", "engines.backpack.domain",
     "engines.backpack", "engines.pull", "engines.curves",
-    "engines.straight", "engines.curvature", "engines.replayed", "engines.autograd", "engines.plan", "estimators",
+    "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",

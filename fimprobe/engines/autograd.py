@@ -8,24 +8,23 @@ differentiated by replaying the smallest module that contains all their uses.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.contract import Accumulator, Weights
+from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import contract_uses, precise
 from fimprobe.engines.graph import foreign_uses
 from fimprobe.engines.kinks import find_kinks
-from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem, coverage
+from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
 from fimprobe.engines.seeds import (
     Seeds,
@@ -37,8 +36,9 @@ from fimprobe.engines.seeds import (
     mask_of,
     output_seeds,
 )
+from fimprobe.engines.sums import Sums
 from fimprobe.engines.tape import Replayed, Tape, batch_first, check_inputs_unchanged, record
-from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
+from fimprobe.types import Measured
 
 FRESH_BYTES = 4.5 * 2**20
 """On a CPU, samples are taken in chunks whose largest layer output stays below this."""
@@ -47,7 +47,7 @@ FRESH_BYTES = 4.5 * 2**20
 def measure_moments(problem: Problem, plan: Plan) -> Measured:
     """Everything asked for, over the whole batch, chunk by chunk."""
     size = problem.batch.size
-    run = _Run()
+    run = Sums()
     start, chunk = 0, min(plan.chunk or size, size)
     while start < size:
         rows = slice(start, min(start + chunk, size))
@@ -61,92 +61,14 @@ def measure_moments(problem: Problem, plan: Plan) -> Measured:
                 raise
             # some accumulators hold this chunk and some do not: start afresh
             chunk = plan.chunk = chunk // 2
-            run, start = _Run(), 0
+            run, start = Sums(), 0
             continue
         start = rows.stop
     plan.unused = set(problem.parameters) - run.reached
     return run.finish(problem, plan)
 
 
-@dataclass
-class _Run:
-    """What the chunks add up to."""
-
-    accumulators: dict[str, dict[str, Accumulator]] = field(default_factory=dict)
-    weights: dict[str, list[Weights]] = field(default_factory=dict)
-    activations: dict[str, Accumulator] = field(default_factory=dict)
-    curves: dict[str, CurvatureSums] = field(default_factory=dict)
-    second: list[Tensor] = field(default_factory=list)
-    partners: dict[str, set[str]] = field(default_factory=dict)
-    norms: list[OutputNorms] = field(default_factory=list)
-    classes: int | None = None
-    reached: set[str] = field(default_factory=set)
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-
-    def finish(self, problem: Problem, plan: Plan) -> Measured:
-        """The sums of all chunks."""
-        told = coverage(problem, plan)
-        moments = {
-            kind: self._batch(problem, kind, accumulators, plan.unused, told)
-            for kind, accumulators in self.accumulators.items()
-        }
-        curvature = None
-        if self.curves and "i2" not in self.notes:
-            curvature = CurvatureBatch(
-                {n: c.finish() for n, c in self.curves.items() if n not in plan.unused},
-                self.second[0].shape[1],
-                torch.cat(self.second).double().cpu(),
-                problem.draws.count is None,
-                self.partners,
-                problem.ask.probes,
-            )
-        norms = None
-        if self.norms:
-            norms = OutputNorms(*(torch.cat(parts).double().cpu() for parts in _columns(self.norms)))
-        activations = None
-        if self.activations:
-            activations = self._batch(problem, "i1", self.activations, set(), {})
-        return Measured(
-            moments,
-            curvature,
-            norms,
-            activations,
-            self.seconds,
-            list(self.notes.values()),
-            (plan.kinks or []) if curvature is not None else [],
-        )
-
-    def _batch(
-        self,
-        problem: Problem,
-        kind: str,
-        accumulators: dict[str, Accumulator],
-        unused: set[str],
-        told: dict[str, str],
-    ) -> MomentsBatch:
-        exact = self.weights.get(kind)
-        count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
-            kind, problem.draws.count if problem.ask.ih else 1
-        )
-        return MomentsBatch(
-            parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
-            batch_size=problem.batch.size,
-            draws=count if not exact else None,
-            second=torch.cat([w.second for w in exact]).cpu() if exact else None,
-            fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
-            blocks=torch.tensor(exact[0].blocks) if exact else None,
-            coverage=told,
-            classes=self.classes,
-        )
-
-
-def _columns(norms: list[OutputNorms]) -> list[tuple[Tensor, ...]]:
-    names = [f.name for f in dataclasses.fields(OutputNorms)]
-    return [tuple(getattr(n, name) for n in norms) for name in names]
-
-
-def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: _Run) -> None:
+def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None:
     """Add one chunk."""
     batch, ask = problem.batch[rows], problem.ask
     ceiling = problem.memory_mb * 2**20
@@ -237,7 +159,7 @@ class _Site:
 
 def _contract(
     site: _Site,
-    run: _Run,
+    run: Sums,
     kind: str,
     seeds: Seeds,
     h: Tensor,
@@ -285,7 +207,7 @@ def _contract(
     return reached
 
 
-def _add_ggn(site: _Site, run: _Run) -> None:
+def _add_ggn(site: _Site, run: Sums) -> None:
     """Exact diagonals of F by BackPACK, stored as the moments of their roots."""
     from fimprobe.engines import backpack  # optional
 
@@ -305,7 +227,7 @@ def _add_ggn(site: _Site, run: _Run) -> None:
 
 
 def _add_activations(
-    tape: Tape, run: _Run, sources: list[list[Tensor] | None], seeds: Seeds, size: int
+    tape: Tape, run: Sums, sources: list[list[Tensor] | None], seeds: Seeds, size: int
 ) -> None:
     """Moments of ∂ℓ/∂h of each layer's input h: Î₁(h) = mean (∂ℓ/∂h)(∂ℓ/∂h)ᵀ, eq. (19)."""
     for path, (index, layout) in tape.activations.items():
@@ -323,7 +245,7 @@ def _add_activations(
         run.activations[path].add(g, slice(0, size), where, one, seeds.weights)
 
 
-def _curve(site: _Site, run: _Run, h: Tensor, labels: Seeds) -> None:
+def _curve(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> None:
     """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
     problem = site.problem
     if "i2" in run.notes:
