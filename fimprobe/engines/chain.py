@@ -50,7 +50,7 @@ class LayerBound:
     """Product of the constants of activations, norms of poolings, ... between layer and outputs."""
     weight_spectral_norm: float | None = None
     """s_max of the layer's own linear operator without bias: exact if it is small, else a bound, at
-    most 5 % above it, for convolutions on large images 13 % and what the images' border takes.
+    most 10 % above it, for convolutions on large images 22 % and what their border takes.
     None where it enters no bound and is dear."""
     weight_frobenius_norm: float | None = None
     """‖·‖_F of that operator on one input: √T ‖W⁻‖_F for a Linear used at T positions."""
@@ -542,6 +542,8 @@ class _Walk:
             for dim in sorted(touched):
                 shape.insert(dim, 1)
         outer = self.outer_behind(edge, tuple(shape), parent.shape, touched, path)
+        if _apart(edge):
+            return self.scaled(path, 1.0, edge, outer=outer)
         ones = self.ones(edge)
         if edge.kind in _COPIES:
             columns = self.pulled(edge, parent, ones)
@@ -804,6 +806,16 @@ class _Walk:
         if norms is not None and norms.spectral < math.inf:
             bound = replace(bound, weight_spectral_norm=norms.spectral)
         return bound
+
+
+def _apart(edge: _Edge) -> bool:
+    """Whether it is a max pooling whose windows have no input in common."""
+    node = edge.saved
+    if not re.fullmatch(r"MaxPool[23]DWithIndices", edge.kind):
+        return False
+    stride = node._saved_stride or node._saved_kernel_size
+    options = zip(node._saved_kernel_size, stride, node._saved_dilation, strict=True)
+    return all(d * (k - 1) < s for k, s, d in options)
 
 
 def _signed(dim: int) -> int:

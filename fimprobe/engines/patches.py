@@ -89,7 +89,10 @@ def bias_norms(samples: int, positions: int, groups: int = 1) -> InputNorms:
 
 
 def _patches(x: Tensor, scale: Tensor, window: Window, bias: bool) -> Tensor:
-    """X̃ [B, groups, positions, channels and taps, bias] of images [B, I, groups, channels, ...]."""
+    """X̃ᵀ [B, groups, channels and taps and bias, positions] of images [B, I, groups, channels, ...].
+
+    The positions come last: rows of pixels are copied fast.
+    """
     x = torch.nn.functional.pad(x, [p for p in reversed(window.padding) for _ in range(2)])
     dims = len(window.kernel)
     for dim, r, s in zip(range(4, 4 + dims), window.reach, window.stride, strict=True):
@@ -97,16 +100,13 @@ def _patches(x: Tensor, scale: Tensor, window: Window, bias: bool) -> Tensor:
     for dim, d in zip(range(-dims, 0), window.dilation, strict=True):
         x = x.movedim(dim, -1)[..., ::d].movedim(-1, dim)
     samples, count, groups, channels = x.shape[:4]
-    positions = range(4, 4 + dims)
-    x = x.permute(0, 2, 1, *positions, 3, *range(4 + dims, 4 + 2 * dims))
-    found = x.new_empty(
-        samples, groups, *x.shape[2 : 3 + dims], channels * math.prod(window.kernel) + bias
-    )
-    taps = found.narrow(-1, 0, found.shape[-1] - bias)
-    taps.unflatten(-1, x.shape[3 + dims :]).copy_(x)
+    x = x.permute(0, 2, 3, *range(4 + dims, 4 + 2 * dims), 1, *range(4, 4 + dims))
+    width = channels * math.prod(window.kernel)
+    found = x.new_empty(samples, groups, width + bias, count * math.prod(window.out_size))
+    found[:, :, :width].view(x.shape).copy_(x)
     if bias:
-        found[..., -1] = (1 / scale).view(-1, *[1] * (found.dim() - 2))
-    return found.flatten(2, -2)
+        found[:, :, width] = (1 / scale).view(-1, 1, 1)
+    return found
 
 
 def _pixel_bound(x: Tensor, window: Window) -> Tensor:

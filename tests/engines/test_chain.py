@@ -457,7 +457,7 @@ def test_convolution_norms(path, double, monkeypatch):
         norms = operators.convolution_norms(weight, window, groups=options["groups"])
         close(norms.frobenius, torch.linalg.matrix_norm(matrix), 1e-9)
         truth = float(torch.linalg.matrix_norm(matrix, 2))
-        slack = {"dense": 1e-9, "images": 0.0501, "symbol": 0}[path]
+        slack = {"dense": 1e-9, "images": 0.1001, "symbol": 0}[path]
         assert norms.spectral >= truth
         assert path == "symbol" or norms.spectral <= truth * (1 + slack)
 
@@ -485,7 +485,7 @@ def test_the_symbol_bounds_a_convolution_tightly_on_large_images(double):
             truth = max(truth, float(torch.linalg.matrix_norm(symbol, 2).max()))
         truth /= math.sqrt(stride**dims)
         found = operators.convolution_norms(weight, window, groups=groups).spectral
-        assert truth * (1 - 1e-9) <= found <= truth * 1.05 * 1.036**dims
+        assert truth * (1 - 1e-9) <= found <= truth * 1.1 * 1.052**dims
 
 
 def test_linear_norms(double, monkeypatch):
@@ -511,7 +511,7 @@ def test_linear_norms(double, monkeypatch):
         truth = float(torch.linalg.matrix_norm(weight, 2))
         for w in (weight, weight.T):
             found = operators.linear_norms(w).spectral
-            assert truth * (1 - 1e-12) <= found <= truth * 1.0501, name
+            assert truth * (1 - 1e-12) <= found <= truth * 1.1001, name
 
 
 @pytest.mark.parametrize("path", ["dense", "powers", "gram", "frobenius", "pixels"])
