@@ -66,6 +66,9 @@ class Probe:
     ``step()`` is called once for each optimizer step, before the parameters change. Whatever fails
     inside is told once through the logger ``fimprobe`` and never reaches the training loop (unless
     ``on_error="raise"``): a batch that cannot be probed is skipped, any other error ends probing.
+
+    ``first_step``: the number of the step that a training resumes at; what the run's files hold of
+    it and of later steps is superseded.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Probe:
         labels: Mask | None = None,
         output: Callable[[Any], Tensor] | None = None,
         sinks: list[Sink] | None = None,
+        first_step: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
@@ -103,7 +107,7 @@ class Probe:
         self.config = config or Config()
         self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
-        self.steps = 0
+        self.steps = self._first_step = first_step
         self.likelihood: Likelihood | None = None
         self.decision = ""
         self.coverage: dict[str, str] = {}
@@ -116,7 +120,7 @@ class Probe:
         self._told: set[str] = set()
         self._failure: Exception | None = None
         self._asked = 0
-        self._without_batch = 0
+        self._batches = self._without_batch = 0
         self._last_end = time.perf_counter()
         self._closers: list[Callable[[], None]] = []
         self._join()
@@ -163,20 +167,24 @@ class Probe:
 
     # -- what adapters call ------------------------------------------------------------------
 
-    def step(self, inputs: Any = None) -> Report | None:
+    def step(self, inputs: Any = None, *, number: int | None = None) -> Report | None:
         """Count one optimizer step; measure where the schedule says so, before parameters change.
 
         ``inputs`` stands in for the captured batch (then the measurement is made in any case).
+        ``number`` is this step's, where the loop has a count of its own; the next follows it.
         Returns the report, or None where nothing was measured.
         """
         if self.detached:
             return None
+        if number is not None:
+            self.steps = number
         captured = self._capture.take()
         failed, self._capture.failed = self._capture.failed, None
         if captured is None and inputs is None and failed is None:
             self._no_batch()
             if self.ranks.size == 1:  # several processes have to count alike
                 return None
+        self._batches += captured is not None or inputs is not None
         started = time.perf_counter()
         step, self.steps = self.steps, self.steps + 1
         report = None
@@ -390,7 +398,7 @@ class Probe:
 
     def _no_batch(self) -> None:
         self._without_batch += 1
-        if self._without_batch == 3 and self.steps == 0 and self.active:
+        if self._without_batch == 3 and not self._batches and self.active:
             why = (
                 "its forward passes ran in eval mode; call model.train() while training"
                 if self._capture.evaluations
@@ -408,6 +416,7 @@ class Probe:
         log_dir = default
         if config.tensorboard and config.tensorboard.log_dir is not None:
             log_dir = Path(config.tensorboard.log_dir)
+        superseded = self._first_step or None
 
         def board() -> None:
             from fimprobe.sinks.tensorboard import TensorboardSink
@@ -421,11 +430,13 @@ class Probe:
                     include=layers.include,
                     exclude=layers.exclude,
                     about=f"```\n{about}```",
+                    purge_step=superseded,
                 )
             )
 
         def lines() -> None:
-            self._sinks.append(JsonlSink(config.jsonl or log_dir / FILE_NAME))
+            path = config.jsonl or log_dir / FILE_NAME
+            self._sinks.append(JsonlSink(path, purge_step=superseded))
 
         if self.ranks.rank > 0 or not self.active:  # reports stay in probe.history
             return None

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
@@ -36,6 +37,8 @@ class TensorboardSink:
     """Writes ``fim/i1/*`` for the model, ``fim_layers/<layer>/i1_*`` for the layers that need most.
 
     The layers are chosen at the first report and kept. All scalars of a report go in one record.
+    ``purge_step``: where a training resumes; readers drop what the folder holds of this step and
+    later ones, and the layers are those charted before.
     """
 
     def __init__(
@@ -46,17 +49,22 @@ class TensorboardSink:
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         about: str = "",
+        purge_step: int | None = None,
     ) -> None:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(log_dir))
+        before = None if purge_step is None else _charted(Path(log_dir))
+        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.about = about
-        self.layers: list[str] | None = None
+        self.layers = before
+        self._told = False
 
     def write(self, report: Report) -> None:
         """Write one report."""
         if self.layers is None:
             self.layers = self._choose(report)
+        if not self._told:
+            self._told = True
             coverage = "\n".join(f"| {n} | {how} |" for n, how in report.coverage.items())
             self.writer.add_text(
                 "fimprobe/about",
@@ -101,6 +109,17 @@ class TensorboardSink:
         ]
         chosen = {name for name, _ in sorted(wanted, key=need)[: self.top]}
         return [name for name, _ in wanted if name in chosen]
+
+
+def _charted(log_dir: Path) -> list[str] | None:
+    """The layers of the first report in a folder; None where it holds none."""
+    for path in sorted(log_dir.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            tags = [value.tag for value in event.summary.value]
+            if any(tag.startswith("fim/") for tag in tags):
+                names = (t.split("/", 1)[1] for t in tags if t.startswith("fim_layers/"))
+                return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
+    return None
 
 
 def _layer(prefix: str, group: GroupEstimates) -> dict[str, Any]:
