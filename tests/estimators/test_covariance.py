@@ -1,5 +1,6 @@
 """Cov Î₁ and Cov Î₂ as whole tensors, eq. (12)–(16): theory, pure functions and reports against them."""
 
+import itertools
 import math
 
 import dense
@@ -132,7 +133,9 @@ def test_many_passes_have_a_norm_and_no_dense_spectrum(double):
     cov = torch.einsum("s,si,sj,sk,sl->ijkl", (m - 3 * v.square())[few], *[g[few]] * 4)
     cov += torch.einsum("ik,jl->ijkl", fisher, fisher) + torch.einsum("il,jk->ijkl", fisher, fisher)
     top = score_covariance_spectral_norm(g[few] @ g[few].T, v[few], m[few], torch.arange(SMALL))
-    assert float(top) == pytest.approx(float(torch.linalg.eigvalsh(cov.view(64, 64))[-1]), rel=1e-10)
+    assert float(top) == pytest.approx(
+        float(torch.linalg.eigvalsh(cov.reshape(64, 64))[-1]), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("classes", [(3, 3), (2, 3, 2)])
@@ -201,7 +204,7 @@ def test_reported_second_norms_square_to_the_tensors(name, double):
             for kind in kinds:
                 value = getattr(e, kind)
                 seen.setdefault((key, kind), []).append(value**2 if kind == kinds[0] else value)
-    told = 0
+    told = most = 0
     for (key, kind), values in seen.items():
         want = truth[0].second(groups[key])[kind]
         x = torch.tensor(values)
@@ -215,7 +218,8 @@ def test_reported_second_norms_square_to_the_tensors(name, double):
                 continue
         assert abs(float(x.mean()) - want) <= 4 * error + 1e-10 * want + 1e-20, (key, kind)
         told += error < 0.25 * want
-    assert told >= 0.6 * len(seen), told
+        most += want > 0  # not in the last layer
+    assert told >= 0.7 * most > 5, (told, most)
 
 
 def test_many_probes_give_the_largest_eigenvalue(double):
@@ -316,7 +320,10 @@ def test_near_one_hot_all_digits_stay(rest, double):
             assert getattr(e, kind) == pytest.approx(truth, rel=1e-8), (key, kind)
         assert e.bound == pytest.approx(dense.mean(a for a, _ in bounds), rel=1e-8)
         assert e.sharp_bound == pytest.approx(dense.mean(a for _, a in bounds), rel=1e-8)
-        assert 0 < e.covariance_spectral_norm <= e.covariance_norm <= e.sharp_bound <= e.bound
+        sizes = e.covariance_spectral_norm, e.covariance_norm, e.sharp_bound, e.bound
+        assert sizes[0] > 0
+        for small, large in itertools.pairwise(sizes):
+            assert small <= large * (1 + 1e-12)
         second = oracles.group_of(report, key).i2
         assert second.bound >= 0 and second.covariance_norm >= 0 and second.trace_bound >= 0
 
