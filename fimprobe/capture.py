@@ -34,6 +34,7 @@ class Capture:
     def __init__(self, model: nn.Module, watch: Callable[[Any], Tensor | None]) -> None:
         self.model, self.watch = model, watch
         self.last: Captured | None = None
+        self._open: list[Captured | None] = []
         self.evaluations = 0
         self.failed: Exception | None = None
         self._handles = [
@@ -62,6 +63,7 @@ class Capture:
     def take(self) -> Captured | None:
         """The captured batch, forgotten here."""
         last, self.last = self.last, None
+        self._open = []  # a forward that raised never came to its end
         self._wrap()  # the model may have been compiled since
         return last
 
@@ -73,7 +75,7 @@ class Capture:
         if self._call is not None and self.model._compiled_call_impl is self._call:
             self.model._compiled_call_impl = self._compiled
         self._compiled = self._call = None
-        self.last = None
+        self.last, self._open = None, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         """A copied model's hooks do nothing."""
@@ -98,13 +100,16 @@ class Capture:
             self.last = Captured(args, dict(kwargs))
         except Exception as error:  # told at the step
             self.failed = error
+        self._open.append(self.last)
 
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        captured = self.last
-        if captured is None or not model.training or not self._seen(model):
+        if not model.training or not self._seen(model):
             return
+        captured = self._open.pop() if self._open else None
+        if captured is None or captured is not self.last:
+            return  # a forward that calls itself (Lightning under DDP): the inner one counts
 
         def keep(gradient: Tensor) -> None:
             try:
@@ -124,7 +129,7 @@ class Capture:
 def _blind() -> Capture:
     """A capture of no model."""
     capture = Capture.__new__(Capture)
-    capture.model, capture.last = None, None  # type: ignore[assignment]
+    capture.model, capture.last, capture._open = None, None, []  # type: ignore[assignment]
     return capture
 
 

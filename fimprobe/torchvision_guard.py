@@ -1,16 +1,18 @@
 """A torchvision that cannot be imported counts as absent.
 
 BackPACK requires torchvision, and the one that pip finds may not match a CPU build of torch; every
-``import transformers`` model then fails with "operator torchvision::nms does not exist". Imported
-first by the package, before transformers is.
+``import transformers`` model, and ``import lightning``, then fails with "operator torchvision::nms
+does not exist". Imported first by the package, before those are.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import sys
+from typing import Any
 
 logger = logging.getLogger("fimprobe")
 
@@ -30,9 +32,26 @@ def hide_broken_torchvision() -> bool:
             cached = import_utils.is_torchvision_available
             if hasattr(cached, "cache_clear"):
                 cached.cache_clear()
+        _hide_from_lightning()
         logger.info("torchvision cannot be imported (%s) and is treated as absent", error)
         return True
     return False
+
+
+def _hide_from_lightning() -> None:
+    """Lightning's torchmetrics believes what is installed, not what can be imported."""
+    try:
+        seen: Any = importlib.import_module("lightning_utilities.core.imports")
+        version = seen._version
+    except (ImportError, AttributeError):  # no Lightning, or another one
+        return
+
+    def without_torchvision(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)  # type: ignore[no-any-return]
+
+    seen._version = without_torchvision
 
 
 hide_broken_torchvision()

@@ -24,6 +24,7 @@ def attach(
     labels: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     sinks: list[Sink] | None = None,
+    first_step: int = 0,
     **options: Any,
 ) -> Probe:
     """Watch a model's training; the loop stays as it is.
@@ -46,6 +47,7 @@ def attach(
             keyword ``labels``, or what the loss's gradient at softmax or sigmoid outputs tells.
         output: from what the model returns to its outputs [B, ...].
         sinks: further objects with ``write(report)`` and ``close()``.
+        first_step: the number of the step that a training resumes at.
 
     Raises:
         FimprobeError: for a configuration with mistakes, a model that already has a probe, or one
@@ -65,7 +67,15 @@ def attach(
             f"optimizer={type(optimizer).__name__} holds none of the model's parameters; pass the "
             "one that trains this model"
         )
-    probe = Probe(model, settings, mask=mask, labels=labels, output=output, sinks=sinks)
+    probe = Probe(
+        model,
+        settings,
+        mask=mask,
+        labels=labels,
+        output=output,
+        sinks=sinks,
+        first_step=first_step,
+    )
 
     def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if probe.detached or (optimizer is not None and opt is not optimizer):
