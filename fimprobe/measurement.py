@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fimprobe.batch import Batch
 from fimprobe.engines.chain import LayerBound, chain_bounds
 from fimprobe.engines.plan import check_curvature, make_plan, measure_planned
-from fimprobe.engines.problem import Plan, Problem
+from fimprobe.engines.problem import Ask, Plan, Problem
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.options import (
     check_backpack,
@@ -97,9 +98,7 @@ def measure(
     started = time.perf_counter()
     family = get_likelihood(likelihood)
     count = check_draws(draws)
-    ask = check_options(estimators, second_order, bounds, engine, labels)
     check_numbers(memory_mb, seed)
-    check_mask_and_output(mask, output)
     if not isinstance(model, nn.Module):
         raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
     if not trainable(model):
@@ -109,13 +108,22 @@ def measure(
         )
     shared: Ranks = ranks or Alone()
     batch: Batch
+    ask: Ask
 
-    def checked() -> int:
-        nonlocal batch
+    def checked() -> _Share:
+        nonlocal batch, ask
+        ask = check_options(estimators, second_order, bounds, engine, labels)
+        check_mask_and_output(mask, output)
         batch = Batch.of(inputs)
-        return batch.size
+        return _Share.of(model, batch, shared) if shared.size > 1 else _Share(batch.size)
 
-    sizes = shared.together(checked)
+    shares = shared.together(checked)
+    _check_same(shares)
+    sizes = [share.size for share in shares]
+    place = Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes))
+    if any(share.widths != shares[0].widths for share in shares):
+        # other lengths take other amounts of one stream of random numbers: a stream for each
+        place = Draws(count, seed + 15_485_863 * shared.rank)
     if sum(sizes) == 1 and count == 1:
         raise BatchError(
             "a batch of one with draws=1 has no variance to measure; pass draws=2 or more inputs"
@@ -124,11 +132,14 @@ def measure(
     def share() -> tuple[Measured, Mapping[str, LayerBound]]:
         with _undisturbed(model, seed):
             twin = make_twin(model)
+            for name, buffer in _buffers(twin).items():
+                if name in shares[0].buffers:
+                    buffer.copy_(shares[0].buffers[name])
             problem = Problem(
                 twin=twin,
                 batch=batch.to(next(p.dtype for p in twin.parameters())),
                 likelihood=family,
-                draws=Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes)),
+                draws=place,
                 outputs=output or select_outputs,
                 mask=mask,
                 memory_mb=memory_mb,
@@ -151,6 +162,55 @@ def measure(
     )
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
+
+
+class _Share(NamedTuple):
+    """What the processes have to know of each other."""
+
+    size: int
+    widths: list[torch.Size] | None = None
+    """Shapes of the inputs without the batch."""
+    parameters: dict[str, tuple[torch.Size, float]] | None = None
+    """Shapes, and norms of the first entries: unlike for models that were not kept the same."""
+    buffers: Mapping[str, Tensor] = MappingProxyType({})
+    """The first process's: running statistics differ, the model measured is one."""
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, ranks: Ranks) -> _Share:
+        """What this process tells the others."""
+        leaves = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor)]
+        norms = {
+            name: (p.shape, float(p.detach().reshape(-1)[:1000].double().norm()))
+            for name, p in trainable(model).items()
+        }
+        buffers = {} if ranks.rank else {n: b.cpu() for n, b in _buffers(unwrap(model)).items()}
+        return cls(batch.size, [x.shape[1:] for x in leaves if x.dim() > 0], norms, buffers)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.replace("_orig_mod.", ""): buffer
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point()
+    }
+
+
+def _check_same(shares: Sequence[_Share]) -> None:
+    """All processes have to hold the same model."""
+    first = shares[0].parameters or {}
+    for rank, share in enumerate(shares[1:], 1):
+        here = share.parameters or {}
+        for name in {**first, **here}:
+            (shape, norm), (other, found) = first.get(name, _NONE), here.get(name, _NONE)
+            same = abs(norm - found) <= 1e-3 * norm or norm != norm or found != found
+            if shape != other or not same:
+                raise FimprobeError(
+                    f"parameter {name!r} of process {rank} is not that of process 0: processes that "
+                    "measure together hold the same model, as DistributedDataParallel keeps it"
+                )
+
+
+_NONE = (None, 0.0)
 
 
 def _measure_share(

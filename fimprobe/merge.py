@@ -18,6 +18,7 @@ from fimprobe.engines.chain import _joined as joined
 from fimprobe.types import (
     Curvature,
     CurvatureBatch,
+    FimprobeError,
     Measured,
     Moments,
     MomentsBatch,
@@ -40,12 +41,19 @@ def shapes_of(measured: Measured) -> Shapes:
 
 
 def common_shapes(parts: Sequence[Shapes]) -> Shapes:
-    """What all processes add: activations only where all of them have the same shape."""
+    """What all processes add: activations only where all of them have the same shape.
+
+    Raises:
+        FimprobeError: where a parameter has another shape or type on another process.
+    """
     found: Shapes = {}
     for key in sorted({key for part in parts for key in part}):
         known = [part[key] for part in parts if key in part]
-        if key[0] != ACTIVATIONS or known == [known[0]] * len(parts):
-            found[key] = known[0]
+        if key[0] == ACTIVATIONS and known != [known[0]] * len(parts):
+            continue  # another length on another process: no common sum
+        if len(set(known)) > 1:
+            raise FimprobeError(f"parameter {key[1]!r} differs between the processes: {known}")
+        found[key] = known[0]
     return found
 
 
@@ -59,14 +67,16 @@ def take_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
 
 
 def without_sums(measured: Measured) -> Measured:
-    """The rest: small enough to be sent to every process."""
+    """The rest: small enough to be sent to every process, and on no device of this one."""
     no_entries: dict[str, Any] = dict.fromkeys(_PER_ENTRY) | {"a2": torch.empty(0)}
     no_diagonals: dict[str, Any] = dict.fromkeys(_CURVED_PER_ENTRY)
+
+    def rest(m: Moments) -> Moments:
+        gram = None if m.gram is None else m.gram.cpu()
+        return replace(m, gram=gram, squared_norms=m.squared_norms.cpu(), **no_entries)
+
     moments = {
-        kind: replace(
-            batch,
-            parameters={name: replace(m, **no_entries) for name, m in batch.parameters.items()},
-        )
+        kind: replace(batch, parameters={name: rest(m) for name, m in batch.parameters.items()})
         for kind, batch in _batches(measured).items()
     }
     curvature = measured.curvature
@@ -89,6 +99,8 @@ def merge(parts: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
         if all(kind in b for b in batches)
     }
     activations = moments.pop(ACTIVATIONS, None)
+    if activations is not None and not activations.parameters:
+        activations = None
     curvatures = [part.curvature for part in parts]
     curvature = None
     if all(c is not None for c in curvatures):
@@ -102,7 +114,8 @@ def merge(parts: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
         key: max(part.seconds.get(key, 0.0) for part in parts)
         for key in dict.fromkeys(k for part in parts for k in part.seconds)
     }
-    kinks = list(dict.fromkeys(kink for part in parts for kink in part.kinks))
+    bent = parts if curvature is not None else []
+    kinks = list(dict.fromkeys(kink for part in bent for kink in part.kinks))
     return Measured(moments, curvature, norms, activations, seconds, notes, kinks)
 
 
@@ -137,14 +150,16 @@ def _sums(measured: Measured) -> dict[Key, Tensor]:
 
 def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor]) -> MomentsBatch:
     names = _all_names([p.parameters for p in parts])
-    if kind == ACTIVATIONS:  # another length on another process: no common sum
+    if kind == ACTIVATIONS:
         names = [n for n in names if (kind, n, "a2") in sums]
     sizes = [p.batch_size for p in parts]
 
     def whole(name: str) -> Moments:
         found = [p.parameters.get(name) for p in parts]
         known = [m for m in found if m is not None]
-        gram = _rows([getattr(m, "gram", None) for m in found], sizes)
+        gram = None
+        if all(m.gram is not None for m in known):
+            gram = _rows([getattr(m, "gram", None) for m in found], sizes)
         norms = _rows([getattr(m, "squared_norms", None) for m in found], sizes)
         assert norms is not None
         added: dict[str, Any] = {
@@ -169,12 +184,15 @@ def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor
         batch_size=sum(sizes),
         second=cat("second"),
         fourth=cat("fourth"),
+        blocks=max((p.blocks for p in parts if p.blocks is not None), key=len, default=None),
         coverage=coverage,
     )
 
 
 def _merge_curvature(parts: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -> CurvatureBatch:
-    sizes = [len(p.weights) for p in parts]
+    sizes, most = [len(p.weights) for p in parts], max(p.draws for p in parts)
+    weights = _rows([p.weights for p in parts], sizes)
+    assert weights is not None
     partners: dict[str, set[str]] = {}
     for part in parts:
         for name, others in part.partners.items():
@@ -182,19 +200,36 @@ def _merge_curvature(parts: list[CurvatureBatch], sums: Mapping[Key, Tensor]) ->
 
     def whole(name: str) -> Curvature:
         found = [p.parameters.get(name) for p in parts]
+        known = [c for c in found if c is not None]
+        # longer sequences have more passes, and of many passes only the diagonal is kept
+        flat = min(c.block.dim() for c in known) == 3
 
-        def cat(field: str, dim: int) -> Tensor | None:
-            return _rows([getattr(c, field, None) for c in found], sizes, dim)
+        def seeds(field: str, dim: int) -> Tensor | None:
+            given = []
+            for part, c in zip(parts, found, strict=True):
+                x = getattr(c, field, None)
+                if x is None and c is not None and field == "joint":
+                    x = c.block  # a parameter that does not meet itself here
+                if x is not None and dim == 1 and flat and x.dim() == 4:
+                    x = x.diagonal(dim1=-2, dim2=-1)
+                for d in range(dim + 1, 2 if dim == 0 or x is None else x.dim()):
+                    x = None if x is None else _with_room(x, d, part.draws, most)
+                given.append(x)
+            return _rows(given, sizes, dim)
 
-        made: dict[str, Any] = {f: cat(f, 0) for f in ("trace", "square", "probe_squares")}
-        made |= {f: cat(f, 1) for f in ("block", "whole", "signs", "joint")}
+        made: dict[str, Any] = {f: seeds(f, 0) for f in ("trace", "square", "probe_squares")}
+        made |= {f: seeds(f, 1) for f in ("block", "whole", "joint")}
+        if all(c.joint is None for c in known):
+            made["joint"] = None
+        made["signs"] = _rows([getattr(c, "signs", None) for c in found], sizes, 1)
         made |= {f: sums.get(("curvature", name, f)) for f in _CURVED_PER_ENTRY}
         return Curvature(**made)
 
     return replace(
         parts[0],
         parameters={name: whole(name) for name in _all_names([p.parameters for p in parts])},
-        weights=torch.cat([p.weights for p in parts]),
+        draws=most,
+        weights=weights,
         partners=partners,
     )
 
@@ -206,14 +241,25 @@ def _all_names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rows(parts: Sequence[Tensor | None], sizes: list[int], dim: int = 0) -> Tensor | None:
-    """The processes' rows one after another; zeros where a process met no such parameter."""
-    like = next((p for p in parts if p is not None), None)
-    if like is None:
+    """The processes' rows one after another.
+
+    Zeros where a process met no such parameter, and for the passes that a longer sequence has more.
+    """
+    known = [p for p in parts if p is not None]
+    if not known:
         return None
+    shape = [max(p.shape[d] for p in known) for d in range(known[0].dim())]
+    shape[dim] = sum(sizes)
+    whole = known[0].new_zeros(shape)
+    for p, rows in zip(parts, whole.split(sizes, dim), strict=True):
+        if p is not None:
+            rows[tuple(slice(n) for n in p.shape)] = p
+    return whole
 
-    def zeros(size: int) -> Tensor:
-        shape = list(like.shape)
-        shape[dim] = size
-        return like.new_zeros(shape)
 
-    return torch.cat([zeros(n) if p is None else p for p, n in zip(parts, sizes, strict=True)], dim)
+def _with_room(x: Tensor, dim: int, draws: int, most: int) -> Tensor:
+    """Zeros for seeds that other processes have; the seeds of the bounds stay behind them."""
+    shape = list(x.shape)
+    shape[dim] = most - draws
+    later = x.shape[dim] - draws
+    return torch.cat([x.narrow(dim, 0, draws), x.new_zeros(shape), x.narrow(dim, draws, later)], dim)

@@ -142,11 +142,13 @@ def join() -> Ranks:
     meeting = f"fimprobe/{next(_joined)}"
     keys = [f"{meeting}/{rank}" for rank in range(dist.get_world_size())]
     store.set(keys[dist.get_rank()], "here")
+    end = "met"
     try:
         store.wait(keys, timedelta(seconds=PATIENCE))
     except RuntimeError:
-        store.set(f"{meeting}/left", "left")
-    if store.check([f"{meeting}/left"]):
+        end = "left"
+    # the first to say how it ended says it for all: nobody is left alone in making the group
+    if store.compare_set(f"{meeting}/end", "", end) == b"left":
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         who = f"processes {missing} of {len(keys)}" if missing else "some processes"
         raise FimprobeError(

@@ -102,10 +102,13 @@ class Budget:
             else:
                 self.costs.append(probe_seconds)
 
-    def forecast(self, step: int) -> int:
-        """The first step after ``step`` at which a probe will be due, if steps stay as long."""
-        expected = max(self.costs) if self.costs else self.first or 0.0
-        needed = (self.spent + expected) * (1 - self.budget) / self.budget
+    def forecast(self, step: int, running: float) -> int:
+        """The first step after ``step`` at which a probe will be due, if steps stay as long.
+
+        ``running``: seconds of the probe at ``step``, which no account holds yet.
+        """
+        expected = running if self.first is None else max([*self.costs, running])
+        needed = (self.spent + running + expected) * (1 - self.budget) / self.budget
         usual = statistics.median(self.steps) if self.steps else 0.0
         missing = needed - self.elapsed
         return step + 1 + (math.ceil(missing / usual) if missing > 0 and usual > 0 else 0)
@@ -129,6 +132,6 @@ class Agreed:
         """Add one step to the account."""
         self.account.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
 
-    def forecast(self, step: int) -> int:
+    def forecast(self, step: int, running: float) -> int:
         """What this process's account says."""
-        return self.account.forecast(step)
+        return self.account.forecast(step, running)
