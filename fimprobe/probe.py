@@ -21,13 +21,8 @@ from fimprobe.capture import Capture, Captured
 from fimprobe.config import Config
 from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import get_likelihood
-from fimprobe.likelihoods.infer import (
-    REMEDY,
-    Decision,
-    ignored_positions,
-    infer_from_gradient,
-    infer_from_model,
-)
+from fimprobe.likelihoods.heads import infer_from_model, labels_of, mask_of
+from fimprobe.likelihoods.infer import Decision, ignored_positions, infer_from_gradient
 from fimprobe.likelihoods.labels import REMEDY as LABELS
 from fimprobe.likelihoods.labels import labels_from_gradient
 from fimprobe.measurement import measure
@@ -170,8 +165,7 @@ class Probe:
     def step(self, inputs: Any = None, *, number: int | None = None) -> Report | None:
         """Count one optimizer step; measure where the schedule says so, before parameters change.
 
-        ``inputs`` stands in for the captured batch (then the measurement is made in any case; of
-        several processes, all have to give theirs at the same step).
+        ``inputs`` stands in for the captured batch (then the measurement is made in any case).
         ``number`` is this step's, where the loop has a count of its own; the next follows it.
         Returns the report, or None where nothing was measured.
         """
@@ -231,7 +225,6 @@ class Probe:
             share = self._share_of(step, captured, inputs)
             return f"{self.likelihood.name} at step {step}"
 
-        started = time.perf_counter()
         told = self.ranks.together(prepare)
         if None in told or share is None:
             return None
@@ -259,8 +252,7 @@ class Probe:
         )
         if isinstance(self.schedule, Agreed):
             forecast = self.schedule.forecast
-            running = time.perf_counter() - started
-            self.schedule.next = self.ranks.together(lambda: forecast(step, running))[0]
+            self.schedule.next = self.ranks.together(lambda: forecast(step))[0]
         self.coverage = report.coverage
         for sink in list(self._sinks):
             write = functools.partial(sink.write, report)
@@ -274,6 +266,7 @@ class Probe:
         wanted = list(self.config.estimators)
         if inputs is not None:
             batch = Batch.of(inputs)
+            mask = self._mask_of(batch.args, batch.kwargs, None)
             wanted = [e for e in wanted if e != "empirical"] or ["i1"]
         else:
             if captured is None:
@@ -281,7 +274,7 @@ class Probe:
             if not captured.unchanged():
                 raise BatchError("the batch was changed in place after the forward pass")
             batch = Batch.of_call(captured.args, captured.kwargs)
-            mask = self._mask_of(captured)
+            mask = self._mask_of(captured.args, captured.kwargs, self._read(captured))
             if "empirical" in wanted:
                 try:
                     labels = self._labels_of(captured, batch.size)
@@ -299,22 +292,18 @@ class Probe:
             labels = None if labels is None else labels[rows.to(labels.device)]
         return Share(batch, mask, labels, wanted)
 
-    def _mask_of(self, captured: Captured) -> Tensor | None:
+    def _mask_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], read: Any) -> Tensor | None:
         if self._mask is not None:
-            return self._mask(captured.args, captured.kwargs)
-        labels = captured.kwargs.get("labels")
-        name = type(unwrap(self.model)).__name__
-        if name.endswith(("ForCausalLM", "LMHeadModel")):  # position t predicts token t + 1
-            tokens = labels if labels is not None else captured.kwargs.get("attention_mask")
-            if tokens is None:
-                return None
-            read = tokens != (-100 if labels is not None else 0)
-            return torch.cat([read[:, 1:], torch.zeros_like(read[:, :1])], 1)
-        if name.endswith(("ForMaskedLM", "ForTokenClassification")) and labels is not None:
-            return labels != -100  # type: ignore[no-any-return]
-        if captured.gradient is not None and captured.outputs is not None:
-            return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
-        return None
+            return self._mask(args, kwargs)
+        if self._output is not select_outputs:  # outputs of the user's own making
+            return read  # type: ignore[no-any-return]
+        return mask_of(self.model, args, kwargs, read)
+
+    def _read(self, captured: Captured) -> Tensor | None:
+        """Positions where the loss's gradient arrived, where it was seen."""
+        if captured.gradient is None or captured.outputs is None:
+            return None
+        return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
 
     def _labels_of(self, captured: Captured, size: int) -> Tensor:
         if self._labels is not None:
@@ -326,11 +315,8 @@ class Probe:
                     f"labels of all {size} samples"
                 )
             return labels
-        given = captured.kwargs.get("labels")
-        if isinstance(given, Tensor):
-            name = type(unwrap(self.model)).__name__
-            if name.endswith(("ForCausalLM", "LMHeadModel")):  # position t predicts token t + 1
-                return torch.cat([given[:, 1:], torch.full_like(given[:, :1], -100)], 1)
+        given = labels_of(self.model, captured.args, captured.kwargs, self._read(captured))
+        if given is not None:
             return given
         if captured.outputs is None or captured.gradient is None:
             raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
@@ -347,12 +333,11 @@ class Probe:
         """Meet the other processes of this training."""
         try:
             self.ranks = join()
-        except Exception as error:
+        except FimprobeError as error:
             if self.config.on_error == "raise":
                 raise
             self.active = False
-            kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
-            self._tell(f"nothing is probed: {kind}{error}")
+            self._tell(f"nothing is probed: {error}")
         if self.ranks.size > 1 and isinstance(self.schedule, Budget):
             self.schedule = Agreed(self.schedule)
 
@@ -361,29 +346,30 @@ class Probe:
             self.likelihood = get_likelihood(self.config.likelihood)
             self.decision = "given"
             return
-        decision = infer_from_model(unwrap(self.model))
+        decision = infer_from_model(self.model)
         if decision is not None:
             self._decide(decision)
 
     def _decide(self, decision: Decision) -> None:
         if decision.likelihood is not None:
             self.likelihood, self.decision = decision.likelihood, decision.reason
-            logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
+            if decision.told:
+                self._tell(decision.reason)
+            else:
+                logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
         elif decision.final or self._asked >= PATIENCE:
             raise FimprobeError(
-                f"likelihood='auto' could not be decided: {decision.reason}. {REMEDY}"
+                f"likelihood='auto' could not be decided: {decision.reason}. {decision.remedy}"
             )
 
     def _ask(self, captured: Captured) -> None:
         self._asked += 1
-        if captured.outputs is None or captured.gradient is None:
-            decision = Decision(
-                None,
-                "no gradient arrived at the model's outputs (or they are no single tensor)",
-                final=False,
-            )
-        else:
+        decision = infer_from_model(self.model, captured.args, captured.kwargs)
+        if decision is None and captured.outputs is not None and captured.gradient is not None:
             decision = infer_from_gradient(captured.outputs, captured.gradient)
+        if decision is None:
+            missing = "no gradient arrived at the model's outputs (or they are no single tensor)"
+            decision = Decision(None, missing, final=False)
         self._decide(decision)
 
     def _watch(self, out: Any) -> Tensor | None:

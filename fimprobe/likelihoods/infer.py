@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fimprobe.likelihoods import Bernoulli, Categorical, Poisson
 from fimprobe.types import Likelihood
@@ -25,36 +25,23 @@ REMEDY = (
 
 
 class Decision(NamedTuple):
-    """``likelihood`` and why; None with ``final`` where nothing fits, without where it may yet."""
+    """``likelihood`` and why; None with ``final`` where nothing fits, without where it may yet.
+
+    ``remedy``: what to pass where nothing fits. ``told``: the reason is worth a warning.
+    """
 
     likelihood: Likelihood | None
     reason: str
     final: bool = True
-
-
-def infer_from_model(model: nn.Module) -> Decision | None:
-    """What a Hugging Face model's config and class tell; None for other models."""
-    config = getattr(model, "config", None)
-    name = type(model).__name__
-    if config is None or not hasattr(config, "model_type"):
-        return None
-    problem = getattr(config, "problem_type", None)
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification")):
-        return Decision(Categorical(), f"{name} predicts a class at each position")
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        if problem == "multi_label_classification":
-            return Decision(Bernoulli(), f"{name} with problem_type={problem!r}")
-        if problem == "regression" or config.num_labels == 1:
-            return Decision(None, f"{name} does regression, whose noise level is not in the model")
-        return Decision(Categorical(), f"{name} predicts one of {config.num_labels} classes")
-    return None
+    remedy: str = REMEDY
+    told: bool = False
 
 
 def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
     """Match the loss gradient at the outputs against each likelihood's score.
 
     >>> h = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    >>> loss = nn.functional.cross_entropy(h, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    >>> loss = torch.nn.functional.cross_entropy(h, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
     >>> infer_from_gradient(h.detach(), torch.autograd.grad(loss, h)[0]).likelihood.name
     'categorical'
     """
