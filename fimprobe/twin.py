@@ -90,6 +90,10 @@ def make_twin(model: nn.Module) -> nn.Module:
         memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
     twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():
+        if (
+            "_original_forward" in module.__dict__
+        ):  # Accelerate's autocast: measured in full precision
+            module.forward = module._original_forward
         _differentiable_weight_norm(module)
         if getattr(module, "inplace", False) is True:
             module.inplace = False
