@@ -165,7 +165,8 @@ class Probe:
     def step(self, inputs: Any = None, *, number: int | None = None) -> Report | None:
         """Count one optimizer step; measure where the schedule says so, before parameters change.
 
-        ``inputs`` stands in for the captured batch (then the measurement is made in any case).
+        ``inputs`` stands in for the captured batch (then the measurement is made in any case; of
+        several processes, all have to give theirs at the same step).
         ``number`` is this step's, where the loop has a count of its own; the next follows it.
         Returns the report, or None where nothing was measured.
         """
@@ -225,6 +226,7 @@ class Probe:
             share = self._share_of(step, captured, inputs)
             return f"{self.likelihood.name} at step {step}"
 
+        started = time.perf_counter()
         told = self.ranks.together(prepare)
         if None in told or share is None:
             return None
@@ -252,7 +254,8 @@ class Probe:
         )
         if isinstance(self.schedule, Agreed):
             forecast = self.schedule.forecast
-            self.schedule.next = self.ranks.together(lambda: forecast(step))[0]
+            running = time.perf_counter() - started
+            self.schedule.next = self.ranks.together(lambda: forecast(step, running))[0]
         self.coverage = report.coverage
         for sink in list(self._sinks):
             write = functools.partial(sink.write, report)
@@ -333,11 +336,12 @@ class Probe:
         """Meet the other processes of this training."""
         try:
             self.ranks = join()
-        except FimprobeError as error:
+        except Exception as error:
             if self.config.on_error == "raise":
                 raise
             self.active = False
-            self._tell(f"nothing is probed: {error}")
+            kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
+            self._tell(f"nothing is probed: {kind}{error}")
         if self.ranks.size > 1 and isinstance(self.schedule, Budget):
             self.schedule = Agreed(self.schedule)
 
