@@ -1,15 +1,12 @@
 """Bounds (17), (18), their sharper forms, traces and diagonals [P2], against dense tensors."""
 
-import dataclasses
 import functools
-import math
 import types
 
 import dense
 import oracles
 import pytest
 import torch
-from torch import nn
 
 import fimprobe
 from fimprobe.engines.problem import Plan
@@ -103,65 +100,45 @@ def test_more_outputs_than_gram_matrices_are_kept_for(double):
         assert group.i2.bound is not None and group.i2.sharp_bound is None
 
 
-BOTH = (*FIRST, "covariance_norm", "covariance_spectral_norm", "bound_error")
-
-
-def same(one, other):
-    for key in ("i1", "i2"):
-        a, b = getattr(one.total, key), getattr(other.total, key)
-        for kind in BOTH:
-            x, y = getattr(a, kind), getattr(b, kind)
-            assert x == (y if y is None else pytest.approx(y, rel=1e-10, abs=1e-18)), (key, kind)
-    low, high = other.total.i1.trace_range
-    assert one.total.i1.trace_range == pytest.approx((low, high), rel=1e-10, abs=1e-18)
-
-
-@pytest.mark.parametrize("draws", ["exact", 2])
-def test_a_masked_position_is_no_output(draws, double):
-    """Two positions of three outputs, the first left out: as if the model had only the other."""
+@pytest.mark.parametrize("family", ["categorical", "bernoulli"])
+def test_a_masked_position_is_no_output(family, double):
+    """Two positions, the first left out: as if the model had only the other."""
     torch.manual_seed(3)
     model, (x,) = dense.sequence()
-    for family in ("categorical", "bernoulli"):
-        shape = x.shape[:2] if family == "categorical" else x.shape
-        mask = torch.ones(shape, dtype=torch.bool)
-        mask[:, 0] = False
-        masked = fimprobe.measure(model, x, likelihood=family, draws=draws, mask=mask)
-        without = fimprobe.measure(
-            model, x, likelihood=family, draws=draws, output=lambda h: h[:, 1:]
-        )
-        if draws == "exact":  # for drawn labels the random signs are others
-            for kind in FIRST:
-                want = getattr(without.total.i1, kind)
-                # two positions, one of them empty, have no range of a single label
-                if kind != "diagonal_range_bound":
-                    assert getattr(masked.total.i1, kind) == pytest.approx(want, rel=1e-10), kind
-            low, high = without.total.i1.trace_range
-            assert masked.total.i1.trace_range == pytest.approx((low, high), rel=1e-10, abs=1e-18)
-            continue
-        j = oracles.jacobian(model, (x,), 0, lambda h: h[:, 1:])[0]
-        sizes = [
+    mask = torch.ones(x.shape[:2] if family == "categorical" else x.shape, dtype=torch.bool)
+    mask[:, 0] = False
+    options = {"likelihood": family, "draws": "exact", "estimators": ("i1",)}
+    have = fimprobe.measure(model, x, mask=mask, **options).total.i1
+    want = fimprobe.measure(model, x, output=lambda h: h[:, 1:], **options).total.i1
+    for kind in ("bound", "sharp_bound", "trace_bound", "diagonal_bound", "covariance_norm"):
+        assert getattr(have, kind) == pytest.approx(getattr(want, kind), rel=1e-10), kind
+    assert have.trace_range == pytest.approx(want.trace_range, rel=1e-10, abs=1e-18)
+    # drawn labels: random signs of the position that is left
+    jacobian = oracles.jacobian(model, (x,), 0, lambda h: h[:, 1:])[0]
+    size = sum(float(p.square().sum()) for p in jacobian.values())
+    options |= {"draws": 2, "second_order": {"probes": 8}}
+    squares = torch.tensor(
+        [
             fimprobe.measure(
-                model,
-                x[:1],
-                likelihood=family,
-                mask=mask[:1],
-                second_order={"probes": 64},
-                estimators=("i1",),
-                seed=s,
+                model, x[:1], mask=mask[:1], seed=seed, **options
             ).total.geometry.jacobian_norm
             ** 2
-            for s in range(4)
+            for seed in range(20)
         ]
-        want = sum(float(p.square().sum()) for p in j.values())
-        assert dense.mean(sizes) == pytest.approx(want, rel=0.2)
+    )
+    error = float(squares.std()) / 20**0.5
+    assert abs(float(squares.mean()) - size) < 4 * error < 0.3 * size
 
 
 def test_classes_may_stand_before_positions(double):
+    """Three positions of two classes, one position masked."""
     torch.manual_seed(3)
-    model, args = dense.sequence()
-    options = {"draws": "exact", "second_order": {"probes": 4}}
-    last = fimprobe.measure(model, args, likelihood="categorical", **options)
-    first = fimprobe.measure(model, args, likelihood=Categorical(1), output=lambda h: h.mT, **options)
+    (model, _), x = dense.sequence(), torch.randn(3, 3, 2)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    mask[1, 0] = False
+    options = {"draws": "exact", "second_order": {"probes": 4}, "mask": mask}
+    last = fimprobe.measure(model, x, likelihood="categorical", **options)
+    first = fimprobe.measure(model, x, likelihood=Categorical(1), output=lambda h: h.mT, **options)
     for kind in FIRST:
         want = getattr(last.total.i1, kind)
         assert getattr(first.total.i1, kind) == (want and pytest.approx(want, rel=1e-12)), kind
@@ -390,75 +367,3 @@ def test_the_error_of_i2s_bound_is_its_spread(double):
     for key in groups:
         ratio = dense.mean(errors[key]) ** 0.5 / float(torch.tensor(bounds[key]).std())
         assert 0.75 < ratio < 1.4, (key, ratio)
-
-
-# -- what is said of it ------------------------------------------------------------------------------
-
-
-def shouts(report):
-    return [line for line in report.advice if "VIOLATED" in line]
-
-
-def with_total(report, kind, **values):
-    e = dataclasses.replace(getattr(report.total, kind), **values)
-    return dataclasses.replace(report, total=dataclasses.replace(report.total, **{kind: e}))
-
-
-@pytest.mark.parametrize("kind", ["i1", "i2"])
-def test_advice_shouts_at_a_value_above_its_bound(kind, double):
-    setting, _ = dense.setting("categorical")
-    report = fimprobe.measure(setting.model, setting.args, likelihood="categorical", draws="exact")
-    assert not shouts(report)
-    e = getattr(report.total, kind)
-    most = max(e.bound + 4 * (e.bound_error or 0.0), e.sharp_bound)
-    factor = 1 if kind == "i1" else 2  # Î₂'s norm is itself an estimate
-    (line,) = shouts(with_total(report, kind, covariance_norm=1.1 * factor * most))
-    assert "in the model (" in line and not shouts(
-        with_total(report, kind, covariance_norm=0.9 * most)
-    )
-    # a bound that is itself uncertain is given four of its standard errors
-    for value, error, told in ((1.1, 0.0, 1), (2.9, 0.5, 0), (3.1, 0.5, 1), (3.1, 2.0, 0)):
-        values = {"bound": most, "sharp_bound": most, "bound_error": error * most}
-        made = with_total(report, kind, covariance_norm=value * factor * most, **values)
-        assert len(shouts(made)) == told, (value, error)
-    layer = report.layers["0"]
-    wrong = dataclasses.replace(getattr(layer, kind), covariance_norm=math.inf)
-    layers = {**report.layers, "0": dataclasses.replace(layer, **{kind: wrong})}
-    (line,) = shouts(dataclasses.replace(report, layers=layers))
-    assert "in 0 (" in line and "the model (" not in line
-
-
-@pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("probes", [2, 4])
-def test_advice_keeps_quiet_where_a_bound_is_noise(outputs, probes, double):
-    """The probes' noise takes a block's (18) below its norm, and below zero; no error of ours."""
-    torch.manual_seed(0)
-    net = dense.lively(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()))
-    net.append(dense.lively(nn.Linear(3, outputs)))
-    family = "categorical" if outputs > 1 else "bernoulli"
-    options = {"likelihood": family, "draws": "exact", "second_order": {"probes": probes}}
-    x, plan, low = torch.randn(1, 2), Plan(), 0
-    for seed in range(30):
-        report = fimprobe.measure(net, x, seed=seed, plan=plan, **options)
-        assert not shouts(report)
-        for key in oracles.groups(net):
-            e = oracles.group_of(report, key).i2
-            if outputs > 1:
-                assert e.covariance_norm <= e.sharp_bound * (1 + 1e-9) + 1e-18
-            low += e.bound < e.covariance_norm / 2
-    assert low > 0
-
-
-@pytest.mark.parametrize("scale", [1e-1, 3e-3, 1e-4, 1e-5, 1e-6, 0.0])
-@pytest.mark.parametrize("size", [1, 6])
-def test_advice_keeps_quiet_at_even_odds(size, scale):
-    """A fresh softmax of two classes in float32: M is zero at even odds, and ‖Cov Î₁‖ is rounding."""
-    for seed in range(5):
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-        with torch.no_grad():
-            for p in net[2].parameters():
-                p.mul_(scale)
-        x = torch.randn(size, 3)
-        report = fimprobe.measure(net, x, likelihood="categorical", draws="exact", estimators=("i1",))
-        assert not shouts(report)

@@ -1,8 +1,11 @@
 """Bounds of 1,000 random nets against dense tensors: none is violated, and no report says one is."""
 
+import dataclasses
 import functools
+import math
 import random
 
+import dense
 import oracles
 import pytest
 import torch
@@ -243,3 +246,75 @@ def test_no_bound_is_violated_on_random_nets(block, double):
             holds(one["label_variance"], one["diagonal_bound"] + slack, key)
         if "diagonal_range_bound" in want:
             holds(want["label_variance"], want["diagonal_range_bound"] + slack, key)
+
+
+# -- what is said of it ------------------------------------------------------------------------------
+
+
+def shouts(report):
+    return [line for line in report.advice if "VIOLATED" in line]
+
+
+def with_total(report, kind, **values):
+    e = dataclasses.replace(getattr(report.total, kind), **values)
+    return dataclasses.replace(report, total=dataclasses.replace(report.total, **{kind: e}))
+
+
+@pytest.mark.parametrize("kind", ["i1", "i2"])
+def test_advice_shouts_at_a_value_above_its_bound(kind, double):
+    setting, _ = dense.setting("categorical")
+    report = fimprobe.measure(setting.model, setting.args, likelihood="categorical", draws="exact")
+    assert not shouts(report)
+    e = getattr(report.total, kind)
+    most = max(e.bound + 4 * (e.bound_error or 0.0), e.sharp_bound)
+    factor = 1 if kind == "i1" else 2  # Î₂'s norm is itself an estimate
+    (line,) = shouts(with_total(report, kind, covariance_norm=1.1 * factor * most))
+    assert "in the model (" in line and not shouts(
+        with_total(report, kind, covariance_norm=0.9 * most)
+    )
+    # a bound that is itself uncertain is given four of its standard errors
+    for value, error, told in ((1.1, 0.0, 1), (2.9, 0.5, 0), (3.1, 0.5, 1), (3.1, 2.0, 0)):
+        values = {"bound": most, "sharp_bound": most, "bound_error": error * most}
+        made = with_total(report, kind, covariance_norm=value * factor * most, **values)
+        assert len(shouts(made)) == told, (value, error)
+    layer = report.layers["0"]
+    wrong = dataclasses.replace(getattr(layer, kind), covariance_norm=math.inf)
+    layers = {**report.layers, "0": dataclasses.replace(layer, **{kind: wrong})}
+    (line,) = shouts(dataclasses.replace(report, layers=layers))
+    assert "in 0 (" in line and "the model (" not in line
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("probes", [2, 4])
+def test_advice_keeps_quiet_where_a_bound_is_noise(outputs, probes, double):
+    """The probes' noise takes a block's (18) below its norm, and below zero; no error of ours."""
+    torch.manual_seed(0)
+    net = dense.lively(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()))
+    net.append(dense.lively(nn.Linear(3, outputs)))
+    family = "categorical" if outputs > 1 else "bernoulli"
+    options = {"likelihood": family, "draws": "exact", "second_order": {"probes": probes}}
+    x, plan, low = torch.randn(1, 2), Plan(), 0
+    for seed in range(30):
+        report = fimprobe.measure(net, x, seed=seed, plan=plan, **options)
+        assert not shouts(report)
+        for key in oracles.groups(net):
+            e = oracles.group_of(report, key).i2
+            if outputs > 1:
+                assert e.covariance_norm <= e.sharp_bound * (1 + 1e-9) + 1e-18
+            low += e.bound < e.covariance_norm / 2
+    assert low > 0
+
+
+@pytest.mark.parametrize("scale", [1e-1, 3e-3, 1e-4, 1e-5, 1e-6, 0.0])
+@pytest.mark.parametrize("size", [1, 6])
+def test_advice_keeps_quiet_at_even_odds(size, scale):
+    """A fresh softmax of two classes in float32: M is zero at even odds, and ‖Cov Î₁‖ is rounding."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+        with torch.no_grad():
+            for p in net[2].parameters():
+                p.mul_(scale)
+        x = torch.randn(size, 3)
+        report = fimprobe.measure(net, x, likelihood="categorical", draws="exact", estimators=("i1",))
+        assert not shouts(report)
