@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -262,3 +263,20 @@ def test_times_medians_and_what_has_no_variance(variance_along_training):
         assert text.count("V2 is exactly 0 in each of 12 measurements") == len(silent)
         last = sorted(points[-1].accuracy for points in found)
         assert module.over_seeds(found, lambda p: p.accuracy)[-1] == (2, last[1], last[0], last[2])
+
+
+# GPT-2 with Hugging Face's Trainer
+
+
+def test_gpt2_is_trained_probed_and_shown(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = ["--layers", "1", "--width", "8", "--length", "12", "--files", "2"]
+    load("gpt2_on_source").main(["--steps", "30", *sizes, "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 reports" in out and "transformer.h.0.attn.c_attn" in out
+    losses = re.search(r"loss (\S+) -> (\S+) nats", out)
+    assert float(losses[2]) < float(losses[1]) < 5.7  # log 256 = 5.55
+    assert f"tensorboard --logdir {tmp_path} " in out
+    events = [path.parent for path in tmp_path.glob("runs/*/fimprobe/*tfevents*")]
+    assert len(events) == 1 and (events[0] / "fimprobe.jsonl").is_file()
