@@ -130,7 +130,7 @@ class Draws:
             generator = torch.Generator().manual_seed(self.seed)
             shape = (self.total or size, self.count, *label_shape[1:])
             # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float64) + 2.0**-54
+            drawn = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
             self.uniforms = drawn.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
         return self.uniforms[rows]
 

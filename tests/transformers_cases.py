@@ -78,7 +78,6 @@ _ENCODER = {
 def gpt2(head: str = "GPT2LMHeadModel", **options: Any) -> nn.Module:
     """GPT-2, tied as it comes."""
     config = transformers.GPT2Config(
-        n_layer=2,
         n_embd=4,
         n_head=2,
         vocab_size=VOCABULARY,
@@ -86,7 +85,7 @@ def gpt2(head: str = "GPT2LMHeadModel", **options: Any) -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
-        **{"num_labels": CLASSES} | options,
+        **{"num_labels": CLASSES, "n_layer": 2} | options,
     )
     return getattr(transformers, head)(config)
 
@@ -225,7 +224,8 @@ def pairs() -> dict[str, Tensor]:
 
 
 EAGER, SDPA = {"attn_implementation": "eager"}, {"attn_implementation": "sdpa"}
-_MOE = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+_EXPERTS = {"experts_implementation": "eager"}  # the grouped kernel takes no float64
+_MOE = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 1, **_EXPERTS}
 _QWEN_MOE = {
     "num_experts": 3,
     "num_experts_per_tok": 2,
@@ -233,6 +233,7 @@ _QWEN_MOE = {
     "shared_expert_intermediate_size": 5,
     "num_hidden_layers": 1,
     "decoder_sparse_step": 1,
+    **_EXPERTS,
 }
 
 MODELS: dict[str, Callable[[], Sample]] = {

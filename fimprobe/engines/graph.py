@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fimprobe.engines.tape import Tape
@@ -42,3 +43,18 @@ def foreign_uses(
     reached = {n for n, p in parameters.items() if id(p) in everything}
     foreign = {n for n in reached if id(parameters[n]) in outside and n not in replay}
     return reached, foreign
+
+
+def gradient_types(outputs: Tensor) -> set[torch.dtype]:
+    """Types of the gradients that pass through the graph behind ``outputs``."""
+    found: set[torch.dtype] = {outputs.dtype}
+    seen: set[Any] = set()
+    stack: list[Any] = [outputs.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found |= {kind for m in node._input_metadata if (kind := m.dtype).is_floating_point}
+        stack.extend(following for following, _ in node.next_functions)
+    return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fimprobe.engines.autograd import measure_moments
 from fimprobe.engines.curvature import direction_of, twice_differentiable
+from fimprobe.engines.graph import gradient_types
 from fimprobe.engines.problem import Ask, Plan, PlanMismatch, Problem
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.seeds import label_seeds
@@ -21,6 +22,9 @@ from fimprobe.engines.tape import Layouts, record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
 from fimprobe.types import Draws, FimprobeError, Measured, MomentsBatch
+
+HELD = 4.5
+"""Copies of the outputs in float64 that the guard holds at once, measured."""
 
 
 def measure_planned(problem: Problem, plan: Plan) -> Measured:
@@ -35,7 +39,7 @@ def measure_planned(problem: Problem, plan: Plan) -> Measured:
 
 def make_plan(problem: Problem) -> Plan:
     """A plan on which the engine reproduces single samples; raises where none does."""
-    size = min(problem.batch.size, 3)
+    size = _few(problem)
     problem = replace(
         problem,
         batch=problem.batch[:size],
@@ -45,11 +49,12 @@ def make_plan(problem: Problem) -> Plan:
         diagonals=False,
         ask=Ask(),
     )
-    plan = Plan(layouts=_expansions(problem))
+    coarse = _coarse(problem)
+    plan = Plan(layouts=_expansions(problem, coarse))
     alone, outputs = _alone(problem)
     with torch.no_grad():
         together = problem.forward(problem.batch).detach()
-    if not torch.allclose(together, outputs, **_tolerance(outputs)):
+    if not torch.allclose(together, outputs, **_tolerance(outputs, coarse)):
         raise FimprobeError(
             "the model couples its samples: one sample alone gives other outputs than within the "
             "batch (differing by up to "
@@ -59,7 +64,7 @@ def make_plan(problem: Problem) -> Plan:
         )
     for _ in range(200):
         moments = measure_planned(problem, plan).moments["i1"]
-        wrong = _disagreeing(problem, moments, alone)
+        wrong = _disagreeing(problem, moments, alone, coarse)
         if not wrong:
             plan.layouts.settled = True
             plan.chunk = None
@@ -80,7 +85,7 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
 
     Where it does not, ``plan.uncurved`` says so and Î₂ is left out: no wrong number is reported.
     """
-    size = min(problem.batch.size, 3)
+    size = _few(problem)
     ask = replace(problem.ask, i2=True, ih=False, labels=None, bounds=False, exact=False)
     small = replace(
         problem,
@@ -115,6 +120,14 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
         )
 
 
+def _few(problem: Problem) -> int:
+    """Samples that the guard compares: three; two where three of many outputs pass the ceiling."""
+    with torch.no_grad():
+        wide = problem.forward(problem.batch[:1]).numel() * 8
+    most = 3 if 3 * HELD * wide <= problem.memory_mb * 2**20 else 2
+    return min(problem.batch.size, most)
+
+
 def _bent_alone(problem: Problem) -> dict[str, Tensor]:
     """‖(R_b u)_θ‖² [B] of each parameter for the direction u that the engine took first."""
     parameters = list(problem.parameters.values())
@@ -143,7 +156,7 @@ def _bent_alone(problem: Problem) -> dict[str, Tensor]:
     return {name: torch.stack(norms) for name, norms in found.items()}
 
 
-def _expansions(problem: Problem) -> Layouts:
+def _expansions(problem: Problem, coarse: float) -> Layouts:
     """Layouts with the lookups that may be expanded to the batch without changing the outputs."""
     layouts = Layouts()
     with torch.no_grad():
@@ -151,7 +164,7 @@ def _expansions(problem: Problem) -> Layouts:
     try:
         with record(problem.twin, problem.batch.size, layouts, {}):
             expanded = problem.forward(problem.batch)
-        if torch.allclose(plain, expanded.detach(), **_tolerance(plain)):
+        if torch.allclose(plain, expanded.detach(), **_tolerance(plain, coarse)):
             return layouts if layouts.expand else Layouts()
     except (RuntimeError, FimprobeError, ValueError, IndexError):
         if not layouts.expand:
@@ -182,11 +195,10 @@ def _alone(problem: Problem) -> tuple[dict[str, list[Tensor | None]], Tensor]:
 
 
 def _disagreeing(
-    problem: Problem, moments: MomentsBatch, alone: dict[str, list[Tensor | None]]
+    problem: Problem, moments: MomentsBatch, alone: dict[str, list[Tensor | None]], coarse: float
 ) -> list[str]:
     """Parameters whose Σ_b g² per entry or ‖g_b‖² differ from the single samples'."""
     wrong = []
-    coarse = _coarse(problem)
     expected = {}
     for name, gradients in alone.items():
         wide = [None if g is None else g.double() for g in gradients]
@@ -215,17 +227,20 @@ def _disagreeing(
 
 
 def _coarse(problem: Problem) -> float:
+    """How far gradients may differ: by the coarsest type that the parameters or the forward use.
+
+    Norms and softmaxes of language models compute in float32 whatever the parameters are.
+    """
     kinds = {p.dtype for p in problem.parameters.values()}
+    kinds |= gradient_types(problem.forward(problem.batch[:1]))
     if kinds & {torch.bfloat16, torch.float16}:
         return 0.2
     return 2e-3 if torch.float32 in kinds else 1e-7
 
 
-def _tolerance(outputs: Tensor) -> dict[str, Any]:
-    if outputs.dtype in (torch.bfloat16, torch.float16):
-        rtol = 0.1
-    else:
-        rtol = 1e-3 if outputs.dtype == torch.float32 else 1e-7
+def _tolerance(outputs: Tensor, coarse: float) -> dict[str, Any]:
+    """The same for outputs."""
+    rtol = coarse / 2
     return {"rtol": rtol, "atol": rtol * float(outputs.detach().abs().amax())}
 
 

@@ -244,11 +244,9 @@ def adapted(model):
 
 
 def prompted(model):
-    from peft import PromptTuningConfig, get_peft_model
-
-    return get_peft_model(
-        model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    ).double()
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).double()
 
 
 def compiled(model):
