@@ -111,7 +111,9 @@ class Capture:
         if captured is None or captured is not self.last:
             return  # a forward that calls itself (Lightning under DDP): the inner one counts
 
-        def keep(gradient: Tensor) -> None:
+        def keep(gradient: Tensor | None) -> None:
+            if gradient is None:  # under DDP, of outputs that the loss was not made of
+                return
             try:
                 captured.gradient = gradient.detach().clone()
             except Exception as error:  # out of memory

@@ -166,7 +166,8 @@ class FimProbeCallback(TrainerCallback):
                     "parameters sharded by FSDP or DeepSpeed cannot be probed; train with DDP or on "
                     "one device, or leave FimProbeCallback out"
                 )
-            called = trainer.model_wrapped  # torch.compile and DDP included
+            if hasattr(trainer.model_wrapped, "_orig_mod"):  # compiled: hooks inside would not run
+                called = trainer.model_wrapped
             self._trainer = weakref.ref(trainer)
         other = _callbacks.get(model, lambda: None)()
         if other is not None and other.probe is not None and not other.probe.detached:

@@ -216,6 +216,20 @@ def test_sequence_to_sequence(tmp_path):
     assert [r.step for r in probing.probe.history] == [0, 1, 2]
 
 
+def test_a_step_whose_batch_is_not_seen_is_left_out(tmp_path):
+    class Around(Recording):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if self.state.global_step == 2:
+                hidden = model.transformer(input_ids=inputs["input_ids"])[0]
+                return model.lm_head(hidden).square().mean()
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    probing = FimProbeCallback(**I1)
+    trainer = trainer_of(tmp_path, probing, kind=Around)
+    trainer.train()
+    check_against_measure(trainer, probing.probe, [0, 1, 3, 4, 5])
+
+
 def test_a_batch_without_labels(tmp_path, caplog):
     def loss(outputs, labels, num_items_in_batch=None):
         return nn.functional.cross_entropy(
@@ -228,6 +242,48 @@ def test_a_batch_without_labels(tmp_path, caplog):
     assert [r.step for r in reports] == [0, 1, 2, 3, 4, 5]
     assert all(r.total.i1.trace > 0 for r in reports)
     assert len(told(caplog)) <= 1
+
+
+def test_two_processes_measure_together_and_one_writes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import os, test_huggingface as t\n"
+        "probing = t.FimProbeCallback(schedule={'every': 3}, estimators='i1', bounds=False)\n"
+        f"trainer = t.trainer_of({str(tmp_path / 'out')!r}, probing, ddp_backend='gloo')\n"
+        "trainer.train()\n"
+        "logged = [x['step'] for x in trainer.state.log_history if 'fim/i1/trace' in x]\n"
+        "reports = [(r.step, r.batch_size, r.total.i1.trace) for r in probing.probe.history]\n"
+        f"with open({str(tmp_path)!r} + '/rank' + os.environ['RANK'], 'w') as file:\n"
+        "    print(reports, logged, probing.probe.log_dir is not None, file=file)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ((tmp_path / f"rank{r}").read_text() for r in (0, 1))
+    assert first.endswith("[0, 3] True\n") and second.endswith("[0, 3] False\n")
+    assert first.split("]")[0] == second.split("]")[0]  # the same numbers on both
+    assert "(0, 8, " in first
+    (lines,) = (tmp_path / "out").glob("**/fimprobe.jsonl")
+    assert len(lines.read_text().splitlines()) == 2
+
+
+def test_outputs_of_ddp_that_have_no_gradient(tmp_path):
+    """The loss is made inside: DDP hands None back to the logits that it returned."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(gpt2(), find_unused_parameters=True)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with fimprobe.attach(model, tensorboard=False, **I1) as probe:
+            for row in text(3):
+                optimizer.zero_grad()
+                model(**{k: v[None] for k, v in row.items()}).loss.backward()
+                optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [r.step for r in probe.history] == [0, 1, 2]
 
 
 # nothing else changes
@@ -336,6 +392,16 @@ def test_trainers_that_override_log_keep_their_metrics(tmp_path):
     trainer = trainer_of(tmp_path, FimProbeCallback(**I1), kind=Metrics)
     trainer.train()
     assert [x["mine"] for x in trainer.state.log_history if "mine" in x] == [1, 2, 3, 4]
+
+
+def test_what_others_ask_to_be_logged_is_logged(tmp_path):
+    class LogNow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            control.should_log = True
+
+    trainer = trainer_of(tmp_path, FimProbeCallback(**I1), LogNow(), logging_steps=100)
+    trainer.train()
+    assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [1, 2, 3, 4, 5, 6]
 
 
 def test_log_dir_and_no_files(tmp_path, capsys):
