@@ -31,6 +31,7 @@ from fimprobe.options import (
 )
 from fimprobe.ranks import Alone, Ranks
 from fimprobe.report import Report, make_report
+from fimprobe.sharded import Shards, check_sharded, is_part, is_sharded, make_sharded_twin
 from fimprobe.twin import make_twin, trainable, unwrap
 from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood, Measured
 
@@ -114,12 +115,27 @@ def measure(
         nonlocal batch, ask
         ask = check_options(estimators, second_order, bounds, engine, labels)
         check_mask_and_output(mask, output)
+        if is_sharded(model):
+            check_sharded(
+                model,
+                estimators=estimators,
+                bounds=bounds,
+                draws=draws,
+                engine=engine,
+                diagonals=diagonals,
+                processes=shared.size,
+            )
         batch = Batch.of(inputs)
         return _Share.of(model, batch, shared) if shared.size > 1 else _Share(batch.size)
 
     shares = shared.together(checked)
     _check_same(shares)
     sizes = [share.size for share in shares]
+    if is_sharded(model) and len(set(sizes)) > 1:
+        raise BatchError(
+            f"the processes' batches hold {sizes} samples; a sharded model (FSDP) is measured in "
+            "steps that all processes share, give each as many"
+        )
     place = Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes))
     if any(share.widths != shares[0].widths for share in shares):
         # other lengths take other amounts of one stream of random numbers: a stream for each
@@ -131,7 +147,7 @@ def measure(
 
     def share() -> tuple[Measured, Mapping[str, LayerBound]]:
         with _undisturbed(model, seed):
-            twin = make_twin(model)
+            twin, shards = _twin(model, shared)
             for name, buffer in _buffers(twin).items():
                 if name in shares[0].buffers:
                     buffer.copy_(shares[0].buffers[name])
@@ -145,6 +161,7 @@ def measure(
                 memory_mb=memory_mb,
                 diagonals=diagonals,
                 ask=ask,
+                shards=shards,
             )
             return _measure_share(problem, plan if plan is not None else Plan(), engine)
 
@@ -164,6 +181,13 @@ def measure(
     return report
 
 
+def _twin(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, Shards | None]:
+    if not is_sharded(model):
+        return make_twin(model), None
+    shards = Shards(ranks.for_weights(), ranks.rank, ranks.size)
+    return make_sharded_twin(model, shards), shards
+
+
 class _Share(NamedTuple):
     """What the processes have to know of each other."""
 
@@ -180,11 +204,15 @@ class _Share(NamedTuple):
         """What this process tells the others."""
         leaves = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor)]
         norms = {
-            name: (p.shape, float(p.detach().reshape(-1)[:1000].double().norm()))
+            name: (p.shape, 0.0 if is_part(p) else _first_norm(p))
             for name, p in trainable(model).items()
         }
         buffers = {} if ranks.rank else {n: b.cpu() for n, b in _buffers(unwrap(model)).items()}
         return cls(batch.size, [x.shape[1:] for x in leaves if x.dim() > 0], norms, buffers)
+
+
+def _first_norm(parameter: Tensor) -> float:
+    return float(parameter.detach().reshape(-1)[:1000].double().norm())
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

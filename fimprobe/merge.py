@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fimprobe.engines.chain import LayerBound
 from fimprobe.engines.chain import _joined as joined
+from fimprobe.sharded import is_part
 from fimprobe.types import (
     Curvature,
     CurvatureBatch,
@@ -63,6 +64,16 @@ def take_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
     return {
         key: here[key] if key in here else torch.zeros(shape, dtype=dtype)
         for key, (shape, dtype) in shapes.items()
+    }
+
+
+def parts_of(measured: Measured) -> dict[Key, Any]:
+    """This process's parts of the sums of sharded parameters, which were added already."""
+    return {
+        (kind, name, "a2"): moments.a2
+        for kind, batch in measured.moments.items()
+        for name, moments in batch.parameters.items()
+        if is_part(moments.a2)
     }
 
 
@@ -138,8 +149,9 @@ def _sums(measured: Measured) -> dict[Key, Tensor]:
     for kind, batch in _batches(measured).items():
         for name, moments in batch.parameters.items():
             for f in _PER_ENTRY:
-                if getattr(moments, f) is not None:
-                    found[kind, name, f] = getattr(moments, f).detach().cpu()
+                x = getattr(moments, f)
+                if x is not None and not is_part(x):
+                    found[kind, name, f] = x.detach().cpu()
     if measured.curvature is not None:
         for name, curve in measured.curvature.parameters.items():
             for f in _CURVED_PER_ENTRY:
@@ -167,7 +179,10 @@ def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor
             for f in ("a2_sum", "a4_sum", "q_sum", "r_sum", "top_sum")
         }
         added |= {f: sums.get((kind, name, f)) for f in _PER_ENTRY}
-        square = float(added["a2"].double().square().sum())
+        if is_part(added["a2"]):
+            square = sum(m.a2_square for m in known)
+        else:
+            square = float(added["a2"].double().square().sum())
         return Moments(squared_norms=norms, gram=gram, a2_square=square, **added)
 
     def cat(field: str) -> Tensor | None:

@@ -30,6 +30,7 @@ from fimprobe.options import select_outputs
 from fimprobe.ranks import Alone, Ranks, join
 from fimprobe.report import Report
 from fimprobe.schedule import Agreed, Budget
+from fimprobe.sharded import check_sharded, is_sharded
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink
 from fimprobe.twin import trainable, unwrap
@@ -92,6 +93,15 @@ class Probe:
                 raise FimprobeError(
                     f"{name}={type(given).__name__} is no function; pass one from {takes} to a tensor"
                 )
+        asked = config or Config()
+        if is_sharded(model):
+            check_sharded(
+                model,
+                estimators=asked.estimators,
+                bounds=asked.bounds,
+                draws=asked.draws,
+                engine=asked.engine,
+            )
         self._key = id(unwrap(model))
         if self._key in _probed:
             raise FimprobeError(
@@ -99,7 +109,7 @@ class Probe:
                 "another"
             )
         self.model = model
-        self.config = config or Config()
+        self.config = asked
         self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
         self.steps = self._first_step = first_step

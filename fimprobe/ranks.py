@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fimprobe.engines.chain import LayerBound
-from fimprobe.merge import common_shapes, merge, merge_bounds, shapes_of, take_sums, without_sums
+from fimprobe.merge import (
+    common_shapes,
+    merge,
+    merge_bounds,
+    parts_of,
+    shapes_of,
+    take_sums,
+    without_sums,
+)
 from fimprobe.types import BatchError, FimprobeError, Measured
 
 T = TypeVar("T")
@@ -23,6 +31,8 @@ PATIENCE = 60.0
 """Seconds that processes wait for each other in ``attach``."""
 TIMEOUT = 300.0
 """Seconds that they wait for each other in a measurement."""
+WEIGHTS_TIMEOUT = 60.0
+"""Seconds for one weight of a sharded model; shorter, so that who waits in vain can still tell."""
 _joined = itertools.count()
 
 
@@ -38,6 +48,9 @@ class Ranks(Protocol):
     def combine(self, act: Callable[[], Found]) -> Found:
         """The measurement of the whole batch from that of each process's share."""
 
+    def for_weights(self) -> Any:
+        """A process group for a sharded model's weights, so that no message meets another kind."""
+
 
 class Alone:
     """A single process."""
@@ -52,6 +65,9 @@ class Alone:
         """What was measured."""
         return act()
 
+    def for_weights(self) -> Any:
+        """There is none."""
+
 
 class Group:
     """All processes of ``torch.distributed``'s default group, over gloo and with bounded waits.
@@ -63,6 +79,7 @@ class Group:
     def __init__(self, *, timeout: float) -> None:
         self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
         self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._for_weights: Any = None
 
     def together(self, act: Callable[[], T]) -> list[T]:
         """Every process's result; where any failed, all raise.
@@ -102,7 +119,14 @@ class Group:
         rests, shapes, bounds = zip(*self.together(share), strict=True)
         sums = take_sums(own[0], common_shapes(shapes))
         self._bounded(lambda: self._add(list(sums.values())))
-        return merge(rests, sums), merge_bounds(bounds)
+        return merge(rests, sums | parts_of(own[0])), merge_bounds(bounds)
+
+    def for_weights(self) -> Any:
+        """Made where it is first asked for, by all processes."""
+        if self._for_weights is None:
+            wait = timedelta(seconds=WEIGHTS_TIMEOUT)
+            self._for_weights = dist.new_group(backend="gloo", timeout=wait)
+        return self._for_weights
 
     def _add(self, tensors: list[Tensor]) -> None:
         """Replace each by its sum over the processes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,12 +43,15 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
             return model  # type: ignore[no-any-return]
 
 
-def make_twin(model: nn.Module) -> nn.Module:
+def make_twin(
+    model: nn.Module, memo: dict[int, Any] | None = None, shells: Sequence[nn.Module] = ()
+) -> nn.Module:
     """A copy in eval mode: parameters share storage, buffers are copied, hooks left behind.
 
     Hooks of ``torch.nn.utils`` (weight and spectral norm, pruning) compute the layer's weight and
     come along. ``inplace`` is off everywhere; embeddings with ``max_norm`` (which rewrite their
-    weight in the forward) get a weight of their own.
+    weight in the forward) get a weight of their own. ``memo`` names copies that were made before (of
+    parameters, by id); those of ``shells`` are still empty and get their modules' contents.
 
     >>> net = nn.Linear(2, 1)
     >>> twin = make_twin(net)
@@ -55,7 +59,7 @@ def make_twin(model: nn.Module) -> nn.Module:
     (True, False)
     """
     model = unwrap(model)
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     compiled = []
     module: Any
     for module in model.modules():
@@ -88,6 +92,10 @@ def make_twin(model: nn.Module) -> nn.Module:
                         memo[id(leaf)] = leaf.detach().clone()
     for module in compiled:
         memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+    for module in shells:
+        for key, value in module.__dict__.items():
+            if not key.startswith("__composable_api"):  # FSDP's state
+                memo[id(module)].__dict__[key] = copy.deepcopy(value, memo)
     twin: nn.Module = copy.deepcopy(model, memo)
     for module in twin.modules():
         if (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "penalties",
+    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "sharded", "penalties",
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
-    "likelihoods.infer", "likelihoods.labels", "engines", "engines.signs", "engines.rules",
+    "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
     "engines.contract", "engines.gather", "engines.problem", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",

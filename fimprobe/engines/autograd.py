@@ -8,6 +8,7 @@ differentiated by replaying the smallest module that contains all their uses.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -43,6 +44,9 @@ from fimprobe.types import Measured
 FRESH_BYTES = 4.5 * 2**20
 """On a CPU, samples are taken in chunks whose largest layer output stays below this."""
 
+DRAWN = 3
+"""Copies of the outputs in float64 that are held while labels are drawn."""
+
 
 def measure_moments(problem: Problem, plan: Plan) -> Measured:
     """Everything asked for, over the whole batch, chunk by chunk."""
@@ -57,7 +61,7 @@ def measure_moments(problem: Problem, plan: Plan) -> Measured:
             chunk = plan.chunk = error.fit
             continue
         except torch.OutOfMemoryError:
-            if chunk == 1:
+            if chunk == 1 or problem.shards is not None:  # the other processes went on
                 raise
             # some accumulators hold this chunk and some do not: start afresh
             chunk = plan.chunk = chunk // 2
@@ -89,10 +93,14 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     else:
         passes = problem.draws.count
     kept = passes * (1 + (ask.probes + 4) * ask.i2)
-    if saved() + kept * stash > ceiling and batch.size > 1:
-        fit = int(batch.size * ceiling / (saved() + kept * stash))
-        raise OverMemory(min(batch.size - 1, fit))
-    if h.device.type == "cpu" and plan.chunk is None and tape.edges:
+    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * h.numel())
+    if needed > ceiling:
+        fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
+    if problem.shards is not None:
+        fit = problem.shards.smallest(fit)
+    if fit < batch.size:
+        raise OverMemory(fit)
+    if h.device.type == "cpu" and plan.chunk is None and tape.edges and problem.shards is None:
         # large fresh tensors cost more in page faults than the chunks cost in calls
         largest = max(_numel(edge) for edge in tape.edges) * h.element_size()
         if largest > FRESH_BYTES and batch.size > 1:
@@ -100,6 +108,8 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     clock.stop("forward")
     names = {id(p): n for n, p in problem.parameters.items()}
     calls = replayed_parameters(problem, plan, tape, names)
+    if calls and problem.shards is not None:
+        raise PlanMismatch({call.path or "the model": "has to be replayed" for call, _ in calls})
     pieces: dict[str, list[tuple[Replayed, str]]] = {}
     for call, inside in calls:
         for local, held in inside.items():
@@ -176,7 +186,8 @@ def _contract(
     with torch.no_grad():
         for name, parameter in problem.parameters.items():
             if name not in accumulators:
-                accumulators[name] = Accumulator.like(parameter, problem.diagonals)
+                sharded = problem.shards is not None and name in problem.shards
+                accumulators[name] = Accumulator.like(parameter, problem.diagonals, sharded)
             accumulators[name].begin(size, len(seeds.seeds))
         for name in problem.parameters:
             if name in site.pieces:
@@ -185,7 +196,8 @@ def _contract(
             uses = [] if name in site.plan.replay else tape.uses.get(id(parameter), [])
             if any(deltas[use.edge] is not None for use in uses):
                 reached.add(name)
-            contract_uses(accumulators[name], uses, deltas, size, seeds.weights, site.room)
+            with accumulators[name].opened(_scatter(problem, name)):
+                contract_uses(accumulators[name], uses, deltas, size, seeds.weights, site.room)
         contract_replays(
             problem,
             site.plan,
@@ -205,6 +217,13 @@ def _contract(
     if seeds.weights is not None:
         run.weights.setdefault(kind, []).append(seeds.weights)
     return reached
+
+
+def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:
+    """Where the sums of a sharded parameter go: to the processes that hold its rows."""
+    if problem.shards is None or name not in problem.shards:
+        return None
+    return functools.partial(problem.shards.scatter, name)
 
 
 def _add_ggn(site: _Site, run: Sums) -> None:
@@ -333,6 +352,7 @@ class _memory_guard:  # noqa: N801 - reads as a function where it is used
         own = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
         self.seen, self.total, self.limit, self.size = own, 0, limit, size
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        self.shards = problem.shards  # they have hooks of their own, inside of these
 
     def _pack(self, x: Tensor) -> Tensor:
         try:
@@ -348,7 +368,7 @@ class _memory_guard:  # noqa: N801 - reads as a function where it is used
 
     def __enter__(self) -> Callable[[], int]:
         self.hooks.__enter__()
-        return lambda: self.total
+        return lambda: self.total if self.shards is None else self.shards.bytes
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)

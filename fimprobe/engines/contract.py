@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +45,8 @@ class Accumulator:
     r: Tensor | None = None
     grams: list[Tensor] = field(default_factory=list)
     empty: bool = True
+    own: Any = None
+    """This process's rows of ``a2`` where the parameter is sharded (a DTensor)."""
 
     def __post_init__(self) -> None:
         """Start from zero."""
@@ -54,11 +59,31 @@ class Accumulator:
             self.a4, self.q, self.r = wide.clone(), wide.clone(), wide.clone()
 
     @classmethod
-    def like(cls, parameter: Tensor, diagonals: bool) -> Accumulator:
-        """An accumulator for gradients of a tensor like this one."""
+    def like(cls, parameter: Tensor, diagonals: bool, sharded: bool = False) -> Accumulator:
+        """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if sharded:
+            nothing = torch.zeros((), dtype=dtype, device=parameter.device)
+            return cls(nothing.expand(parameter.shape), diagonals)
         a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         return cls(a2, diagonals)
+
+    @contextmanager
+    def opened(self, scatter: Callable[[Tensor], Any] | None) -> Iterator[None]:
+        """Take contributions; ``scatter`` then keeps a part of their sum (None keeps it all)."""
+        if scatter is None:
+            yield
+            return
+        closed = self.a2
+        self.a2, self.empty = (
+            torch.empty(closed.shape, dtype=closed.dtype, device=closed.device),
+            True,
+        )
+        yield
+        self._zero()
+        rows = scatter(self.a2)
+        self.own = rows if self.own is None else self.own + rows
+        self.a2, self.empty = closed, False
 
     def begin(self, samples: int, draws: int) -> None:
         """Make room for the Gram matrices [samples, S, S] (or squared norms) of the next chunk."""
@@ -213,12 +238,13 @@ class Accumulator:
 
     def finish(self) -> Moments:
         """The moments, on the CPU where they are scalars."""
-        self._zero()
         gram = torch.cat(self.grams)
         norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
-        total, square = _sums(self.a2)
+        if self.own is None:
+            self._zero()
+        total, square = _sums(self.a2 if self.own is None else self.own.to_local())
         return Moments(
-            self.a2,
+            self.a2 if self.own is None else self.own,
             total,
             square,
             float(self.a4_sum),

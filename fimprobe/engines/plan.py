@@ -6,6 +6,7 @@ outputs and the same squared gradients as the engine gives them together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,15 @@ from fimprobe.engines.seeds import label_seeds
 from fimprobe.engines.tape import Layouts, record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
+from fimprobe.sharded import is_part
 from fimprobe.types import Draws, FimprobeError, Measured, MomentsBatch
 
 HELD = 4.5
 """Copies of the outputs in float64 that the guard holds at once, measured."""
+
+
+Alone = tuple[Tensor, float] | None
+"""A sample's gradient (of a sharded parameter, the rows held here) and its squared norm."""
 
 
 def measure_planned(problem: Problem, plan: Plan) -> Measured:
@@ -33,6 +39,12 @@ def measure_planned(problem: Problem, plan: Plan) -> Measured:
         try:
             return measure_moments(problem, plan)
         except PlanMismatch as mismatch:
+            if problem.shards is not None:
+                told = "; ".join(f"{name!r}: {why}" for name, why in mismatch.reasons.items())
+                raise FimprobeError(
+                    "a sharded model (FSDP) is measured by the rules of its layers, which do not "
+                    f"reach everything here ({told}); freeze what they do not, or do not shard"
+                ) from None
             _widen(problem, plan, mismatch.reasons)
     raise FimprobeError("no way was found to measure this model; please report it with the model")
 
@@ -48,6 +60,7 @@ def make_plan(problem: Problem) -> Plan:
         mask=None,
         diagonals=False,
         ask=Ask(),
+        shards=None if problem.shards is None else problem.shards.alone(),
     )
     coarse = _coarse(problem)
     plan = Plan(layouts=_expansions(problem, coarse))
@@ -65,6 +78,12 @@ def make_plan(problem: Problem) -> Plan:
     for _ in range(200):
         moments = measure_planned(problem, plan).moments["i1"]
         wrong = _disagreeing(problem, moments, alone, coarse)
+        if problem.shards is not None and not problem.shards.smallest(int(not wrong)):
+            raise FimprobeError(
+                "guard: per-sample gradients of the sharded model do not agree with those of single "
+                f"samples ({', '.join(map(repr, wrong)) or 'on another process'}); please report it "
+                "with the model"
+            )
         if not wrong:
             plan.layouts.settled = True
             plan.chunk = None
@@ -174,41 +193,41 @@ def _expansions(problem: Problem, coarse: float) -> Layouts:
     return fresh
 
 
-def _alone(problem: Problem) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+def _alone(problem: Problem) -> tuple[dict[str, list[Alone]], Tensor]:
     """Gradients and outputs of each sample run alone, by plain autograd."""
     parameters = list(problem.parameters.values())
-    found: dict[str, list[Tensor | None]] = {name: [] for name in problem.parameters}
+    found: dict[str, list[Alone]] = {name: [] for name in problem.parameters}
     outputs = []
     for b in range(problem.batch.size):
         h = problem.forward(problem.batch[b : b + 1])
         uniforms = problem.draws.uniforms_for(slice(b, b + 1), problem.batch.size, h.shape)
         label = problem.likelihood.quantile(h.detach(), uniforms[:, 0].to(h.device))
         seed = problem.likelihood.score(h.detach(), label).to(h.dtype)
-        if not h.requires_grad:
-            gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-        else:
-            gradients = torch.autograd.grad(h, parameters, seed, allow_unused=True)
-        for name, gradient in zip(problem.parameters, gradients, strict=True):
-            found[name].append(gradient)
+        gradients: Mapping[str, Alone] = {}
+        if h.requires_grad and problem.shards is not None:
+            gradients = problem.shards.gradients(h, problem.parameters, seed)
+        elif h.requires_grad:
+            each = torch.autograd.grad(h, parameters, seed, allow_unused=True)
+            gradients = {
+                name: None if g is None else (g, float(g.double().square().sum()))
+                for name, g in zip(problem.parameters, each, strict=True)
+            }
+        for name in problem.parameters:
+            found[name].append(gradients.get(name))
         outputs.append(h.detach())
     return found, torch.cat(outputs)
 
 
 def _disagreeing(
-    problem: Problem, moments: MomentsBatch, alone: dict[str, list[Tensor | None]], coarse: float
+    problem: Problem, moments: MomentsBatch, alone: dict[str, list[Alone]], coarse: float
 ) -> list[str]:
     """Parameters whose Σ_b g² per entry or ‖g_b‖² differ from the single samples'."""
     wrong = []
     expected = {}
     for name, gradients in alone.items():
-        wide = [None if g is None else g.double() for g in gradients]
-        norms = torch.stack(
-            [
-                torch.zeros((), dtype=torch.float64) if g is None else g.square().sum().cpu()
-                for g in wide
-            ]
-        )
-        expected[name] = (sum(g.square() for g in wide if g is not None), norms)
+        norms = torch.tensor([0.0 if g is None else g[1] for g in gradients], dtype=torch.float64)
+        squares = sum(g[0].double().square() for g in gradients if g is not None)
+        expected[name] = (squares, norms)
     largest = max((float(norms.max()) for _, norms in expected.values()), default=0.0)
     for name, (squares, norms) in expected.items():
         have = moments.parameters.get(name)
@@ -218,7 +237,8 @@ def _disagreeing(
                 wrong.append(name)
             continue
         difference = (have.squared_norms[:, 0].cpu() - norms).abs()
-        entries = (have.a2.double() - squares).abs().sum()
+        a2: Any = have.a2
+        entries = ((a2.to_local() if is_part(a2) else a2).double() - squares).abs().sum()
         if bool((difference > coarse * norms + slack).any()) or float(entries) > coarse * float(
             norms.sum()
         ) + slack * len(norms):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from fimprobe.batch import Batch
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.tape import Layouts
 from fimprobe.engines.unrolled import UNROLLED
+from fimprobe.sharded import Shards
 from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood
 
 Outputs = Callable[[Any], Tensor]
@@ -69,6 +71,8 @@ class Problem:
     memory_mb: float
     diagonals: bool
     ask: Ask = Ask()
+    shards: Shards | None = None
+    """Of a model that FSDP shards; then all processes measure in the same steps."""
 
     def __post_init__(self) -> None:
         """Index the trainable parameters."""
@@ -76,7 +80,8 @@ class Problem:
 
     def forward(self, batch: Batch) -> Tensor:
         """The outputs for a part of the batch, checked."""
-        h = self.outputs(self.twin(*batch.args, **batch.kwargs))
+        with nullcontext() if self.shards is None else self.shards.saving():
+            h = self.outputs(self.twin(*batch.args, **batch.kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(
                 f"output= returns {type(h).__name__}; let it return the tensor of outputs [B, ...]"
@@ -89,7 +94,10 @@ class Problem:
             )
         self.likelihood.check_outputs(h)
         finite = torch.isfinite(h)
-        if not bool(finite.all()):
+        well = bool(finite.all())
+        if self.shards is not None and self.shards.smallest(int(well)) < well:
+            raise BatchError("another process's outputs are not finite")
+        if not well:
             raise BatchError(
                 f"{int((~finite).sum())} of {h.numel()} outputs are not finite (NaN or infinite); "
                 "look at the inputs, the learning rate and the model's precision"

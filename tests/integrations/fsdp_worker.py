@@ -1,0 +1,253 @@
+"""Run by test_fsdp.py in each of two processes: trainings of a sharded model, with and without."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import fimprobe
+from fimprobe import FimprobeError, ranks, sharded
+
+SIZE, STEPS = 5, 3
+OPTIONS = {"estimators": ("i1",), "bounds": False, "tensorboard": False}
+
+
+class Tokens(nn.Module):
+    """Uneven shapes, a shared weight, attention, a frozen layer, a parameter smaller than a shard."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(6, 2, 9, dropout=0.1, batch_first=True) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.narrow = nn.Linear(6, 1)
+        self.head = nn.Linear(6, 7)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        h = self.embed(tokens)
+        for block in self.blocks:
+            h = block(h)
+        h = self.frozen(self.norm(h)).tanh()
+        return self.head(h.mean(1)) * (1 + self.narrow(h.mean(1)))
+
+
+class Scaled(nn.Module):
+    """Its parameters are under no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(6, 1).double())
+
+    def forward(self, h):
+        return h @ self.scale.exp()
+
+
+def net():
+    torch.manual_seed(0)
+    return Tokens().double()
+
+
+def batch(step, rank=None):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randint(7, (2 * SIZE, 4), generator=generator)
+    y = torch.randint(7, (2 * SIZE,), generator=generator)
+    rows = slice(None) if rank is None else slice(rank * SIZE, (rank + 1) * SIZE)
+    return x[rows], y[rows]
+
+
+def shard(model):
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model.narrow)
+    return fully_shard(model)
+
+
+def whole(model):
+    """The weights of a sharded model in a plain one."""
+    plain = net()
+    state = {
+        n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in model.state_dict().items()
+    }
+    plain.load_state_dict(state)
+    return plain
+
+
+def inside(model):
+    """What FSDP remembers: a probe must leave it as it was."""
+    found = []
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = module._get_fsdp_state()
+            found.append((state._training_state, len(state._state_ctx.all_states)))
+            for group in state._fsdp_param_groups:
+                found.append((group._sharded_state, group._training_state))
+                found.append((group._post_forward_indices, len(group.comm_ctx.post_forward_order)))
+    return str(found)
+
+
+def train(rank, options):
+    model = shard(net())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    probe = None if options is None else fimprobe.attach(model, on_error="raise", **options)
+    trace, models = [], []
+    for step in range(STEPS):
+        torch.manual_seed(100 + step + rank)
+        x, y = batch(step, rank)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        models.append(whole(model))
+        optimizer.step()
+        local = [p.to_local() for p in model.parameters()]
+        grads = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+        trace.append([loss.detach(), *[x.clone() for x in (*local, *grads)], torch.get_rng_state()])
+        trace.append(inside(model))
+    if probe is not None:
+        probe.detach()
+        assert not any(
+            type(h).__module__.startswith("fimprobe")
+            for m in model.modules()
+            for h in m._forward_hooks.values()
+        )
+    return trace, models, probe
+
+
+def same(a, b):
+    if isinstance(a, str):
+        return a == b
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def values(report):
+    found = {}
+    for name, group in [("", report.total), *report.parameters.items()]:
+        e = group.i1
+        found[name] = [
+            e.trace,
+            e.norm,
+            e.label_variance,
+            e.input_variance,
+            e.std_error,
+            e.rel_error,
+            e.total_label_variance,
+            float(group.numel),
+        ]
+    return found
+
+
+def probe_once(model, x):
+    """What is told, and whether probing goes on."""
+    options = {**OPTIONS, "likelihood": "categorical", "schedule": {"every": 1}}
+    probe = fimprobe.attach(model, on_error="raise", **options)
+    try:
+        probe.step(x)
+    except FimprobeError as error:
+        return type(error).__name__, str(error)
+    finally:
+        probe.detach()
+    return None
+
+
+def fails_alone(rank):
+    """One process runs out of something in the middle: training goes on in all of them."""
+
+    def train(options):
+        model = shard(net())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = options and fimprobe.attach(model, **options)
+        for step in range(2):
+            torch.manual_seed(step)
+            x, y = batch(step, rank)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return probe, [p.to_local() for p in model.parameters()]
+
+    _, without = train(None)
+    scatter, calls = sharded.Shards.scatter, []
+
+    def scattered(self, *args):
+        calls.append(None)
+        if rank == 1 and len(calls) == 9:
+            raise MemoryError("no room")
+        return scatter(self, *args)
+
+    sharded.Shards.scatter = scattered
+    probe, with_probe = train({**OPTIONS, "likelihood": "categorical", "schedule": {"every": 1}})
+    sharded.Shards.scatter = scatter
+    return same(with_probe, without), probe.active, list(probe.history), sorted(probe._told)
+
+
+def main(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    results = {}
+    held, most = {}, []
+    fill, empty = sharded._fill, sharded._empty
+
+    def filled(shards, parameters, *call):
+        fill(shards, parameters, *call)
+        held.update({id(p): p.numel() for p in parameters.values()})
+        most.append(sum(held.values()))
+
+    def emptied(shards, parameters, *call):
+        empty(shards, parameters, *call)
+        for p in parameters.values():
+            held.pop(id(p), None)
+
+    sharded._fill, sharded._empty = filled, emptied
+    without, _, _ = train(rank, None)
+    for name, options in {
+        "auto": {"schedule": {"every": 1}},
+        "chunks": {"schedule": {"every": 1}, "draws": 3, "memory_mb": 0.03, "batch": 64},
+    }.items():
+        with_probe, models, probe = train(rank, {**OPTIONS, **options})
+        results[name, "identical"] = all(same(a, b) for a, b in zip(with_probe, without, strict=True))
+        results[name, "mine"] = [values(r) for r in probe.history]
+        results[name, "coverage"] = probe.coverage
+        results[name, "chunk"] = probe._plan.chunk
+        results[name, "want"] = [
+            values(
+                fimprobe.measure(
+                    model,
+                    batch(step)[0],
+                    likelihood="categorical",
+                    estimators=("i1",),
+                    bounds=False,
+                    seed=1_000_003 * step,
+                    step=step,
+                    draws=options.get("draws", 2),
+                )
+            )
+            for step, model in enumerate(models)
+        ]
+    results["held"] = max(most), sum(p.numel() for p in net().parameters())
+    for name, options in {
+        "estimators": {"bounds": False},
+        "bounds": {"estimators": ("i1",)},
+        "exact": {"estimators": ("i1",), "bounds": False, "draws": "exact"},
+    }.items():
+        try:
+            fimprobe.attach(shard(net()), tensorboard=False, **options)
+        except FimprobeError as error:
+            results["refused", name] = str(error)
+    results["uneven"] = probe_once(shard(net()), batch(0)[0][: 3 + rank])
+    raw = net()
+    raw.narrow = Scaled()
+    results["raw"] = probe_once(shard(raw), batch(0)[0])
+    ranks.WEIGHTS_TIMEOUT = 2.0
+    results["one fails"] = fails_alone(rank)
+    torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

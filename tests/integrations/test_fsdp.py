@@ -1,0 +1,102 @@
+"""Two processes that shard a model by FSDP2: the report is the single process's, training is untouched."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import fimprobe
+from fimprobe import FimprobeError
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each process found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path_factory.mktemp("fsdp")
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    running = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(port), out / f"{rank}.pt"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [each.communicate(timeout=200)[0] for each in running]
+    assert [each.returncode for each in running] == [0, 0], "\n".join(told)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("options", ["auto", "chunks"])
+def test_the_report_is_that_of_one_process_on_the_whole_batch(results, options):
+    for found in results:
+        assert len(found[options, "mine"]) == 3
+        for mine, want in zip(found[options, "mine"], found[options, "want"], strict=True):
+            assert mine.keys() == want.keys() and "narrow.weight" in want
+            for name in want:
+                assert mine[name] == pytest.approx(want[name], rel=1e-10, abs=0), name
+        assert found["chunks", "chunk"] in range(1, 5)
+        left_out = {n for n, how in found[options, "coverage"].items() if how.startswith("left out")}
+        assert left_out == {"frozen.weight", "frozen.bias"}
+
+
+@pytest.mark.parametrize("options", ["auto", "chunks"])
+def test_training_and_the_state_of_fsdp_are_bit_identical(results, options):
+    assert all(found[options, "identical"] for found in results)
+
+
+def test_no_process_holds_all_weights(results):
+    for found in results:
+        most, all_of_them = found["held"]
+        assert 0 < most < 0.6 * all_of_them
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("estimators", "estimators=['i1', 'i2'] cannot be had"),
+        ("bounds", "bounds=True cannot be had"),
+        ("exact", "draws='exact' cannot be had"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_at_attach(results, options, told):
+    for found in results:
+        message = found["refused", options]
+        assert told in message and 'pass estimators=("i1",), bounds=False' in message
+
+
+def test_a_batch_of_other_size_is_skipped(results):
+    for found in results:
+        kind, message = found["uneven"]
+        assert kind == "BatchError" and "the processes' batches hold [3, 4] samples" in message
+
+
+def test_parameters_out_of_reach_are_named(results):
+    for found in results:
+        kind, message = found["raw"]
+        assert kind == "FimprobeError" and "is measured by the rules of its layers" in message
+        assert "narrow" in message
+
+
+def test_a_process_that_fails_alone_stops_probing_not_training(results):
+    told = []
+    for found in results:
+        identical, active, history, messages = found["one fails"]
+        assert identical and not active and not history
+        told += messages
+    assert any("no room" in message for message in told)
+
+
+def test_fsdp1_is_refused():
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapped)  # making one takes an accelerator
+    wrapped._fsdp_wrapped_module = nn.Linear(2, 2)
+    with pytest.raises(FimprobeError, match="FSDP1.*use FSDP2, torch.distributed.fsdp.fully_shard"):
+        fimprobe.attach(nn.Sequential(wrapped), tensorboard=False)
