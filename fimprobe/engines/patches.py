@@ -16,7 +16,7 @@ from fimprobe.engines.windows import Window, weighted
 
 DENSE_SIDE, POWER_SIDE, GRAM_SIDE = 16, 128, 512
 SQUARINGS = 3
-PATCH_PRODUCTS = 2**20
+PATCH_PRODUCTS = 2**19
 """Multiplications for one input's Gram matrix of patches, up to which it is formed."""
 CHUNK_NUMBERS = 2**22
 
@@ -56,7 +56,7 @@ def linear_input_norms(rows: Tensor, *, weight: bool, bias: bool) -> InputNorms:
 def convolution_input_norms(images: Tensor, window: Window, *, groups: int, bias: bool) -> InputNorms:
     """Norms of the patch matrices X̃ of ``images`` [B, I, C, ...], I of them belonging to one input.
 
-    s_max is that of the patches where their Gram matrix takes at most 2²⁰ multiplications. Else the
+    s_max is that of the patches where their Gram matrix takes at most 2¹⁹ multiplications. Else the
     least of ‖X̃‖_F and √(Σ_τ s_max(X_φ(τ))² + number of ones): the columns of tap τ are pixels of
     the images, each at most once, and all from the same one X_φ [pixels, C] of the s^dims images
     that the stride interleaves. s_max of a Gram matrix: see :func:`_largest`.

@@ -365,6 +365,7 @@ def dense(f, shape):
 BETWEEN = {
     "max overlapping": (nn.MaxPool2d(3, 1, 1), True),
     "max": (nn.MaxPool2d(2), True),
+    "max with one input in common": (nn.MaxPool2d(3, 2), True),
     "max dilated": (nn.MaxPool2d(2, 1, dilation=2), True),
     "adaptive max": (nn.AdaptiveMaxPool2d(4), True),
     "average": (nn.AvgPool2d(2), True),
@@ -486,6 +487,15 @@ def test_the_symbol_bounds_a_convolution_tightly_on_large_images(double):
         truth /= math.sqrt(stride**dims)
         found = operators.convolution_norms(weight, window, groups=groups).spectral
         assert truth * (1 - 1e-9) <= found <= truth * 1.1 * 1.052**dims
+
+
+def test_the_period_has_room_for_the_whole_kernel(double, monkeypatch):
+    """I + R e^(iω), R a rotation by 90°: largest between the frequencies of a period of 2."""
+    monkeypatch.setattr(operators, "DENSE_ROWS", 0)
+    monkeypatch.setattr(operators, "_images_norm", operators._symbol_norm)
+    weight = torch.stack([torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])], 2)
+    window = Window.of((2,), (2,), (1,), (1,), (1,))
+    assert operators.convolution_norms(weight, window).spectral >= math.sqrt(3) * (1 - 1e-12)
 
 
 def test_linear_norms(double, monkeypatch):
