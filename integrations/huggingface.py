@@ -243,9 +243,12 @@ def _calling_trainer() -> tuple[Trainer | None, str | None]:
     """The Trainer whose event this is, and the checkpoint it resumes from: events pass neither."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        names = frame.f_locals
-        if isinstance(names.get("self"), Trainer) and "resume_from_checkpoint" in names:
-            return names["self"], names["resume_from_checkpoint"]
+        # f_locals is a copy that a frame keeps: not of every frame, it would hold the user's objects
+        if frame.f_code.co_varnames[:1] == ("self",) and isinstance(
+            frame.f_locals.get("self"), Trainer
+        ):
+            checkpoint = frame.f_locals.get("resume_from_checkpoint")
+            return frame.f_locals["self"], checkpoint if isinstance(checkpoint, str) else None
         frame = frame.f_back
     return None, None
 

@@ -27,6 +27,8 @@ from transformers import (  # noqa: E402
     GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback  # noqa: E402
@@ -201,7 +203,7 @@ def test_sequence_to_sequence(tmp_path):
             decoder_start_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
-    probing = FimProbeCallback(**I1, likelihood="categorical")
+    probing = FimProbeCallback(**I1)
     trainer = Seq2SeqTrainer(
         model=model,
         args=arguments(
@@ -392,6 +394,25 @@ def test_trainers_that_override_log_keep_their_metrics(tmp_path):
     trainer = trainer_of(tmp_path, FimProbeCallback(**I1), kind=Metrics)
     trainer.train()
     assert [x["mine"] for x in trainer.state.log_history if "mine" in x] == [1, 2, 3, 4]
+
+
+def test_a_loop_that_calls_the_events_itself(tmp_path):
+    model, probing = gpt2(), FimProbeCallback(**I1)
+    args, state, control = arguments(tmp_path), TrainerState(), TrainerControl()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    probing.on_train_begin(args, state, control, model=model)
+    probing.on_epoch_begin(args, state, control, model=model)
+    for row in text(2):
+        model(**{k: v[None] for k, v in row.items()}).loss.backward()
+        probing.on_pre_optimizer_step(args, state, control, model=model)
+        optimizer.step()
+        state.global_step += 1
+    probing.on_train_end(args, state, control, model=model)
+    history = [(x["step"], x["fim/i1/trace"]) for x in state.log_history]
+    assert (
+        history == [(r.step, r.total.i1.trace) for r in probing.probe.history] and len(history) == 2
+    )
+    assert probing.probe.log_dir.parent.parent == tmp_path / "runs"
 
 
 def test_what_others_ask_to_be_logged_is_logged(tmp_path):
