@@ -167,8 +167,12 @@ class Shards:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either version, or tensor parallelism keeps parts of its parameters."""
-    return _whole_fsdp(model) or any(is_part(p) for p in model.parameters())
+    """Whether FSDP, of either version, or tensor parallelism keeps parts of its parameters.
+
+    FSDP2's outermost unit holds its parameters whole after a forward without backward.
+    """
+    units = next(_units(model), None)
+    return units is not None or _whole_fsdp(model) or any(is_part(p) for p in model.parameters())
 
 
 def is_part(x: Any) -> bool:
@@ -220,7 +224,9 @@ def check_sharded(
         told = None
         if id(parameter) not in held:
             told = "is a DTensor that fully_shard did not make"
-        elif mesh.ndim != 1 or mesh.mesh.tolist() != list(range(processes)):
+        elif mesh.ndim != 1:
+            told = f"is spread over a mesh of {mesh.ndim} dimensions (HSDP, tensor parallelism)"
+        elif mesh.mesh.tolist() != list(range(processes)):
             told = f"lies on processes {mesh.mesh.tolist()}, but {processes} measure together"
         elif not parameter.placements[0].is_shard(0):
             told = f"is placed {parameter.placements[0]}, not sharded by rows"

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fimprobe
 from fimprobe import FimprobeError, ranks, sharded
@@ -190,20 +191,16 @@ def main(rank, port, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=2)
     results = {}
-    held, most = {}, []
-    fill, empty = sharded._fill, sharded._empty
+    held, most = [], [0]
+    gather = sharded.Shards.gather
 
-    def filled(shards, parameters, *call):
-        fill(shards, parameters, *call)
-        held.update({id(p): p.numel() for p in parameters.values()})
-        most.append(sum(held.values()))
+    def gathered(self, name):
+        weight = gather(self, name)
+        held.append((StorageWeakRef(weight.untyped_storage()), weight.numel()))
+        most.append(sum(size for storage, size in held if not storage.expired()))
+        return weight
 
-    def emptied(shards, parameters, *call):
-        empty(shards, parameters, *call)
-        for p in parameters.values():
-            held.pop(id(p), None)
-
-    sharded._fill, sharded._empty = filled, emptied
+    sharded.Shards.gather = gathered
     without, _, _ = train(rank, None)
     for name, options in {
         "auto": {"schedule": {"every": 1}},
