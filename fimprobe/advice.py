@@ -38,7 +38,7 @@ def costs(report: Report) -> dict[str, float]:
     passes where labels are exact.
     """
     parts = report.seconds_by_part
-    fisher = "i1" if report.draws is None else "ih"
+    fisher = "i1" if report.draws is None else "ggn" if "ggn" in parts else "ih"
     needs = {"i1": ["i1"], "i2": [fisher, "i2 diagonal"], "ih": ["ih"]}
     return {
         kind: sum(parts[n] for n in ("forward", *names))

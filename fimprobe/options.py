@@ -56,6 +56,7 @@ def check_options(
         bounds=bounds,
         probes=probes,
         exact=second_order == "exact" and "i2" in wanted,
+        backpack=engine == "backpack",
     )
 
 

@@ -268,7 +268,8 @@ class Estimate:
     bound: float | None = None
     """(17) ‖J‖_F⁴‖M‖_F for Î₁, (18) ‖H‖_F²‖I‖_F for Î₂: on ``covariance_norm``, mean over inputs."""
     bound_error: float | None = None
-    """Standard error that random probes of ‖J‖ or ‖H‖ add to ``bound`` (at most, for ‖H‖)."""
+    """Standard error that random probes of ‖J‖ or ‖H‖ add to ``bound``; for ‖H‖ with drawn labels
+    without the part of the parameters' direction, which is a single one for all inputs."""
     sharp_bound: float | None = None
     """The same with logits centred and, for exact labels, s_max in place of Frobenius norms."""
     trace_bound: float | None = None

@@ -23,7 +23,7 @@ from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import contract_uses, precise
-from fimprobe.engines.graph import foreign_uses
+from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
@@ -32,6 +32,7 @@ from fimprobe.engines.seeds import (
     check_passes,
     curvature_seeds,
     data_seeds,
+    fisher_seeds,
     hutchinson_seeds,
     label_seeds,
     mask_of,
@@ -86,6 +87,9 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     reached, foreign = foreign_uses(h, tape, problem.parameters, plan.replay)
     if foreign:
         raise PlanMismatch(dict.fromkeys(foreign, "used outside its layer"))
+    hidden = hidden_reads(tape) if ask.i2 else {}
+    if hidden:
+        raise PlanMismatch(hidden)
     stash = sum(_numel(edge) for edge in tape.edges) * h.element_size()
     if problem.draws.count is None:
         passes = problem.likelihood.count_passes(h)
@@ -93,6 +97,11 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     else:
         passes = problem.draws.count
     kept = passes * (1 + (ask.probes + 4) * ask.i2)
+    if ask.exact and problem.draws.count is not None:
+        columns = problem.likelihood.count_passes(h)
+        told = "second_order='exact'", "second_order={'probes': 2}"
+        check_passes(problem, h, stash / batch.size, ceiling, *told)
+        kept += columns
     fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * h.numel())
     if needed > ceiling:
         fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
@@ -129,11 +138,16 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     clock.stop("i1")
     if plain:
         return
-    if ask.ih or ask.i2:
+    exact_fisher = ask.exact and problem.draws.count is not None
+    if ask.ih or (ask.i2 and not exact_fisher):
         _contract(site, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
         clock.stop("ih")
-    if ask.exact and problem.draws.count is not None:
-        _add_ggn(site, run)
+    if exact_fisher:
+        if ask.backpack:
+            _add_ggn(site, run)
+        else:
+            _contract(site, run, "ggn", fisher_seeds(problem, rows, detached), h, reached)
+        clock.stop("ggn")
     if ask.labels is not None:
         _contract(site, run, "empirical", data_seeds(problem, rows, detached), h, reached)
         clock.stop("empirical")

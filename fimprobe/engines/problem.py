@@ -47,7 +47,8 @@ class Plan:
 class Ask:
     """What is measured beside Î₁: Î₂, Î_H, the empirical Fisher, bounds, by K ``probes`` each.
 
-    ``exact``: diagonals of second derivatives by BackPACK, in place of probes.
+    ``exact``: diagonals of second derivatives by BackPACK, in place of probes, and of F by all
+    columns of I(h)'s root, pulled back by the autograd engine or, where ``backpack``, by that one.
     """
 
     i2: bool = False
@@ -56,6 +57,7 @@ class Ask:
     bounds: bool = False
     probes: int = 2
     exact: bool = False
+    backpack: bool = False
 
 
 @dataclass

@@ -46,15 +46,21 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
 
 def hutchinson_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     """L ξ with L Lᵀ = I(h) and ξ Rademacher, or the columns of L: the passes over all ξ."""
-    family: Any = problem.likelihood
     if problem.draws.count is None:
-        return _passes(family.hutchinson_passes(h, mask_of(problem, rows, h)), h)
+        return fisher_seeds(problem, rows, h)
+    family: Any = problem.likelihood
     count = problem.draws.count if problem.ask.ih else 1
     found = []
     for i in range(count):
         xi = _signs(problem, rows, h, f"hutchinson {i}")
         found.append(_masked(problem, rows, h, family.fisher_factor(h, xi)))
     return Seeds(found, None)
+
+
+def fisher_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+    """The columns of L with L Lᵀ = I(h): their weighted squares make F exactly."""
+    family: Any = problem.likelihood
+    return _passes(family.hutchinson_passes(h, mask_of(problem, rows, h)), h)
 
 
 def data_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
@@ -121,19 +127,26 @@ def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> 
     return Seeds(found + more, Weights(second, second, [0] * len(found)))
 
 
-def check_passes(problem: Problem, h: Tensor, stash_per_pass: float, ceiling: float) -> None:
+def check_passes(
+    problem: Problem,
+    h: Tensor,
+    stash_per_pass: float,
+    ceiling: float,
+    what: str = "draws='exact'",
+    remedy: str = "draws=2",
+) -> None:
     """Refuse exact expectations that take too many passes, or too much memory for one sample."""
     passes = problem.likelihood.count_passes(h)
     if passes > PASS_LIMIT:
         raise FimprobeError(
-            f"draws='exact' would take {passes} backward passes for each chunk (labels × positions "
-            f"of one sample), more than the limit of {PASS_LIMIT}; pass draws=2 instead"
+            f"{what} would take {passes} backward passes for each chunk (labels × positions "
+            f"of one sample), more than the limit of {PASS_LIMIT}; pass {remedy} instead"
         )
     if passes * stash_per_pass > ceiling:
         raise FimprobeError(
-            f"draws='exact' would take {passes} backward passes that keep "
+            f"{what} would take {passes} backward passes that keep "
             f"{passes * stash_per_pass / 2**20:.0f} MB for one sample, more than memory_mb="
-            f"{ceiling / 2**20:.0f}; pass draws=2 instead, or a larger memory_mb"
+            f"{ceiling / 2**20:.0f}; pass {remedy} instead, or a larger memory_mb"
         )
 
 

@@ -142,7 +142,7 @@ def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> 
 
 
 def _of_outputs(squares: Tensor, draws: int, exact: bool, classes: int | None) -> Tensor:
-    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of the seeds of ``curvature_seeds``."""
+    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of ``curvature_seeds``."""
     more = squares[..., draws:]
     if not exact:
         return more
