@@ -49,9 +49,10 @@ def make_twin(
     """A copy in eval mode: parameters share storage, buffers are copied, hooks left behind.
 
     Hooks of ``torch.nn.utils`` (weight and spectral norm, pruning) compute the layer's weight and
-    come along. ``inplace`` is off everywhere; embeddings with ``max_norm`` (which rewrite their
-    weight in the forward) get a weight of their own. ``memo`` names copies that were made before (of
-    parameters, by id); those of ``shells`` are still empty and get their modules' contents.
+    come along. ``inplace`` is off everywhere, as are caches for generation; embeddings with
+    ``max_norm`` (which rewrite their weight in the forward) get a weight of their own. ``memo`` names
+    copies that were made before (of parameters, by id); those of ``shells`` are still empty and get
+    their modules' contents.
 
     >>> net = nn.Linear(2, 1)
     >>> twin = make_twin(net)
@@ -105,6 +106,9 @@ def make_twin(
         _differentiable_weight_norm(module)
         if getattr(module, "inplace", False) is True:
             module.inplace = False
+        config = module.__dict__.get("config")
+        if getattr(config, "use_cache", False) is True:  # a replay would meet what a pass stored
+            config.use_cache = False
         if getattr(module, "scale_grad_by_freq", False):
             module.scale_grad_by_freq = False
         if getattr(module, "sparse", False) is True:

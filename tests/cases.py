@@ -381,6 +381,37 @@ def tied_to_raw() -> Case:
     )
 
 
+class Reading(nn.Module):
+    """A parameter of its own beside what it is handed: a table without a batch, or another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, other: Any) -> Tensor:
+        y = other(x) if isinstance(other, nn.Module) else x @ other
+        return torch.sin(y * self.scale)
+
+
+def input_without_batch(size: int = 5) -> Case:
+    """As relative positions are handed to attention."""
+
+    def f(self: Any, x: Tensor) -> Tensor:
+        return self.parts[1](self.parts[0](x, torch.tanh(self.table)))
+
+    table = nn.Parameter(torch.randn(4, 4))
+    return Case(Lambda(f, Reading(), nn.Linear(4, 3), table=table), (torch.randn(size, 4),))
+
+
+def layer_as_argument() -> Case:
+    """As DoRA's magnitude is handed the adapter's layers."""
+
+    def f(self: Any, x: Tensor) -> Tensor:
+        return self.parts[2](self.parts[0](x, self.parts[1]) + x)
+
+    return Case(Lambda(f, Reading(), nn.Linear(4, 4), nn.Linear(4, 3)), (torch.randn(4, 4),))
+
+
 def scalar_parameter() -> Case:
     def f(self: Any, x: Tensor) -> Tensor:
         return self.parts[0](x) * self.temperature.exp()
@@ -500,6 +531,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "BERT": bert,
     "experts": experts,
     "class token": class_token,
+    "input without a batch": input_without_batch,
+    "input without a batch, as long": lambda: input_without_batch(4),
+    "layer as argument": layer_as_argument,
     "scalar parameter": scalar_parameter,
     "tied to a raw parameter": tied_to_raw,
     "parameter list": parameter_list,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.tape import Tape
 
@@ -43,6 +44,22 @@ def foreign_uses(
     reached = {n for n, p in parameters.items() if id(p) in everything}
     foreign = {n for n in reached if id(parameters[n]) in outside and n not in replay}
     return reached, foreign
+
+
+def hidden_reads(tape: Tape) -> dict[str, str]:
+    """Replayed modules that read parameters neither their own nor among their inputs.
+
+    Their gradients are right, but how these bend with what they read is not seen from inside.
+    """
+    found = {}
+    for call in tape.replayed:
+        inputs = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        known = {id(x) for x in [*inputs, *call.module.parameters()]}
+        cuts: dict[Any, list[Any]] = {x.grad_fn: [] for x in inputs if x.grad_fn is not None}
+        nodes = [tape.edges[e].node for e in call.edges if e is not None]
+        if any(walk(node, cuts) - known for node in nodes):
+            found[call.path] = "it reads parameters of another module"
+    return found
 
 
 def gradient_types(outputs: Tensor) -> set[torch.dtype]:

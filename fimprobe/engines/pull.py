@@ -230,7 +230,9 @@ class Pull:
         else:
             seeds = [_rows(delta, e, samples) for e in call.edges]
             bend = [_rows(curve.edges, e, samples) for e in call.edges]
-            steps = [_rows(curve.inputs, i, samples) if inputs else None for i in call.sources]
+            steps = [
+                _rows(curve.inputs, i, samples, self.size) if inputs else None for i in call.sources
+            ]
             moves = [None if x is None else inputs * x for x in steps]
             seeds = [
                 torch.zeros_like(b) if s is None and b is not None else s
@@ -284,9 +286,14 @@ class Pull:
         raise AssertionError
 
 
-def _rows(tensors: Maybe, index: int | None, samples: slice) -> Tensor | None:
+def _rows(
+    tensors: Maybe, index: int | None, samples: slice, size: int | None = None
+) -> Tensor | None:
+    """The samples' rows; of a tensor that has no batch of ``size``, all."""
     x = None if index is None else tensors[index]
-    return None if x is None else x[samples]
+    if x is None or (size is not None and (x.dim() == 0 or x.shape[0] != size)):
+        return x
+    return x[samples]
 
 
 def _inside(call: Replayed, local: str) -> Tensor:

@@ -90,19 +90,18 @@ def replay_directions(
     """The derivative of each sample's gradient ∂(δᵀz)/∂θ along a direction: {name: [B, *shape]}.
 
     The direction moves the parameters by ``scales``[b]·``along``, the module's inputs by ``inputs``
-    and δ by ``bend`` (None: not at all). By symmetry of second derivatives it is ∂/∂θ of
-    ⟨along, ∂φ/∂θ⟩ + ⟨inputs, ∂φ/∂x⟩ + ⟨bend, z⟩ with φ = δᵀz(θ, x).
+    and δ by ``bend`` (None: not at all); inputs without a batch move alike for all samples. By
+    symmetry of second derivatives it is ∂/∂θ of ⟨along, ∂φ/∂θ⟩ + ⟨inputs, ∂φ/∂x⟩ + ⟨bend, z⟩ with
+    φ = δᵀz(θ, x).
     """
     args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     leaves, tree = tree_flatten((args, kwargs))
     tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     mapped = [i for i in tensors if leaves[i].dim() > 0 and leaves[i].shape[0] == batch_size]
-    moving = [
-        i
-        for i, x in zip(tensors, inputs or [None] * len(tensors), strict=True)
-        if x is not None and i in mapped
-    ]
-    steps = [inputs[tensors.index(i)] for i in moving]
+    moved_by = dict(zip(tensors, inputs or [None] * len(tensors), strict=True))
+    moving = [i for i in mapped if moved_by[i] is not None]
+    shared = [i for i in tensors if moved_by[i] is not None and i not in mapped]
+    steps = [moved_by[i] for i in moving]
     fixed = [i for i in mapped if i not in moving]
     outputs = select or (lambda out: [x for x in tree_leaves(out) if isinstance(x, Tensor)])
     every = {**along, **inside}  # own parameters, and those that only move
@@ -118,21 +117,24 @@ def replay_directions(
 
     def forward(params: dict[str, Tensor], moves: list[Tensor], rest: list[Tensor]) -> list[Tensor]:
         mine = list(leaves)
-        for i, x in zip(moving, moves, strict=True):
-            mine[i] = x.unsqueeze(0)
+        for i, x in zip([*moving, *shared], moves, strict=True):
+            mine[i] = x if i in shared else x.unsqueeze(0)
         for i, x in zip(fixed, rest, strict=True):
             mine[i] = x.unsqueeze(0)
         one_args, one_kwargs = tree_unflatten(mine, tree)
         out = outputs(functional_call(module, params, one_args, one_kwargs))
         return [out[i].squeeze(0) for i in live]
 
-    def inner(params, moves, rest, seed, curve, step, scale):  # type: ignore[no-untyped-def]
+    def inner(params, own_moves, rest, seed, curve, own_steps, scale):  # type: ignore[no-untyped-def]
+        moves = [*own_moves, *(leaves[i] for i in shared)]
+        step = [*own_steps, *(moved_by[i] for i in shared)]
+
         def phi(moved_params, moves):  # type: ignore[no-untyped-def]
             out = forward(params | moved_params, moves, rest)
             return sum((x * d).sum() for x, d in zip(out, seed, strict=True))
 
         total = sum((x * c).sum() for x, c in zip(forward(params, moves, rest), curve, strict=True))
-        if moved or moving:
+        if moved or moves:
             of = {n: params[n] for n in moved}
             by_params, by_inputs = derive(phi, of, moves)
             total = total + sum((scale[n] * along[n] * by_params[n]).sum() for n in moved)
@@ -168,6 +170,8 @@ def replay_directions(
         mine = {n: p.clone().requires_grad_() for n, p in everything.items()}
         rows = tree_map(lambda x: x[b], data)  # noqa: B023
         rows = ([x.clone().requires_grad_() for x in rows[0]], *rows[1:])
+        for i in shared:
+            leaves[i] = leaves[i].detach().requires_grad_()
 
         def derive(f, of, moves):  # type: ignore[no-untyped-def]
             value = f(of, moves)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fimprobe.batch import Batch
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
 from fimprobe.engines.gather import precise, sum_uses, use_deltas
-from fimprobe.engines.problem import Plan, Problem
+from fimprobe.engines.problem import Plan, PlanMismatch, Problem
 from fimprobe.engines.replay import replay_gradients
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.tape import Replayed, Tape
@@ -135,8 +135,12 @@ def _replay(
             )
         except torch.OutOfMemoryError:
             raise
-        except Exception:
-            if not vectorise:
+        except Exception as error:
+            if vectorise:
+                plan.loop.add(call.path)  # not every operation can be vmapped
+            elif call.path == "":
                 raise
-            plan.loop.add(call.path)  # not every operation can be vmapped: a loop always can
+            else:  # a table as long as the batch is large, or state that the first pass left
+                plan.loop.discard(call.path)
+                raise PlanMismatch({call.path: "it does not run on single samples"}) from error
     raise AssertionError
