@@ -200,6 +200,7 @@ def check_sharded(
             "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters cannot "
             "be measured; use FSDP2, torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
         )
+    estimators = [estimators] if isinstance(estimators, str) else estimators
     asked = {"estimators": list(estimators), "bounds": bounds, "draws": draws, "engine": engine}
     wrong = {
         "estimators": set(estimators) != {"i1"},

@@ -73,6 +73,13 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach."""
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            self._refuse(
+                f"training_step of {type(pl_module).__name__} is compiled, which hides its calls; "
+                "compile a sub-module instead (self.model = torch.compile(self.model)) and pass "
+                "FimProbeCallback(module='model')"
+            )
+            return
         target = pl_module
         if self.module is not None:
             try:
@@ -150,7 +157,10 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             + f"pass FimProbeCallback(module={(others or ['...'])[0]!r})"
         )
         self._detach()
-        if probe.config.on_error == "raise":
+        self._refuse(message)
+
+    def _refuse(self, message: str) -> None:
+        if self._settings.on_error == "raise":
             raise FimprobeError(message)
         logger.warning("fimprobe: nothing is probed: %s", message)
 

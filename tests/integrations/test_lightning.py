@@ -149,6 +149,24 @@ def test_a_forward_that_is_not_called_is_told(tmp_path, caplog):
         trainer(tmp_path, FimProbeCallback(**QUIET)).fit(Net(by="model"), loader())
 
 
+def test_a_compiled_sub_module_is_measured_a_compiled_training_step_is_told(tmp_path):
+    class Bare(Net):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+    net = Bare()
+    net.model = torch.compile(net.model, backend="eager")
+    callback = FimProbeCallback(module="model", **QUIET)
+    trainer(tmp_path, callback).fit(net, loader())
+    assert len(callback.probe.history) == 4
+    with pytest.raises(FimprobeError, match="training_step of Bare is compiled"):
+        whole = torch.compile(Bare(), backend="eager")
+        trainer(tmp_path, FimProbeCallback(**QUIET)).fit(whole, loader())
+
+
 def test_mistakes_are_told_before_training(tmp_path):
     with pytest.raises(FimprobeError, match="did you mean 'schedule'"):
         FimProbeCallback(schedul={"every": 1})
