@@ -1,5 +1,7 @@
 """transformers' models in every parameter, against plain autograd on single samples in float64."""
 
+import os
+import subprocess
 import sys
 
 import oracles
@@ -319,3 +321,54 @@ def test_a_float64_model_that_computes_in_float32_is_measured(name, double):
     )
     close(total[:, 0], want, rtol=1e-5)
     assert set(measured.curvature.parameters) == set(spans)
+
+
+WIDE = """
+import gc, threading, time, torch, fimprobe, transformers
+torch.set_num_threads(1)
+config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50257, n_positions=16)
+model = transformers.GPT2LMHeadModel(config)
+x = torch.randint(50257, (4, 16))
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+
+model(input_ids=x[:1, :4], labels=x[:1, :4]).loss.backward()
+fimprobe.measure(model, x[:1, :4], likelihood="categorical")
+gc.collect()
+before, peak, done = resident(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+only = {"estimators": ("i1",), "bounds": False}
+report = fimprobe.measure(model, {"input_ids": x}, likelihood="categorical", memory_mb=64, **only)
+done = True
+thread.join()
+assert report.notes == []
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_large_vocabulary_stays_below_the_ceiling():
+    """50,257 tokens: 13 MB of float32 outputs, and float64 while drawing labels.
+
+    glibc's heap keeps freed tensors below 32 MB unless told otherwise: here it is told, so that what
+    is resident is what is held.
+    """
+    told = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE],
+        env={**os.environ, **told, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 10 < float(done.stdout.split()[-1]) < 64
