@@ -22,7 +22,12 @@ from fimprobe.config import Config
 from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.heads import infer_from_model, labels_of, mask_of
-from fimprobe.likelihoods.infer import Decision, ignored_positions, infer_from_gradient
+from fimprobe.likelihoods.infer import (
+    REMEDY,
+    Decision,
+    ignored_positions,
+    infer_from_gradient,
+)
 from fimprobe.likelihoods.labels import REMEDY as LABELS
 from fimprobe.likelihoods.labels import labels_from_gradient
 from fimprobe.measurement import measure
@@ -198,6 +203,8 @@ class Probe:
             self._failure = self._failure or failed
             if self.active and self.likelihood is None and captured is not None:
                 self._try(lambda: self._ask(captured))
+            elif self.active and self.likelihood is None and inputs is not None:
+                self._try(lambda: self._ask_inputs(inputs))
             due = inputs is not None or self.schedule.due(step)
             if self.active and (due or (self._failure is not None and self.ranks.size == 1)):
                 report = self._measure(step, captured, inputs)
@@ -384,6 +391,17 @@ class Probe:
         if decision is None:
             missing = "no gradient arrived at the model's outputs (or they are no single tensor)"
             decision = Decision(None, missing, final=False)
+        self._decide(decision)
+
+    def _ask_inputs(self, inputs: Any) -> None:
+        """Of inputs given by hand there is no loss to look at."""
+        batch = Batch.of(inputs)
+        decision = infer_from_model(self.model, batch.args, batch.kwargs)
+        if decision is None:
+            told = (
+                "given inputs are not probed: likelihood='auto' needs a training batch or its labels"
+            )
+            raise BatchError(f"{told}. {REMEDY}")
         self._decide(decision)
 
     def _watch(self, out: Any) -> Tensor | None:

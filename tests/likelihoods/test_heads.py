@@ -358,3 +358,27 @@ def test_in_the_loop_padding_is_left_out():
     for kind in ("i1", "empirical"):
         have, wanted = getattr(probe.last.total, kind), getattr(want.total, kind)
         assert have.trace == pytest.approx(wanted.trace, rel=1e-10, abs=0)
+
+
+def test_inputs_given_by_hand_are_masked_and_asked_for_their_labels(caplog):
+    model, inputs = lively(gpt2()), text()
+    options = {"tensorboard": False, "draws": "exact", "bounds": False, "estimators": ["i1"]}
+    with fimprobe.attach(model, **options) as probe:
+        report = probe.step(inputs)
+    carry = mask_of(model, (), inputs)
+    want = fimprobe.measure(
+        model,
+        inputs,
+        likelihood="categorical",
+        draws="exact",
+        bounds=False,
+        estimators=("i1",),
+        mask=carry,
+    )
+    assert report.total.i1.trace == pytest.approx(want.total.i1.trace, rel=1e-6)
+    with fimprobe.attach(lively(vit()), **options) as probe:
+        with caplog.at_level(logging.WARNING, "fimprobe"):
+            assert probe.step(images()) is None
+        assert "likelihood='auto' needs a training batch or its labels" in caplog.text
+        report = probe.step({**images(), "labels": _WHOLE})
+    assert report.likelihood == "categorical"
