@@ -161,10 +161,10 @@ class FimProbeCallback(TrainerCallback):
         trainer, checkpoint = _calling_trainer()
         called = model
         if trainer is not None:
-            if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            if trainer.is_deepspeed_enabled:
                 raise FimprobeError(
-                    "parameters sharded by FSDP or DeepSpeed cannot be probed; train with DDP or on "
-                    "one device, or leave FimProbeCallback out"
+                    "a model that DeepSpeed trains cannot be probed; train with DDP or FSDP2, or "
+                    "leave FimProbeCallback out"
                 )
             if hasattr(trainer.model_wrapped, "_orig_mod"):  # compiled: hooks inside would not run
                 called = trainer.model_wrapped
