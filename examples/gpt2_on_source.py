@@ -53,7 +53,7 @@ def make_gpt2(*, layers: int, width: int, length: int) -> GPT2LMHeadModel:
 
 
 def run(
-    steps: int, out: Path, *, layers: int = 4, width: int = 256, length: int = 128, files: int = 100
+    steps: int, out: Path, *, layers: int = 4, width: int = 128, length: int = 128, files: int = 100
 ) -> tuple[Trainer, FimProbeCallback]:
     """Train; the callback is all that the probe needs."""
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--length", type=int, default=128, help="bytes in a window")
     parser.add_argument("--files", type=int, default=100, help="files of the standard library")
     parser.add_argument("--out", type=Path, default=Path("runs/gpt2_on_source"))
