@@ -201,7 +201,7 @@ def bart(head: str = "BartForConditionalGeneration") -> nn.Module:
 
 
 def mamba() -> nn.Module:
-    """The slow path in torch."""
+    """The slow path in torch, with the cache that it keeps by default."""
     config = transformers.MambaConfig(
         vocab_size=VOCABULARY,
         hidden_size=4,
@@ -210,12 +210,31 @@ def mamba() -> nn.Module:
         conv_kernel=2,
         expand=2,
         time_step_rank=2,
-        use_cache=False,
         pad_token_id=1,
         bos_token_id=0,
         eos_token_id=0,
     )
     return transformers.MambaForCausalLM(config)
+
+
+def mamba2() -> nn.Module:
+    """Its mixer is handed a cache that the first pass has filled, unless there is none."""
+    config = transformers.Mamba2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=4,
+        state_size=2,
+        num_hidden_layers=1,
+        conv_kernel=2,
+        expand=2,
+        num_heads=2,
+        head_dim=4,
+        n_groups=1,
+        chunk_size=4,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.Mamba2ForCausalLM(config)
 
 
 def pairs() -> dict[str, Tensor]:
@@ -260,6 +279,7 @@ MODELS: dict[str, Callable[[], Sample]] = {
     "T5": lambda: Sample(t5(), pairs()),
     "BART": lambda: Sample(bart(), pairs()),
     "Mamba": lambda: Sample(mamba(), {"input_ids": tokens()}),
+    "Mamba-2": lambda: Sample(mamba2(), {"input_ids": tokens()}),
     "Mixtral": lambda: Sample(decoder("Mixtral", **_MOE), padded()),
     "Qwen2 MoE": lambda: Sample(decoder("Qwen2Moe", **_QWEN_MOE), padded()),
 }
