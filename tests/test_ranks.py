@@ -1,11 +1,13 @@
 """Processes that measure together: real ones, over gloo, started once for all checks."""
 
 import copy
+import json
 import logging
 import math
 import os
 import random
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -475,3 +477,17 @@ def test_a_process_that_dies_is_left_behind(worlds):
     assert first.result == ([0], False) and len(first.lines) == 1 and first.seconds < 4
     assert "probing ended at step 1" in first.lines[0] and "did not answer" in first.lines[0]
     assert worlds[2].context.processes[0].exitcode == 0
+
+
+def test_the_example_counts_both_processes_samples():
+    """By torchrun. Its exit status is not asked for: gloo may abort at exit, fimprobe or not."""
+    example = Path(__file__).parent.parent / "examples" / "two_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, example, "--epochs", "1"], capture_output=True, text=True, timeout=60
+    )
+    assert "2 processes, 16 samples each; the report: 32" in done.stdout, done.stderr
+    last = done.stdout.split("as each process has it: ")[1]
+    first, second = json.loads(last.splitlines()[0])
+    assert first == second > 0
+    assert done.stdout.count("step 50 · 32 inputs") == 1
