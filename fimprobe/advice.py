@@ -50,13 +50,15 @@ def costs(report: Report) -> dict[str, float]:
 def best_estimator(group: GroupEstimates, seconds: dict[str, float]) -> tuple[str, float] | None:
     """The estimator with the least error at equal compute, and the next best one's error over its.
 
-    Errors go as √(variance of a pair × its cost). None unless two are known, one above zero.
+    Errors go as √(variance of a pair × its cost); to Î₂'s variance two standard errors of the probes
+    are added. None unless two are known, one above zero.
     """
     errors = {}
     for kind, cost in seconds.items():
         estimate: Estimate | None = getattr(group, kind)
         if estimate is not None and estimate.total_variance is not None:
-            errors[kind] = (max(estimate.total_variance, 0.0) * cost) ** 0.5
+            variance = max(estimate.total_variance, 0.0) + 2 * (estimate.probe_error or 0.0)
+            errors[kind] = (variance * cost) ** 0.5
     if len(errors) < 2 or not any(errors.values()):
         return None
     first, second = sorted(errors, key=lambda kind: errors[kind])[:2]

@@ -252,11 +252,12 @@ class Estimate:
     input_variance: float | None
     """Σ_i V_x: the variance over inputs of F_ii(x); None with one input or a single draw."""
     total_variance: float | None
-    """Σ_i (V_x + V_y): the variance of one (input, label) pair; None where neither is known."""
+    """Σ_i (V_x + V_y): the variance of one (input, label) pair; None where neither is known, and for
+    Î₂ where the probes' noise made V_y negative."""
     std_error: float | None
     """Standard error of ``trace`` over inputs and draws."""
     rel_error: float | None
-    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws."""
+    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws; None where ``total_variance`` is."""
     total_label_variance: float | None
     """L1, L2: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
     probe_error: float | None = None

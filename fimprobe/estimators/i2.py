@@ -100,10 +100,12 @@ def estimate_groups(
         if parts[0].probe_squares is not None:
             spread = torch.stack([p.probe_squares for p in parts if p.probe_squares is not None])
             error = float(probe_error(spread.sum(0)[:, :draws], weights))
+        # a square that only noise of the probes made negative says nothing about Î₂'s error
+        known = variance > 0 or not error
         inputs = scores[group].input_variance
-        total = None if inputs is None else inputs + variance
+        total = inputs + variance if inputs is not None and known else None
         per_entry = None
-        if inputs is not None:
+        if inputs is not None and known:
             per_entry = (inputs + (0 if exact else variance / draws)) / size
         matrix = (diagonal_of(grams[group], draws).mean(0)[:, :draws] * weights).sum(-1).mean()
         found[group] = Estimate(
@@ -111,7 +113,7 @@ def estimate_groups(
             norm=norm,
             label_variance=variance,
             input_variance=inputs,
-            total_variance=total if size > 1 else variance,
+            total_variance=total if size > 1 else (variance if known else None),
             std_error=float(observed.std() / size**0.5) if size > 1 else None,
             rel_error=None if per_entry is None or norm == 0 else max(per_entry, 0.0) ** 0.5 / norm,
             total_label_variance=float(matrix),
