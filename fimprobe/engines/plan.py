@@ -144,7 +144,8 @@ def _few(problem: Problem) -> int:
     with torch.no_grad():
         wide = problem.forward(problem.batch[:1]).numel() * 8
     most = 3 if 3 * HELD * wide <= problem.memory_mb * 2**20 else 2
-    return min(problem.batch.size, most)
+    size = min(problem.batch.size, most)
+    return size if problem.shards is None else problem.shards.smallest(size)
 
 
 def _bent_alone(problem: Problem) -> dict[str, Tensor]:
