@@ -20,19 +20,10 @@ from fimprobe.batch import Batch
 from fimprobe.capture import Capture, Captured
 from fimprobe.config import Config
 from fimprobe.engines.problem import Plan
-from fimprobe.likelihoods import get_likelihood
-from fimprobe.likelihoods.heads import infer_from_model, labels_of, mask_of
-from fimprobe.likelihoods.infer import (
-    REMEDY,
-    Decision,
-    ignored_positions,
-    infer_from_gradient,
-)
-from fimprobe.likelihoods.labels import REMEDY as LABELS
-from fimprobe.likelihoods.labels import labels_from_gradient
 from fimprobe.measurement import measure
 from fimprobe.options import select_outputs
 from fimprobe.ranks import Alone, Ranks, join
+from fimprobe.reading import Mask, Reader
 from fimprobe.report import Report
 from fimprobe.schedule import Agreed, Budget
 from fimprobe.sharded import check_sharded, is_sharded
@@ -42,11 +33,6 @@ from fimprobe.twin import trainable, unwrap
 from fimprobe.types import BatchError, FimprobeError, Likelihood, Sink
 
 logger = logging.getLogger("fimprobe")
-
-PATIENCE = 20
-"""Training batches that likelihood="auto" may look at before it gives up."""
-
-Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class Share(NamedTuple):
@@ -118,12 +104,12 @@ class Probe:
         self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
         self.steps = self._first_step = first_step
-        self.likelihood: Likelihood | None = None
-        self.decision = ""
         self.coverage: dict[str, str] = {}
         self.active = True
         self.detached = False
-        self._mask, self._labels, self._output = mask, labels, output or select_outputs
+        self._reader = Reader(
+            model, mask=mask, labels=labels, output=output or select_outputs, tell=self._tell
+        )
         self._plan = Plan()
         self._memory = MemorySink()
         self._sinks: list[Sink] = [self._memory, *(sinks or [])]
@@ -135,11 +121,21 @@ class Probe:
         self._closers: list[Callable[[], None]] = []
         self._join()
         self.log_dir = self._open_sinks()
-        self._settle_likelihood()
+        self._reader.settle(self.config.likelihood)
         self._capture = Capture(model, self._watch)
         _probed.add(self._key)
 
     # -- what users read ---------------------------------------------------------------------
+
+    @property
+    def likelihood(self) -> Likelihood | None:
+        """The family of the labels; None while ``"auto"`` is undecided."""
+        return self._reader.likelihood
+
+    @property
+    def decision(self) -> str:
+        """How the likelihood was decided."""
+        return self._reader.decision
 
     @property
     def history(self) -> list[Report]:
@@ -202,9 +198,9 @@ class Probe:
         try:
             self._failure = self._failure or failed
             if self.active and self.likelihood is None and captured is not None:
-                self._try(lambda: self._ask(captured))
+                self._try(lambda: self._reader.ask(captured))
             elif self.active and self.likelihood is None and inputs is not None:
-                self._try(lambda: self._ask_inputs(inputs))
+                self._try(lambda: self._reader.ask_inputs(inputs))
             due = inputs is not None or self.schedule.due(step)
             if self.active and (due or (self._failure is not None and self.ranks.size == 1)):
                 report = self._measure(step, captured, inputs)
@@ -262,7 +258,7 @@ class Probe:
             engine=self.config.engine,
             labels=share.labels,
             mask=share.mask,
-            output=self._output,
+            output=self._reader.output,
             memory_mb=self.config.memory_mb,
             seed=self.config.seed + 1_000_003 * step,
             step=step,
@@ -286,7 +282,7 @@ class Probe:
         wanted = list(self.config.estimators)
         if inputs is not None:
             batch = Batch.of(inputs)
-            mask = self._mask_of(batch.args, batch.kwargs, None)
+            mask = self._reader.mask_of(batch.args, batch.kwargs)
             wanted = [e for e in wanted if e != "empirical"] or ["i1"]
         else:
             if captured is None:
@@ -294,10 +290,10 @@ class Probe:
             if not captured.unchanged():
                 raise BatchError("the batch was changed in place after the forward pass")
             batch = Batch.of_call(captured.args, captured.kwargs)
-            mask = self._mask_of(captured.args, captured.kwargs, self._read(captured))
+            mask = self._reader.mask_of(captured.args, captured.kwargs, captured)
             if "empirical" in wanted:
                 try:
-                    labels = self._labels_of(captured, batch.size)
+                    labels = self._reader.labels_of(captured, batch.size)
                 except BatchError as error:  # the other estimators need no labels of the data
                     if self.config.on_error == "raise":
                         raise
@@ -311,36 +307,6 @@ class Probe:
             mask = None if mask is None else mask[rows.to(mask.device)]
             labels = None if labels is None else labels[rows.to(labels.device)]
         return Share(batch, mask, labels, wanted)
-
-    def _mask_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], read: Any) -> Tensor | None:
-        if self._mask is not None:
-            return self._mask(args, kwargs)
-        if self._output is not select_outputs:  # outputs of the user's own making
-            return read  # type: ignore[no-any-return]
-        return mask_of(self.model, args, kwargs, read)
-
-    def _read(self, captured: Captured) -> Tensor | None:
-        """Positions where the loss's gradient arrived, where it was seen."""
-        if captured.gradient is None or captured.outputs is None:
-            return None
-        return ignored_positions(captured.outputs, captured.gradient, self.likelihood)
-
-    def _labels_of(self, captured: Captured, size: int) -> Tensor:
-        if self._labels is not None:
-            labels = self._labels(captured.args, captured.kwargs)
-            shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-            if not isinstance(labels, Tensor) or shape[:1] != (size,):
-                raise FimprobeError(
-                    f"labels= returned {shape} for a batch of {size}; return a tensor with the "
-                    f"labels of all {size} samples"
-                )
-            return labels
-        given = labels_of(self.model, captured.args, captured.kwargs, self._read(captured))
-        if given is not None:
-            return given
-        if captured.outputs is None or captured.gradient is None:
-            raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
-        return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
 
     def _try(self, action: Callable[[], None]) -> None:
         """Keep an error for the next measurement, which all processes make together."""
@@ -362,55 +328,13 @@ class Probe:
         if self.ranks.size > 1 and isinstance(self.schedule, Budget):
             self.schedule = Agreed(self.schedule)
 
-    def _settle_likelihood(self) -> None:
-        if self.config.likelihood != "auto":
-            self.likelihood = get_likelihood(self.config.likelihood)
-            self.decision = "given"
-            return
-        decision = infer_from_model(self.model)
-        if decision is not None:
-            self._decide(decision)
-
-    def _decide(self, decision: Decision) -> None:
-        if decision.likelihood is not None:
-            self.likelihood, self.decision = decision.likelihood, decision.reason
-            if decision.told:
-                self._tell(decision.reason)
-            else:
-                logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
-        elif decision.final or self._asked >= PATIENCE:
-            raise FimprobeError(
-                f"likelihood='auto' could not be decided: {decision.reason}. {decision.remedy}"
-            )
-
-    def _ask(self, captured: Captured) -> None:
-        self._asked += 1
-        decision = infer_from_model(self.model, captured.args, captured.kwargs)
-        if decision is None and captured.outputs is not None and captured.gradient is not None:
-            decision = infer_from_gradient(captured.outputs, captured.gradient)
-        if decision is None:
-            missing = "no gradient arrived at the model's outputs (or they are no single tensor)"
-            decision = Decision(None, missing, final=False)
-        self._decide(decision)
-
-    def _ask_inputs(self, inputs: Any) -> None:
-        """Of inputs given by hand there is no loss to look at."""
-        batch = Batch.of(inputs)
-        decision = infer_from_model(self.model, batch.args, batch.kwargs)
-        if decision is None:
-            told = (
-                "given inputs are not probed: likelihood='auto' needs a training batch or its labels"
-            )
-            raise BatchError(f"{told}. {REMEDY}")
-        self._decide(decision)
-
     def _watch(self, out: Any) -> Tensor | None:
         """The output tensor whose gradient is needed: to infer, and to see ignored positions."""
         empirical = "empirical" in self.config.estimators and self.schedule.due(self.steps)
         if not self.active or (self.config.likelihood != "auto" and not empirical):
             return None
         try:
-            tensor = self._output(out)
+            tensor = self._reader.output(out)
         except Exception:  # said at the measurement, where it matters
             return None
         if not isinstance(tensor, Tensor):

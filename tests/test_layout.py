@@ -26,7 +26,7 @@ ORDER = [
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
-    "sinks.jsonl", "sinks.tensorboard", "config", "probe", "cli", "demo", "__main__",
+    "sinks.jsonl", "sinks.tensorboard", "config", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
