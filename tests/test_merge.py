@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.batch import Batch
-from fimprobe.estimators.i2 import block_gram
+from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
+from fimprobe.estimators.tightness import _of_outputs
 from fimprobe.merge import common_shapes, merge, merge_bounds, shapes_of, take_sums, without_sums
 from fimprobe.types import Draws
 
@@ -234,6 +235,12 @@ class Positions(nn.Module):
         return self.leave(once)
 
 
+def hessian_norms(curvature):
+    """Σ_a ‖H_a‖² [J, B, 1] from the labels' seeds and, behind them, those of the bounds."""
+    gram = diagonal_of(whole_gram(curvature), curvature.draws)
+    return _of_outputs(gram, curvature.draws, True, 3)
+
+
 @pytest.mark.parametrize("lengths", [(2, 4), (5, 6, 2)])  # below and across the limit of kept passes
 def test_sequences_of_other_lengths(lengths):
     """Exact labels of shorter sequences are those of padded ones, whatever is beyond them masked."""
@@ -244,7 +251,11 @@ def test_sequences_of_other_lengths(lengths):
     mask = torch.cat([(torch.arange(most) < t).expand(2, -1) for t in lengths])
     options = {"likelihood": "categorical", "draws": "exact", "estimators": ("i1", "i2", "ih")}
     whole = fimprobe.measure(model, padded, mask=mask, diagonals=True, **options)
-    report = shared(model, parts, diagonals=True, **options)
+    seen = []
+    report = shared(model, parts, diagonals=True, seen=seen, **options)
+    *curves, merged = [m.curvature for m in seen]
+    each = torch.cat([hessian_norms(c) for c in curves], 1)
+    assert torch.allclose(hessian_norms(merged), each, rtol=1e-12, atol=0) and (each > 0).all()
     assert all(layer.activation is None for layer in report.layers.values())
     known = ("trace", "label_variance", "input_variance", "std_error", "rel_error", "covariance_norm")
     for name in (*whole.parameters, *whole.layers, "total"):
