@@ -16,10 +16,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """A fixed seed, and float32 as the default type whatever a test set."""
+    """A fixed seed; float32 as the default type and the environment as before, whatever a test set.
+
+    Lightning leaves LOCAL_RANK behind, by which Accelerate takes a process for one of several.
+    """
     torch.manual_seed(0)
+    before = dict(os.environ)
     yield
     torch.set_default_dtype(torch.float32)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

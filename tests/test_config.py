@@ -17,7 +17,7 @@ def write(path: Path, text: str) -> Path:
 
 def test_every_documented_key_is_read(tmp_path):
     readme = Path(__file__).parent.parent / "README.md"
-    text = readme.read_text().split("```yaml\n")[1].split("```")[0]
+    text = readme.read_text().split("### Configure it")[1].split("```yaml\n")[1].split("```")[0]
     config = load_config(write(tmp_path / "f.yaml", text))
     assert set(config.model_fields_set) | {"estimators"} == set(type(config).model_fields)
 
