@@ -50,21 +50,25 @@ def costs(report: Report) -> dict[str, float]:
 def best_estimator(group: GroupEstimates, seconds: dict[str, float]) -> tuple[str, float] | None:
     """The estimator with the least error at equal compute, and the next best one's error over its.
 
-    Errors go as √(variance of a pair × its cost); to Î₂'s variance two standard errors of the probes
-    are added. None unless two are known, one above zero.
+    Errors go as √(variance of a pair × its cost). None unless two are known, one above zero, and
+    where two standard errors of the probes of Î₂'s variance could turn the choice.
     """
-    errors = {}
+    low, high = {}, {}
     for kind, cost in seconds.items():
         estimate: Estimate | None = getattr(group, kind)
         if estimate is not None and estimate.total_variance is not None:
-            variance = max(estimate.total_variance, 0.0) + 2 * (estimate.probe_error or 0.0)
-            errors[kind] = (variance * cost) ** 0.5
-    if len(errors) < 2 or not any(errors.values()):
+            noise = 2 * (estimate.probe_error or 0.0)
+            low[kind] = (max(estimate.total_variance - noise, 0.0) * cost) ** 0.5
+            high[kind] = (max(estimate.total_variance, 0.0) + noise) ** 0.5 * cost**0.5
+    if len(low) < 2 or not any(high.values()):
         return None
-    first, second = sorted(errors, key=lambda kind: errors[kind])[:2]
-    if errors[second] == 0:
+    first = min(high, key=lambda kind: high[kind])
+    second = min(low[kind] for kind in low if kind != first)
+    if second < high[first]:
+        return None
+    if second == 0:
         return first, 1.0
-    return first, errors[second] / errors[first] if errors[first] > 0 else float("inf")
+    return first, second / high[first] if high[first] > 0 else float("inf")
 
 
 def _errors(report: Report) -> list[str]:

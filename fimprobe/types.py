@@ -291,7 +291,11 @@ class Estimate:
 
     @property
     def tightness(self) -> float | None:
-        """``bound`` / ``covariance_norm``, 1 at best; None where ‖Cov‖ is not known or is zero."""
+        """``bound`` / ``covariance_norm``, 1 at best; None where ‖Cov‖ is not known or is zero, and
+        where the bound is lost in the noise of its probes.
+        """
+        if self.bound is not None and self.bound_error is not None and self.bound <= self.bound_error:
+            return None
         return _ratio(self.bound, self.covariance_norm)
 
     @property
@@ -323,7 +327,9 @@ class Estimate:
 
 
 def _ratio(bound: float | None, value: float | None) -> float | None:
-    return None if bound is None or value is None or value <= 0 else bound / value
+    if bound is None or value is None or value <= 0 or bound <= 0:
+        return None
+    return bound / value
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,16 @@ def test_times_medians_and_what_has_no_variance(variance_along_training):
 # GPT-2 with Hugging Face's Trainer
 
 
+def test_a_vision_transformer_is_trained_probed_and_shown(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    sizes = ["--layers", "1", "--width", "8"]
+    load("vit_on_digits").main(["--steps", "12", *sizes, "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "6 reports" in out and "draws exact" in out and "classifier" in out
+    assert 0 < float(re.search(r"accuracy (\S+) %", out)[1]) < 100
+
+
 def test_gpt2_is_trained_probed_and_shown(tmp_path, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

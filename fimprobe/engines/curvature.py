@@ -167,31 +167,24 @@ def measure_curvature(
         for s in sums.values():
             s.add_straight(None if problem.ask.exact else problem.ask.probes)
     elif not problem.ask.exact:
-        # R's diagonal: K probes of random signs at the layers' outputs
-        first = [
-            [
-                None
-                if d is None
-                else from_batch_first(
-                    signs(
-                        _batched_shape(d, tape.layout_of[e], size),
-                        f"diagonal {k} {e}",
-                        seed,
-                        first=first_sample,
-                        dtype=d.dtype,
-                        device=d.device,
-                    ),
-                    tape.layout_of[e],
-                )
-                for e, d in enumerate(_present(deltas, len(tape.edges)))
+        # R's diagonal: K probes of random signs at the layers' outputs, others for every seed: their
+        # noise averages out over labels too
+        present = _present(deltas, len(tape.edges))
+        for y in range(curved):
+            first = [
+                [
+                    None
+                    if d is None
+                    else _signs_at(tape, e, d, f"diagonal {y} {k} {e}", seed, first_sample)
+                    for e, d in enumerate(present)
+                ]
+                for k in range(problem.ask.probes)
             ]
-            for k in range(problem.ask.probes)
-        ]
-        bent = [[bender.bend(y, v, inputs=bool(partners)) for v in first] for y in range(curved)]
-        for name, s in sums.items():
-            pull = Pull(problem, plan, site[name], name, size)
-            s.add_diagonal(pull, first, bent, deltas, seed)
-        del first, bent
+            bent = [bender.bend(y, v, inputs=bool(partners)) for v in first]
+            for name, s in sums.items():
+                pull = Pull(problem, plan, site[name], name, size)
+                s.add_diagonal(pull, y, first, bent, deltas[y], seed)
+            del first, bent
     else:
         from fimprobe.engines import backpack  # optional
 
@@ -273,8 +266,12 @@ def _present(deltas: list[list[Tensor | None]], edges: int) -> list[Tensor | Non
     return [next((d[e] for d in deltas if d[e] is not None), None) for e in range(edges)]
 
 
-def _batched_shape(x: Tensor, layout: int | str, size: int) -> torch.Size:
-    return batch_first(x, layout, size).shape
+def _signs_at(tape: Tape, edge: int, like: Tensor, key: str, seed: int, first: int) -> Tensor:
+    """Random signs in the shape of what arrives at an edge."""
+    layout = tape.layout_of[edge]
+    shape = batch_first(like, layout, tape.batch_size).shape
+    drawn = signs(shape, key, seed, first=first, dtype=like.dtype, device=like.device)
+    return from_batch_first(drawn, layout)
 
 
 def _sites(

@@ -50,44 +50,41 @@ class CurvatureSums:
     def add_diagonal(
         self,
         pull: Pull,
+        y: int,
         first: list[list[Tensor | None]],
-        bent: list[list[Curve]],
-        deltas: list[list[Tensor | None]],
+        bent: list[Curve],
+        delta: list[Tensor | None],
         seed: int,
     ) -> None:
-        """R's diagonal from K probes at the layers' outputs."""
+        """One seed's diagonal of R from K probes at the layers' outputs."""
         probes = len(first)
-        self.chunk["trace"] = self.zeros(self.size, self.count)
-        self.chunk["square"] = self.zeros(self.size, self.count)
-        self.chunk["probe_squares"] = self.zeros(self.size, self.count, probes)
+        if "trace" not in self.chunk:
+            self.add_straight(probes)
         own = bool(pull.site.calls)
         use, tokens = pull.outer(), pull.tokens()
         if use is not None and not self.meets:
-            self._outer_diagonal(pull, use, first, bent)
+            self._outer_diagonal(pull, use, y, first, bent)
             return
         if tokens is not None:
-            self._token_diagonal(pull, tokens, first, bent)
+            self._token_diagonal(pull, tokens, y, first, bent)
             return
         step = max(1, int(self.room / (4 * probes * self.parameter.numel() * 8)))
         for start in range(0, self.size, step):
             samples = slice(start, min(start + step, self.size))
             left = pull.first(first, samples)
-            for y in range(len(bent)):
-                products = []
-                for k in range(probes):
-                    r: Tensor | None = None
-                    if left is not None:
-                        right = pull.second(
-                            bent[y][k], deltas[y], samples, inputs=2.0 if self.meets else 0.0
-                        )
-                        if right is not None:
-                            r = left[:, k] * right[:, 0]
-                    if own:
-                        r = self._own_diagonal(pull, deltas[y], y, k, samples, seed, r)
-                    if r is not None:
-                        products.append(r.reshape(len(r), -1))
-                if products:
-                    self._products(torch.stack(products, 1), samples, y)
+            products = []
+            for k in range(probes):
+                r: Tensor | None = None
+                if left is not None:
+                    right = pull.second(bent[k], delta, samples, inputs=2.0 if self.meets else 0.0)
+                    if right is not None:
+                        r = left[:, k] * right[:, 0]
+                if own:
+                    r = self._own_diagonal(pull, delta, y, k, samples, seed, r)
+                if r is not None:
+                    products.append(r.reshape(len(r), -1))
+            if products:
+                self._products(torch.stack(products, 1), samples, y)
 
     def add_straight(self, probes: int | None) -> None:
         """R's diagonal is zero, whatever the probes (None: exact)."""
@@ -116,7 +113,7 @@ class CurvatureSums:
         """What a replayed module bends by itself: u∘(∂²(δᵀz)u)."""
         u = signs(
             (1, *self.parameter.shape),
-            f"own {k} {pull.name}",
+            f"own {y} {k} {pull.name}",
             seed,
             dtype=self.parameter.dtype,
             device=self.parameter.device,
@@ -132,44 +129,35 @@ class CurvatureSums:
         pull.along = before
         return r
 
-    def _outer_diagonal(self, pull: Pull, use: Use, first: Any, bent: Any) -> None:
+    def _outer_diagonal(self, pull: Pull, use: Use, y: int, first: Any, bent: Any) -> None:
         x2 = precise(use.call.inputs[0]).square()
         length, x4 = x2.sum(-1).double(), x2.double().square().sum(-1)
-        v = pull.at(use, first)
-        if v is None:
+        v, parts = pull.at(use, first), pull.at(use, [c.edges for c in bent])
+        if v is None or parts is None:
             return
-        left = torch.stack(v, 1)
-        for y in range(len(bent)):
-            parts = pull.at(use, [c.edges for c in bent[y]])
-            if parts is None:
-                continue
-            d = (left * torch.stack(parts, 1)).double()
-            squares = d.square().sum(-1)
-            self.chunk["trace"][:, y] = d.mean(1).sum(-1) * length
-            self.chunk["probe_squares"][:, y] = squares * x4.unsqueeze(1)
-            self.chunk["square"][:, y] = _pairs(d).sum(-1) * x4
-            if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
-                w = self.second[:, y].double().unsqueeze(1)
-                self.diagonal += (w * d.mean(1)).T @ x2.double()
-                self.diagonal_square += (w * _pairs(d)).T @ x2.double().square()
+        d = (torch.stack(v, 1) * torch.stack(parts, 1)).double()
+        squares = d.square().sum(-1)
+        self.chunk["trace"][:, y] = d.mean(1).sum(-1) * length
+        self.chunk["probe_squares"][:, y] = squares * x4.unsqueeze(1)
+        self.chunk["square"][:, y] = _pairs(d).sum(-1) * x4
+        if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
+            w = self.second[:, y].double().unsqueeze(1)
+            self.diagonal += (w * d.mean(1)).T @ x2.double()
+            self.diagonal_square += (w * _pairs(d)).T @ x2.double().square()
 
-    def _token_diagonal(self, pull: Pull, use: Use, first: Any, bent: Any) -> None:
-        v = pull.at(use, first)
-        if v is None:
+    def _token_diagonal(self, pull: Pull, use: Use, y: int, first: Any, bent: Any) -> None:
+        v, parts = pull.at(use, first), pull.at(use, [c.edges for c in bent])
+        if v is None or parts is None:
             return
         sample, token, left = embedding_tokens(use.call, torch.stack(v, 1))
-        for y in range(len(bent)):
-            parts = pull.at(use, [c.edges for c in bent[y]])
-            if parts is None:
-                continue
-            r = (left * embedding_tokens(use.call, torch.stack(parts, 1))[2]).double()
-            self.chunk["trace"][:, y].index_add_(0, sample, r.mean(1).sum(-1))
-            self.chunk["square"][:, y].index_add_(0, sample, _pairs(r).sum(-1))
-            self.chunk["probe_squares"][:, y].index_add_(0, sample, r.square().sum(-1))
-            if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
-                w = self.second[:, y].double()[sample].unsqueeze(1)
-                self.diagonal.index_add_(0, token, w * r.mean(1))
-                self.diagonal_square.index_add_(0, token, w * _pairs(r))
+        r = (left * embedding_tokens(use.call, torch.stack(parts, 1))[2]).double()
+        self.chunk["trace"][:, y].index_add_(0, sample, r.mean(1).sum(-1))
+        self.chunk["square"][:, y].index_add_(0, sample, _pairs(r).sum(-1))
+        self.chunk["probe_squares"][:, y].index_add_(0, sample, r.square().sum(-1))
+        if self.diagonal is not None and self.diagonal_square is not None and self._weigh(y):
+            w = self.second[:, y].double()[sample].unsqueeze(1)
+            self.diagonal.index_add_(0, token, w * r.mean(1))
+            self.diagonal_square.index_add_(0, token, w * _pairs(r))
 
     def _products(self, r: Tensor, samples: slice, y: int) -> None:
         """r [b, K, P] of one seed."""
