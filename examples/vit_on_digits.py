@@ -98,7 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
     if probe is None or probe.last is None:
         raise SystemExit("nothing was probed")
     print(probe.last)
-    print("\n".join(probe.last.advice))
     print(f"\naccuracy {100 * found:.1f} % of held-out digits; {len(probe.history)} reports")
     print(f"Look at it: tensorboard --logdir {options.out}    or: fimprobe show {probe.log_dir}")
 
