@@ -6,6 +6,7 @@ from fimprobe import likelihoods, penalties
 from fimprobe.config import Config, load_config
 from fimprobe.measurement import measure
 from fimprobe.probe import Probe
+from fimprobe.records import Records, read
 from fimprobe.report import Report
 from fimprobe.types import (
     BatchError,
@@ -29,6 +30,7 @@ __all__ = [
     "GroupEstimates",
     "Likelihood",
     "Probe",
+    "Records",
     "Report",
     "Sink",
     "attach",
@@ -36,5 +38,6 @@ __all__ = [
     "load_config",
     "measure",
     "penalties",
+    "read",
 ]
 del _torchvision_guard

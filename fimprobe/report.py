@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,33 @@ class Report:
             "kinks": self.kinks,
             "notes": self.notes,
             "advice": self.advice,
+        }
+
+    def scalars(self, layers: Collection[str] | None = None) -> dict[str, float]:
+        """What TensorBoard is given, by its tags: finite numbers only, for loggers of any kind.
+
+        ``fim/<estimator>/<value>`` for the model, ``fim_layers/<layer>/<estimator>_<value>`` for each
+        of ``layers`` (None: all), ``fim_probe/seconds``.
+
+        >>> import fimprobe, torch
+        >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
+        >>> report.scalars()["fim/i1/trace"] == report.total.i1.trace
+        True
+        """
+        values: dict[str, float | None] = {}
+        for kind in ("i1", "i2", "ih", "empirical"):
+            total = getattr(self.total, kind)
+            if total is not None:
+                values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
+                values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
+        values["fim_probe/seconds"] = self.seconds
+        for layer, group in self.layers.items():
+            if layers is None or layer in layers:
+                values |= _of_layer(f"fim_layers/{layer}/", group)
+        return {
+            tag: float(value)
+            for tag, value in values.items()
+            if value is not None and math.isfinite(value)
         }
 
     def __str__(self) -> str:
@@ -190,3 +218,40 @@ def _scalars(e: Estimate) -> dict[str, Any]:
         "diagonal_tightness": e.diagonal_tightness,
     }
     return values | derived
+
+
+_TOTAL = (
+    "trace",
+    "std_error",
+    "rel_error",
+    "label_variance",
+    "input_variance",
+    "total_label_variance",
+    "bound",
+    "sharp_bound",
+    "trace_bound",
+    "diagonal_bound",
+    "covariance_norm",
+    "covariance_spectral_norm",
+    "tightness",
+    "probe_error",
+    "cosine",
+    "trace_ratio",
+)
+
+
+def _of_layer(prefix: str, group: GroupEstimates) -> dict[str, float | None]:
+    values: dict[str, float | None] = {}
+    for kind in ("i1", "i2"):
+        estimate = getattr(group, kind)
+        if estimate is not None:
+            for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
+                values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
+            values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
+    if group.activation is not None:
+        values[f"{prefix}input_i1_trace"] = group.activation.trace
+        values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
+    if group.geometry is not None:
+        for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
+            values[f"{prefix}{name}"] = getattr(group.geometry, name)
+    return values

@@ -26,7 +26,7 @@ ORDER = [
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
-    "sinks.jsonl", "sinks.tensorboard", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.jsonl", "sinks.tensorboard", "records", "config", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
@@ -66,7 +66,8 @@ def test_integrations_use_the_public_api_only():
 
 def test_an_optional_package_is_imported_in_one_place():
     places = {
-        package: set() for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack")
+        package: set()
+        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas")
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):
         for package, users in places.items():

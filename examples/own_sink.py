@@ -1,0 +1,53 @@
+"""Reports sent to an experiment tracker: Weights & Biases, MLflow, or anything with a ``log``.
+
+A sink is any object with ``write(report)`` and ``close()``; ``report.scalars()`` is a flat dict of
+finite numbers under TensorBoard's tags. A sink that raises is told once, then dropped, and training
+goes on. Runs in a second:
+
+    python examples/own_sink.py
+"""
+
+import re
+
+import torch
+from torch import nn
+
+import fimprobe
+
+
+class TrackerSink:
+    """``TrackerSink(wandb.init().log)``, ``TrackerSink(mlflow.log_metrics)``."""
+
+    def __init__(self, log, *, layers=None):
+        self.log, self.layers = log, layers
+
+    def write(self, report):
+        """Tags hold only what MLflow and W&B both allow: no brackets."""
+        values = report.scalars(layers=self.layers)
+        self.log({re.sub(r"[^\w\-. /]", "_", k): v for k, v in values.items()}, step=report.step)
+
+    def close(self):
+        """The run is the tracker's own to finish."""
+
+
+def main():
+    """Train a small net; what a tracker's ``log`` would get is printed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def log(values, step):
+        shown = ("fim/i1/rel_error", "fim/i2/rel_error", "fim_layers/2/i1_trace")
+        print(f"step {step}: {len(values)} values, of which", {k: values[k] for k in shown})
+
+    options = {"schedule": {"every": 10}, "draws": "exact", "tensorboard": False}
+    with fimprobe.attach(model, sinks=[TrackerSink(log)], **options):
+        for _ in range(30):
+            optimizer.zero_grad()
+            x = torch.randn(16, 6)
+            nn.functional.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+            optimizer.step()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What a run wrote is read back as it was measured; damaged, foreign and missing files are told."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fimprobe
+from fimprobe.records import latest_training
+
+
+def train(folder, *, steps=3, **options):
+    """A probed training of a small net."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    options = {"draws": 2, "tensorboard": False, "jsonl": str(folder / "fimprobe.jsonl")} | options
+    with fimprobe.attach(net, likelihood="categorical", **options) as probe:
+        for _ in range(steps):
+            probe.step(torch.randn(8, 4))
+            with torch.no_grad():
+                net[0].weight *= 1.1
+    return probe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(folder, estimators=["i1", "i2", "ih"])
+
+
+def test_every_row_holds_what_was_measured(run):
+    rows = fimprobe.read(run[0])
+    reports = {r.step: r for r in run[1].history}
+    expected = 0
+    for report in reports.values():
+        groups = [report.total, *report.layers.values(), *report.parameters.values()]
+        kinds = ("i1", "i2", "ih", "empirical", "activation", "geometry")
+        expected += sum(getattr(g, kind) is not None for g in groups for kind in kinds)
+    assert len(rows) == expected
+    assert len({(r["step"], r["group"], r["name"], r["estimator"]) for r in rows}) == expected
+    for row in rows:
+        report = reports[row["step"]]
+        places = {"total": {"total": report.total}, "layer": report.layers}
+        group = (places | {"parameter": report.parameters})[row["group"]][row["name"]]
+        estimate = getattr(group, row["estimator"])
+        assert row["numel"] == group.numel
+        for field in dataclasses.fields(estimate):
+            if not field.name.startswith("diagonal_") and field.name not in (
+                "diagonal",
+                "trace_range",
+            ):
+                assert row[field.name] == getattr(estimate, field.name), (row, field.name)
+        if row["estimator"] != "geometry":
+            assert row["draws_for_10_percent"] == estimate.draws_for(0.1)
+    assert {r["group"] for r in rows} == {"total", "layer", "parameter"}
+    assert rows.notes == []
+
+
+def test_a_folder_further_out_and_the_file_are_the_run(run, tmp_path):
+    inner = tmp_path / "output" / "runs" / "Nov_host" / "fimprobe"
+    inner.mkdir(parents=True)
+    (inner / "fimprobe.jsonl").write_bytes((run[0] / "fimprobe.jsonl").read_bytes())
+    expected = fimprobe.read(run[0])
+    for place in (inner, inner.parent, tmp_path / "output", str(inner / "fimprobe.jsonl")):
+        assert fimprobe.read(place) == expected
+    other = tmp_path / "output" / "runs" / "Dec_host" / "fimprobe"
+    other.mkdir(parents=True)
+    (other / "fimprobe.jsonl").write_bytes((run[0] / "fimprobe.jsonl").read_bytes())
+    with pytest.raises(fimprobe.FimprobeError, match="holds 2 runs") as error:
+        fimprobe.read(tmp_path)
+    assert str(inner) in str(error.value)
+    assert str(other) in str(error.value)
+
+
+def test_a_torn_last_line_is_left_out_and_told(run, tmp_path, caplog):
+    lines = (run[0] / "fimprobe.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "fimprobe.jsonl"
+    for kept in (5, 200, len(lines[2]) - 2):
+        caplog.clear()
+        path.write_text("".join(lines[:2]) + lines[2][:kept])
+        rows = fimprobe.read(tmp_path)
+        assert [r["step"] for r in rows.reports] == [0, 1]
+        assert "line 3 is torn (a crash, or still being written)" in caplog.text
+        assert len(rows.notes) == 1
+    path.write_text(lines[0] + lines[1][:100] + "\n" + lines[2])  # a line torn, then a new training
+    assert [r["step"] for r in fimprobe.read(path).reports] == [0, 2]
+    assert "line 2 is damaged" in caplog.text
+    path.write_text(lines[2].rstrip("\n"))  # only the end of the line is missing
+    assert len(fimprobe.read(path).reports) == 1
+
+
+def test_two_trainings_in_one_file_are_told(run, tmp_path, caplog):
+    text = (run[0] / "fimprobe.jsonl").read_text()
+    (tmp_path / "fimprobe.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    rows = fimprobe.read(tmp_path)
+    assert [r["step"] for r in rows.reports] == [0, 1, 2, 0]
+    assert "steps go back from 2 to 0 at line 4" in caplog.text
+    assert [r["step"] for r in latest_training(rows.reports)] == [0]
+    assert latest_training(rows.reports[:3]) == rows.reports[:3]
+
+
+def test_missing_empty_and_foreign_files(tmp_path):
+    def told(place):
+        with pytest.raises(fimprobe.FimprobeError) as error:
+            fimprobe.read(place)
+        return str(error.value)
+
+    assert "does not exist" in told(tmp_path / "nowhere")
+    assert "holds no fimprobe.jsonl" in told(tmp_path)
+    path = tmp_path / "fimprobe.jsonl"
+    path.write_text("")
+    assert "the file is empty" in told(tmp_path)
+    path.write_text('{"step": 0, "batch')
+    assert "line 1 is torn" in told(tmp_path)
+    foreign = ["loss,step\n1,2\n", '{"loss": 1}\n', "[1, 2]\n", "12\n"]
+    for text in foreign:
+        path.write_text(text)
+        assert "was not written by fimprobe: line 1" in told(path), text
+    path.write_bytes(bytes(range(128, 256)))
+    assert "was not written by fimprobe" in told(path)
+
+
+def test_a_frame_where_pandas_is_installed(run):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    rows = fimprobe.read(run[0])
+    frame = rows.frame()
+    assert isinstance(frame, pandas.DataFrame)
+    picked = frame.query("group == 'layer' and name == '2' and estimator == 'i2'")
+    expected = [r.layers["2"].i2.label_variance for r in run[1].history]
+    assert picked["label_variance"].tolist() == expected
+
+
+def test_without_pandas_the_remedy_is_told(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(fimprobe.FimprobeError, match="pip install pandas"):
+        fimprobe.read(run[0]).frame()
