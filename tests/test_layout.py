@@ -22,11 +22,12 @@ ORDER = [
     "engines.backpack.moments", "engines.backpack.guards", "engines.backpack.first_order",
     "engines.backpack.curved_rules", "engines.backpack.second_order", "engines.backpack.comparison",
     "engines.backpack.options", "engines.backpack.calls", "engines.backpack.domain",
-    "engines.backpack", "engines.pull", "engines.curves",
+    "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
-    "sinks.jsonl", "sinks.tensorboard", "records", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
+    "sinks.figures", "sinks.tensorboard", "records", "config", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 

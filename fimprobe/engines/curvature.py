@@ -19,14 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fimprobe.batch import Batch
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.problem import Plan, Problem
-from fimprobe.engines.pull import Curve, Pull, Site
+from fimprobe.engines.pull import Curve, Pull
 from fimprobe.engines.replay import module_direction
 from fimprobe.engines.seeds import Seeds
 from fimprobe.engines.signs import signs
+from fimprobe.engines.sites import Calls, Site, find_sites, meetings
 from fimprobe.engines.straight import piecewise_linear
-from fimprobe.engines.tape import Replayed, Tape, along_batch, batch_first, from_batch_first
-
-Calls = list[tuple[Replayed, dict[str, Tensor]]]
+from fimprobe.engines.tape import Tape, along_batch, batch_first, from_batch_first
 
 
 def twice_differentiable() -> Any:
@@ -148,7 +147,7 @@ def measure_curvature(
     started = time.perf_counter()
     size, count = batch.size, len(seeds.seeds)
     exact = problem.draws.count is None
-    site = _sites(problem, plan, tape, batch, calls, names)
+    site = find_sites(problem, plan, tape, batch, calls, names)
     replayed: list[Tensor] = [problem.parameters[n] for n, s in site.items() if s.calls]
     partners = meetings(problem, tape, site)
     meeting = set(partners) | {q for group in partners.values() for q in group}
@@ -272,79 +271,6 @@ def _signs_at(tape: Tape, edge: int, like: Tensor, key: str, seed: int, first: i
     shape = batch_first(like, layout, tape.batch_size).shape
     drawn = signs(shape, key, seed, first=first, dtype=like.dtype, device=like.device)
     return from_batch_first(drawn, layout)
-
-
-def _sites(
-    problem: Problem,
-    plan: Plan,
-    tape: Tape,
-    batch: Batch,
-    calls: Calls,
-    names: dict[int, str],
-) -> dict[str, Site]:
-    """Where each parameter is used: under rules, and inside replayed calls."""
-    found = {n: Site([], []) for n in problem.parameters}
-    for name, parameter in problem.parameters.items():
-        if name not in plan.replay:
-            found[name].uses.extend(tape.uses.get(id(parameter), []))
-    for call, inside in calls:
-        if call.path == "":
-            call = Replayed("", call.module, batch.args, batch.kwargs, (), ())
-        for local, held in inside.items():
-            found[names[id(held)]].calls.append((call, local))
-    return found
-
-
-def meetings(problem: Problem, tape: Tape, site: dict[str, Site]) -> dict[str, set[str]]:
-    """Parameters of one layer whose uses depend on each other's outputs (reuse, recurrence)."""
-    layers: dict[str, list[str]] = {}
-    for name in site:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, set[str]] = {}
-    for members in layers.values():
-        used = [(n, u) for n in members for u in site[n].uses]
-        called = [(n, c) for n in members for c, _ in site[n].calls]
-        one_use = len({u.edge for _, u in used}) <= 1 and not any(u.steps for _, u in used)
-        if (one_use and not called) or (not used and len({id(c) for _, c in called}) <= 1):
-            continue
-        if called:  # tied between calls, or between a call and a layer
-            for n in members:
-                if len(site[n].uses) + len(site[n].calls) > 0:
-                    found[n] = set(members)
-            continue
-        for n, use in used:
-            below = _below(tape, use.sources)
-            for m, other in used:
-                place = tape.edges[other.edge]
-                key = id(place) if isinstance(place, Tensor) else place.node
-                if key in below:
-                    found.setdefault(n, set()).add(m)
-                    found.setdefault(m, set()).add(n)
-    return found
-
-
-def _below(tape: Tape, sources: Any) -> set[Any]:
-    """Graph nodes (and ids of leaves) that the sources depend on."""
-    seen: set[Any] = set()
-    stack: list[Any] = []
-    for index in sources:
-        if index is None:
-            continue
-        place = tape.sources[index]
-        if isinstance(place, Tensor):
-            seen.add(id(place))
-        else:
-            stack.append(place.node)
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            seen.add(id(variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return seen
 
 
 def _directions(

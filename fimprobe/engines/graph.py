@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 from fimprobe.engines.tape import Tape
 
 
-def walk(root: Any, cuts: dict[Any, list[Any]]) -> set[int]:
-    """Ids of the leaf tensors reached from ``root``, jumping over the calls in ``cuts``."""
-    leaves: set[int] = set()
+def nodes_behind(
+    roots: Iterable[Any], cuts: Mapping[Any, list[Any]] = MappingProxyType({})
+) -> Iterator[Any]:
+    """Every node reached from the roots, once, jumping from the nodes in ``cuts`` to those listed."""
     seen: set[Any] = set()
-    stack = [root]
+    stack = list(roots)
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -25,11 +27,14 @@ def walk(root: Any, cuts: dict[Any, list[Any]]) -> set[int]:
         if node in cuts:
             stack.extend(cuts[node])
             continue
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.add(id(variable))
+        yield node
         stack.extend(following for following, _ in node.next_functions)
-    return leaves
+
+
+def leaves_behind(root: Any, cuts: Mapping[Any, list[Any]] = MappingProxyType({})) -> set[int]:
+    """Ids of the leaf tensors reached from ``root``."""
+    nodes = nodes_behind([root], cuts)
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def foreign_uses(
@@ -39,8 +44,8 @@ def foreign_uses(
 
     A parameter planned for replay is expected to be met outside.
     """
-    everything = walk(outputs.grad_fn, {})
-    outside = walk(outputs.grad_fn, tape.cuts)
+    everything = leaves_behind(outputs.grad_fn)
+    outside = leaves_behind(outputs.grad_fn, tape.cuts)
     reached = {n for n, p in parameters.items() if id(p) in everything}
     foreign = {n for n in reached if id(parameters[n]) in outside and n not in replay}
     return reached, foreign
@@ -57,7 +62,7 @@ def hidden_reads(tape: Tape) -> dict[str, str]:
         known = {id(x) for x in [*inputs, *call.module.parameters()]}
         cuts: dict[Any, list[Any]] = {x.grad_fn: [] for x in inputs if x.grad_fn is not None}
         nodes = [tape.edges[e].node for e in call.edges if e is not None]
-        if any(walk(node, cuts) - known for node in nodes):
+        if any(leaves_behind(node, cuts) - known for node in nodes):
             found[call.path] = "it reads parameters of another module"
     return found
 
@@ -65,13 +70,6 @@ def hidden_reads(tape: Tape) -> dict[str, str]:
 def gradient_types(outputs: Tensor) -> set[torch.dtype]:
     """Types of the gradients that pass through the graph behind ``outputs``."""
     found: set[torch.dtype] = {outputs.dtype}
-    seen: set[Any] = set()
-    stack: list[Any] = [outputs.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_behind([outputs.grad_fn]):
         found |= {kind for m in node._input_metadata if (kind := m.dtype).is_floating_point}
-        stack.extend(following for following, _ in node.next_functions)
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
+
+from fimprobe.engines.graph import nodes_behind
 
 _NODES = {
     "Abs", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "Amax", "Amin", "Aminmax", "Celu", "Clamp",
@@ -36,7 +36,9 @@ def find_kinks(outputs: Tensor, model: nn.Module) -> list[str]:
     ``["ReLU: 1, 3", "AmaxBackward (called as a function)"]``; empty for a network in C². A function
     that the model also has as a module (``F.relu`` beside ``nn.ReLU``) is taken for the module.
     """
-    names = {re.sub(r"Backward\d*$", "", type(node).__name__) for node in _nodes([outputs.grad_fn])}
+    names = {
+        re.sub(r"Backward\d*$", "", type(node).__name__) for node in nodes_behind([outputs.grad_fn])
+    }
     found = names & _NODES
     modules: dict[str, list[str]] = {}
     explained: set[str] = set()
@@ -51,14 +53,3 @@ def find_kinks(outputs: Tensor, model: nn.Module) -> list[str]:
 
 def _few(paths: list[str], most: int = 8) -> list[str]:
     return paths if len(paths) <= most else [*paths[:most], f"and {len(paths) - most} more"]
-
-
-def _nodes(stack: list[Any]) -> Iterable[Any]:
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(following for following, _ in node.next_functions)

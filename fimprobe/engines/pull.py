@@ -15,6 +15,7 @@ from fimprobe.engines.gather import precise, sum_uses
 from fimprobe.engines.problem import Plan, Problem
 from fimprobe.engines.replay import replay_directions, replay_gradients
 from fimprobe.engines.rules import LINEAR, Call, Rule
+from fimprobe.engines.sites import Site
 from fimprobe.engines.tape import Replayed, Use, batch_first
 
 Maybe = Sequence[Tensor | None]
@@ -25,14 +26,6 @@ class Curve(NamedTuple):
 
     edges: list[Tensor | None]
     inputs: list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a parameter is used: under rules, and inside replayed calls by its name there."""
-
-    uses: list[Use]
-    calls: list[tuple[Replayed, str]]
 
 
 @dataclass
