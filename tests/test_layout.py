@@ -12,7 +12,7 @@ ORDER = [
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
-    "engines.unrolled", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
+    "engines.unrolled", "engines.layouts", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
     "engines.contract", "engines.gather", "engines.problem", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",
     "engines.lipschitz", "engines.paths", "engines.between", "engines.elementwise", "engines.walk",
@@ -27,7 +27,7 @@ ORDER = [
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
-    "sinks.figures", "sinks.tensorboard", "records", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.figures", "sinks.tensorboard", "records", "terminal", "pictures", "page", "config", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_integrations_use_the_public_api_only():
 def test_an_optional_package_is_imported_in_one_place():
     places = {
         package: set()
-        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas")
+        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas", "rich")
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):
         for package, users in places.items():

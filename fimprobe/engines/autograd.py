@@ -25,6 +25,7 @@ from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import contract_uses, precise
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
+from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
 from fimprobe.engines.seeds import (
@@ -39,7 +40,7 @@ from fimprobe.engines.seeds import (
     output_seeds,
 )
 from fimprobe.engines.sums import Sums
-from fimprobe.engines.tape import Replayed, Tape, batch_first, check_inputs_unchanged, record
+from fimprobe.engines.tape import Replayed, Tape, check_inputs_unchanged, record
 from fimprobe.types import Measured
 
 FRESH_BYTES = 4.5 * 2**20

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimprobe.batch import Batch
 from fimprobe.engines.curves import CurvatureSums
+from fimprobe.engines.layouts import along_batch, batch_first, from_batch_first
 from fimprobe.engines.problem import Plan, Problem
 from fimprobe.engines.pull import Curve, Pull
 from fimprobe.engines.replay import module_direction
@@ -25,7 +26,7 @@ from fimprobe.engines.seeds import Seeds
 from fimprobe.engines.signs import signs
 from fimprobe.engines.sites import Calls, Site, find_sites, meetings
 from fimprobe.engines.straight import piecewise_linear
-from fimprobe.engines.tape import Tape, along_batch, batch_first, from_batch_first
+from fimprobe.engines.tape import Tape
 
 
 def twice_differentiable() -> Any:

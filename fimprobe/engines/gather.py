@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
+from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
-from fimprobe.engines.tape import Use, batch_first
+from fimprobe.engines.tape import Use
 
 Live = list[tuple[Use, Call, list[Tensor]]]
 

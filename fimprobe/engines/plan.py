@@ -16,10 +16,11 @@ from torch import Tensor
 from fimprobe.engines.autograd import measure_moments
 from fimprobe.engines.curvature import direction_of, twice_differentiable
 from fimprobe.engines.graph import gradient_types
+from fimprobe.engines.layouts import Layouts
 from fimprobe.engines.problem import Ask, Plan, PlanMismatch, Problem
 from fimprobe.engines.rules import rules_for
 from fimprobe.engines.seeds import label_seeds
-from fimprobe.engines.tape import Layouts, record
+from fimprobe.engines.tape import record
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.likelihoods import Gaussian
 from fimprobe.sharded import is_part

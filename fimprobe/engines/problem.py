@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
+from fimprobe.engines.layouts import Layouts
 from fimprobe.engines.rules import rules_for
-from fimprobe.engines.tape import Layouts
 from fimprobe.engines.unrolled import UNROLLED
 from fimprobe.sharded import Shards
 from fimprobe.types import BatchError, Draws, FimprobeError, Likelihood

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fimprobe.batch import Batch
 from fimprobe.engines.gather import precise, sum_uses
+from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.problem import Plan, Problem
 from fimprobe.engines.replay import replay_directions, replay_gradients
 from fimprobe.engines.rules import LINEAR, Call, Rule
 from fimprobe.engines.sites import Site
-from fimprobe.engines.tape import Replayed, Use, batch_first
+from fimprobe.engines.tape import Replayed, Use
 
 Maybe = Sequence[Tensor | None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
+from fimprobe.engines.layouts import Layouts, batch_first, fits
 from fimprobe.engines.rules import LINEAR, Call, Rule, direction, rules_for
 from fimprobe.engines.unrolled import UNROLLED, NotUnrolled
 from fimprobe.types import FimprobeError
@@ -51,20 +52,6 @@ class Replayed:
     kwargs: dict[str, Any]
     edges: tuple[int | None, ...]
     sources: tuple[int | None, ...] = ()
-
-
-@dataclass
-class Layouts:
-    """Where each module keeps the batch, decided once per model so that no shape can mislead later.
-
-    0 and 1 are dimensions, "folded" is [B·k, ...]. ``expand`` names lookups whose index has no
-    batch dimension and is expanded to one.
-    """
-
-    of: dict[str, int | str] = field(default_factory=dict)
-    expand: dict[str, str] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
-    settled: bool = False
 
 
 class Tape:
@@ -360,32 +347,3 @@ def _unroll(tape: Tape, path: str, module: nn.Module) -> None:
         return out
 
     module.forward = forward  # type: ignore[method-assign]
-
-
-def fits(x: Tensor, layout: int | str | None, size: int) -> bool:
-    """Whether ``x`` can hold a batch of ``size`` in this layout."""
-    if layout == "folded":
-        return x.dim() > 1 and x.shape[0] % size == 0 and x.shape[0] > 0
-    return isinstance(layout, int) and x.dim() > layout and x.shape[layout] == size
-
-
-def batch_first(x: Tensor, layout: int | str, size: int) -> Tensor:
-    """``x`` with the batch as its first dimension."""
-    if layout == "folded":
-        return x.unflatten(0, (size, -1))
-    return x.transpose(0, 1) if layout == 1 else x
-
-
-def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
-    """The inverse of :func:`batch_first`."""
-    if layout == "folded":
-        return x.flatten(0, 1)
-    return x.transpose(0, 1) if layout == 1 else x
-
-
-def along_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:
-    """``factors`` [B] in a shape that multiplies the samples of ``x``."""
-    if layout == "folded":
-        return factors.repeat_interleave(x.shape[0] // len(factors)).view(-1, *[1] * (x.dim() - 1))
-    lead = [1] * layout if isinstance(layout, int) else []
-    return factors.view(*lead, -1, *[1] * (x.dim() - 1 - len(lead)))

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from cases import Lambda
 from torch import nn
 
+from fimprobe.engines.layouts import Layouts
 from fimprobe.engines.straight import piecewise_linear
-from fimprobe.engines.tape import Layouts, record
+from fimprobe.engines.tape import record
 
 SIZE = 3
 
