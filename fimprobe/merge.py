@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.chain import LayerBound
-from fimprobe.engines.chain import _joined as joined
-from fimprobe.sharded import is_part
+from fimprobe.engines.chain import LayerBound, joined
 from fimprobe.types import (
     Curvature,
     CurvatureBatch,

@@ -26,6 +26,7 @@ from fimprobe.engines.gather import contract_uses, precise
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.layouts import batch_first
+from fimprobe.engines.memory import saved_bytes
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
 from fimprobe.engines.seeds import (
@@ -79,7 +80,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     batch, ask = problem.batch[rows], problem.ask
     ceiling = problem.memory_mb * 2**20
     clock = _Clock(run.seconds)
-    guard = _memory_guard(problem, ceiling / 2, batch.size)
+    guard = saved_bytes(problem, batch.size)
     kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
     with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
         h = problem.forward(batch)
@@ -358,32 +359,3 @@ def _numel(edge: Any) -> int:
         return edge.numel()
     metadata = edge.node._input_metadata[edge.output_nr]
     return math.prod(metadata.shape)
-
-
-class _memory_guard:  # noqa: N801 - reads as a function where it is used
-    """Count the bytes autograd saves in the forward; stop it once they pass the limit."""
-
-    def __init__(self, problem: Problem, limit: float, size: int) -> None:
-        own = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
-        self.seen, self.total, self.limit, self.size = own, 0, limit, size
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-        self.shards = problem.shards  # they have hooks of their own, inside of these
-
-    def _pack(self, x: Tensor) -> Tensor:
-        try:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self.seen:
-                self.seen.add(storage.data_ptr())
-                self.total += storage.nbytes()
-        except (RuntimeError, NotImplementedError):  # tensors without storage
-            pass
-        if self.total > self.limit and self.size > 1:
-            raise OverMemory(self.size // 2)
-        return x.detach()  # an output saved as it is would keep its own graph alive for ever
-
-    def __enter__(self) -> Callable[[], int]:
-        self.hooks.__enter__()
-        return lambda: self.total if self.shards is None else self.shards.bytes
-
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)

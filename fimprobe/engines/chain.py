@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
+from fimprobe.engines.memory import saved_bytes
 from fimprobe.engines.network import Network
 from fimprobe.engines.operators import Norms
 from fimprobe.engines.problem import OverMemory, Problem
@@ -49,7 +48,7 @@ def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
     while start < batch.size:
         part = batch if step >= batch.size else batch[slice(start, start + step)]
         try:
-            with torch.enable_grad(), _memory_ceiling(problem, part.size):
+            with torch.enable_grad(), saved_bytes(problem, part.size):
                 outputs = problem.forward(part)
         except OverMemory as over:
             step = over.fit
@@ -59,10 +58,10 @@ def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
         with torch.enable_grad():
             parts.append(Walk(Network(problem.twin, outputs, part.size, norms)).result())
         start += part.size
-    return {path: _joined([p[path] for p in parts if path in p]) for part in parts for path in part}
+    return {path: joined([p[path] for p in parts if path in p]) for part in parts for path in part}
 
 
-def _joined(parts: list[LayerBound]) -> LayerBound:
+def joined(parts: list[LayerBound]) -> LayerBound:
     """The bounds of a batch from those of its parts."""
     reason = next((p.reason for p in parts if p.reason is not None), None)
     if len(parts) == 1 or reason is not None:
@@ -70,22 +69,3 @@ def _joined(parts: list[LayerBound]) -> LayerBound:
     names = [f.name for f in fields(LayerBound) if isinstance(getattr(parts[0], f.name), Tensor)]
     whole: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts]) for n in names}
     return replace(parts[0], **whole)
-
-
-@contextmanager
-def _memory_ceiling(problem: Problem, size: int) -> Iterator[None]:
-    """Stop a forward pass that saves more than half of ``memory_mb`` and can be halved."""
-    seen = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
-    total = 0
-
-    def pack(x: Tensor) -> Tensor:
-        nonlocal total
-        if x.layout == torch.strided and x.untyped_storage().data_ptr() not in seen:
-            seen.add(x.untyped_storage().data_ptr())
-            total += x.untyped_storage().nbytes()
-        if total > problem.memory_mb * 2**19 and size > 1:
-            raise OverMemory(size // 2)
-        return x.detach()  # x itself would be kept alive by its own graph
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield
