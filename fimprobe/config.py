@@ -62,6 +62,8 @@ class TensorboardConfig(_Section):
     """Where the run is written."""
 
     log_dir: str | None = Field(None, description="default runs/fimprobe/<time>_<host>")
+    histograms: bool = Field(True, description="errors and sizes over all parameters")
+    figures: bool = Field(True, description="pictures at reports 1, 2, 4, 8, ... (matplotlib)")
 
 
 class Config(_Section):

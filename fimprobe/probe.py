@@ -28,6 +28,7 @@ from fimprobe.report import Report
 from fimprobe.schedule import Agreed, Budget
 from fimprobe.sharded import check_sharded, is_sharded
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
+from fimprobe.sinks.lock import lock_folder
 from fimprobe.sinks.memory import MemorySink
 from fimprobe.twin import trainable, unwrap
 from fimprobe.types import BatchError, FimprobeError, Likelihood, Sink
@@ -367,21 +368,26 @@ class Probe:
         def board() -> None:
             from fimprobe.sinks.tensorboard import TensorboardSink
 
-            about = yaml.safe_dump(config.model_dump(mode="json", fallback=str))
-            layers = config.layers
+            layers, wanted = config.layers, config.tensorboard
+            assert wanted is not False
             self._sinks.append(
                 TensorboardSink(
                     log_dir,
                     top=layers.top,
                     include=layers.include,
                     exclude=layers.exclude,
-                    about=f"```\n{about}```",
+                    config=yaml.safe_dump(config.model_dump(mode="json", fallback=str)),
+                    decision=lambda: self.decision,
+                    histograms=wanted.histograms,
+                    figures=wanted.figures,
                     purge_step=superseded,
                 )
             )
 
         def lines() -> None:
             path = config.jsonl or log_dir / FILE_NAME
+            if not written and not config.jsonl:  # the lines of two writers would mix
+                self._closers.append(lock_folder(log_dir))
             self._sinks.append(JsonlSink(path, purge_step=superseded))
 
         if self.ranks.rank > 0 or not self.active:  # reports stay in probe.history

@@ -76,8 +76,9 @@ class Report:
     def scalars(self, layers: Collection[str] | None = None) -> dict[str, float]:
         """What TensorBoard is given, by its tags: finite numbers only, for loggers of any kind.
 
-        ``fim/<estimator>/<value>`` for the model, ``fim_layers/<layer>/<estimator>_<value>`` for each
-        of ``layers`` (None: all), ``fim_probe/seconds``.
+        ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
+        ``fim_layers/<layer>/<estimator>_<value>`` for each of ``layers`` (None: all; TensorBoard
+        charts fewer values of them), ``fim_probe/seconds``.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
@@ -89,6 +90,7 @@ class Report:
             total = getattr(self.total, kind)
             if total is not None:
                 values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
+                values |= {f"fim_bounds/{kind}/{name}": getattr(total, name) for name in _BOUNDS}
                 values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
@@ -226,6 +228,11 @@ _TOTAL = (
     "rel_error",
     "label_variance",
     "input_variance",
+    "cosine",
+    "trace_ratio",
+)
+
+_BOUNDS = (
     "total_label_variance",
     "bound",
     "sharp_bound",
@@ -235,8 +242,6 @@ _TOTAL = (
     "covariance_spectral_norm",
     "tightness",
     "probe_error",
-    "cosine",
-    "trace_ratio",
 )
 
 

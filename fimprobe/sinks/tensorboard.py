@@ -1,44 +1,58 @@
-"""Scalars and text for TensorBoard."""
+"""Charts, histograms, pictures and text for TensorBoard."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING
 
 from fimprobe.report import Report
+from fimprobe.sinks.dashboard import MOST_MARGINS, Category, make_dashboard
+from fimprobe.sinks.events import EventFile, first_tags
+from fimprobe.sinks.lock import lock_folder
+from fimprobe.sinks.pages import make_about, make_page
+from fimprobe.sinks.tags import describe, make_scalars, make_spreads
 from fimprobe.types import GroupEstimates
 
-_SCALARS = (
-    "trace",
-    "std_error",
-    "rel_error",
-    "label_variance",
-    "input_variance",
-    "total_label_variance",
-    "bound",
-    "sharp_bound",
-    "trace_bound",
-    "diagonal_bound",
-    "covariance_norm",
-    "covariance_spectral_norm",
-    "tightness",
-    "probe_error",
-    "cosine",
-    "trace_ratio",
-)
+if TYPE_CHECKING:
+    from fimprobe.sinks.figures import Gallery
+
+logger = logging.getLogger("fimprobe")
+
+DENSE = 10_000
+"""Reports written one by one; see ``is_kept``."""
+
+DENSE_PAGES = 200
+"""The same for text and histograms, of which TensorBoard shows a few hundred at most."""
+
+
+def is_kept(number: int, dense: int) -> bool:
+    """Whether the report of this number (1, 2, ...) is written: all of the first ``dense``, then
+    every second until 2 ``dense``, every fourth until 4 ``dense``, and so on.
+
+    >>> [n for n in range(1, 20) if is_kept(n, 4)]
+    [1, 2, 3, 4, 6, 8, 12, 16]
+    """
+    stride = 1
+    while number > dense * stride:
+        stride *= 2
+    return number % stride == 0
 
 
 class TensorboardSink:
     """Writes ``fim/i1/*`` for the model, ``fim_layers/<layer>/i1_*`` for the layers that need most.
 
-    The layers are chosen at the first report and kept. All scalars of a report go in one record.
-    ``purge_step``: where a training resumes; readers drop what the folder holds of this step and
-    later ones, and the layers are those charted before.
+    The layers are chosen at the first report, by the pairs that 10 % takes, and kept. Scalars come
+    at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
+    200 on; pictures come at reports 1, 2, 4, 8, ... What is left out is written for the last report
+    by ``close``. So n reports above 10,000 take 10,000 · (1 + log₂(n / 10,000)) records at most.
+
+    ``decision`` tells how the likelihood was decided. ``purge_step``: where a training resumes;
+    readers drop what the folder holds of this step and later ones, and the layers are those charted
+    before. Raises :class:`FimprobeError` where another probe writes to the folder.
     """
 
     def __init__(
@@ -48,54 +62,109 @@ class TensorboardSink:
         top: int = 12,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        about: str = "",
+        config: str = "",
+        decision: Callable[[], str] = str,
+        histograms: bool = True,
+        figures: bool = True,
         purge_step: int | None = None,
     ) -> None:
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
-        before = None if purge_step is None else _charted(Path(log_dir))
-        self.writer = SummaryWriter(str(log_dir), purge_step=purge_step)
+        folder = Path(log_dir)
+        self._unlock = lock_folder(folder)
+        try:
+            self.layers = None if purge_step is None else _charted(folder)
+            self.file = EventFile(folder, describe, purge_step=purge_step)
+        except BaseException:
+            self._unlock()
+            raise
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
-        self.about = about
-        self.layers = before
-        self._told = False
+        self.histograms = histograms
+        self._config, self._decision = config, decision
+        self._gallery = _open_gallery() if figures else None
+        self._figures = figures
+        self._tags: set[str] = set()
+        self._dashboard: list[Category] = []
+        self._count = 0
+        self._began, self._spent = time.perf_counter(), 0.0
+        self._left: list[Callable[[Report], None]] = []
+        self._last: Report | None = None
+        self._closed = False
 
     def write(self, report: Report) -> None:
-        """Write one report."""
+        """Write one report; it is in the file when this returns."""
+        started = time.perf_counter()
         if self.layers is None:
             self.layers = self._choose(report)
-        if not self._told:
-            self._told = True
-            coverage = "\n".join(f"| {n} | {how} |" for n, how in report.coverage.items())
-            self.writer.add_text(
-                "fimprobe/about",
-                f"{self.about}\n\nlikelihood: {report.likelihood}\n\n"
-                f"| parameter | measured by |\n|---|---|\n{coverage}",
-                report.step,
-            )
-        values: dict[str, Any] = {}
-        for kind in ("i1", "i2", "ih", "empirical"):
-            total = getattr(report.total, kind)
-            if total is not None:
-                values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _SCALARS}
-                values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
-        values["fim_probe/seconds"] = report.seconds
-        for layer in self.layers:
-            if layer in report.layers:
-                values |= _layer(f"fim_layers/{layer}/", report.layers[layer])
-        summary = Summary(
-            value=[
-                Summary.Value(tag=tag, simple_value=float(value))
-                for tag, value in values.items()
-                if value is not None
-            ]
-        )
-        self.writer._get_file_writer().add_summary(summary, report.step)
-        self.writer.add_text("fimprobe/advice", "\n\n".join(report.advice), report.step)
-        self.writer.flush()
+        self._count += 1
+        if self._count == 1:
+            self.file.add_text("fimprobe/about", self._about(report))
+        if self._gallery is not None:
+            self._gallery.remember(report)
+        self._last, self._left = report, []
+        self._spent += report.seconds
+        for due, add in (
+            (is_kept(self._count, DENSE), self._add_scalars),
+            (is_kept(self._count, DENSE_PAGES), self._add_pages),
+            (self._count & (self._count - 1) == 0, self._add_pictures),
+        ):
+            if due:
+                add(report)
+            else:
+                self._left.append(add)
+        self.file.write(report.step)
+        self._spent += time.perf_counter() - started
 
     def close(self) -> None:
-        """Close the event file."""
-        self.writer.close()
+        """Write what the last report lacks, close the event file, let go of the folder."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._last is not None and self._left:
+                for add in self._left:
+                    add(self._last)
+                self.file.write(self._last.step)
+        finally:
+            self.file.close()
+            self._unlock()
+
+    def _add_scalars(self, report: Report) -> None:
+        assert self.layers is not None
+        # three kinds of the model's bands, two of each layer's
+        values = make_scalars(report, self.layers, self.layers[: (MOST_MARGINS - 3) // 2])
+        wall = max(time.perf_counter() - self._began, self._spent)
+        values["fim_probe/overhead"] = self._spent / wall if wall > 0 else 0.0
+        for tag, value in values.items():
+            self.file.add_scalar(tag, value)
+        if not values.keys() <= self._tags:
+            self._tags |= values.keys()
+            dashboard = make_dashboard(self._tags, self.layers)
+            if dashboard != self._dashboard:
+                self._dashboard = dashboard
+                self.file.add_layout(dashboard)
+
+    def _add_pages(self, report: Report) -> None:
+        self.file.add_text("fimprobe/advice", make_page(report))
+        if self.histograms:
+            for tag, values, weights in make_spreads(report):
+                self.file.add_histogram(tag, values, weights)
+
+    def _add_pictures(self, report: Report) -> None:
+        if self._gallery is not None:
+            for name, png, size in self._gallery.draw(report):
+                self.file.add_image(f"fim_pictures/{name}", png, size)
+
+    def _about(self, report: Report) -> str:
+        pictures = "Pictures are drawn at reports 1, 2, 4, 8, ... and the last."
+        if self._gallery is None:
+            why = "matplotlib is missing" if self._figures else "figures: false"
+            pictures = f"No pictures: {why}."
+        return make_about(
+            report,
+            decision=self._decision(),
+            config=self._config,
+            layers=self.layers or [],
+            pictures=pictures,
+        )
 
     def _choose(self, report: Report) -> list[str]:
         def need(item: tuple[str, GroupEstimates]) -> float:
@@ -113,27 +182,21 @@ class TensorboardSink:
 
 def _charted(log_dir: Path) -> list[str] | None:
     """The layers of the first report in a folder; None where it holds none."""
-    for path in sorted(log_dir.glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
-            tags = [value.tag for value in event.summary.value]
-            if any(tag.startswith("fim/") for tag in tags):
-                names = (t.split("/", 1)[1] for t in tags if t.startswith("fim_layers/"))
-                return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
-    return None
+    tags = first_tags(log_dir, "fim/")
+    if tags is None:
+        return None
+    names = (tag.split("/", 1)[1] for tag in tags if tag.startswith("fim_layers/"))
+    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
 
 
-def _layer(prefix: str, group: GroupEstimates) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for kind in ("i1", "i2"):
-        estimate = getattr(group, kind)
-        if estimate is not None:
-            for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
-                values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
-            values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
-    if group.activation is not None:
-        values[f"{prefix}input_i1_trace"] = group.activation.trace
-        values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
-    if group.geometry is not None:
-        for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
-            values[f"{prefix}{name}"] = getattr(group.geometry, name)
-    return values
+def _open_gallery() -> Gallery | None:
+    try:
+        from fimprobe.sinks.figures import Gallery
+    except ImportError as error:
+        logger.warning(
+            "fimprobe: no pictures in TensorBoard, since %s cannot be imported; pip install "
+            "'fimprobe[plots]', or pass tensorboard={'figures': False}",
+            error.name or "matplotlib",
+        )
+        return None
+    return Gallery()

@@ -1,0 +1,106 @@
+"""Pages of text for TensorBoard: about a run, and what each report says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fimprobe.report import Report
+from fimprobe.sinks.tags import KINDS, MEANING
+from fimprobe.table import count, number, percent
+
+_FORMULAS = {
+    "trace": "Σᵢ F̂ᵢᵢ",
+    "std_error": "√Var(Σᵢ F̂ᵢᵢ)",
+    "rel_error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖",
+    "label_variance": "Σᵢ E_x Var_y(F̂ᵢᵢ)",
+    "input_variance": "Σᵢ Var_x(F_ii(x))",
+    "pairs_for_10_percent": "Σᵢ(V_label + V_input) / (0.1 ‖diag F̂‖)²",
+    "total_label_variance": "Σᵢⱼ E_x Var_y(F̂ᵢⱼ)",
+    "covariance_norm": "‖Cov_y(F̂)‖_F",
+    "bound": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
+    "tightness": "bound / covariance_norm",
+}
+
+_ESTIMATORS = {
+    "i1": "mean of (∂ log p(y\\|x) / ∂θ) (∂ log p(y\\|x) / ∂θ)ᵀ, y drawn from the model",
+    "i2": "− mean of ∂² log p(y\\|x) / ∂θ∂θᵀ, y drawn from the model",
+    "ih": "mean of (Jᵀ L ξ)(Jᵀ L ξ)ᵀ, LLᵀ = I(h), ξ random signs",
+    "empirical": "as Î₁, with the labels of the data (biased: not F)",
+}
+
+
+def make_about(
+    report: Report, *, decision: str, config: str, layers: Sequence[str], pictures: str
+) -> str:
+    """What was measured, how, and how to read it, in Markdown."""
+    exact = report.draws is None
+    draws = "all labels, exactly" if exact else f"{report.draws} drawn label(s) each"
+    kinds = [k for k in KINDS if getattr(report.total, k) is not None]
+    ways: dict[str, list[str]] = {}
+    for name, how in report.coverage.items():
+        ways.setdefault(how, []).append(name)
+    lines = [
+        "# About this run",
+        "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
+        "the model as it trains, and **how far off its estimates are**.",
+        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question. "
+        "IMAGES: which layers err, when. TEXT, *fimprobe/advice*: what to do. The relative error is "
+        "the number to watch: 10 % is good, near 100 % the estimate is mostly noise.",
+        f"**Measured.** {report.batch_size} inputs, {draws}; likelihood **{report.likelihood}** "
+        f"({decision or 'given'}); {report.total.numel:,} parameters in {len(report.layers)} layers. "
+        f"Charts of their own: {', '.join(f'`{n}`' for n in layers) or 'no layer'} (those that "
+        "needed most pairs at the first report); all others are in the pictures, the histograms and "
+        f"`fimprobe.jsonl`. {pictures}",
+        "## Definitions",
+        _table(("estimator", "what it is"), [(KINDS[k], _ESTIMATORS[k]) for k in kinds]),
+        "What the charts show of each:",
+        _table(
+            ("chart", "formula", "in words"),
+            [
+                (f"`{name}`", formula.replace("|", "\\|"), MEANING[name].replace("|", "\\|"))
+                for name, formula in _FORMULAS.items()
+            ],
+        ),
+        "Variances are those of one (input, label) pair; `std_error` and `rel_error` are at the "
+        "inputs and draws measured.",
+        "## Coverage",
+        _table(
+            ("measured by", "parameters", "which"),
+            [(how, str(len(names)), _some(names)) for how, names in ways.items()],
+        ),
+        "## Configuration",
+        f"```\n{config.strip()}\n```",
+    ]
+    return "\n\n".join(lines)
+
+
+def make_page(report: Report, most: int = 8) -> str:
+    """The advice, and the numbers of the model and of the layers that need most pairs."""
+    advice = "\n".join(f"* {line}" for line in report.advice)
+    need = sorted(report.layers, key=lambda n: -(report.layers[n].i1.draws_for(0.1) or 0.0))
+    groups = [("**model**", report.total)]
+    groups += [(f"`{name}`", report.layers[name]) for name in need[:most]]
+    second = report.total.i2 is not None
+    head: tuple[str, ...] = ("", "trace F by Î₁", "± s.e.", "rel. error", "pairs for 10 %")
+    rows = []
+    for name, group in groups:
+        e = group.i1
+        row = [name, number(e.trace), number(e.std_error), percent(e.rel_error)]
+        row.append(count(e.draws_for(0.1)))
+        if second and group.i2 is not None:
+            row += [percent(group.i2.rel_error), count(group.i2.draws_for(0.1))]
+        rows.append(row)
+    if second:
+        head += ("Î₂: rel. error", "Î₂: pairs for 10 %")
+    left = len(report.layers) - most
+    more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
+    return f"## Step {report.step}\n\n{advice}\n\n{_table(head, rows)}{more}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"
