@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.chain import LayerBound, joined
+from fimprobe.sharded import is_part
 from fimprobe.types import (
     Curvature,
     CurvatureBatch,
