@@ -21,9 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--log-dir", default="runs/fimprobe/demo", help="where the runs are written")
     check = commands.add_parser("check", help="check a YAML configuration")
     check.add_argument("config", help="path of the YAML file")
-    show = commands.add_parser("show", help="print the last report of a run, and its trend")
-    show.add_argument("run", help="directory that attach() printed")
+    show = commands.add_parser("show", help="a run's last report, advice and trends, or two runs")
+    show.add_argument("run", nargs="+", help="directory that attach() printed; two are compared")
     show.add_argument("--top", type=int, default=20, help="layers shown (default 20)")
+    show.add_argument("--html", metavar="FILE", help="write a page to open in a browser instead")
     options = parser.parse_args(argv)
     try:
         return int(_COMMANDS[options.command](options))
@@ -52,15 +53,28 @@ def _check(options: Any) -> int:
 
 
 def _show(options: Any) -> int:
-    from fimprobe.sinks.jsonl import read_jsonl
-    from fimprobe.table import format_table, format_trend
+    from fimprobe.records import latest_training, read
+    from fimprobe.terminal import show_comparison, show_run
 
-    records = read_jsonl(options.run)
-    if not records:
-        raise FimprobeError(f"run={options.run!r} holds no report yet")
-    print(format_table(records[-1], top=options.top))
-    if len(records) > 1:
-        print("\n" + format_trend(records))
+    if len(options.run) > 2:
+        raise FimprobeError(f"{len(options.run)} runs are too many; pass one, or two to compare")
+    if len(options.run) == 2 and options.html:
+        raise FimprobeError(f"--html={options.html!r} takes one run; write a page for each")
+    if options.top < 1:
+        raise FimprobeError(f"--top={options.top} shows no layer; pass a number from 1")
+    runs = [read(run) for run in options.run]
+    if options.html:
+        from fimprobe.page import write_page
+
+        print(f"{write_page(runs[0], options.html)}: open it in a browser")
+        return 0
+    reports = [latest_training(run.reports) for run in runs]
+    if len(runs) == 1:
+        show_run(reports[0], top=options.top)
+        return 0
+    for name, run in zip("AB", runs, strict=True):
+        print(f"{name}: {run.path.parent}")
+    show_comparison(reports[0], reports[1], top=options.top)
     return 0
 
 

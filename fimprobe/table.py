@@ -1,13 +1,38 @@
-"""Reports as text: the table of layers, and the trend of a run."""
+"""Reports as text: the table of layers, the trend of a run, two runs side by side."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
+
+BARS = "▁▂▃▄▅▆▇█"
+
+TRENDS = {"rel_error": "rel. error", "trace": "trace F", "label_variance": "V labels"}
+"""What is shown over steps, of Î₁."""
+
+Row = tuple[str, ...]
 
 
 def format_table(record: dict[str, Any], top: int | None = None) -> str:
     """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
-    rows: list[tuple[str, ...]] = [
+    table = align(make_rows(record, top))
+    rule = "-" * max(map(len, table))
+    lines = [table[0], rule, *table[1:-1], rule, table[-1], "", *record["advice"]]
+    return "\n".join([headline(record), *lines])
+
+
+def headline(record: dict[str, Any]) -> str:
+    """A line that says what was measured, and how."""
+    return (
+        f"fimprobe · step {record['step']} · {record['batch_size']} inputs · draws "
+        f"{record['draws']} · {record['likelihood']} · {record['seconds']:.3g} s"
+    )
+
+
+def make_rows(record: dict[str, Any], top: int | None = None) -> list[Row]:
+    """The head, a row for each layer (the ``top`` that need most pairs), and the model's."""
+    rows: list[Row] = [
         (
             "layer",
             "parameters",
@@ -29,56 +54,197 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
     if second:
         rows[0] += ("Î₂: rel. error", "Î₂: V labels")
     rows[0] += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
-    if top is not None and len(layers) > top:
-        layers = sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]
-    for name, group in [*layers, ("total", record["total"])]:
+    for name, group in [*neediest(record, top), ("total", record["total"])]:
         e = group["i1"]
-        rows.append(
-            (
-                name,
-                f"{group['numel']:,}",
-                number(e["trace"]),
-                number(e["std_error"]),
-                percent(e["rel_error"]),
-                number(e["label_variance"]),
-                number(e["input_variance"]),
-                count(e["draws_for_10_percent"]),
-            )
+        row: Row = (
+            name,
+            f"{group['numel']:,}",
+            number(e["trace"]),
+            number(e["std_error"]),
+            percent(e["rel_error"]),
+            number(e["label_variance"]),
+            number(e["input_variance"]),
+            count(e["draws_for_10_percent"]),
         )
         if second:
             other = group["i2"]
-            rows[-1] += (percent(other["rel_error"]), number(other["label_variance"]))
-        rows[-1] += tuple(number(group[kind]["tightness"]) for kind in bounded)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    rule = "-" * max(map(len, lines))
-    head = (
-        f"fimprobe · step {record['step']} · {record['batch_size']} inputs · draws "
-        f"{record['draws']} · {record['likelihood']} · {record['seconds']:.3g} s"
-    )
-    return "\n".join([head, lines[0], rule, *lines[1:-1], rule, lines[-1], "", *record["advice"]])
+            row += (percent(other["rel_error"]), number(other["label_variance"]))
+        rows.append(row + tuple(number(group[kind]["tightness"]) for kind in bounded))
+    return rows
+
+
+def neediest(record: dict[str, Any], top: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """The ``top`` layers that need most pairs, most first; all, in the model's order, if that few."""
+    layers = list(record["layers"].items())
+    if top is None or len(layers) <= top:
+        return layers
+    return sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]
+
+
+def drawn_error(report: dict[str, Any], estimate: dict[str, Any]) -> float | None:
+    """The relative error with labels drawn: as measured; for exact labels, with one for each input.
+
+    √((V_x + V_y)/B)/‖diag F̂‖: what integrating over labels took out of ``rel_error`` is put back.
+    """
+    if report["draws"] != "exact":
+        return estimate.get("rel_error")
+    need = estimate.get("draws_for_10_percent")
+    return None if need is None else 0.1 * float(need / report["batch_size"]) ** 0.5
+
+
+def drawn_labels(report: dict[str, Any]) -> str:
+    """The inputs and labels that ``drawn_error`` is at."""
+    draws = 1 if report["draws"] == "exact" else report["draws"]
+    return f"{report['batch_size']} inputs, {draws} drawn label{'' if draws == 1 else 's'} each"
+
+
+def align(rows: Sequence[Row]) -> list[str]:
+    """Lines of equal columns, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
     """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
-    last = len(records) - 1
-    shown = min(rows, len(records))
-    picks = sorted({round(i * last / max(shown - 1, 1)) for i in range(shown)})
     lines = [f"{'step':>8}  {'trace F':>10}  {'rel. error':>10}  {'one pair':>10}  pairs for 10 %"]
-    for i in picks:
-        e = records[i]["total"]["i1"]
+    for record in thin(records, rows):
+        e = record["total"]["i1"]
         need = e["draws_for_10_percent"]
         one = None if need is None else 0.1 * need**0.5
         lines.append(
-            f"{records[i]['step']:>8}  {number(e['trace']):>10}  {percent(e['rel_error']):>10}"
+            f"{record['step']:>8}  {number(e['trace']):>10}  {percent(e['rel_error']):>10}"
             f"  {percent(one):>10}  {count(need):>14}"
         )
     lines.append("(one pair: relative error of Î₁ from a single input with a single drawn label)")
     return "\n".join(lines)
+
+
+def make_trends(records: list[dict[str, Any]], top: int = 8) -> list[Row]:
+    """The head, and for the model and its neediest layers the trends of Î₁'s values."""
+    rows: list[Row] = [("layer", *TRENDS.values())]
+    names = [name for name, _ in neediest(records[-1], top)]
+    for name in ("total", *names):
+        cells = []
+        for value in TRENDS:
+            groups = [r["total"] if name == "total" else r["layers"].get(name) for r in records]
+            cells.append(trend([None if g is None else g["i1"][value] for g in groups], value))
+        rows.append((name, *cells))
+    return rows
+
+
+def format_trends(records: list[dict[str, Any]], top: int = 8) -> str:
+    """``make_trends`` as lines."""
+    rows = make_trends(records, top)
+    first, last = records[0]["step"], records[-1]["step"]
+    lines = [f"Î₁ from step {first} to {last} (a row's bars: from its least to its greatest, log)"]
+    return "\n".join(lines + align(rows))
+
+
+def trend(values: Sequence[float | None], name: str) -> str:
+    """First value, bars, last value."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    show = percent if name == "rel_error" else number
+    return f"{show(known[0]):>8} {sparkline(values)} {show(known[-1]):>8}"
+
+
+def sparkline(values: Sequence[float | None], width: int = 16) -> str:
+    """Bars on a logarithmic scale from the least to the greatest; blank where nothing is known.
+
+    Values that are not above 0 count as the least.
+
+    >>> sparkline([1, 10, 100, None, 1000, 0])
+    '▁▃▆ █▁'
+    >>> sparkline([2, 2, 2])
+    '▄▄▄'
+    """
+    shown = thin(values, width)
+    positive = [math.log(v) for v in shown if v is not None and v > 0]
+    low, high = min(positive, default=0.0), max(positive, default=0.0)
+
+    def bar(value: float | None) -> str:
+        if value is None:
+            return " "
+        if high - low < 1e-9:
+            return BARS[3]
+        share = (math.log(value) - low) / (high - low) if value > 0 else 0.0
+        return BARS[round(share * (len(BARS) - 1))]
+
+    return "".join(map(bar, shown))
+
+
+def thin(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` items, evenly spaced, the first and the last among them.
+
+    >>> thin(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    last, shown = len(items) - 1, min(most, len(items))
+    return [items[i] for i in sorted({round(i * last / max(shown - 1, 1)) for i in range(shown)})]
+
+
+def make_comparison(a: dict[str, Any], b: dict[str, Any], top: int | None = None) -> list[Row]:
+    """Î₁ of two reports by layer: A, B and B/A of trace, relative error, label variance, pairs."""
+    columns = {
+        "trace": ("trace F", number),
+        "rel_error": ("rel. error", percent),
+        "label_variance": ("V labels", number),
+        "draws_for_10_percent": ("pairs for 10 %", count),
+    }
+    rows: list[Row] = [("layer",)]
+    for label, _ in columns.values():
+        rows[0] += (f"{label}: A", "B", "B/A")
+    names = [name for name, _ in neediest(a, top)]
+    names += [name for name in b["layers"] if name not in a["layers"]][:top]
+    pairs = [(name, a["layers"].get(name), b["layers"].get(name)) for name in names]
+    for name, one, other in [*pairs, ("total", a["total"], b["total"])]:
+        row: Row = (name,)
+        for value, (_, show) in columns.items():
+            x = None if one is None else one["i1"][value]
+            y = None if other is None else other["i1"][value]
+            row += (show(x), show(y), _ratio(y, x))
+        rows.append(row)
+    return rows
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """How two reports were measured differently, a sentence each: what makes them not comparable."""
+    found = []
+
+    def differ(what: str, x: object, y: object, why: str) -> None:
+        if x != y:
+            found.append(f"{what} differ{'' if what[-1] == 's' else 's'}: A {x}, B {y}; {why}.")
+
+    noise = "errors are at these numbers, variances and pairs are per pair"
+    differ("draws", a["draws"], b["draws"], noise)
+    differ("inputs", a["batch_size"], b["batch_size"], noise)
+    differ(
+        "likelihood", a["likelihood"], b["likelihood"], "these are Fisher informations of two models"
+    )
+    kinds = ("i1", "i2", "ih", "empirical")
+    x, y = (", ".join(k for k in kinds if k in r["total"]) for r in (a, b))
+    differ("estimators", x, y, "only Î₁ is compared")
+    differ("step", a["step"], b["step"], "the runs are compared at the last report of each")
+    differ("parameters", a["total"]["numel"], b["total"]["numel"], "traces grow with their number")
+    x, y = (", ".join(n for n in r["layers"] if n not in o["layers"]) for r, o in ((a, b), (b, a)))
+    if x or y:
+        found.append(f"layers differ: only in A {x or '–'}; only in B {y or '–'}.")
+    return found
+
+
+def _ratio(y: float | None, x: float | None) -> str:
+    """A quotient, where both are above 0."""
+    if x is None or y is None or x <= 0 or y <= 0:
+        return "–"
+    ratio = y / x
+    return f"{ratio:.2g}×" if ratio < 100 or ratio >= 1e5 else f"{ratio:,.0f}×"
 
 
 def number(x: float | None) -> str:

@@ -58,7 +58,7 @@ def test_trackers_get_what_tensorboard_shows(net, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     board = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    names = {tag for tag in board if tag.startswith(("fim/", "fim_layers/"))}
+    names = {tag for tag in board if tag.startswith(("fim/", "fim_bounds/", "fim_layers/"))}
     assert {"fim/i1/rel_error", "fim_layers/2/i2_rel_error", "fim_probe/seconds"} <= set(board)
     for report in probe.history:
         scalars = report.scalars()

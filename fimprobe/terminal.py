@@ -1,0 +1,119 @@
+"""Runs in the terminal: with ``rich`` where it is installed and someone looks, else plain lines."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from fimprobe.table import (
+    Row,
+    align,
+    differences,
+    format_table,
+    format_trend,
+    format_trends,
+    headline,
+    make_comparison,
+    make_rows,
+    make_trends,
+)
+
+
+def show_run(records: list[dict[str, Any]], top: int) -> None:
+    """The last report's table and advice, and the trends of the run."""
+    last, console = records[-1], _console()
+    if console is None:
+        print(format_table(last, top=top))
+    else:
+        _head(console, headline(last))
+        _table(console, make_rows(last, top), total_last=True)
+        _advice(console, last["advice"])
+    left = len(last["layers"]) - top
+    if left > 0:
+        print(f"({left} layers that need fewer pairs are not shown: --top {len(last['layers'])})")
+    if len(records) > 1:
+        print("\n" + format_trend(records) + "\n")
+        if console is None:
+            print(format_trends(records))
+        else:
+            steps = f"{records[0]['step']} to {last['step']}"
+            _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
+            _table(console, make_trends(records))
+
+
+def show_comparison(a: list[dict[str, Any]], b: list[dict[str, Any]], top: int) -> None:
+    """Two runs: their last reports side by side, and the trends of both."""
+    console = _console()
+    for told in differences(a[-1], b[-1]):
+        print(f"Careful: {told}")
+    rows = make_comparison(a[-1], b[-1], top)
+    title = f"Î₁ at step {a[-1]['step']} of A and step {b[-1]['step']} of B"
+    if console is None:
+        print("\n".join(["", title, *align(rows)]))
+    else:
+        _head(console, title)
+        _table(console, rows, total_last=True)
+    for name, records in (("A", a), ("B", b)):
+        if len(records) > 1:
+            print(f"\n{name}: {format_trends(records, top=min(top, 8))}")
+
+
+def _console() -> Any:
+    """rich's console; None where there is none, or the output goes to a file or another program."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(highlight=False)
+
+
+def _head(console: Any, text: str) -> None:
+    console.print(f"[bold]{_plain(text)}[/bold]")
+
+
+def _advice(console: Any, lines: list[str]) -> None:
+    for line in lines:
+        console.print("• " + _plain(line))
+
+
+def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
+    """Heads wrap where the terminal is narrow; relative errors are coloured by how bad they are."""
+    from rich import box
+    from rich.table import Table
+
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, (*column[0].split(), *column[1:]))) for column in columns]
+    kept = len(widths)
+    while kept > 1 and sum(widths[:kept]) + 3 * kept > console.width:
+        kept -= 1  # a number cut in two is worse than one left out
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    for i, head in enumerate(rows[0][:kept]):
+        table.add_column(
+            _plain(head), justify="right" if i else "left", min_width=widths[i], overflow="fold"
+        )
+    errors = {i for i, head in enumerate(rows[0]) if head.endswith("rel. error")}
+    for row in rows[1:]:
+        if total_last and row is rows[-1]:
+            table.add_section()
+        cells = [_colour(c) if i in errors else _plain(c) for i, c in enumerate(row[:kept])]
+        table.add_row(*cells, style="bold" if total_last and row is rows[-1] else None)
+    console.print(table)
+    if kept < len(widths):
+        console.print(f"(a wider terminal also shows {_plain(', '.join(rows[0][kept:]))})")
+
+
+def _colour(cell: str) -> str:
+    """A share in percent, green to 10, yellow to 50, red above."""
+    try:
+        share = float(cell.removesuffix(" %"))
+    except ValueError:  # a dash, or a trend
+        return _plain(cell)
+    color = "green" if share <= 10 else "yellow" if share <= 50 else "red"
+    return f"[{color}]{cell}[/{color}]"
+
+
+def _plain(text: str) -> str:
+    """Brackets that rich shall not read as markup."""
+    return text.replace("[", "\\[")

@@ -1,0 +1,187 @@
+"""The page of a run: its values, its pictures, and that a real browser opens it without a request."""
+
+import os
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from test_cli_show import train
+
+import fimprobe
+from fimprobe.cli import main
+from fimprobe.page import make_page
+from fimprobe.table import count, number, percent
+
+CHROMIUM = "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, its reports, its page."""
+    folder = tmp_path_factory.mktemp("a & b <run>")
+    reports = train(folder, reports=4, estimators=["i1", "i2", "ih"])
+    page = folder / "page.html"
+    assert main(["show", str(folder), "--html", str(page)]) == 0
+    return folder, reports, page
+
+
+def cells(page):
+    """All rows of all tables, as texts."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    return [[unescape(c) for c in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_the_page_holds_the_reports_values(run):
+    text = run[2].read_text()
+    rows = cells(text)
+    last = run[1][-1]
+    for name, group in {**last.layers, "total": last.total}.items():
+        row = next(r for r in rows if r[0] == name)
+        assert row[2:4] == [number(group.i1.trace), number(group.i1.std_error)]
+        assert row[4] == percent(group.i1.rel_error)
+        assert row[7] == count(group.i1.draws_for(0.1))
+    for report in run[1]:
+        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 13)
+        for start, estimate in ((1, report.total.i1), (5, report.total.i2), (9, report.total.ih)):
+            assert row[start] == number(estimate.trace)
+            assert row[start + 2] == percent(estimate.rel_error)
+    for sentence in last.advice:
+        assert f"<li>{sentence}</li>" in unescape(text)
+    assert f"<b>{percent(last.total.i1.rel_error)}</b>" in text
+    assert dict(r for r in rows if len(r) == 2)["1.bias"] == last.coverage["1.bias"]
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(run):
+    class Links(HTMLParser):
+        found, scripts = [], 0
+
+        def handle_starttag(self, tag, attributes):
+            self.scripts += tag in ("script", "link", "iframe", "object", "embed")
+            names = ("src", "href", "xlink:href", "srcset", "data", "poster", "action")
+            self.found += [value for name, value in attributes if name in names]
+
+    text = run[2].read_text()
+    links = Links()
+    links.feed(text)
+    assert links.scripts == 0
+    assert links.found  # matplotlib's own references to parts of the picture
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links.found)
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
+    text = run[2].read_text()
+    pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(pictures) == 6
+    defined, used = [], set()
+    for picture in pictures:
+        root = ElementTree.fromstring(picture)
+        assert root.get("aria-label")
+        own = {e.get("id") for e in root.iter() if e.tag.endswith(("clipPath", "path"))} - {None}
+        used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', picture))
+        assert used <= own
+        defined += [i for i in own if i in used]
+        assert "currentColor" in picture
+        assert "#000000" not in picture
+    assert len(defined) == len(set(defined))  # a page has one element of each id
+
+
+def test_lines_bands_bars_and_the_map_hold_the_reports_values(run):
+    from fimprobe import pictures
+
+    reports = [r.to_dict() for r in run[1]]
+    lines = {x.get_label(): x for x in pictures.draw_errors(reports).axes[0].lines}
+    for kind, name in (("i1", "Î₁"), ("i2", "Î₂"), ("ih", "Î_H")):
+        expected = [getattr(r.total, kind).rel_error for r in run[1]]
+        np.testing.assert_allclose(lines[name].get_ydata(), np.array(expected, dtype=float))
+        np.testing.assert_array_equal(lines[name].get_xdata(), [r.step for r in run[1]])
+    band = pictures.draw_traces(reports).axes[0].collections[0].get_paths()[0].vertices
+    for report in run[1]:
+        ends = band[band[:, 0] == report.step, 1]
+        trace, error = report.total.i1.trace, report.total.i1.std_error
+        assert [ends.min(), ends.max()] == pytest.approx([trace - 2 * error, trace + 2 * error])
+    grid = pictures.draw_error_map(reports).axes[0].images[0].get_array()
+    expected = [[r.layers[n].i1.rel_error for r in run[1]] for n in ("0", "1")]
+    np.testing.assert_allclose(np.array(grid), expected)
+    axes = pictures.draw_variances(reports[-1]).axes[0]
+    ends = {c.get_label(): [b.get_x() + b.get_width() for b in c] for c in axes.containers}
+    layers = run[1][-1].layers.values()
+    assert ends["Î₁: labels"] == pytest.approx([g.i1.label_variance for g in layers])
+    assert ends["inputs (both)"] == pytest.approx([g.i1.input_variance for g in layers])
+    bounds = next(x for x in axes.lines if len(x.get_xdata()) == 2)
+    assert list(bounds.get_xdata()) == pytest.approx([g.i1.diagonal_bound for g in layers])
+    assert max(bounds.get_xdata()) < axes.get_xlim()[1]
+    needs = pictures.draw_needs(reports[-1]).axes[0].containers[0]
+    expected = [g.i1.draws_for(0.1) for g in layers]
+    assert [b.get_x() + b.get_width() for b in needs] == pytest.approx(expected)
+
+
+def test_with_exact_labels_the_error_is_that_of_one_drawn_label(tmp_path):
+    from fimprobe import pictures
+
+    reports = train(tmp_path, reports=2, draws="exact")
+    line = pictures.draw_errors([r.to_dict() for r in reports]).axes[0].lines[0]
+    for value, report in zip(line.get_ydata(), reports, strict=True):
+        e = report.total.i1
+        assert e.rel_error < value
+        pair = e.label_variance + e.input_variance
+        assert value == pytest.approx((pair / report.batch_size) ** 0.5 / e.norm, rel=1e-6, abs=0)
+
+
+def test_values_that_are_missing_leave_their_picture_out(tmp_path):
+    from fimprobe.pictures import make_pictures
+
+    reports = train(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"])
+    assert reports[0].total.i1.label_variance is None
+    titles = [p.title for p in make_pictures([reports[0].to_dict()])]
+    assert "Trace of the Fisher information" in titles
+    assert "How loose the bounds are" not in titles
+    assert "Where the variance comes from" not in titles
+    assert "Layers at step 0" in make_page(fimprobe.read(tmp_path))
+
+
+def test_without_matplotlib_there_are_tables_and_the_remedy(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "fimprobe.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = make_page(fimprobe.read(run[0]))
+    assert "<svg" not in text
+    assert "pip install 'fimprobe[plots]'" in unescape(text)
+    assert number(run[1][-1].total.i1.trace) in text
+
+
+def browse(page, folder):
+    """The DOM that chromium makes of a page, what it says, and the addresses it asked for."""
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}",
+            "--enable-logging=stderr", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    asked = set(re.findall(r'"url":"((?:http|ws)[^"]+)"', log.read_text()))
+    own = (".google.com", ".googleapis.com", ".gstatic.com")  # of the browser's start
+    asked = {url for url in asked if not url.split("/")[2].endswith(own)}
+    return done.stdout, [x for x in done.stderr.splitlines() if ":CONSOLE" in x], asked
+
+
+@pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason=f"{CHROMIUM} is not installed")
+def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
+    page = tmp_path / "page.html"
+    text = run[2].read_text()
+    for image, expected in (("", set()), ("http://127.0.0.1:9/x.png", {"http://127.0.0.1:9/x.png"})):
+        page.write_text(
+            text.replace("</body>", f"<img src='{image}'></body>" if image else "</body>")
+        )
+        dom, console, asked = browse(page, tmp_path)
+        assert "How wrong is the Fisher information?" in dom
+        assert dom.count("<svg") == 6
+        assert asked == expected  # the second page does ask: the check would see it
+        assert console == []
