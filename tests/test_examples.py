@@ -268,6 +268,13 @@ def test_times_medians_and_what_has_no_variance(variance_along_training):
 # GPT-2 with Hugging Face's Trainer
 
 
+def test_a_plain_loop_is_probed(tmp_path, capsys):
+    load("plain_loop").main(["--epochs", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "2 reports" in out and "Î₁ of the whole model is off by" in out
+    assert (tmp_path / "fimprobe.jsonl").is_file()
+
+
 def test_a_vision_transformer_is_trained_probed_and_shown(tmp_path, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
