@@ -25,7 +25,7 @@ INK = "#010203"
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": "#3b82d6", "i2": "#e0752d", "ih": "#2c9c69"}
-MOST_BARS, MOST_COLUMNS = 40, 200
+MOST_BARS, MOST_COLUMNS = 24, 200
 
 
 class Picture(NamedTuple):
@@ -291,7 +291,14 @@ def _bars(
                   label=label)  # fmt: skip
         for at, value in zip(y, values, strict=True):
             if value is not None and value <= 0:
-                axes.text(floor, at, " 0", color=color, va="center", fontsize=7)
+                axes.text(
+                    floor,
+                    at,
+                    " 0" if value == 0 else " below 0: noise",
+                    color=color,
+                    va="center",
+                    fontsize=7,
+                )
             elif value is not None and len(layers) <= 12:
                 axes.text(value, at, f" {tell(value)}", color=INK, va="center", fontsize=7)
     _layer_axis(axes, layers)

@@ -18,6 +18,17 @@ from fimprobe.table import (
     make_trends,
 )
 
+LEAST = (
+    "bound/Cov Î₂",
+    "bound/Cov Î₁",
+    "Î₂: V labels",
+    "V inputs",
+    "± s.e.",
+    "parameters",
+    "V labels",
+)
+"""Columns that a narrow terminal goes without, the first of these first; then from the right."""
+
 
 def show_run(records: list[dict[str, Any]], top: int) -> None:
     """The last report's table and advice, and the trends of the run."""
@@ -85,23 +96,28 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
 
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, (*column[0].split(), *column[1:]))) for column in columns]
-    kept = len(widths)
-    while kept > 1 and sum(widths[:kept]) + 3 * kept > console.width:
-        kept -= 1  # a number cut in two is worse than one left out
+    kept, left = list(range(len(widths))), []
+    while len(kept) > 1 and sum(widths[i] + 3 for i in kept) > console.width:
+        # a number cut in two is worse than one left out
+        ranks = [
+            (LEAST.index(rows[0][i]) if rows[0][i] in LEAST else len(LEAST), -i) for i in kept[1:]
+        ]
+        left.append(kept.pop(1 + ranks.index(min(ranks))))
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i, head in enumerate(rows[0][:kept]):
+    for i in kept:
         table.add_column(
-            _plain(head), justify="right" if i else "left", min_width=widths[i], overflow="fold"
+            _plain(rows[0][i]), justify="right" if i else "left", min_width=widths[i], overflow="fold"
         )
     errors = {i for i, head in enumerate(rows[0]) if head.endswith("rel. error")}
     for row in rows[1:]:
         if total_last and row is rows[-1]:
             table.add_section()
-        cells = [_colour(c) if i in errors else _plain(c) for i, c in enumerate(row[:kept])]
+        cells = [_colour(row[i]) if i in errors else _plain(row[i]) for i in kept]
         table.add_row(*cells, style="bold" if total_last and row is rows[-1] else None)
     console.print(table)
-    if kept < len(widths):
-        console.print(f"(a wider terminal also shows {_plain(', '.join(rows[0][kept:]))})")
+    if left:
+        names = ", ".join(rows[0][i] for i in sorted(left))
+        console.print(f"(a wider terminal also shows {_plain(names)})")
 
 
 def _colour(cell: str) -> str:

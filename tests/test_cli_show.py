@@ -10,7 +10,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli import main
-from fimprobe.table import make_comparison, make_rows, make_trends, number, percent, sparkline
+from fimprobe.table import count, make_comparison, make_rows, make_trends, number, percent, sparkline
 
 
 def train(folder, *, layers=2, reports=3, seed=0, scale=1.1, **options):
@@ -156,7 +156,8 @@ def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
     table = plain[: plain.index("•")]
     for group in runs[0][1][-1].layers.values():
         assert number(group.i1.trace) in table
-        assert re.search(rf"(?<!\S){re.escape(number(group.i1.input_variance))}(?!\S)", table)
+        for value in (percent(group.i1.rel_error), count(group.i1.draws_for(0.1))):
+            assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", table)
     assert max(map(len, table.splitlines())) <= columns
     assert ("a wider terminal also shows" in table) == (columns == 60)
 
