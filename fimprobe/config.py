@@ -63,7 +63,7 @@ class TensorboardConfig(_Section):
 
     log_dir: str | None = Field(None, description="default runs/fimprobe/<time>_<host>")
     histograms: bool = Field(True, description="errors and sizes over all parameters")
-    figures: bool = Field(True, description="pictures at reports 1, 2, 4, 8, ... (matplotlib)")
+    figures: bool = Field(True, description="pictures at reports 4, 8, 16, ... (matplotlib)")
 
 
 class Config(_Section):

@@ -47,8 +47,8 @@ class TensorboardSink:
 
     The layers are chosen at the first report, by the pairs that 10 % takes, and kept. Scalars come
     at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
-    200 on; pictures come at reports 1, 2, 4, 8, ... What is left out is written for the last report
-    by ``close``. So n reports above 10,000 take 10,000 · (1 + log₂(n / 10,000)) records at most.
+    200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
+    written for the last report by ``close``. So n reports above 10,000 take 10,000 · (1 + log₂(n / 10,000)) records at most.
 
     ``decision`` tells how the likelihood was decided. ``purge_step``: where a training resumes;
     readers drop what the folder holds of this step and later ones, and the layers are those charted
@@ -104,7 +104,7 @@ class TensorboardSink:
         for due, add in (
             (is_kept(self._count, DENSE), self._add_scalars),
             (is_kept(self._count, DENSE_PAGES), self._add_pages),
-            (self._count & (self._count - 1) == 0, self._add_pictures),
+            (self._count >= 4 and self._count.bit_count() == 1, self._add_pictures),
         ):
             if due:
                 add(report)
@@ -154,7 +154,7 @@ class TensorboardSink:
                 self.file.add_image(f"fim_pictures/{name}", png, size)
 
     def _about(self, report: Report) -> str:
-        pictures = "Pictures are drawn at reports 1, 2, 4, 8, ... and the last."
+        pictures = "Pictures are drawn at reports 4, 8, 16, ... and the last."
         if self._gallery is None:
             why = "matplotlib is missing" if self._figures else "figures: false"
             pictures = f"No pictures: {why}."

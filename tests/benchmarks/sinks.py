@@ -1,0 +1,49 @@
+"""What writing a report to TensorBoard takes: time of a report, of its pictures, bytes on disk.
+
+Prints figures; nothing is asserted. ``python tests/benchmarks/sinks.py``
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
+from reports import make_report  # noqa: E402
+
+from fimprobe.sinks.figures import Gallery  # noqa: E402
+from fimprobe.sinks.tensorboard import TensorboardSink  # noqa: E402
+
+
+def main():
+    """Runs of 12, 100 and 300 layers, each layer charted (about 12 values), 64 reports."""
+    print("layers  charted  tags  first ms  median ms  KB a report  pictures ms")
+    for layers, top in ((12, 12), (100, 12), (300, 12), (300, 300)):
+        reports = [make_report(layers, 10 * i) for i in range(64)]
+        with tempfile.TemporaryDirectory() as folder:
+            sink = TensorboardSink(folder, top=top, figures=False)
+            times, sizes = [], []
+            for report in reports:
+                started = time.perf_counter()
+                sink.write(report)
+                times.append(1000 * (time.perf_counter() - started))
+                sizes.append(sum(p.stat().st_size for p in Path(folder).glob("events*")))
+            tags = len(sink._tags)
+            sink.close()
+        gallery = Gallery()
+        for report in reports:
+            gallery.remember(report)
+        list(gallery.draw(reports[-1]))
+        started = time.perf_counter()
+        list(gallery.draw(reports[-1]))
+        drawn = 1000 * (time.perf_counter() - started)
+        each = (sizes[-1] - sizes[0]) / 1000 / (len(sizes) - 1)
+        print(
+            f"{layers:6}  {top:7}  {tags:4}  {times[0]:8.1f}  {median(times):9.1f}  {each:11.1f}"
+            f"  {drawn:11.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

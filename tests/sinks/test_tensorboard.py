@@ -1,0 +1,256 @@
+"""The event file: complete, finite, described, one writer, steady layers, and growth by a rule."""
+
+import dataclasses
+import logging
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+
+import fimprobe
+from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
+from fimprobe.types import FimprobeError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from reports import make_report  # noqa: E402
+
+EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0}
+LAYOUT = "custom_scalars__config__"
+
+
+def load(log_dir):
+    events = EventAccumulator(str(log_dir), size_guidance=EVERYTHING)
+    events.Reload()
+    return events
+
+
+def layout_of(events):
+    (*_, last) = events.Tensors(LAYOUT)
+    return layout_pb2.Layout.FromString(last.tensor_proto.string_val[0])
+
+
+def write(log_dir, reports, **options):
+    sink = TensorboardSink(log_dir, **options)
+    for report in reports:
+        sink.write(report)
+    sink.close()
+    return sink
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Six reports of 40 layers; at the third the errors are not known."""
+    log_dir = tmp_path_factory.mktemp("run")
+    reports = [make_report(40, 10 * i, known=i != 2) for i in range(6)]
+    write(log_dir, reports, config="draws: 2", decision=lambda: "said so", top=20)
+    return load(log_dir), reports
+
+
+def test_every_tag_is_read_with_rising_steps_and_finite_values(run):
+    events, reports = run
+    steps = [r.step for r in reports]
+    scalars = events.Tags()["scalars"]
+    for tag in scalars:
+        shown = events.Scalars(tag)
+        assert [e.step for e in shown] == sorted({e.step for e in shown}), tag
+        assert all(math.isfinite(e.value) for e in shown), tag
+        assert {e.step for e in shown} <= set(steps)
+    assert [e.step for e in events.Scalars("fim/i1/trace")] == steps
+    assert [e.step for e in events.Scalars("fim/i1/rel_error")] == [0, 10, 30, 40, 50]
+    groups = {tag.split("/")[0] for tag in scalars}
+    assert groups == {"fim", "fim_bounds", "fim_bands", "fim_layers", "fim_log10", "fim_probe"}
+    assert all(0 < e.value <= 1 for e in events.Scalars("fim_probe/overhead"))
+    for event, report in zip(events.Scalars("fim_log10/i1/trace_bound"), reports[:2], strict=False):
+        assert event.value == pytest.approx(math.log10(report.total.i1.trace_bound), rel=1e-5)
+
+
+def test_bands_share_their_steps_and_hold_two_standard_errors(run):
+    events, reports = run
+    values = [
+        t
+        for t in events.Tags()["scalars"]
+        if t.startswith("fim_bands") and t[-3:] not in ("_lo", "_hi")
+    ]
+    assert "fim_bands/i2/trace" in values and len(values) == 2 + 2 * 13
+    for tag in values:
+        trio = [events.Scalars(tag + end) for end in ("_lo", "", "_hi")]
+        assert [[e.step for e in line] for line in trio] == [[0, 10, 30, 40, 50]] * 3
+        for low, middle, high in zip(*trio, strict=True):
+            assert low.value < middle.value < high.value
+    total = reports[1].total.i2
+    high = events.Scalars("fim_bands/i2/trace_hi")[1].value
+    assert high == pytest.approx(total.trace + 2 * total.std_error, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["std_error", "trace"])
+def test_a_band_without_all_three_is_left_out(tmp_path, name):
+    report = make_report(3, 0)
+    broken = dataclasses.replace(report.total.i1, **{name: 1e39})  # infinite in single precision
+    total = dataclasses.replace(report.total, i1=broken)
+    write(tmp_path, [dataclasses.replace(report, total=total)], figures=False)
+    tags = load(tmp_path).Tags()["scalars"]
+    assert not [t for t in tags if t.startswith("fim_bands/i1")]
+    assert f"fim/i1/{name}" not in tags and "fim_bands/i2/trace_hi" in tags
+
+
+def test_the_dashboard_names_tags_that_exist(run):
+    events, _ = run
+    tags = events.Tags()["scalars"]
+    margins = 0
+    categories = layout_of(events).category
+    assert [c.title[:1] for c in categories] == ["1", "2", "3", "4", "5"]
+    for category in categories:
+        for chart in category.chart:
+            for pattern in chart.multiline.tag:
+                assert [t for t in tags if re.match(pattern, t)], pattern
+            for series in chart.margin.series:
+                margins += 1
+                assert {series.value, series.lower, series.upper} <= set(tags)
+    assert margins == 28
+
+
+def test_the_dashboard_grows_when_values_come_later(tmp_path):
+    write(tmp_path, [make_report(3, 0, known=False), make_report(3, 1)], figures=False)
+    events = load(tmp_path)
+    first, last = (
+        layout_pb2.Layout.FromString(e.tensor_proto.string_val[0]) for e in events.Tensors(LAYOUT)
+    )
+    assert "margin" not in str(first) and "fim_bands/i1/trace_lo" in str(last)
+
+
+def test_every_tag_is_described(run):
+    events, _ = run
+    tags = events.Tags()
+    for tag in {*tags["scalars"], *tags["images"], *tags["tensors"]} - {LAYOUT}:
+        meta = events.SummaryMetadata(tag)
+        assert len(meta.summary_description) > 20, tag
+    (*_, tag) = (t for t in tags["scalars"] if t.endswith("/i2_rel_error"))
+    told = events.SummaryMetadata(tag).summary_description
+    assert told.startswith(f"Layer {tag.split('/')[1]}, Î₂. How far off")
+
+
+def test_text_tells_the_run_and_the_advice(run):
+    events, reports = run
+    (about,) = events.Tensors("fimprobe/about")
+    about = about.tensor_proto.string_val[0].decode()
+    for told in (
+        "draws: 2",
+        "categorical",
+        "said so",
+        "| contracted | 40 |",
+        "√(Σᵢ Var F̂ᵢᵢ)",
+        "reports 4, 8, 16",
+    ):
+        assert told in about
+    pages = events.Tensors("fimprobe/advice")
+    assert [p.step for p in pages] == [r.step for r in reports]
+    page = pages[3].tensor_proto.string_val[0].decode()
+    assert all(line in page for line in reports[3].advice) and "| **model** |" in page
+
+
+def test_pictures_come_at_a_growing_rule_and_at_the_end(run):
+    events, _ = run
+    assert [e.step for e in events.Images("fim_pictures/pairs_needed")] == [30, 50]
+    names = {"error_by_layer_and_step", "variance_and_bound", "pairs_needed", "diagonal"}
+    assert set(events.Tags()["images"]) == {f"fim_pictures/{n}" for n in names}
+
+
+def test_histograms_count_every_parameter(run, tmp_path):
+    events, reports = run
+    rows = _floats(events.Tensors("fim_spread/i1/rel_error")[0])
+    assert rows.view(-1, 3)[:, 2].sum() == 40
+    entries = _floats(events.Tensors("fim_spread/i1/log10_diagonal")[0]).view(-1, 3)
+    assert entries[:, 2].sum() == sum(g.numel for g in reports[0].layers.values())
+    write(tmp_path, [make_report(3, 0)], histograms=False, figures=False)
+    tags = load(tmp_path).Tags()
+    assert not [t for t in tags["tensors"] if t.startswith("fim_spread")] and not tags["images"]
+
+
+def _floats(event):
+    return torch.frombuffer(bytearray(event.tensor_proto.tensor_content), dtype=torch.float64)
+
+
+def test_layers_are_those_of_the_first_report_also_when_resumed(tmp_path):
+    reports = [make_report(40, 10 * i) for i in range(4)]
+    before = write(tmp_path, reports[:3], top=4, figures=False)
+    need = {n: g.i1.draws_for(0.1) for n, g in reports[0].layers.items()}
+    assert sorted(before.layers) == sorted(sorted(need, key=need.get)[-4:])
+    late = {n: g.i1.draws_for(0.1) for n, g in reports[2].layers.items()}
+    assert set(sorted(late, key=late.get)[-4:]) != set(before.layers)
+    after = write(tmp_path, [reports[2], reports[3]], top=7, figures=False, purge_step=20)
+    assert after.layers == before.layers
+    events = load(tmp_path)
+    assert [e.step for e in events.Scalars("fim/i1/trace")] == [0, 10, 20, 30]
+    shown = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layers/")}
+    assert shown == set(before.layers)
+
+
+def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_path, caplog):
+    code = (
+        "import os, sys; from fimprobe.sinks.tensorboard import TensorboardSink\n"
+        "sink = TensorboardSink(sys.argv[1], figures=False); print('open', flush=True)\n"
+        "sys.stdin.read(); os._exit(1)"
+    )
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(argv, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        refused = rf"another probe \(process {other.pid}\).*pass another log_dir"
+        with pytest.raises(FimprobeError, match=refused):
+            TensorboardSink(tmp_path)
+        options = {"log_dir": tmp_path, "likelihood": "categorical"}
+        with fimprobe.attach(nn.Linear(3, 2), **options) as probe:
+            assert probe.step(torch.randn(4, 3)) is not None
+        assert not (tmp_path / "fimprobe.jsonl").exists()
+        assert len([r for r in caplog.records if "another probe" in r.message]) == 1
+    assert other.returncode == 1
+    first = TensorboardSink(tmp_path, figures=False)
+    with pytest.raises(FimprobeError, match="another probe"):  # of this process as well
+        TensorboardSink(tmp_path)
+    first.close()
+    first.close()
+    TensorboardSink(tmp_path, figures=False).close()
+
+
+def test_a_report_is_on_disk_when_write_returns(tmp_path):
+    sink = TensorboardSink(tmp_path, figures=False)
+    sink.write(make_report(3, 7))
+    assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [7]
+    sink.close()
+
+
+def test_files_grow_by_the_rule(tmp_path, monkeypatch):
+    kept = [n for n in range(1, 10_001) if is_kept(n, 100)]
+    assert kept[:100] == list(range(1, 101)) and len(kept) <= 100 * (1 + math.log2(100))
+    monkeypatch.setattr("fimprobe.sinks.tensorboard.DENSE", 4)
+    monkeypatch.setattr("fimprobe.sinks.tensorboard.DENSE_PAGES", 2)
+    write(tmp_path, [make_report(3, n) for n in range(1, 12)], figures=False)
+    events = load(tmp_path)
+    assert [e.step for e in events.Scalars("fim/i1/trace")] == [1, 2, 3, 4, 6, 8, 11]
+    assert [e.step for e in events.Tensors("fimprobe/advice")] == [1, 2, 4, 8, 11]
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "fimprobe.sinks.figures", raising=False)
+    with caplog.at_level(logging.INFO):
+        write(tmp_path, [make_report(3, n) for n in range(3)])
+    (line,) = [r.message for r in caplog.records]
+    assert "pip install 'fimprobe[plots]'" in line and "figures" in line
+    events = load(tmp_path)
+    assert not events.Tags()["images"] and "fim/i1/trace" in events.Tags()["scalars"]
+    assert "No pictures: matplotlib is missing" in str(events.Tensors("fimprobe/about")[0])
+
+
+def test_neither_import_nor_measure_loads_matplotlib():
+    code = "import sys, fimprobe, fimprobe.sinks.tensorboard; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
