@@ -144,7 +144,8 @@ def _tiles(report: dict[str, Any]) -> str:
 
 def _pictures(reports: list[dict[str, Any]]) -> str:
     try:
-        from fimprobe.pictures import make_pictures, to_svg
+        from fimprobe.gallery import make_pictures
+        from fimprobe.pictures import to_svg
     except ImportError as error:
         if error.name != "matplotlib":
             raise

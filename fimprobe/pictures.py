@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fimprobe.table import count, drawn_error, drawn_labels, neediest, number, percent, thin
+from fimprobe.table import count, drawn_error, neediest, number, percent, thin
 
 INK = "#010203"
 """A colour of its own, so that a page can put the text's colour in its place."""
@@ -26,64 +26,6 @@ INK = "#010203"
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": "#3b82d6", "i2": "#e0752d", "ih": "#2c9c69"}
 MOST_BARS, MOST_COLUMNS = 24, 200
-
-
-class Picture(NamedTuple):
-    """A figure with what it shows."""
-
-    title: str
-    caption: str
-    figure: Figure
-
-
-def make_pictures(reports: Sequence[dict[str, Any]]) -> list[Picture]:
-    """All pictures of a run for which it holds the values, over steps and of the last report."""
-    last = reports[-1]
-    size = drawn_labels(last)
-    cut = "" if len(last["layers"]) <= MOST_BARS else f" The {MOST_BARS} layers with most need."
-    makers: list[tuple[str, str, Callable[[], Figure | None]]] = [
-        (
-            "Relative error over the training",
-            f"How far off the diagonal of the whole model's Fisher information is at {size}: the "
-            "lower the better, near 100 % it is noise.",
-            lambda: draw_errors(reports),
-        ),
-        (
-            "Trace of the Fisher information",
-            "Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors, over inputs and labels.",
-            lambda: draw_traces(reports),
-        ),
-        (
-            "Which layer errs, and when",
-            f"Relative error of Î₁ at {size}, layers in the order of the model.",
-            lambda: draw_error_map(reports),
-        ),
-        (
-            "Where the variance comes from",
-            f"Variance of one (input, label) pair at step {last['step']}, summed over the layer's "
-            "diagonal: from the choice of the label, from the choice of the input; | is the bound "
-            f"on the labels' part (2024). Logarithmic.{cut}",
-            lambda: draw_variances(last),
-        ),
-        (
-            "How loose the bounds are",
-            f"Labels' covariance of the layer's whole matrix at step {last['step']}: measured (●) "
-            f"and bounded (○: {_bound_of(last)}). Logarithmic.{cut}",
-            lambda: draw_bounds(last),
-        ),
-        (
-            "Draws needed",
-            f"(input, label) pairs for a relative error of 10 % at step {last['step']}."
-            f"{'' if _exact(last) else ' Dashed: as many as were measured.'}{cut}",
-            lambda: draw_needs(last),
-        ),
-    ]
-    found = []
-    for title, caption, make in makers:
-        figure = make()
-        if figure is not None:
-            found.append(Picture(title, caption, figure))
-    return found
 
 
 def draw_errors(reports: Sequence[dict[str, Any]]) -> Figure | None:
@@ -186,7 +128,7 @@ def draw_variances(report: dict[str, Any]) -> Figure | None:
 
 def draw_bounds(report: dict[str, Any]) -> Figure | None:
     """‖Cov‖_F beside (17), (18); where labels were drawn, L beside the bound on it."""
-    value, bound = ("covariance_norm", "bound") if _exact(report) else (
+    value, bound = ("covariance_norm", "bound") if is_exact(report) else (
         "total_label_variance", "trace_bound")  # fmt: skip
     layers = _most_needy(report)
     figure, axes = _axes(6.4, 1.2 + 0.3 * len(layers))
@@ -222,7 +164,7 @@ def draw_needs(report: dict[str, Any]) -> Figure | None:
     figure, axes, _ = _bars(report, bars, count)
     if figure is None:
         return None
-    if not _exact(report):
+    if not is_exact(report):
         pairs = report["batch_size"] * report["draws"]
         axes.axvline(pairs, color=INK, ls="--", lw=1, label=f"measured: {pairs:,}")
     return _legend(figure, axes)
@@ -327,13 +269,8 @@ def _most_needy(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, group) for name, group in report["layers"].items() if name in chosen]
 
 
-def _bound_of(report: dict[str, Any]) -> str:
-    if _exact(report):
-        return "‖J‖⁴‖M‖ (17) for Î₁, ‖H‖²‖I‖ (18) for Î₂, on ‖Cov‖"
-    return "s_max(J)⁴ tr M for Î₁, λ_max(I)‖H‖² for Î₂, on the sum of all entries' variances"
-
-
-def _exact(report: dict[str, Any]) -> bool:
+def is_exact(report: dict[str, Any]) -> bool:
+    """Whether labels were integrated over."""
     return bool(report["draws"] == "exact")
 
 

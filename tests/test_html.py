@@ -134,7 +134,7 @@ def test_with_exact_labels_the_error_is_that_of_one_drawn_label(tmp_path):
 
 
 def test_values_that_are_missing_leave_their_picture_out(tmp_path):
-    from fimprobe.pictures import make_pictures
+    from fimprobe.gallery import make_pictures
 
     reports = train(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"])
     assert reports[0].total.i1.label_variance is None
@@ -146,7 +146,8 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
 
 
 def test_without_matplotlib_there_are_tables_and_the_remedy(run, monkeypatch):
-    monkeypatch.delitem(sys.modules, "fimprobe.pictures", raising=False)
+    for name in ("fimprobe.pictures", "fimprobe.gallery"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = make_page(fimprobe.read(run[0]))
     assert "<svg" not in text

@@ -27,7 +27,7 @@ ORDER = [
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
     "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
-    "sinks.figures", "sinks.tensorboard", "records", "terminal", "pictures", "page", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.figures", "sinks.tensorboard", "records", "terminal", "pictures", "gallery", "page", "config", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
