@@ -54,10 +54,11 @@ def test_a_real_loop_keeps_its_share():
         net, likelihood="categorical", schedule={"budget": 0.2}, tensorboard=False
     ) as probe:
         started = time.perf_counter()
-        while time.perf_counter() - started < 3:
+        while time.perf_counter() - started < 3 or len(probe.history) < 4:
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
         schedule = probe.schedule
-    assert len(probe.history) > 3
-    assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed)
+    # the first probe is made in any case, and one may be dearer than those before it
+    dearest = max(r.seconds for r in probe.history)
+    assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed) + 2 * dearest

@@ -289,7 +289,10 @@ class Orthogonal:
         self.place = {}
 
     def __call__(self, shape, key, seed, *, first=0, dtype, device):
-        kind, k, where = key.split(" ", 2)
+        kind, rest = key.split(" ", 1)
+        if kind in ("diagonal", "own"):  # those of every seed take the same rows
+            rest = rest.split(" ", 1)[1]
+        k, where = rest.split(" ", 1)
         if kind not in self.rows:
             return signs(shape, key, seed, first=first, dtype=dtype, device=device)
         width = torch.Size(shape[1:]).numel()
