@@ -257,8 +257,7 @@ class Estimate:
     std_error: float | None
     """Standard error of ``trace`` over inputs and draws."""
     rel_error: float | None
-    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws; None where the variance is not
-    known or was estimated below zero."""
+    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws; None where ``total_variance`` is."""
     total_label_variance: float | None
     """L1, L2: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
     probe_error: float | None = None

@@ -107,8 +107,6 @@ def estimate_groups(
         per_entry = None
         if inputs is not None and known:
             per_entry = (inputs + (0 if exact else variance / draws)) / size
-        if per_entry is not None and per_entry < 0:  # unbiased estimates of small variances may be
-            per_entry = None
         matrix = (diagonal_of(grams[group], draws).mean(0)[:, :draws] * weights).sum(-1).mean()
         found[group] = Estimate(
             trace=float(observed.mean()),
@@ -117,7 +115,7 @@ def estimate_groups(
             input_variance=inputs,
             total_variance=total if size > 1 else (variance if known else None),
             std_error=float(observed.std() / size**0.5) if size > 1 else None,
-            rel_error=None if per_entry is None or norm == 0 else per_entry**0.5 / norm,
+            rel_error=None if per_entry is None or norm == 0 else max(per_entry, 0.0) ** 0.5 / norm,
             total_label_variance=float(matrix),
             probe_error=error,
             diagonal=_diagonal(measured, names, count) if diagonals else None,
