@@ -46,7 +46,8 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
 
     totals: list[Margin | Lines] = []
     compared = ("i1", "i2", "ih")
-    totals += lines("Relative error: Î₁, Î₂, Î_H", [f"fim/{k}/rel_error" for k in compared])
+    known = ", ".join(KINDS[k] for k in compared if f"fim/{k}/rel_error" in written)
+    totals += lines(f"Relative error: {known}", [f"fim/{k}/rel_error" for k in compared])
     totals += lines(
         "(input, label) pairs needed for 10 % error",
         [f"fim/{k}/pairs_for_10_percent" for k in compared],

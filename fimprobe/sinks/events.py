@@ -22,7 +22,7 @@ from tensorboard.plugins.text import metadata as text
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from fimprobe.sinks.dashboard import Category, Margin
+from fimprobe.sinks.dashboard import Category, Lines, Margin
 
 
 class EventFile:
@@ -76,9 +76,10 @@ class EventFile:
         for category in categories:
             box = layout.category.add(title=category.title, closed=category.closed)
             # a category shows its lines first to last, then its bands last to first
-            lines = [c for c in category.charts if not isinstance(c, Margin)]
+            lines = [c for c in category.charts if isinstance(c, Lines)]
             bands = [c for c in category.charts if isinstance(c, Margin)]
-            for chart in (*lines, *reversed(bands)):
+            ordered: list[Margin | Lines] = [*lines, *reversed(bands)]
+            for chart in ordered:
                 drawn = box.chart.add(title=chart.title)
                 if isinstance(chart, Margin):
                     value, lower, upper = chart.tags

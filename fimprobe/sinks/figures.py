@@ -26,7 +26,7 @@ DPI = 140
 WIDTH = 5.2
 """Inches: TensorBoard shows pictures 350 pixels wide, where larger ones could not be read."""
 
-TEXT, TITLE = 9, 10.5
+TEXT, TITLE, NAME = 9, 10.5, 14
 LINE = 0.17
 """Inches that a row's label takes."""
 
@@ -71,10 +71,10 @@ class Gallery:
     def figures(self, report: Report) -> dict[str, Figure | None]:
         """Every picture by name."""
         return {
-            "error_by_layer_and_step": draw_errors(self.steps, self.errors, list(report.layers)),
-            "variance_and_bound": draw_variances(report),
-            "pairs_needed": draw_pairs(report),
-            "diagonal": draw_diagonal(report),
+            "1_relative_error": draw_errors(self.steps, self.errors, list(report.layers)),
+            "2_variance_and_bound": draw_variances(report),
+            "3_pairs_needed": draw_pairs(report),
+            "4_diagonal": draw_diagonal(report),
         }
 
 
@@ -108,7 +108,7 @@ def draw_errors(
     for axis, (kind, grid) in zip(axes, found.items(), strict=True):
         axis.set_facecolor("#DDDDDD")
         image = axis.imshow(grid, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
-        axis.set_title(KINDS[kind], fontsize=TITLE)
+        axis.set_title(KINDS[kind], fontsize=NAME)
         ticks = np.unique(np.linspace(0, len(steps) - 1, min(3, len(steps))).round().astype(int))
         axis.set_xticks(ticks, [f"{steps[i]:,}" for i in ticks], fontsize=TEXT)
         axis.set_xlabel("step", fontsize=TEXT)
@@ -141,7 +141,7 @@ def draw_variances(report: Report) -> Figure | None:
             )  # fmt: skip
         labels, bounds = (_column(report, kind, n) for n in ("label_variance", "diagonal_bound"))
         axis.hlines(np.arange(len(layers)), labels, bounds, colors="#BBBBBB", linewidth=1.5)
-        axis.set_title(KINDS[kind], fontsize=TITLE)
+        axis.set_title(KINDS[kind], fontsize=NAME)
         axis.set_xlabel("no mark: zero or unknown", fontsize=TEXT)
         _log_axis(axis)
     _name_rows(axes[0], layers)
@@ -200,7 +200,7 @@ def draw_diagonal(report: Report) -> Figure | None:
     )
     _log_axis(axis)
     axis.tick_params(labelsize=TEXT)
-    axis.legend(fontsize=TEXT, frameon=False)
+    _legend(figure, axis)
     return figure
 
 
@@ -261,7 +261,7 @@ def _power(x: float, _: Any) -> str:
 def _legend(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=TEXT, frameon=False
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=TITLE, frameon=False
     )
 
 

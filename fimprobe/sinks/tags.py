@@ -69,10 +69,10 @@ _SPREADS = {
 }
 
 _PICTURES = {
-    "error_by_layer_and_step": "Relative error, layer by layer (model order) over the training.",
-    "variance_and_bound": "Variance of one pair from labels and from inputs, and the labels' bound.",
-    "pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
-    "diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
+    "1_relative_error": "Relative error, layer by layer (model order) over the training.",
+    "2_variance_and_bound": "Variance of a pair from labels and from inputs, and the labels' bound.",
+    "3_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
+    "4_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
 }
 
 

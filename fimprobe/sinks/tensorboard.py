@@ -48,7 +48,8 @@ class TensorboardSink:
     The layers are chosen at the first report, by the pairs that 10 % takes, and kept. Scalars come
     at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
     200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
-    written for the last report by ``close``. So n reports above 10,000 take 10,000 · (1 + log₂(n / 10,000)) records at most.
+    written for the last report by ``close``. So n reports, more than 10,000, take no more than
+    10,000 · (1 + log₂(n / 10,000)) records.
 
     ``decision`` tells how the likelihood was decided. ``purge_step``: where a training resumes;
     readers drop what the folder holds of this step and later ones, and the layers are those charted

@@ -130,7 +130,7 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
         "Trace of F by Î₂, ± 2 standard errors",
     ]
     assert query(browser, line, value=title)[:2] == [
-        "Relative error: Î₁, Î₂, Î_H",
+        "Relative error: Î₁, Î₂",
         "(input, label) pairs needed for 10 % error",
     ]
     assert query(browser, band, value="e._missingTags.length") == [0, 0]

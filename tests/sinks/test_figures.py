@@ -46,7 +46,7 @@ def labels_of(figure):
 
 @pytest.mark.parametrize("layers", [3, 12, 100])
 @pytest.mark.parametrize(
-    "picture", ["error_by_layer_and_step", "variance_and_bound", "pairs_needed", "diagonal"]
+    "picture", ["1_relative_error", "2_variance_and_bound", "3_pairs_needed", "4_diagonal"]
 )
 def test_no_label_covers_another_or_leaves_the_picture(layers, picture):
     figure = gallery(layers).figures(make_report(layers, 9000))[picture]
@@ -61,7 +61,7 @@ def test_no_label_covers_another_or_leaves_the_picture(layers, picture):
 
 def test_the_heat_map_holds_the_errors():
     made = gallery(12, reports=4)
-    figure = made.figures(make_report(12, 3000))["error_by_layer_and_step"]
+    figure = made.figures(make_report(12, 3000))["1_relative_error"]
     shown = figure.axes[1].images[0].get_array()
     want = [[g.i2.rel_error for g in make_report(12, 1000 * i).layers.values()] for i in range(4)]
     np.testing.assert_allclose(shown, np.array(want).T)
@@ -76,7 +76,7 @@ def test_a_long_run_keeps_a_bounded_heat_map():
 
 def test_marks_stand_where_the_numbers_are():
     report = make_report(12, 0)
-    figure = Gallery().figures(report)["pairs_needed"]
+    figure = Gallery().figures(report)["3_pairs_needed"]
     first, second = figure.axes[0].collections
     want = [[g.i1.draws_for(0.1), i] for i, g in enumerate(report.layers.values())]
     np.testing.assert_allclose(first.get_offsets(), want)
@@ -87,7 +87,7 @@ def test_without_numbers_there_is_no_picture():
     report = make_report(3, 0, i2=False, known=False)
     made = Gallery()
     made.remember(report)
-    assert [name for name, *_ in made.draw(report)] == ["diagonal"]
+    assert [name for name, *_ in made.draw(report)] == ["4_diagonal"]
 
 
 def test_no_global_state_is_touched():

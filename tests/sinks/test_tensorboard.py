@@ -157,8 +157,8 @@ def test_text_tells_the_run_and_the_advice(run):
 
 def test_pictures_come_at_a_growing_rule_and_at_the_end(run):
     events, _ = run
-    assert [e.step for e in events.Images("fim_pictures/pairs_needed")] == [30, 50]
-    names = {"error_by_layer_and_step", "variance_and_bound", "pairs_needed", "diagonal"}
+    assert [e.step for e in events.Images("fim_pictures/3_pairs_needed")] == [30, 50]
+    names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed", "4_diagonal"}
     assert set(events.Tags()["images"]) == {f"fim_pictures/{n}" for n in names}
 
 
