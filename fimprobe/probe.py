@@ -28,7 +28,7 @@ from fimprobe.report import Report
 from fimprobe.schedule import Agreed, Budget
 from fimprobe.sharded import check_sharded, is_sharded
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
-from fimprobe.sinks.lock import lock_folder
+from fimprobe.sinks.lock import FolderLock
 from fimprobe.sinks.memory import MemorySink
 from fimprobe.twin import trainable, unwrap
 from fimprobe.types import BatchError, FimprobeError, Likelihood, Sink
@@ -387,7 +387,8 @@ class Probe:
         def lines() -> None:
             path = config.jsonl or log_dir / FILE_NAME
             if not written and not config.jsonl:  # the lines of two writers would mix
-                self._closers.append(lock_folder(log_dir))
+                taken = FolderLock(log_dir, take_over=superseded is not None)
+                self._closers.append(taken.release)
             self._sinks.append(JsonlSink(path, purge_step=superseded))
 
         if self.ranks.rank > 0 or not self.active:  # reports stay in probe.history

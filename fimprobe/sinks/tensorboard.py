@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from fimprobe.report import Report
 from fimprobe.sinks.dashboard import MOST_MARGINS, Category, make_dashboard
 from fimprobe.sinks.events import EventFile, first_tags
-from fimprobe.sinks.lock import lock_folder
+from fimprobe.sinks.lock import FolderLock
 from fimprobe.sinks.pages import make_about, make_page
 from fimprobe.sinks.tags import describe, make_scalars, make_spreads
-from fimprobe.types import GroupEstimates
+from fimprobe.types import FimprobeError, GroupEstimates
 
 if TYPE_CHECKING:
     from fimprobe.sinks.figures import Gallery
@@ -53,7 +53,8 @@ class TensorboardSink:
 
     ``decision`` tells how the likelihood was decided. ``purge_step``: where a training resumes;
     readers drop what the folder holds of this step and later ones, and the layers are those charted
-    before. Raises :class:`FimprobeError` where another probe writes to the folder.
+    before; a sink of this process that was left open there ends. Otherwise raises
+    :class:`FimprobeError` where another probe writes to the folder.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class TensorboardSink:
         purge_step: int | None = None,
     ) -> None:
         folder = Path(log_dir)
-        self._unlock = lock_folder(folder)
+        self._lock = FolderLock(folder, take_over=purge_step is not None)
         try:
             self.layers = None if purge_step is None else _charted(folder)
             self.file = EventFile(folder, describe, purge_step=purge_step)
         except BaseException:
-            self._unlock()
+            self._lock.release()
             raise
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
@@ -93,6 +94,8 @@ class TensorboardSink:
     def write(self, report: Report) -> None:
         """Write one report; it is in the file when this returns."""
         started = time.perf_counter()
+        if not self._lock.held:
+            raise FimprobeError("a resumed training has taken over this folder")
         if self.layers is None:
             self.layers = self._choose(report)
         self._count += 1
@@ -120,13 +123,13 @@ class TensorboardSink:
             return
         self._closed = True
         try:
-            if self._last is not None and self._left:
+            if self._last is not None and self._left and self._lock.held:
                 for add in self._left:
                     add(self._last)
                 self.file.write(self._last.step)
         finally:
             self.file.close()
-            self._unlock()
+            self._lock.release()
 
     def _add_scalars(self, report: Report) -> None:
         assert self.layers is not None

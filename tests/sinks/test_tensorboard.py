@@ -218,6 +218,18 @@ def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_pa
     TensorboardSink(tmp_path, figures=False).close()
 
 
+def test_a_training_that_resumes_in_its_process_takes_over(tmp_path):
+    left = TensorboardSink(tmp_path, figures=False)
+    for step in range(3):
+        left.write(make_report(3, step))
+    write(tmp_path, [make_report(3, 2), make_report(3, 3)], figures=False, purge_step=2)
+    with pytest.raises(FimprobeError, match="taken over"):
+        left.write(make_report(3, 9))
+    left.close()
+    assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [0, 1, 2, 3]
+    TensorboardSink(tmp_path, figures=False).close()
+
+
 def test_a_report_is_on_disk_when_write_returns(tmp_path):
     sink = TensorboardSink(tmp_path, figures=False)
     for step in range(4):
