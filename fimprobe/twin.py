@@ -7,6 +7,8 @@ user's model stay as they are. It is made anew for each measurement, so it is ne
 from __future__ import annotations
 
 import copy
+import copyreg
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +31,8 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_NO_STATE = {*_HOOKS, "_parameters", "_modules"}
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, type}
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
@@ -62,12 +66,14 @@ def make_twin(
     model = unwrap(model)
     memo = {} if memo is None else memo
     compiled = []
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "_orig_mod") and module is not model:
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if module is not model and "_orig_mod" in {**module.__dict__, **module._modules}:
             compiled.append(module)
-        renorms = getattr(module, "max_norm", None) is not None
-        for parameter in module.parameters(recurse=False):
+        renorms = _has(module, "max_norm") is not None
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise FimprobeError(
                     f"the model has a lazy layer {type(module).__name__} that has seen no input; "
@@ -78,7 +84,7 @@ def make_twin(
                 memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
         for name in _HOOKS:
             hooks = module.__dict__.get(name)
-            if hooks is not None:  # empty ones too: copying dozens of them is what would cost
+            if hooks:
                 memo[id(hooks)] = OrderedDict(
                     (k, copy.deepcopy(hook))
                     for k, hook in hooks.items()
@@ -86,34 +92,91 @@ def make_twin(
                     and type(hook).__module__.startswith("torch.nn.utils")
                 )
         # tensors that a forward left on the module belong to a graph and cannot be copied
-        for value in module.__dict__.values():
-            if isinstance(value, (Tensor, list, tuple, dict)):
+        for name, value in module.__dict__.items():
+            if name in _NO_STATE or not isinstance(value, (Tensor, list, tuple, dict)):
+                continue
+            if isinstance(value, Tensor) or value:
                 for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor) and not leaf.is_leaf:
                         memo[id(leaf)] = leaf.detach().clone()
     for module in compiled:
-        memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+        memo[id(module)] = _copied(module._orig_mod, memo)
     for module in shells:
         for key, value in module.__dict__.items():
             if not key.startswith("__composable_api"):  # FSDP's state
                 memo[id(module)].__dict__[key] = copy.deepcopy(value, memo)
-    twin: nn.Module = copy.deepcopy(model, memo)
+    twin: nn.Module = _copied(model, memo)
     for module in twin.modules():
         if (
             "_original_forward" in module.__dict__
         ):  # Accelerate's autocast: measured in full precision
             module.forward = module._original_forward
         _differentiable_weight_norm(module)
-        if getattr(module, "inplace", False) is True:
+        if _has(module, "inplace") is True:
             module.inplace = False
         config = module.__dict__.get("config")
         if getattr(config, "use_cache", False) is True:  # a replay would meet what a pass stored
             config.use_cache = False
-        if getattr(module, "scale_grad_by_freq", False):
+        if _has(module, "scale_grad_by_freq"):
             module.scale_grad_by_freq = False
-        if getattr(module, "sparse", False) is True:
+        if _has(module, "sparse") is True:
             module.sparse = False
     return twin.eval()
+
+
+def _has(module: nn.Module, name: str) -> Any:
+    """An attribute that is no tensor and no module; asking for one that is missing costs little."""
+    found = module.__dict__.get(name, _MISSING)
+    return getattr(type(module), name, None) if found is _MISSING else found
+
+
+_MISSING = object()
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What ``copy.deepcopy`` makes of a module, without its price for dozens of empty containers."""
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[no-any-return]
+    kind: Any = type(module)
+    if not _plainly_copied(kind):
+        return copy.deepcopy(module, memo)
+    twin = memo[id(module)] = kind.__new__(kind)
+    kept: Any = kind.__getstate__(module)
+    twin.__setstate__(
+        {k: v if type(v) in _ATOMS else _copied_value(v, memo) for k, v in kept.items()}
+    )
+    return twin  # type: ignore[no-any-return]
+
+
+def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return _copied(value, memo)
+    if (kind is dict or kind is OrderedDict) and all(type(k) in _ATOMS for k in value):
+        found = memo[id(value)] = kind()
+        for k, v in value.items():
+            found[k] = v if type(v) in _ATOMS else _copied_value(v, memo)
+        return found
+    if kind is set and not value:
+        found = memo[id(value)] = set()
+        return found
+    return copy.deepcopy(value, memo)
+
+
+@functools.cache
+def _plainly_copied(kind: Any) -> bool:
+    """Whether ``copy.deepcopy`` makes an empty object and gives it a copy of its attributes."""
+    plain = ("__reduce_ex__", "__reduce__", "__new__")
+    return (
+        all(getattr(kind, name) is getattr(object, name) for name in plain)
+        and kind.__getstate__ is nn.Module.__getstate__
+        and not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__"))
+        and not hasattr(kind, "__getnewargs_ex__")
+        and not any("__slots__" in base.__dict__ for base in kind.__mro__)
+        and kind not in copyreg.dispatch_table
+    )
 
 
 def _differentiable_weight_norm(module: Any) -> None:
