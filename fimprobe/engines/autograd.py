@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
-from fimprobe.engines.gather import contract_uses, precise
+from fimprobe.engines.gather import CACHE_BYTES, contract_uses, live_uses, precise, vectors
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.layouts import batch_first
+from fimprobe.engines.ledger import Ledger
 from fimprobe.engines.memory import saved_bytes
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
 from fimprobe.engines.replayed import contract_replays, replayed_parameters
@@ -198,22 +198,31 @@ def _contract(
     deltas, sources = _backward(h, tape, seeds.seeds, inputs, last)
     check_inputs_unchanged(tape)
     reached = set(reached)
-    accumulators = run.accumulators.setdefault(kind, {})
+    ledger = run.ledger(kind, problem)
+    ledger.begin(size, len(seeds.seeds))
     with torch.no_grad():
+        stacks: dict[torch.Size, dict[str, Tensor]] = {}
         for name, parameter in problem.parameters.items():
-            if name not in accumulators:
-                sharded = problem.shards is not None and name in problem.shards
-                accumulators[name] = Accumulator.like(parameter, problem.diagonals, sharded)
-            accumulators[name].begin(size, len(seeds.seeds))
-        for name in problem.parameters:
             if name in site.pieces:
                 continue
-            parameter = problem.parameters[name]
             uses = [] if name in site.plan.replay else tape.uses.get(id(parameter), [])
-            if any(deltas[use.edge] is not None for use in uses):
+            live = live_uses(uses, deltas, size)
+            scatter = _scatter(problem, name)
+            if live:
                 reached.add(name)
-            with accumulators[name].opened(_scatter(problem, name)):
-                contract_uses(accumulators[name], uses, deltas, size, seeds.weights, site.room)
+                if scatter is None and all(use.rule.vector for use, _, _ in live):
+                    stacks.setdefault(parameter.shape, {})[name] = vectors(live, parameter.shape)
+                    continue
+            accumulator = ledger.accumulators[name]
+            with accumulator.opened(scatter):
+                again = name in site.plan.rescale
+                if live and contract_uses(
+                    accumulator, live, size, seeds.weights, site.room, rescale=again
+                ):
+                    site.plan.rescale.add(name)
+        room = min(site.room, CACHE_BYTES) if h.device.type == "cpu" else site.room
+        for stack in stacks.values():
+            ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, room)
         contract_replays(
             problem,
             site.plan,
@@ -222,7 +231,7 @@ def _contract(
             site.pieces,
             deltas,
             seeds.seeds,
-            accumulators,
+            ledger.accumulators,
             seeds.weights,
             site.names,
             site.batch,
@@ -249,35 +258,33 @@ def _add_ggn(site: _Site, run: Sums) -> None:
     problem, size = site.problem, site.batch.size
     mask = None if problem.mask is None else problem.mask[site.rows]
     found = backpack.ggn_diagonals(problem, site.batch, mask=mask, verified=True)
-    accumulators = run.accumulators.setdefault("ggn", {})
-    for name, parameter in problem.parameters.items():
-        if name not in accumulators:
-            accumulators[name] = Accumulator.like(parameter, problem.diagonals)
-        accumulators[name].begin(size, 1)
-        if name in found:
-            root = found[name].clamp(min=0).sqrt().unsqueeze(1)
-            one = torch.ones((), dtype=torch.float64, device=root.device)
-            where: Any = slice(None) if root.dim() > 2 else ...
-            accumulators[name].add(root, slice(0, size), where, one, None)
+    ledger = run.ledger("ggn", problem)
+    ledger.begin(size, 1)
+    for name in found:
+        root = found[name].clamp(min=0).sqrt().unsqueeze(1)
+        ledger.accumulators[name].take_whole(root, None)
 
 
 def _add_activations(
     tape: Tape, run: Sums, sources: list[list[Tensor] | None], seeds: Seeds, size: int
 ) -> None:
     """Moments of ∂ℓ/∂h of each layer's input h: Î₁(h) = mean (∂ℓ/∂h)(∂ℓ/∂h)ᵀ, eq. (19)."""
+    gradients = {}
     for path, (index, layout) in tape.activations.items():
         found = sources[index]
-        if found is None:
-            continue
-        g = torch.stack([precise(batch_first(d, layout, size)) for d in found], 1)
-        if path not in run.activations:
-            run.activations[path] = Accumulator.like(g[0, 0], False)
-        if run.activations[path].a2.shape != g.shape[2:]:
-            continue  # another length in this chunk
-        run.activations[path].begin(size, len(seeds.seeds))
-        one = torch.ones((), dtype=torch.float64, device=g.device)
-        where: Any = slice(None) if g.dim() > 2 else ...
-        run.activations[path].add(g, slice(0, size), where, one, seeds.weights)
+        if found is not None:
+            gradients[path] = torch.stack([precise(batch_first(d, layout, size)) for d in found], 1)
+    if not gradients:
+        return
+    shapes = {path: g[0, 0] for path, g in gradients.items()}
+    if run.activations is None:
+        run.activations = Ledger.of(shapes, False)
+    run.activations.include(shapes)
+    run.activations.begin(size, len(seeds.seeds))
+    for path, g in gradients.items():
+        accumulator = run.activations.accumulators[path]
+        if accumulator.a2.shape == g.shape[2:]:  # else another length in this chunk
+            accumulator.take_whole(g, seeds.weights)
 
 
 def _curve(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from fimprobe.types import Moments
 
 GRAM_LIMIT = 16
 """Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
@@ -24,49 +22,57 @@ class Weights:
     fourth: Tensor
     blocks: list[int]
 
-    def rows(self, samples: slice) -> Weights:
+    def rows(self, samples: slice | Tensor) -> Weights:
         """The weights of some samples."""
         return Weights(self.second[samples], self.fourth[samples], self.blocks)
+
+    def parts(self) -> list[slice]:
+        """The passes of each block."""
+        found, start = [], 0
+        for end in range(1, len(self.blocks) + 1):
+            if end == len(self.blocks) or self.blocks[end] != self.blocks[start]:
+                found.append(slice(start, end))
+                start = end
+        return found
 
 
 @dataclass
 class Accumulator:
-    """The running moments of one parameter."""
+    """The running moments of one parameter; see :class:`fimprobe.types.Moments`.
+
+    ``add`` and its kin take gradients as they are, or divided by a ``scale``, a power of two that
+    keeps their fourth powers inside float32's range. Without one they look whether the powers
+    stayed there, and answer False, having taken nothing, where they did not; on a GPU, where
+    looking means waiting, the caller gives the scale beforehand.
+    """
 
     a2: Tensor
     """Uninitialised until the first contribution."""
-    diagonals: bool
-    a4_sum: Tensor = field(init=False)
-    q_sum: Tensor = field(init=False)
-    r_sum: Tensor = field(init=False)
-    top_sum: Tensor = field(init=False)
+    sums: Tensor
+    """A4, Q, R and the top sum over all entries, float64 [4]."""
+    diagonals: bool = False
     a4: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
-    grams: list[Tensor] = field(default_factory=list)
+    gram: Any = None
+    """Of the chunk at hand: [b, S, S], or squared norms [b, S]."""
     empty: bool = True
     own: Any = None
     """This process's rows of ``a2`` where the parameter is sharded (a DTensor)."""
 
-    def __post_init__(self) -> None:
-        """Start from zero."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.a2.device)
-        self.a4_sum, self.q_sum, self.r_sum = zero.clone(), zero.clone(), zero.clone()
-        self.top_sum = zero.clone()
-        if self.diagonals:
-            # fourth powers of small gradients leave float32's range
-            wide = torch.zeros_like(self.a2, dtype=torch.float64)
-            self.a4, self.q, self.r = wide.clone(), wide.clone(), wide.clone()
-
     @classmethod
-    def like(cls, parameter: Tensor, diagonals: bool, sharded: bool = False) -> Accumulator:
+    def like(cls, parameter: Tensor, sums: Tensor, diagonals: bool, sharded: bool) -> Accumulator:
         """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if sharded:
             nothing = torch.zeros((), dtype=dtype, device=parameter.device)
-            return cls(nothing.expand(parameter.shape), diagonals)
+            return cls(nothing.expand(parameter.shape), sums)
         a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-        return cls(a2, diagonals)
+        made = cls(a2, sums, diagonals)
+        if diagonals:
+            # fourth powers of small gradients leave float32's range
+            made.a4, made.q, made.r = (torch.zeros_like(a2, dtype=torch.float64) for _ in range(3))
+        return made
 
     @contextmanager
     def opened(self, scatter: Callable[[Tensor], Any] | None) -> Iterator[None]:
@@ -80,183 +86,228 @@ class Accumulator:
             True,
         )
         yield
-        self._zero()
+        self.zero()
         rows = scatter(self.a2)
         self.own = rows if self.own is None else self.own + rows
         self.a2, self.empty = closed, False
 
-    def begin(self, samples: int, draws: int) -> None:
-        """Make room for the Gram matrices [samples, S, S] (or squared norms) of the next chunk."""
-        shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)
-        self.grams.append(torch.zeros(shape, dtype=torch.float64, device=self.a2.device))
-
     def add(
-        self, g: Tensor, samples: slice, where: slice, scale: Tensor, weights: Weights | None
-    ) -> None:
-        """Take ``scale``·g [b, S, *tile] of some samples and leading rows of the parameter.
+        self,
+        g: Tensor,
+        samples: slice,
+        where: Any,
+        weights: Weights | None,
+        scale: Tensor | None = None,
+        *,
+        fresh: bool = False,
+    ) -> bool:
+        """Take g [b, S, *tile] of some samples and leading rows of the parameter.
 
-        ``g`` may share memory with δ, and δ with other layers' δ: it is only read.
+        ``fresh``: g's memory is nobody else's and may be overwritten. Otherwise g may share memory
+        with δ, and δ with other layers' δ: it is only read.
         """
         b, draws = g.shape[:2]
         tile = g.shape[2:]
         g = g.reshape(b, draws, -1)
-        if g.dtype != torch.float64:  # whatever the layer's inputs did to it
+        if scale is not None and g.dtype != torch.float64:  # whatever the inputs did to it
             own = power_of_two(g)
-            if not _is_one(own):
+            if not is_one(own):
                 g, scale = g * (1 / own).to(g.dtype), scale * own
-        gram = self.grams[-1][samples]
-        if gram.dim() == 3:
-            gram += torch.bmm(g, g.transpose(1, 2)).double() * scale**2
-        square = g.square()
-        if gram.dim() == 2:
-            gram += square.sum(-1).double() * scale**2
-        if weights is None:
-            f = square.squeeze(1) if draws == 1 else square.sum(1)
-            fourth = _dot(square, square)
-            blocks: list[Tensor] = [f]
-        else:
-            blocks = _block_sums(square, weights)
-            f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-            norms = square.square().sum(-1).double()
-            fourth = (norms * weights.fourth.double()).sum()
-        power = scale**4
-        self.a4_sum += fourth * power
-        q = fourth if weights is None and draws == 1 else _dot(f, f)
-        self.q_sum += q * power
-        single = len(blocks) == 1
-        self.r_sum += (q if single else sum(_dot(t, t) for t in blocks)) * power
-        if single and weights is not None:
-            self.top_sum += _dot(f, square.amax(1)) * power
-        self._zero()
-        total = f.sum(0)
-        self.a2[where] += (total if _is_one(scale) else total * scale.to(f.dtype) ** 2).view(tile)
+        gram = torch.bmm(g, g.transpose(1, 2)) if self.gram.dim() == 3 else None
+        square = g.square_() if fresh else g.square()
+        powers = _power_sums(square, weights, scale)
+        if powers is None:
+            return False
+        self._take(powers.sums, scale)
+        if gram is None:
+            gram = square.sum(-1)
+        self.gram[samples] += gram if scale is None else gram.double() * scale**2
+        self.zero()
+        self.a2[where] += _unscaled(powers.f.sum(0), scale).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
-            quartic = square.double().square()
-            if weights is not None:
-                quartic *= weights.fourth.double().unsqueeze(-1)
+            power = 1.0 if scale is None else scale**4
+            quartic, own, rest = powers.entries(square, weights)
             self.a4[where] += (quartic.sum((0, 1)) * power).view(tile)
-            own = f.double().square().sum(0)
-            self.q[where] += (own * power).view(tile)
-            r = own if single else sum(t.double().square().sum(0) for t in blocks)
-            self.r[where] += (r * power).view(tile)
+            self.q[where] += (own.sum(0) * power).view(tile)
+            self.r[where] += (rest.sum(0) * power).view(tile)
+        return True
 
-    def add_outer(self, delta: Tensor, x: Tensor, scale: Tensor, weights: Weights | None) -> None:
-        """Take ``scale``·δ xᵀ with δ [b, S, o], x [b, i]: the moments factor, no g is formed."""
-        power = scale**4
-        gram = self.grams[-1]
+    def add_outer(
+        self, delta: Tensor, x: Tensor, weights: Weights | None, scale: Tensor | None = None
+    ) -> bool:
+        """Take δ xᵀ with δ [b, S, o], x [b, i]: the moments factor, no g is formed."""
+        draws = delta.shape[1]
+        if scale is not None and delta.dtype != torch.float64:
+            mine, its = power_of_two(delta), power_of_two(x)
+            delta, x = delta * (1 / mine).to(delta.dtype), x * (1 / its).to(x.dtype)
+            scale = scale * mine * its
         x2 = x.square()
-        length, x4_sum = x2.sum(-1).double(), torch.linalg.vecdot(x2, x2).double()
         square = delta.square()
-        if gram.dim() == 3:
-            inner = torch.bmm(delta, delta.transpose(1, 2)).double()
-            gram += inner * length[:, None, None] * scale**2
-        else:
-            gram += square.sum(-1).double() * length[:, None] * scale**2
-        # δ was rescaled: its powers stay in range, the sums over samples are taken in float64
-        single = weights is None and delta.shape[1] == 1
-        if weights is None:
-            blocks = [square.squeeze(1) if single else square.sum(1)]
-        else:
-            blocks = _block_sums(square, weights)
+        # the powers are float32's, the sums over samples are taken in float64
+        length, x4_sum = x2.sum(-1).double(), torch.linalg.vecdot(x2, x2).double()
+        each = torch.linalg.vecdot(square, square)
+        if not (_held(each, scale) and _held(x4_sum, scale, x2.dtype)):
+            return False
+        blocks = _block_sums(square, weights)
         f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        f2 = f.square()
-        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).square().sum(0)
-        quartic = f2
-        if weights is not None:
-            quartic = torch.einsum("bs,bso->bo", weights.fourth.to(square.dtype), square.square())
-        elif not single:
-            quartic = square.square().sum(1)
-        fourth = torch.dot(quartic.sum(-1).double(), x4_sum) * power
-        q = fourth if single else torch.dot(f2.sum(-1).double(), x4_sum) * power
-        self.a4_sum += fourth
-        self.q_sum += q
-        self.r_sum += q if r2 is f2 else torch.dot(r2.sum(-1).double(), x4_sum) * power
-        if r2 is f2 and weights is not None:
-            self.top_sum += torch.dot((f * square.amax(1)).sum(-1).double(), x4_sum) * power
-        if not _is_one(scale):
-            f = f * scale.to(f.dtype) ** 2
+        fourth = each.sum(1).double() if weights is None else (each.double() * weights.fourth).sum(1)
+        q = r = fourth
+        if weights is not None or draws > 1:
+            q = r = torch.linalg.vecdot(f, f).double()
+        if len(blocks) > 1:
+            r = torch.stack([torch.linalg.vecdot(t, t) for t in blocks]).sum(0).double()
+        top = torch.zeros_like(fourth)
+        if len(blocks) == 1 and weights is not None:
+            top = torch.linalg.vecdot(f, square.amax(1)).double()
+        self._take(torch.stack([fourth, q, r, top]) @ x4_sum, scale)
+        if self.gram.dim() == 3:
+            inner = _inner(delta).double() * length[:, None, None]
+        else:
+            inner = square.sum(-1).double() * length[:, None]
+        self.gram += inner if scale is None else inner * scale**2
         if self.empty and f.dtype == self.a2.dtype:
-            torch.mm(f.t(), x2, out=self.a2)
+            torch.mm(_unscaled(f, scale).t(), x2, out=self.a2)
             self.empty = False
         else:
-            self._zero()
-            self.a2.addmm_(f.t().to(self.a2.dtype), x2.to(self.a2.dtype))
+            self.zero()
+            self.a2.addmm_(_unscaled(f, scale).t().to(self.a2.dtype), x2.to(self.a2.dtype))
         if self.a4 is not None and self.q is not None and self.r is not None:
-            x4 = x2.square()
-            self.a4 += quartic.t().double() @ x4.double() * power
-            self.q += f2.t().double() @ x4.double() * power
-            self.r += r2.t().double() @ x4.double() * power
+            power = 1.0 if scale is None else scale**4
+            x4 = x2.square().double()
+            quartic, own, rest = _Powers(f, blocks, torch.empty(0)).entries(square, weights)
+            self.a4 += quartic.sum(1).t() @ x4 * power
+            self.q += own.t() @ x4 * power
+            self.r += rest.t() @ x4 * power
+        return True
 
     def add_tokens(
         self,
         sample: Tensor,
         token: Tensor,
         rows: Tensor,
-        scale: Tensor,
         weights: Weights | None,
-    ) -> None:
-        """Take ``scale``·g given by its non-zero rows [U, S, D] of (sample, token) pairs."""
-        draws = rows.shape[1]
-        if weights is None:
-            weights_of = None
-            square = rows.square()
-            blocks = [square.sum(1)]
-        else:
-            weights_of = Weights(weights.second[sample], weights.fourth[sample], weights.blocks)
-            square = rows.square()
-            blocks = _block_sums(square, weights_of)
-        gram = self.grams[-1]
-        if gram.dim() == 3:
-            inner = torch.bmm(rows, rows.transpose(1, 2)).double() * scale**2
-        else:
-            inner = square.sum(-1).double() * scale**2
-        gram.index_add_(0, sample, inner.view(-1, *gram.shape[1:]))
-        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        quartic = square.double().square()
-        if weights_of is not None:
-            quartic = quartic * weights_of.fourth.double().unsqueeze(-1)
-        power = scale**4
-        self.a4_sum += quartic.sum() * power
-        f2 = f.double().square()
-        self.q_sum += f2.sum() * power
-        r2 = f2 if len(blocks) == 1 else torch.stack(blocks).double().square().sum(0)
-        self.r_sum += r2.sum() * power
-        if len(blocks) == 1 and weights is not None:
-            self.top_sum += _dot(f, square.amax(1)) * power
-        self._zero()
-        self.a2.index_add_(0, token, f.to(self.a2.dtype) * scale.to(self.a2.dtype) ** 2)
+        scale: Tensor | None = None,
+    ) -> bool:
+        """Take g given by its non-zero rows [U, S, D] of (sample, token) pairs."""
+        square = rows.square()
+        weights = None if weights is None else weights.rows(sample)
+        powers = _power_sums(square, weights, scale)
+        if powers is None:
+            return False
+        self._take(powers.sums, scale)
+        inner = _inner(rows) if self.gram.dim() == 3 else square.sum(-1)
+        inner = inner.double() if scale is None else inner.double() * scale**2
+        self.gram.index_add_(0, sample, inner)
+        self.zero()
+        self.a2.index_add_(0, token, _unscaled(powers.f.to(self.a2.dtype), scale))
         if self.a4 is not None and self.q is not None and self.r is not None:
-            quartic = quartic.sum(1) if draws > 1 else quartic.squeeze(1)
-            self.a4.index_add_(0, token, quartic * power)
-            self.q.index_add_(0, token, f2 * power)
-            self.r.index_add_(0, token, r2 * power)
+            power = 1.0 if scale is None else scale**4
+            quartic, own, rest = powers.entries(square, weights)
+            self.a4.index_add_(0, token, quartic.sum(1) * power)
+            self.q.index_add_(0, token, own * power)
+            self.r.index_add_(0, token, rest * power)
+        return True
 
-    def _zero(self) -> None:
+    def take_whole(self, g: Tensor, weights: Weights | None) -> None:
+        """Take g [b, S, *parameter] of all samples of the chunk, rescaled where it must be."""
+        samples = slice(0, len(g))
+        where: Any = slice(None) if g.dim() > 2 else ...
+        one = torch.ones((), dtype=torch.float64, device=g.device)
+        if g.device.type != "cpu" or not self.add(g, samples, where, weights):
+            self.add(g, samples, where, weights, one)
+
+    def take(self, a2: Tensor) -> None:
+        """Take Σ_b Σ_s w g² of every entry, ready-made."""
+        a2 = a2.to(self.a2.dtype).view(self.a2.shape)
+        self.a2, self.empty = (a2, False) if self.empty else (self.a2 + a2, False)
+
+    def take_entries(self, a4: Tensor, q: Tensor, r: Tensor) -> None:
+        """Take A4, Q and R of every entry, ready-made."""
+        for mine, its in zip((self.a4, self.q, self.r), (a4, q, r), strict=True):
+            assert mine is not None
+            mine += its.view(mine.shape)
+
+    def square_norm(self) -> float:
+        """Σ_i A2_i², in float64 where float32 would leave its range or the tensor is small."""
+        if self.own is None:
+            self.zero()
+        a2 = self.a2 if self.own is None else self.own.to_local()
+        flat = a2.reshape(-1)
+        if flat.dtype == torch.float32 and flat.numel() > 4096:
+            square = float(torch.dot(flat, flat))
+            if 1e-25 < square < 1e30:
+                return square
+        flat = flat.double()
+        return float(torch.dot(flat, flat))
+
+    def zero(self) -> None:
+        """Start from zero where nothing was taken yet."""
         if self.empty:
             self.a2.zero_()
             self.empty = False
 
-    def finish(self) -> Moments:
-        """The moments, on the CPU where they are scalars."""
-        gram = torch.cat(self.grams)
-        norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
-        if self.own is None:
-            self._zero()
-        total, square = _sums(self.a2 if self.own is None else self.own.to_local())
-        return Moments(
-            self.a2 if self.own is None else self.own,
-            total,
-            square,
-            float(self.a4_sum),
-            float(self.q_sum),
-            float(self.r_sum),
-            norms,
-            float(self.top_sum),
-            gram if gram.dim() == 3 else None,
-            self.a4,
-            self.q,
-            self.r,
-        )
+    def _take(self, sums: Tensor, scale: Tensor | None) -> None:
+        self.sums += sums if scale is None else sums * scale**4
+
+
+class _Powers(NamedTuple):
+    """Of g² [b, S, P]: F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4]."""
+
+    f: Tensor
+    blocks: list[Tensor]
+    sums: Tensor
+
+    def entries(self, square: Tensor, weights: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A4 [b, S, P], Q and R [b, P] of every entry, in float64."""
+        quartic = square.double().square()
+        if weights is not None:
+            quartic *= weights.fourth.double().unsqueeze(-1)
+        own = self.f.double().square()
+        if len(self.blocks) == 1:
+            return quartic, own, own
+        rest = torch.zeros_like(own)
+        for block in self.blocks:
+            rest += block.double().square()
+        return quartic, own, rest
+
+
+def _power_sums(square: Tensor, weights: Weights | None, scale: Tensor | None) -> _Powers | None:
+    """Sums of g² and g⁴ over all entries; None where float32 did not hold g⁴."""
+    blocks = _block_sums(square, weights)
+    if weights is None:
+        fourth = _dot(square, square)
+        if not _held(fourth, scale, square.dtype):
+            return None
+    else:
+        each = torch.linalg.vecdot(square, square)
+        if not _held(each, scale):
+            return None
+        fourth = (each.double() * weights.fourth).sum()
+    f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+    q = r = fourth
+    if weights is not None or square.shape[1] > 1:
+        q = r = _dot(f, f)
+    if len(blocks) > 1:
+        r = torch.stack([_dot(t, t) for t in blocks]).sum()
+    top = torch.zeros_like(fourth)
+    if len(blocks) == 1 and weights is not None:
+        top = _dot(f, square.amax(1))
+    return _Powers(f, blocks, torch.stack([fourth, q, r, top]))
+
+
+def _held(powers: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> bool:
+    """Whether float32 held the fourth powers; of scaled ones it is known, and not asked.
+
+    What is flushed to zero, below 1e-38, is then less than a billionth of their sum.
+    """
+    if scale is not None or (dtype or powers.dtype) == torch.float64:
+        return True
+    return 1e-20 < float(powers.sum()) < 1e30
+
+
+def _unscaled(square: Tensor, scale: Tensor | None) -> Tensor:
+    """Squares of what was divided by ``scale``."""
+    return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
 
 
 def power_of_two(*tensors: Tensor) -> Tensor:
@@ -275,34 +326,30 @@ def power_of_two(*tensors: Tensor) -> Tensor:
     return torch.exp2(torch.ceil(torch.log2(product)))
 
 
-def _is_one(scale: Tensor) -> bool:
+def is_one(scale: Tensor) -> bool:
     """Whether a scale does nothing; never asked of a GPU, which would have to be waited for."""
     return scale.device.type == "cpu" and float(scale) == 1
-
-
-def _sums(x: Tensor) -> tuple[float, float]:
-    """Σ x and Σ x², in float64 where float32 would leave its range or the tensor is small."""
-    flat = x.reshape(-1)
-    if x.dtype == torch.float32 and x.numel() > 4096:
-        square = float(torch.dot(flat, flat))
-        if 1e-25 < square < 1e30:
-            return float(flat.sum()), square
-    wide = flat.double()
-    return float(wide.sum()), float(torch.dot(wide, wide))
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.dot(x.reshape(-1), y.reshape(-1)).double()
 
 
-def _block_sums(square: Tensor, weights: Weights) -> list[Tensor]:
+def _inner(rows: Tensor) -> Tensor:
+    """The inner products [b, S, S] of each sample's S rows [b, S, P], S being small."""
+    draws = rows.shape[1]
+    if draws > 3:
+        return torch.bmm(rows, rows.transpose(1, 2))
+    found = rows.new_empty(len(rows), draws, draws)
+    for s in range(draws):
+        for t in range(s, draws):
+            found[:, s, t] = found[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
+    return found
+
+
+def _block_sums(square: Tensor, weights: Weights | None) -> list[Tensor]:
     """Σ over each block's passes of weight·g² [b, P]."""
-    second = weights.second.to(square.dtype)
-    sums = []
-    start = 0
-    for end in range(1, len(weights.blocks) + 1):
-        if end == len(weights.blocks) or weights.blocks[end] != weights.blocks[start]:
-            part = slice(start, end)
-            sums.append(torch.einsum("bs,bsp->bp", second[:, part], square[:, part]))
-            start = end
-    return sums
+    if weights is None:
+        return [square.squeeze(1) if square.shape[1] == 1 else square.sum(1)]
+    second = weights.second.to(square.dtype).unsqueeze(1)
+    return [torch.bmm(second[..., p], square[:, p]).squeeze(1) for p in weights.parts()]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Accumulator, Weights, power_of_two
+from fimprobe.engines.contract import Accumulator, Weights, is_one, power_of_two
 from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use
@@ -21,14 +21,59 @@ CACHE_BYTES = 4 * 2**20
 
 def contract_uses(
     accumulator: Accumulator,
-    uses: list[Use],
-    deltas: list[list[Tensor] | None],
+    live: Live,
     size: int,
     weights: Weights | None,
     room: float,
-) -> None:
-    """Add the moments of one parameter from all its uses."""
+    *,
+    rescale: bool = False,
+) -> bool:
+    """Add the moments of one parameter from all its uses; whether they had to be rescaled.
+
+    ``rescale``: they had to be the last time. On a CPU it is tried without.
+    """
     shape = accumulator.a2.shape
+    first = live[0][2][0]
+    careful = rescale or (first.dtype != torch.float64 and first.device.type != "cpu")
+    one = torch.ones((), dtype=torch.float64, device=first.device)
+    use, call, delta = live[0]
+    if len(live) == 1 and use.rows is None:
+        if use.rule is LINEAR["weight"] and call.inputs[0].dim() == 2:
+            stacked = _stack(use, delta, slice(0, size), None, None)
+            for scale in (None, one) if not careful else (one,):
+                if accumulator.add_outer(stacked, call.inputs[0], weights, scale):
+                    return scale is not None
+        if use.rule.tokens:
+            for scale in (None, None) if not careful else (None,):
+                scale = _scale(live) if careful else None
+                stacked = _stack(use, delta, slice(0, size), None, scale)
+                if accumulator.add_tokens(*embedding_tokens(call, stacked), weights, scale):
+                    return careful
+                careful = True
+    if first.device.type == "cpu":
+        room = min(room, CACHE_BYTES)
+    bytes_each = len(delta) * math.prod(shape) * first.element_size()
+    tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
+    rows = shape[0] if tiled else 1
+    step = max(1, min(size, int(room / bytes_each)))
+    tile = rows if bytes_each <= room else max(1, int(rows * room / bytes_each))
+    scale = _scale(live) if careful else None
+    for start in range(0, size, step):
+        samples = slice(start, min(start + step, size))
+        part = None if weights is None else weights.rows(samples)
+        for row in range(0, rows, tile):
+            where: Any = slice(row, row + tile) if tiled else ...
+            while True:
+                g = sum_uses(live, samples, where if tiled else None, shape, scale)
+                fresh = all(_memory(g) != _memory(d) for _, _, ds in live for d in ds)
+                if accumulator.add(g, samples, where, part, scale, fresh=fresh):
+                    break
+                scale = _scale(live)
+    return scale is not None
+
+
+def live_uses(uses: list[Use], deltas: list[list[Tensor] | None], size: int) -> Live:
+    """The uses that gradients arrive at, with these, batch first and in float32 at least."""
     live: Live = []
     for use in uses:
         delta = use_deltas(use, deltas, size)
@@ -36,37 +81,17 @@ def contract_uses(
             inputs = tuple(precise(x) for x in use.call.inputs)
             call = Call(use.call.module, inputs, use.call.folded)
             live.append((use, call, [precise(d) for d in delta]))
-    if not live:
-        return
-    scale = _scale(live)
-    use, call, delta = live[0]
-    if len(live) == 1 and use.rows is None:
-        if use.rule is LINEAR["weight"] and call.inputs[0].dim() == 2:
-            stacked = _stack(use, delta, slice(0, size), None, scale)
-            accumulator.add_outer(stacked, call.inputs[0], scale, weights)
-            return
-        if use.rule.tokens:
-            stacked = _stack(use, delta, slice(0, size), None, scale)
-            accumulator.add_tokens(*embedding_tokens(call, stacked), scale, weights)
-            return
-    if delta[0].device.type == "cpu":
-        room = min(room, CACHE_BYTES)
-    bytes_each = len(delta) * math.prod(shape) * delta[0].element_size()
-    tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
-    rows = shape[0] if tiled else 1
-    step = max(1, min(size, int(room / bytes_each)))
-    tile = rows if bytes_each <= room else max(1, int(rows * room / bytes_each))
-    for start in range(0, size, step):
-        samples = slice(start, min(start + step, size))
-        part = None if weights is None else weights.rows(samples)
-        for row in range(0, rows, tile):
-            where: Any = slice(row, row + tile) if tiled else ...
-            total = sum_uses(live, samples, where if tiled else None, shape, scale)
-            accumulator.add(total, samples, where, scale, part)
+    return live
+
+
+def vectors(live: Live, shape: torch.Size) -> Tensor:
+    """g [B, S, P] of all samples: of parameters that are no larger than the layer's output."""
+    size, draws = len(live[0][2][0]), len(live[0][2])
+    return sum_uses(live, slice(0, size), None, shape, None).reshape(size, draws, -1)
 
 
 def sum_uses(
-    live: Live, samples: slice, where: slice | None, shape: torch.Size, scale: Tensor
+    live: Live, samples: slice, where: slice | None, shape: torch.Size, scale: Tensor | None
 ) -> Tensor:
     """Σ over uses of g [b, S, *tile] / scale: before any power is taken."""
     total: Tensor | None = None
@@ -89,17 +114,15 @@ def sum_uses(
 
 
 def _stack(
-    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor
+    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
 ) -> Tensor:
     """δ [b, S, ...] of some samples (and rows of the parameter), divided by ``scale``."""
     parts = [d[samples] if where is None else d[samples][..., where] for d in delta]
     if len(parts) == 1:
         stacked = parts[0].unsqueeze(1)
-    elif use.rule.tiles or use.rule.outer:  # draws beside the channels: one product for all
-        stacked = torch.stack(parts, -2).movedim(-2, 1)
     else:
         stacked = torch.stack(parts, 1)
-    if stacked.dtype == torch.float64 or (scale.device.type == "cpu" and float(scale) == 1):
+    if scale is None or stacked.dtype == torch.float64 or is_one(scale):
         return stacked
     return stacked * (1 / scale).to(stacked.dtype)
 
@@ -120,6 +143,10 @@ def use_deltas(use: Use, deltas: list[list[Tensor] | None], size: int) -> list[T
     """δ of a use for each draw, batch first."""
     delta = deltas[use.edge]
     return None if delta is None else [batch_first(d, use.layout, size) for d in delta]
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def precise(x: Tensor) -> Tensor:

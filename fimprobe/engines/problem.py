@@ -33,6 +33,8 @@ class Plan:
     loop: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
     chunk: int | None = None
+    rescale: set[str] = field(default_factory=set)
+    """Parameters whose gradients' fourth powers left float32's range."""
     curved: int = 0
     """Samples on which second derivatives were compared."""
     uncurved: str = ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.contract import Accumulator, Weights, power_of_two
+from fimprobe.engines.contract import Accumulator, Weights
 from fimprobe.engines.gather import precise, sum_uses, use_deltas
 from fimprobe.engines.problem import Plan, PlanMismatch, Problem
 from fimprobe.engines.replay import replay_gradients
@@ -89,10 +89,11 @@ def contract_replays(
                         sum_uses(live, samples, None, problem.parameters[name].shape, one)
                     )
             part = None if weights is None else weights.rows(samples)
-            scale = one if total.dtype == torch.float64 else power_of_two(total)
-            total = total if total.dtype == torch.float64 else total * (1 / scale).to(total.dtype)
             where: Any = slice(None) if total.dim() > 2 else ...
-            accumulators[name].add(total.contiguous(), samples, where, scale, part)
+            accumulator, total = accumulators[name], total.contiguous()
+            looks = total.device.type == "cpu"
+            if not (looks and accumulator.add(total, samples, where, part)):
+                accumulator.add(total, samples, where, part, one)
 
 
 def _replay(

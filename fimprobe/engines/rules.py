@@ -48,7 +48,8 @@ class Rule:
     positions the gradient is an outer product δ xᵀ, whose moments factor (theory §2).
     ``tokens``: the gradient has rows for the tokens of the sample only. ``shift``: the parameter is
     added to the output along its "last" dimensions or its "channel" dimension. ``linear``: the
-    gradient is linear in the layer's input, as it is in δ.
+    gradient is linear in the layer's input, as it is in δ. ``vector``: it is no larger than one
+    position of δ, and can be held for all samples.
     """
 
     gradient: Gradient
@@ -57,17 +58,21 @@ class Rule:
     tokens: bool = False
     shift: Literal["last", "channel"] | None = None
     linear: bool = False
+    vector: bool = False
 
 
 def linear_weight(call: Call, delta: Tensor) -> Tensor:
     """G_oi = Σ_t δ_to x_ti."""
     (x,) = call.inputs
-    samples, draws, width = *delta.shape[:2], delta.shape[-1]
     if x.dim() == 2:
         return delta.unsqueeze(-1) * x[:, None, None, :]
-    x = x.reshape(samples, -1, x.shape[-1])
-    delta = delta.movedim(1, -2).reshape(samples, x.shape[1], draws * width)
-    return torch.bmm(delta.transpose(1, 2), x).view(samples, draws, width, -1)
+    x, delta = _positions(x.unsqueeze(1)), _positions(delta)
+    return torch.matmul(delta.transpose(2, 3), x)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[B, S, ..., width] as [B, S, T, width]."""
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def last_bias(call: Call, delta: Tensor) -> Tensor:
@@ -77,7 +82,11 @@ def last_bias(call: Call, delta: Tensor) -> Tensor:
 
 def conv1d_weight(call: Call, delta: Tensor) -> Tensor:
     """transformers' Conv1D keeps its weight as [in, out]: G_io = Σ_t x_ti δ_to."""
-    return linear_weight(call, delta).transpose(2, 3)
+    (x,) = call.inputs
+    if x.dim() == 2:
+        return x[:, None, :, None] * delta.unsqueeze(-2)
+    x, delta = _positions(x.unsqueeze(1)), _positions(delta)
+    return torch.matmul(x.transpose(2, 3), delta)
 
 
 def bilinear_weight(call: Call, delta: Tensor) -> Tensor:
@@ -268,11 +277,11 @@ def embedding_weight(call: Call, delta: Tensor) -> Tensor:
 
 LINEAR = {
     "weight": Rule(linear_weight, tiles=True, outer=True, linear=True),
-    "bias": Rule(last_bias, tiles=True, shift="last"),
+    "bias": Rule(last_bias, tiles=True, shift="last", vector=True),
 }
-_CHANNEL_BIAS = Rule(channel_sum, shift="channel")
+_CHANNEL_BIAS = Rule(channel_sum, shift="channel", vector=True)
 _CONV = {"weight": Rule(conv_weight, linear=True), "bias": _CHANNEL_BIAS}
-_RUNNING = {"weight": Rule(running_norm_weight), "bias": _CHANNEL_BIAS}
+_RUNNING = {"weight": Rule(running_norm_weight, vector=True), "bias": _CHANNEL_BIAS}
 _LOOKUP = {"weight": Rule(embedding_weight, tokens=True)}
 _CONVS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
@@ -297,10 +306,13 @@ RULES: dict[type[nn.Module], dict[str, Rule]] = {
     nn.Bilinear: {"weight": Rule(bilinear_weight, tiles=True), "bias": LINEAR["bias"]},
     **dict.fromkeys(_CONVS, _CONV),
     **dict.fromkeys(_RUNNING_NORMS, _RUNNING),
-    nn.LayerNorm: {"weight": Rule(layer_norm_weight), "bias": Rule(layer_norm_bias, shift="last")},
-    nn.RMSNorm: {"weight": Rule(rms_norm_weight)},
-    nn.GroupNorm: {"weight": Rule(group_norm_weight), "bias": _CHANNEL_BIAS},
-    nn.PReLU: {"weight": Rule(prelu_weight)},
+    nn.LayerNorm: {
+        "weight": Rule(layer_norm_weight, vector=True),
+        "bias": Rule(layer_norm_bias, shift="last", vector=True),
+    },
+    nn.RMSNorm: {"weight": Rule(rms_norm_weight, vector=True)},
+    nn.GroupNorm: {"weight": Rule(group_norm_weight, vector=True), "bias": _CHANNEL_BIAS},
+    nn.PReLU: {"weight": Rule(prelu_weight, vector=True)},
     nn.Embedding: _LOOKUP,
     nn.EmbeddingBag: _LOOKUP,
 }

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Accumulator, Weights
+from fimprobe.engines.contract import Weights
 from fimprobe.engines.curves import CurvatureSums
+from fimprobe.engines.ledger import Ledger
 from fimprobe.engines.problem import Plan, Problem, coverage
 from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 
@@ -18,9 +19,9 @@ from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 class Sums:
     """What the chunks of a batch add up to."""
 
-    accumulators: dict[str, dict[str, Accumulator]] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
     weights: dict[str, list[Weights]] = field(default_factory=dict)
-    activations: dict[str, Accumulator] = field(default_factory=dict)
+    activations: Ledger | None = None
     curves: dict[str, CurvatureSums] = field(default_factory=dict)
     second: list[Tensor] = field(default_factory=list)
     partners: dict[str, set[str]] = field(default_factory=dict)
@@ -30,12 +31,19 @@ class Sums:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
+    def ledger(self, kind: str, problem: Problem) -> Ledger:
+        """The moments of one kind of seeds."""
+        if kind not in self.ledgers:
+            sharded = set() if problem.shards is None else set(problem.shards.parts)
+            self.ledgers[kind] = Ledger.of(problem.parameters, problem.diagonals, sharded)
+        return self.ledgers[kind]
+
     def finish(self, problem: Problem, plan: Plan) -> Measured:
         """The sums of all chunks."""
         told = coverage(problem, plan)
         moments = {
-            kind: self._batch(problem, kind, accumulators, plan.unused, told)
-            for kind, accumulators in self.accumulators.items()
+            kind: self._batch(problem, kind, ledger, plan.unused, told)
+            for kind, ledger in self.ledgers.items()
         }
         curvature = None
         if self.curves and "i2" not in self.notes:
@@ -51,7 +59,7 @@ class Sums:
         if self.norms:
             norms = OutputNorms(*(torch.cat(parts).double().cpu() for parts in _columns(self.norms)))
         activations = None
-        if self.activations:
+        if self.activations is not None:
             activations = self._batch(problem, "i1", self.activations, set(), {})
         return Measured(
             moments,
@@ -67,19 +75,20 @@ class Sums:
         self,
         problem: Problem,
         kind: str,
-        accumulators: dict[str, Accumulator],
+        ledger: Ledger,
         unused: set[str],
         told: dict[str, str],
     ) -> MomentsBatch:
         exact = self.weights.get(kind)
+        second = torch.cat([w.second for w in exact]) if exact else None
         count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
             kind, problem.draws.count if problem.ask.ih else 1
         )
         return MomentsBatch(
-            parameters={n: a.finish() for n, a in accumulators.items() if n not in unused},
+            parameters=ledger.finish(unused, second),
             batch_size=problem.batch.size,
             draws=count if not exact else None,
-            second=torch.cat([w.second for w in exact]).cpu() if exact else None,
+            second=None if second is None else second.cpu(),
             fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
             blocks=torch.tensor(exact[0].blocks) if exact else None,
             coverage=told,
