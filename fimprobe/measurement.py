@@ -108,6 +108,7 @@ def measure(
             "to measure"
         )
     shared: Ranks = ranks or Alone()
+    sharded = is_sharded(model)
     batch: Batch
     ask: Ask
 
@@ -115,7 +116,7 @@ def measure(
         nonlocal batch, ask
         ask = check_options(estimators, second_order, bounds, engine, labels)
         check_mask_and_output(mask, output)
-        if is_sharded(model):
+        if sharded:
             check_sharded(
                 model,
                 estimators=estimators,
@@ -131,7 +132,7 @@ def measure(
     shares = shared.together(checked)
     _check_same(shares)
     sizes = [share.size for share in shares]
-    if is_sharded(model) and len(set(sizes)) > 1:
+    if sharded and len(set(sizes)) > 1:
         raise BatchError(
             f"the processes' batches hold {sizes} samples; a sharded model (FSDP) is measured in "
             "steps that all processes share, give each as many"
@@ -147,10 +148,12 @@ def measure(
 
     def share() -> tuple[Measured, Mapping[str, LayerBound]]:
         with _undisturbed(model, seed):
-            twin, shards = _twin(model, shared)
-            for name, buffer in _buffers(twin).items():
-                if name in shares[0].buffers:
-                    buffer.copy_(shares[0].buffers[name])
+            shards = Shards(shared.for_weights(), shared.rank, shared.size) if sharded else None
+            twin = make_twin(model) if shards is None else make_sharded_twin(model, shards)
+            if shares[0].buffers:
+                for name, buffer in _buffers(twin).items():
+                    if name in shares[0].buffers:
+                        buffer.copy_(shares[0].buffers[name])
             problem = Problem(
                 twin=twin,
                 batch=batch.to(next(p.dtype for p in twin.parameters())),
@@ -179,13 +182,6 @@ def measure(
     )
     object.__setattr__(report, "seconds", time.perf_counter() - started)
     return report
-
-
-def _twin(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, Shards | None]:
-    if not is_sharded(model):
-        return make_twin(model), None
-    shards = Shards(ranks.for_weights(), ranks.rank, ranks.size)
-    return make_sharded_twin(model, shards), shards
 
 
 class _Share(NamedTuple):

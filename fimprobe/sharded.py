@@ -171,8 +171,16 @@ def is_sharded(model: nn.Module) -> bool:
 
     FSDP2's outermost unit holds its parameters whole after a forward without backward.
     """
-    units = next(_units(model), None)
-    return units is not None or _whole_fsdp(model) or any(is_part(p) for p in model.parameters())
+    tensors = sys.modules.get("torch.distributed.tensor")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    for module in model.modules() if tensors is not None or fsdp is not None else ():
+        if isinstance(module, kinds):
+            return True
+        parameters = module._parameters.values()
+        if tensors is not None and any(isinstance(p, tensors.DTensor) for p in parameters):
+            return True
+    return False
 
 
 def is_part(x: Any) -> bool:

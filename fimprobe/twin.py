@@ -33,6 +33,7 @@ _HOOKS = (
 )
 _NO_STATE = {*_HOOKS, "_parameters", "_modules"}
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, type}
+_CONTAINERS = {dict, OrderedDict, set, list}
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
@@ -149,18 +150,18 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
     if id(value) in memo:
         return memo[id(value)]
+    kind: Any = type(value)
+    if kind in _CONTAINERS and not value:
+        found = memo[id(value)] = kind()
+        return found
     if isinstance(value, nn.Module):
         return _copied(value, memo)
-    if (kind is dict or kind is OrderedDict) and all(type(k) in _ATOMS for k in value):
-        found = memo[id(value)] = kind()
+    if kind is dict and _ATOMS.issuperset(map(type, value)):
+        found = memo[id(value)] = {}
         for k, v in value.items():
             found[k] = v if type(v) in _ATOMS else _copied_value(v, memo)
-        return found
-    if kind is set and not value:
-        found = memo[id(value)] = set()
         return found
     return copy.deepcopy(value, memo)
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
+from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
-from fimprobe.engines.gather import CACHE_BYTES, contract_uses, live_uses, precise, vectors
+from fimprobe.engines.gather import Live, Outers, contract_uses, live_uses, precise, vectors
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.layouts import batch_first
@@ -202,6 +203,7 @@ def _contract(
     ledger.begin(size, len(seeds.seeds))
     with torch.no_grad():
         stacks: dict[torch.Size, dict[str, Tensor]] = {}
+        outers = Outers(size, seeds.weights)
         for name, parameter in problem.parameters.items():
             if name in site.pieces:
                 continue
@@ -210,19 +212,16 @@ def _contract(
             scatter = _scatter(problem, name)
             if live:
                 reached.add(name)
-                if scatter is None and all(use.rule.vector for use, _, _ in live):
+                vector = all(use.rule.vector for use, _, _ in live)
+                if scatter is None and vector and not outers.fit(live):
                     stacks.setdefault(parameter.shape, {})[name] = vectors(live, parameter.shape)
                     continue
             accumulator = ledger.accumulators[name]
             with accumulator.opened(scatter):
-                again = name in site.plan.rescale
-                if live and contract_uses(
-                    accumulator, live, size, seeds.weights, site.room, rescale=again
-                ):
+                if live and _add(accumulator, live, outers, site, name in site.plan.rescale):
                     site.plan.rescale.add(name)
-        room = min(site.room, CACHE_BYTES) if h.device.type == "cpu" else site.room
         for stack in stacks.values():
-            ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, room)
+            ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, site.room)
         contract_replays(
             problem,
             site.plan,
@@ -242,6 +241,13 @@ def _contract(
     if seeds.weights is not None:
         run.weights.setdefault(kind, []).append(seeds.weights)
     return reached
+
+
+def _add(accumulator: Accumulator, live: Live, outers: Outers, site: _Site, rescale: bool) -> bool:
+    """Add one parameter's moments; whether its gradients had to be rescaled."""
+    if outers.fit(live):
+        return outers.add(accumulator, live, rescale=rescale)
+    return contract_uses(accumulator, live, outers.size, outers.weights, site.room, rescale=rescale)
 
 
 def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:

@@ -132,52 +132,39 @@ class Accumulator:
             self.r[where] += (rest.sum(0) * power).view(tile)
         return True
 
-    def add_outer(
-        self, delta: Tensor, x: Tensor, weights: Weights | None, scale: Tensor | None = None
-    ) -> bool:
-        """Take δ xᵀ with δ [b, S, o], x [b, i]: the moments factor, no g is formed."""
-        draws = delta.shape[1]
-        if scale is not None and delta.dtype != torch.float64:
-            mine, its = power_of_two(delta), power_of_two(x)
-            delta, x = delta * (1 / mine).to(delta.dtype), x * (1 / its).to(x.dtype)
-            scale = scale * mine * its
-        x2 = x.square()
-        square = delta.square()
-        # the powers are float32's, the sums over samples are taken in float64
-        length, x4_sum = x2.sum(-1).double(), torch.linalg.vecdot(x2, x2).double()
-        each = torch.linalg.vecdot(square, square)
-        if not (_held(each, scale) and _held(x4_sum, scale, x2.dtype)):
-            return False
-        blocks = _block_sums(square, weights)
-        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        fourth = each.sum(1).double() if weights is None else (each.double() * weights.fourth).sum(1)
-        q = r = fourth
-        if weights is not None or draws > 1:
-            q = r = torch.linalg.vecdot(f, f).double()
-        if len(blocks) > 1:
-            r = torch.stack([torch.linalg.vecdot(t, t) for t in blocks]).sum(0).double()
-        top = torch.zeros_like(fourth)
-        if len(blocks) == 1 and weights is not None:
-            top = torch.linalg.vecdot(f, square.amax(1)).double()
-        self._take(torch.stack([fourth, q, r, top]) @ x4_sum, scale)
-        if self.gram.dim() == 3:
-            inner = _inner(delta).double() * length[:, None, None]
+    def add_rows(self, rows: RowPowers, x: Tensor | None) -> bool:
+        """Take δ xᵀ with x [b, i], or δ itself: the moments factor, no g is formed."""
+        scale = rows.scale
+        if x is None:
+            x2 = x4 = None
+            length = x4_sum = torch.ones(len(rows.f), dtype=torch.float64, device=rows.f.device)
         else:
-            inner = square.sum(-1).double() * length[:, None]
+            if scale is not None and x.dtype != torch.float64:
+                own = power_of_two(x)
+                x, scale = x * (1 / own).to(x.dtype), scale * own
+            x2 = x.square()
+            each = torch.linalg.vecdot(x2, x2)
+            if not _held(each, scale):
+                return False
+            # the powers are float32's, the sums over samples are taken in float64
+            length, x4_sum = x2.sum(-1).double(), each.double()
+        self._take(rows.sums @ x4_sum, scale)
+        inner = rows.inner if x is None else rows.inner * _beside(length, rows.inner)
         self.gram += inner if scale is None else inner * scale**2
-        if self.empty and f.dtype == self.a2.dtype:
-            torch.mm(_unscaled(f, scale).t(), x2, out=self.a2)
+        f = _unscaled(rows.f, scale)
+        if x2 is None:
+            self.take(f.sum(0)) if self.empty else self.a2.add_(f.sum(0))
+        elif self.empty and f.dtype == self.a2.dtype:
+            torch.mm(f.t(), x2, out=self.a2)
             self.empty = False
         else:
             self.zero()
-            self.a2.addmm_(_unscaled(f, scale).t().to(self.a2.dtype), x2.to(self.a2.dtype))
+            self.a2.addmm_(f.t().to(self.a2.dtype), x2.to(self.a2.dtype))
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
-            x4 = x2.square().double()
-            quartic, own, rest = _Powers(f, blocks, torch.empty(0)).entries(square, weights)
-            self.a4 += quartic.sum(1).t() @ x4 * power
-            self.q += own.t() @ x4 * power
-            self.r += rest.t() @ x4 * power
+            x4 = None if x2 is None else x2.double().square()
+            for mine, its in zip((self.a4, self.q, self.r), rows.entries, strict=True):
+                mine += (its.sum(0) if x4 is None else its.t() @ x4) * power
         return True
 
     def add_tokens(
@@ -248,6 +235,63 @@ class Accumulator:
 
     def _take(self, sums: Tensor, scale: Tensor | None) -> None:
         self.sums += sums if scale is None else sums * scale**4
+
+
+@dataclass
+class RowPowers:
+    """Powers of δ [b, S, o] (over ``scale``) that moments of δ xᵀ factor into, and of δ itself."""
+
+    square: Tensor
+    weights: Weights | None
+    scale: Tensor | None
+    f: Tensor
+    """Σ_s w δ² [b, o]."""
+    blocks: list[Tensor]
+    sums: Tensor
+    """Of each sample, over o: A4, Q, R and top, float64 [4, b]."""
+    inner: Tensor
+    """Inner products of the draws, float64 [b, S, S], or squared norms [b, S]."""
+
+    @classmethod
+    def of(cls, delta: Tensor, weights: Weights | None, *, rescale: bool) -> RowPowers | None:
+        """None where float32 did not hold δ⁴ as it is; with ``rescale`` it does."""
+        scale: Tensor | None = None
+        if rescale:
+            scale = torch.ones((), dtype=torch.float64, device=delta.device)
+            if delta.dtype != torch.float64:
+                scale = power_of_two(delta)
+                delta = delta * (1 / scale).to(delta.dtype)
+        square = delta.square()
+        each = torch.linalg.vecdot(square, square)
+        if not _held(each, scale):
+            return None
+        blocks = _block_sums(square, weights)
+        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
+        fourth = each.sum(1).double() if weights is None else (each.double() * weights.fourth).sum(1)
+        q = r = fourth
+        if weights is not None or delta.shape[1] > 1:
+            q = r = torch.linalg.vecdot(f, f).double()
+        if len(blocks) > 1:
+            r = torch.stack([torch.linalg.vecdot(t, t) for t in blocks]).sum(0).double()
+        top = torch.zeros_like(fourth)
+        if len(blocks) == 1 and weights is not None:
+            top = torch.linalg.vecdot(f, square.amax(1)).double()
+        inner = _inner(delta) if 1 < delta.shape[1] <= GRAM_LIMIT else square.sum(-1)
+        sums = torch.stack([fourth, q, r, top])
+        return cls(square, weights, scale, f, blocks, sums, inner.double())
+
+    @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A4, Q and R of each entry of δ [b, o], in float64."""
+        quartic, own, rest = _Powers(self.f, self.blocks, self.sums).entries(
+            self.square, self.weights
+        )
+        return quartic.sum(1), own, rest
+
+
+def _beside(factors: Tensor, x: Tensor) -> Tensor:
+    """[b] in a shape that multiplies the samples of ``x``."""
+    return factors.view(-1, *[1] * (x.dim() - 1))
 
 
 class _Powers(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Accumulator, Weights, is_one, power_of_two
+from fimprobe.engines.contract import Accumulator, RowPowers, Weights, is_one, power_of_two
 from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use
@@ -35,14 +36,8 @@ def contract_uses(
     shape = accumulator.a2.shape
     first = live[0][2][0]
     careful = rescale or (first.dtype != torch.float64 and first.device.type != "cpu")
-    one = torch.ones((), dtype=torch.float64, device=first.device)
     use, call, delta = live[0]
     if len(live) == 1 and use.rows is None:
-        if use.rule is LINEAR["weight"] and call.inputs[0].dim() == 2:
-            stacked = _stack(use, delta, slice(0, size), None, None)
-            for scale in (None, one) if not careful else (one,):
-                if accumulator.add_outer(stacked, call.inputs[0], weights, scale):
-                    return scale is not None
         if use.rule.tokens:
             for scale in (None, None) if not careful else (None,):
                 scale = _scale(live) if careful else None
@@ -70,6 +65,40 @@ def contract_uses(
                     break
                 scale = _scale(live)
     return scale is not None
+
+
+@dataclass
+class Outers:
+    """Parameters whose gradient is δ xᵀ or δ for each sample; those of one layer share δ's powers."""
+
+    size: int
+    weights: Weights | None
+    known: dict[int, RowPowers | None] = field(default_factory=dict)
+
+    @staticmethod
+    def fit(live: Live) -> bool:
+        """Whether there is one use, of a layer that saw one row for each sample."""
+        if len(live) != 1 or live[0][0].rows is not None:
+            return False
+        use, call, _ = live[0]
+        return use.rule in (LINEAR["weight"], LINEAR["bias"]) and call.inputs[0].dim() == 2
+
+    def add(self, accumulator: Accumulator, live: Live, *, rescale: bool) -> bool:
+        """Add the moments; whether they had to be rescaled."""
+        use, call, delta = live[0]
+        x = call.inputs[0] if use.rule.outer else None
+        wide = delta[0].dtype == torch.float64
+        if not rescale and (wide or delta[0].device.type == "cpu"):
+            if use.edge not in self.known:
+                stacked = _stack(use, delta, slice(0, self.size), None, None)
+                self.known[use.edge] = RowPowers.of(stacked, self.weights, rescale=False)
+            rows = self.known[use.edge]
+            if rows is not None and accumulator.add_rows(rows, x):
+                return False
+        stacked = _stack(use, delta, slice(0, self.size), None, None)
+        rows = RowPowers.of(stacked, self.weights, rescale=True)
+        assert rows is not None
+        return accumulator.add_rows(rows, x)
 
 
 def live_uses(uses: list[Use], deltas: list[list[Tensor] | None], size: int) -> Live:

@@ -11,6 +11,9 @@ from torch import Tensor
 from fimprobe.engines.contract import GRAM_LIMIT, Accumulator, Weights
 from fimprobe.types import Moments
 
+STACK_BYTES = 2**19
+"""On a CPU small gradients are taken together in pieces below this: fresh pages are dear."""
+
 
 @dataclass
 class Ledger:
@@ -60,7 +63,8 @@ class Ledger:
         """Take gradients [B, S, P] of parameters of one shape, all at once and in float64."""
         size, draws = gradients[0].shape[:2]
         width = gradients[0].shape[2:].numel()
-        step = max(1, int(room / (8 * draws * width * len(names) * 3)))
+        room = min(room, STACK_BYTES) if gradients[0].device.type == "cpu" else room
+        step = max(1, int(room / (8 * draws * width * len(names))))
         for start in range(0, size, step):
             samples = slice(start, min(start + step, size))
             g = torch.stack([x[samples] for x in gradients]).double()

@@ -128,8 +128,9 @@ class PlanMismatch(Exception):
 def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
     """Parameter -> how it is measured, or why not."""
     told = {}
+    modules = dict(problem.twin.named_modules())
     for name, parameter in problem.twin.named_parameters():
-        owner = problem.twin.get_submodule(name.rpartition(".")[0])
+        owner = modules[name.rpartition(".")[0]]
         if not parameter.requires_grad:
             told[name] = "left out: frozen"
         elif name in plan.unused:

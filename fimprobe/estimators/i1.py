@@ -112,21 +112,21 @@ def estimate_groups(
         error = labels / (size * draws)
     relative = None if error is None else (error.clamp(min=0) / square).sqrt()
 
-    def at(values: Tensor | None, row: int) -> float | None:
-        return None if values is None else float(values[row])
-
+    columns = (trace, square, labels, inputs, total, errors, relative, totals)
+    told = [[None] * len(groups) if c is None else c.tolist() for c in columns]
     found = {}
-    for row, (group, names) in enumerate(groups.items()):
-        mine = {n: moments.parameters[n] for n in names}
+    for (group, names), values in zip(groups.items(), zip(*told, strict=True), strict=True):
+        of_trace, of_square, of_labels, of_inputs, of_both, spread_of, off, whole = values
+        mine = {n: moments.parameters[n] for n in names} if diagonals else {}
         found[group] = Estimate(
-            trace=float(trace[row]),
-            norm=float(square[row]) ** 0.5,
-            label_variance=at(labels, row),
-            input_variance=at(inputs, row),
-            total_variance=at(total, row),
-            std_error=at(errors, row),
-            rel_error=at(relative, row) if float(square[row]) > 0 else None,
-            total_label_variance=at(totals, row),
+            trace=of_trace,
+            norm=of_square**0.5,
+            label_variance=of_labels,
+            input_variance=of_inputs,
+            total_variance=of_both,
+            std_error=spread_of,
+            rel_error=off if of_square > 0 else None,
+            total_label_variance=whole,
             diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
             diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
             diagonal_input_variance=_diagonal_inputs(moments, mine) if diagonals else None,
