@@ -117,8 +117,10 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count until the first optimizer step."""
+        """Count until the first optimizer step; give the step before its forward."""
         self._batches += 1
+        if self.probe is not None and len(trainer.optimizers) == 1:
+            self.probe.steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Give the probe, which acts right after this, the Trainer's step."""
