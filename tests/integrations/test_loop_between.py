@@ -7,13 +7,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from fimprobe.integrations.loop import Trains
 from test_loop import EVERY, KNOWN, data, equal, expected, mlp, sgd, train
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fimprobe
-from fimprobe.integrations.loop import Trains
 from fimprobe.schedule import Budget
 
 
@@ -340,7 +340,11 @@ def test_no_step_between_probes_waits_for_the_gpu(fused):
 def test_training_is_the_same_whatever_is_looked_at():
     """Known and unknown families, due and not: keeping a gradient changes nothing."""
     ends = []
-    for options in (None, {**EVERY, "schedule": {"every": 3}}, {**EVERY, "estimators": ["empirical"]}):
+    for options in (
+        None,
+        {**EVERY, "schedule": {"every": 3}},
+        {**EVERY, "estimators": ["empirical"]},
+    ):
         torch.manual_seed(0)
         net = mlp()
         probe = None if options is None else fimprobe.attach(net, options)
