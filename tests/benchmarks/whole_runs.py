@@ -96,20 +96,33 @@ def attaching(repeats: int) -> None:
         print(f"| {name} | {statistics.median(found):.0f} ms | {spread(found)} |", flush=True)
 
 
-Run = Callable[[int, dict[str, Any] | None], tuple[float, fimprobe.Probe | None]]
-"""A training of so many steps, with a probe of these options or none: its seconds, and the probe."""
+Taken = tuple[float, float, "fimprobe.Probe | None"]
+"""Seconds on the clock and of the processor, and the probe."""
+
+Run = Callable[[int, "dict[str, Any] | None"], Taken]
+"""A training of so many steps, with a probe of these options or none."""
+
+
+class Clock:
+    """Both times since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def taken(self) -> tuple[float, float]:
+        return time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
 
 def plain_loop(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int) -> Run:
     """Adam and cross-entropy on 1,437 images."""
 
-    def run(steps: int, options: dict[str, Any] | None) -> tuple[float, fimprobe.Probe | None]:
+    def run(steps: int, options: dict[str, Any] | None) -> Taken:
         torch.manual_seed(0)
         x, y, model = torch.randn(1437, *shape), torch.randint(10, (1437,)), make()
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         probe = None
         with tempfile.TemporaryDirectory() as folder, told():
-            start = time.perf_counter()
+            clock = Clock()
             if options is not None:
                 probe = fimprobe.attach(model, log_dir=folder, **options)
             for _ in range(steps):
@@ -119,12 +132,12 @@ def plain_loop(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int
                 optimizer.step()
             if probe is not None:
                 probe.detach()
-            return time.perf_counter() - start, probe
+            return *clock.taken(), probe
 
     return run
 
 
-def gpt2_example(steps: int, options: dict[str, Any] | None) -> tuple[float, fimprobe.Probe | None]:
+def gpt2_example(steps: int, options: dict[str, Any] | None) -> Taken:
     """examples/gpt2_on_source.py with the options in place of its file."""
     from fimprobe.integrations.huggingface import FimProbeCallback
     from gpt2_on_source import Source, make_gpt2
@@ -142,9 +155,9 @@ def gpt2_example(steps: int, options: dict[str, Any] | None) -> tuple[float, fim
             train_dataset=Source(128),
             callbacks=[] if probing is None else [probing],
         )
-        start = time.perf_counter()
+        clock = Clock()
         trainer.train()
-        return time.perf_counter() - start, None if probing is None else probing.probe
+        return *clock.taken(), None if probing is None else probing.probe
 
 
 def steps_of(run: Run, seconds: float) -> int:
@@ -168,20 +181,21 @@ def whole_runs(seconds: float, repeats: int) -> None:
         "examples/gpt2_on_source.py (Trainer)": (gpt2_example, None),
     }
     print(
-        "\n| whole run, default budget of 2 % | seconds without | with / without | the probe's own "
-        "account | reports | first probe | paid off after |\n|---|---|---|---|---|---|---|"
+        "\n| whole run, default budget of 2 % | seconds without | with / without | processor time | the "
+        "probe's own account | reports | first probe | paid off after |\n|---|---|---|---|---|---|---|---|"
     )
     for name, (run, steps) in runs.items():
         for options in ({}, None):  # imports
             run(3, options)
         steps = steps or steps_of(run, seconds)
-        plain, ratios, shares, firsts, counts = [], [], [], [], []
+        plain, ratios, busy, shares, firsts, counts = [], [], [], [], [], []
         for repeat in range(repeats):
-            found: dict[bool, tuple[float, fimprobe.Probe | None]] = {}
+            found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):
                 found[watched] = run(steps, {} if watched else None)
-            without, (with_, probe) = found[False][0], found[True]
+            (without, idle, _), (with_, used, probe) = found[False], found[True]
             assert probe is not None
+            busy.append(100 * (used / idle - 1))
             account: Any = probe.schedule
             plain.append(without)
             ratios.append(100 * (with_ / without - 1))
@@ -191,7 +205,8 @@ def whole_runs(seconds: float, repeats: int) -> None:
         first = statistics.median(firsts)
         print(
             f"| {name} | {statistics.median(plain):.1f} | **{statistics.median(ratios):+.1f} %** "
-            f"({spread(ratios)}) | {statistics.median(shares):.1f} % | {max(counts)} | {first:.2f} s | "
+            f"({spread(ratios)}) | {statistics.median(busy):+.1f} % ({spread(busy)}) | "
+            f"{statistics.median(shares):.1f} % | {max(counts)} | {first:.2f} s | "
             f"{first / 0.02:.0f} s |",
             flush=True,
         )
