@@ -108,9 +108,13 @@ def test_a_step_between_probes_walks_no_parameters(size, monkeypatch):
 
         for _ in range(70):
             step()
-        monkeypatch.setattr(
-            nn.Module, "named_parameters", lambda *a, **k: walks.append(1) or walk(*a, **k)
-        )
+
+        def counted(module, *args, **options):
+            if module is net:  # probes that other tests left attached look at theirs
+                walks.append(1)
+            return walk(module, *args, **options)
+
+        monkeypatch.setattr(nn.Module, "named_parameters", counted)
         for _ in range(50):  # the other optimizer is looked at again after 64, 128, ... steps
             step()
         assert not walks and probe.steps == 120
