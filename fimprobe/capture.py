@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,28 +12,62 @@ from torch.utils._pytree import tree_leaves
 
 
 class Captured:
-    """The arguments of the last training forward, the outputs' gradient once it is known."""
+    """The arguments of a training forward, and what its backward told.
+
+    ``outputs`` and ``gradient`` are there where the family or the labels are to be read off them,
+    ``read`` where only the positions are asked for that the loss read. They are the training's own
+    tensors, not copies.
+    """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, kwargs
         self.versions = _versions(args, kwargs)
         self.outputs: Tensor | None = None
-        self.gradient: Tensor | None = None
+        self.read: Tensor | None = None
+        self._gradient: tuple[Tensor, int] | None = None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """At the outputs; None where none arrived, or where it was written to since."""
+        if self._gradient is None or self._gradient[0]._version != self._gradient[1]:
+            return None
+        return self._gradient[0].detach()
+
+    def keep(self, gradient: Tensor) -> None:
+        """Remember the gradient: the tensor itself, so that backward does not reuse its memory."""
+        kept = gradient.detach() if gradient.requires_grad else gradient
+        self._gradient = (kept, kept._version)
 
     def unchanged(self) -> bool:
         """Whether no input tensor was written to since the forward."""
         return self.versions == _versions(self.args, self.kwargs)
 
+    def drop(self) -> None:
+        """Let go of all tensors."""
+        self.args, self.kwargs = (), {}
+        self.outputs = self.read = self._gradient = None
+
+
+Watched = tuple[Tensor, Callable[[Captured, Tensor], None]]
+"""A tensor whose gradient is wanted, and what takes the gradient."""
+
 
 class Capture:
     """Keeps the last batch that went forward in training mode with gradients on.
 
-    ``watch(out)`` names the tensor whose gradient is wanted as well (None for none): it is asked at
-    every forward. ``remove()`` leaves the model as it was.
+    ``wanted()`` says at every such forward whether the batch may be measured: where it may not, the
+    hooks note only that there was one. ``watch(captured, out)`` names the tensor whose gradient is
+    wanted as well (None for none). ``remove()`` leaves the model as it was.
     """
 
-    def __init__(self, model: nn.Module, watch: Callable[[Any], Tensor | None]) -> None:
-        self.model, self.watch = model, watch
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Callable[[], bool],
+        watch: Callable[[Captured, Any], Watched | None],
+    ) -> None:
+        self.model, self.wanted, self.watch = model, wanted, watch
+        self.seen = False
         self.last: Captured | None = None
         self._open: list[Captured | None] = []
         self.evaluations = 0
@@ -60,12 +95,13 @@ class Capture:
         model._compiled_call_impl = call
         self._compiled, self._call = compiled, call
 
-    def take(self) -> Captured | None:
-        """The captured batch, forgotten here."""
-        last, self.last = self.last, None
+    def take(self) -> tuple[bool, Captured | None]:
+        """Whether a batch was seen since the last call, and the batch if it was wanted."""
+        seen, last = self.seen, self.last
+        self.seen, self.last = False, None
         self._open = []  # a forward that raised never came to its end
         self._wrap()  # the model may have been compiled since
-        return last
+        return seen, last
 
     def remove(self) -> None:
         """Unhook; calling it again does nothing."""
@@ -95,8 +131,10 @@ class Capture:
         if not model.training:
             self.evaluations += 1
             return
-        self.last = None
+        self.seen, self.last = True, None
         try:
+            if not self.wanted():
+                return
             self.last = Captured(args, dict(kwargs))
         except Exception as error:  # told at the step
             self.failed = error
@@ -105,27 +143,35 @@ class Capture:
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        if not model.training or not self._seen(model):
+        if not self._seen(model) or not self._open or not model.training:
             return
-        captured = self._open.pop() if self._open else None
+        captured = self._open.pop()
         if captured is None or captured is not self.last:
             return  # a forward that calls itself (Lightning under DDP): the inner one counts
+        try:
+            watched = self.watch(captured, out)
+            if watched is not None and watched[0].requires_grad:
+                watched[0].register_hook(self._hook(captured, watched[1]))
+        except Exception as error:
+            self.failed = error
 
-        def keep(gradient: Tensor | None) -> None:
-            if gradient is None:  # under DDP, of outputs that the loss was not made of
+    def _hook(
+        self, captured: Captured, take: Callable[[Captured, Tensor], None]
+    ) -> Callable[[Tensor], None]:
+        # the graph may outlive the step, as where the loop keeps its loss: it holds no batch
+        there = weakref.ref(captured)
+
+        def arrived(gradient: Tensor | None) -> None:
+            captured = there()
+            # under DDP there is none of outputs that the loss was not made of
+            if gradient is None or captured is None:
                 return
             try:
-                captured.gradient = gradient.detach().clone()
+                take(captured, gradient)
             except Exception as error:  # out of memory
                 self.failed = error
 
-        try:
-            tensor = self.watch(out)
-            if tensor is not None and tensor.requires_grad:
-                captured.outputs = tensor.detach()
-                tensor.register_hook(keep)
-        except Exception as error:
-            self.failed = error
+        return arrived
 
 
 def _blind() -> Capture:

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
-from fimprobe.capture import Capture, Captured
+from fimprobe.capture import Capture, Captured, Watched
 from fimprobe.config import Config
 from fimprobe.engines.problem import Plan
 from fimprobe.measurement import measure
@@ -30,6 +30,7 @@ from fimprobe.sharded import check_sharded, is_sharded
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.lock import FolderLock
 from fimprobe.sinks.memory import MemorySink
+from fimprobe.skips import Skips
 from fimprobe.twin import trainable, unwrap
 from fimprobe.types import BatchError, FimprobeError, Likelihood, Sink
 
@@ -104,7 +105,8 @@ class Probe:
         self.config = asked
         self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
-        self.steps = self._first_step = first_step
+        self._steps = self._first_step = first_step
+        self._skips = Skips()
         self.coverage: dict[str, str] = {}
         self.active = True
         self.detached = False
@@ -116,17 +118,40 @@ class Probe:
         self._sinks: list[Sink] = [self._memory, *(sinks or [])]
         self._told: set[str] = set()
         self._failure: Exception | None = None
-        self._asked = 0
+        self._numbered = True  # until the first step tells
         self._batches = self._without_batch = 0
         self._last_end = time.perf_counter()
         self._closers: list[Callable[[], None]] = []
         self._join()
         self.log_dir = self._open_sinks()
         self._reader.settle(self.config.likelihood)
-        self._capture = Capture(model, self._watch)
+        self._capture = Capture(model, self._wanted, self._watch)
         _probed.add(self._key)
 
     # -- what users read ---------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far.
+
+        Where GradScaler leaves it to the device whether a step is made (fused optimizers), reading
+        this waits for the device.
+        """
+        if self._skips:
+            self._steps -= self._skips.settle()
+        return self._steps
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        self._steps = number
+        self._skips.clear()
+
+    @property
+    def due(self) -> bool:
+        """Whether the step that comes next is to be measured."""
+        if not self.active or not self.schedule.due(self._steps):
+            return False
+        return not self._skips or self.schedule.due(self.steps)
 
     @property
     def likelihood(self) -> Likelihood | None:
@@ -174,35 +199,48 @@ class Probe:
 
     # -- what adapters call ------------------------------------------------------------------
 
-    def step(self, inputs: Any = None, *, number: int | None = None) -> Report | None:
+    def step(
+        self, inputs: Any = None, *, number: int | None = None, found_inf: Tensor | None = None
+    ) -> Report | None:
         """Count one optimizer step; measure where the schedule says so, before parameters change.
 
         ``inputs`` stands in for the captured batch (then the measurement is made in any case; of
         several processes, all have to give theirs at the same step).
         ``number`` is this step's, where the loop has a count of its own; the next follows it.
+        ``found_inf``: not zero where the optimizer will leave this step out, as GradScaler tells a
+        fused one; it is read only where the step is due.
         Returns the report, or None where nothing was measured.
         """
         if self.detached:
             return None
         if number is not None:
             self.steps = number
-        captured = self._capture.take()
+        self._numbered = number is not None
+        if found_inf is not None and (self._undecided or self.due):
+            if bool(torch.as_tensor(found_inf).any()):
+                return None  # its batch may be another optimizer's, which makes its step
+            found_inf = None
+        seen, captured = self._capture.take()
         failed, self._capture.failed = self._capture.failed, None
-        if captured is None and inputs is None and failed is None:
+        nothing = not seen and inputs is None and failed is None
+        if found_inf is not None or self._skips:
+            self._skips.note(found_inf, same=nothing and self.ranks.size == 1)
+        if nothing:
             self._no_batch()
             if self.ranks.size == 1:  # several processes have to count alike
                 return None
-        self._batches += captured is not None or inputs is not None
+        self._batches += seen or inputs is not None
         started = time.perf_counter()
-        step, self.steps = self.steps, self.steps + 1
+        due = inputs is not None or self.due
+        step = self._steps
+        self._steps += 1
         report = None
         try:
             self._failure = self._failure or failed
-            if self.active and self.likelihood is None and captured is not None:
+            if self._undecided and captured is not None:
                 self._try(lambda: self._reader.ask(captured))
-            elif self.active and self.likelihood is None and inputs is not None:
+            elif self._undecided and inputs is not None:
                 self._try(lambda: self._reader.ask_inputs(inputs))
-            due = inputs is not None or self.schedule.due(step)
             if self.active and (due or (self._failure is not None and self.ranks.size == 1)):
                 report = self._measure(step, captured, inputs)
         except BatchError as error:
@@ -247,6 +285,8 @@ class Probe:
         if len(set(told)) > 1:
             raise FimprobeError(f"the processes do not measure the same: {', '.join(map(str, told))}")
         assert self.likelihood is not None
+        if captured is not None:
+            captured.drop()  # the measurement needs memory
         second = self.config.second_order
         report = measure(
             self.model,
@@ -329,10 +369,24 @@ class Probe:
         if self.ranks.size > 1 and isinstance(self.schedule, Budget):
             self.schedule = Agreed(self.schedule)
 
-    def _watch(self, out: Any) -> Tensor | None:
+    @property
+    def _undecided(self) -> bool:
+        return self.active and self._reader.likelihood is None
+
+    def _wanted(self) -> bool:
+        """Whether the batch that goes forward now may be measured at its step.
+
+        A schedule's answer holds until the step is observed, however many forwards lead to it;
+        only a loop that numbers its steps itself may come to another one.
+        """
+        return self.active and (self._numbered or self._undecided or self.due)
+
+    def _watch(self, captured: Captured, out: Any) -> Watched | None:
         """The output tensor whose gradient is needed: to infer, and to see ignored positions."""
-        empirical = "empirical" in self.config.estimators and self.schedule.due(self.steps)
-        if not self.active or (self.config.likelihood != "auto" and not empirical):
+        due, undecided = self.due, self._undecided
+        empirical = due and "empirical" in self.config.estimators
+        positions = due and self.config.likelihood == "auto"
+        if not (undecided or empirical or positions):
             return None
         try:
             tensor = self._reader.output(out)
@@ -340,8 +394,10 @@ class Probe:
             return None
         if not isinstance(tensor, Tensor):
             return None
-        positions = tensor.dim() > 2 and self.schedule.due(self.steps)
-        return tensor if self.likelihood is None or positions or empirical else None
+        if undecided or empirical:
+            captured.outputs = tensor.detach()
+            return tensor, Captured.keep
+        return (tensor, self._reader.see) if tensor.dim() > 2 else None
 
     def _no_batch(self) -> None:
         self._without_batch += 1

@@ -28,6 +28,9 @@ logger = logging.getLogger("fimprobe")
 PATIENCE = 20
 """Training batches that likelihood="auto" may look at before it gives up."""
 
+MOST = 2**24
+"""Outputs of a batch that it looks at, but for a sample that has more by itself."""
+
 Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -70,7 +73,11 @@ class Reader:
         self._asked += 1
         decision = infer_from_model(self.model, captured.args, captured.kwargs)
         if decision is None and captured.outputs is not None and captured.gradient is not None:
-            decision = infer_from_gradient(captured.outputs, captured.gradient)
+            outputs, gradient = captured.outputs, captured.gradient
+            if outputs.numel() > MOST:  # it computes in float64, with several copies
+                rows = max(1, MOST // outputs[0].numel())
+                outputs, gradient = outputs[:rows], gradient[:rows]
+            decision = infer_from_gradient(outputs, gradient)
         if decision is None:
             missing = "no gradient arrived at the model's outputs (or they are no single tensor)"
             decision = Decision(None, missing, final=False)
@@ -120,8 +127,14 @@ class Reader:
             raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
         return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
 
+    def see(self, captured: Captured, gradient: Tensor) -> None:
+        """Note of the gradient at the outputs no more than where it arrived."""
+        captured.read = ignored_positions(gradient, gradient, self.likelihood)
+
     def _read(self, captured: Captured) -> Tensor | None:
         """Positions where the loss's gradient arrived, where it was seen."""
+        if captured.read is not None:
+            return captured.read
         if captured.gradient is None or captured.outputs is None:
             return None
         return ignored_positions(captured.outputs, captured.gradient, self.likelihood)

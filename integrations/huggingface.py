@@ -120,6 +120,14 @@ class FimProbeCallback(TrainerCallback):
             what = "nothing is probed, training goes on"
             self._guarded(lambda: self._attach(args, state, kwargs["model"]), what)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the step's number before its forward: by it the probe knows whether to look."""
+        probe = self.probe
+        if probe is not None and not probe.detached:
+            probe.steps = state.global_step
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -128,7 +136,8 @@ class FimProbeCallback(TrainerCallback):
         if probe is None or probe.detached:
             return
         started = time.perf_counter()
-        report = probe.step(number=state.global_step)
+        probe.steps = state.global_step
+        report = probe.step()
         ended = time.perf_counter()
         self._spent += ended - started
         if report is not None:

@@ -117,19 +117,19 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count until the first optimizer step."""
+        """Count until the first optimizer step; give the step before its forward."""
         self._batches += 1
+        if self.probe is not None and len(trainer.optimizers) == 1:
+            self.probe.steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Give the probe, which acts right after this, the Trainer's step."""
+        """At the first step, look whether what is probed was called."""
         probe = self.probe
-        if probe is None or probe.detached:
+        if not self._handles or probe is None or probe.detached:
             return
-        if self._handles and _holds(optimizer, probe.model):
+        if _holds(optimizer, probe.model):
             self._unhook()
             self._check_called(trainer, pl_module, probe)
-        if len(trainer.optimizers) == 1:
-            probe.steps = trainer.global_step
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach; reports stay in ``probe.history``."""

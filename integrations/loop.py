@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,17 @@ def attach(
         first_step=first_step,
     )
 
+    trains = Trains(model)
+
     def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if probe.detached or (optimizer is not None and opt is not optimizer):
             return None
-        if optimizer is None and not _holds(opt, model):
+        if optimizer is None and not trains.known(opt, afresh=probe.due):
             return None
         found_inf = getattr(opt, "found_inf", None)  # GradScaler with a fused optimizer
-        if found_inf is not None and bool(torch.as_tensor(found_inf).any()):
-            return None
         closure, put = _closure(args, kwargs)
         if closure is None:
-            probe.step()
+            probe.step(found_inf=found_inf)
             return None
         first = True
 
@@ -96,7 +97,7 @@ def attach(
             loss = closure()
             if first:  # the parameters are still those of the batch
                 first = False
-                probe.step()
+                probe.step(found_inf=found_inf)
             return loss
 
         return put(probed)
@@ -105,6 +106,37 @@ def attach(
     if probe.log_dir is not None:
         print(f"fimprobe: tensorboard --logdir {probe.log_dir}")
     return probe
+
+
+class Trains:
+    """Which optimizers hold parameters of a model.
+
+    To walk all parameters at every step would cost most of what a step between probes costs. An
+    answer is looked up again where the optimizer gained or lost a group, at a step that is measured
+    (``afresh``), and a "no", which parameters that the model gains may turn, after 1, 2, 4, 8, ...
+    steps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[int]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def known(self, optimizer: torch.optim.Optimizer, *, afresh: bool) -> bool:
+        """Whether the optimizer holds any."""
+        groups = len(optimizer.param_groups)
+        found = self._found.get(optimizer)
+        if found is not None and found[1] == groups and not afresh:
+            if found[0]:
+                return True
+            found[2] += 1
+            if found[2] & (found[2] - 1):
+                return False
+        asked = 0 if found is None or found[1] != groups else found[2]
+        holds = _holds(optimizer, self.model)
+        self._found[optimizer] = [holds, groups, asked]
+        return holds
 
 
 def _holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:

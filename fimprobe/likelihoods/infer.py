@@ -260,4 +260,4 @@ def ignored_positions(outputs: Tensor, gradient: Tensor, likelihood: Any) -> Ten
     """Positions that the loss read, for categorical outputs with positions; None elsewhere."""
     if not isinstance(likelihood, Categorical) or outputs.dim() < 3:
         return None
-    return (gradient != 0).any(likelihood.class_dim)
+    return gradient.any(likelihood.class_dim)  # without a comparison as large as the gradient
