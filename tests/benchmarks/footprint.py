@@ -19,9 +19,13 @@ from typing import Any
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def peak_mb(run: Callable[[], Any]) -> float:
-    """MB that a run needs beyond what is resident before it; the first run is not the one measured."""
+def peak_mb(run: Callable[[], Any], forget: Callable[[], Any] = lambda: None) -> float:
+    """MB that a run needs beyond what is resident before it; the first run is not the one measured.
+
+    ``forget`` frees what the first run left behind (gradients, attributes).
+    """
     run()
+    forget()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:

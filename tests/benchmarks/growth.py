@@ -72,9 +72,7 @@ AXES = {
         (1000, 10_000, 50_000), lambda n: gpt2(True, layers=1, vocabulary=n, batch=2), 1
     ),
     "MLP, draws": Axis((1, 2, 4, 8, 16, 17), lambda n: mlp(), 1, "draws"),
-    "GPT-2, draws": Axis(
-        (1, 2, 4, 8, 16, 17), lambda n: gpt2(False, layers=2, batch=4), 1, "draws"
-    ),
+    "GPT-2, draws": Axis((1, 2, 4, 8, 16, 17), lambda n: gpt2(False, layers=2, batch=4), 1, "draws"),
     "MLP, memory_mb": Axis((1, 4, 16, 64, 512), lambda n: mlp(batch=512), 0, "memory_mb"),
     "CNN, memory_mb": Axis((4, 16, 64, 256, 2048), lambda n: cnn(), 0, "memory_mb"),
     "GPT-2, memory_mb": Axis((8, 32, 64, 128, 512), lambda n: gpt2(False), 0, "memory_mb"),
@@ -140,7 +138,7 @@ def memory_of(name: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {k: {} for k in ("unit", *kinds_of(axis))}
     for size in axis.sizes:
         problem = problem_at(name, size)
-        found["unit"][str(size)] = peak_mb(forward_backward(problem))
+        found["unit"][str(size)] = peak_mb(forward_backward(problem), problem.forget)
         for kind in kinds_of(axis):
             try:
                 run, _ = measurement(problem, axis, size, kind)

@@ -29,16 +29,18 @@ from truth import reason
 
 INTERVALS = (1, 4, 16, 64, 256)
 
-PUBLISHED = dict(zip(INTERVALS, ("1.5 – 4.2", "1.2 – 1.9", "1.04 – 1.3", "1.02 – 1.09", "1.00 – 1.04")))
+PUBLISHED = dict(
+    zip(INTERVALS, ("1.5 – 4.2", "1.2 – 1.9", "1.04 – 1.3", "1.02 – 1.09", "1.00 – 1.04"))
+)
 """Cockpit's own figures for its cheapest configuration (Schneider, Dangel & Hennig 2021)."""
 
-LEAST_STEPS = 4
+LEAST_STEPS = 2
 """Steps of a block at least: one step of some milliseconds is not timed alone."""
 
 SLOW = 3.0
 """Seconds of a block above which it is timed once."""
 
-WARM = 6
+WARM = 3
 """Steps before: fimprobe's first probe is made at the second one in any case, with its checks."""
 
 Step = Callable[[], object]

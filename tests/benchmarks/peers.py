@@ -19,8 +19,12 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def contender(run: Callable[[], Any], read: Callable[[Any], Diagonal]) -> Contender:
-    return Contender(run, lambda: read(run()))
+def contender(
+    run: Callable[[], Any],
+    read: Callable[[Any], Diagonal],
+    forget: Callable[[], Any] = lambda: None,
+) -> Contender:
+    return Contender(run, lambda: read(run()), forget)
 
 
 def by_parameter(model: nn.Module, read: Callable[[str, nn.Module], dict[str, Tensor]]) -> Diagonal:
@@ -76,7 +80,11 @@ def asdl(kind: str, draws: int = 1) -> Callable[[Problem], Contender]:
             found = {n: getattr(diag, n, None) for n in ("weight", "bias")}
             return {n: d for n, d in found.items() if d is not None}
 
-        return contender(run, lambda _: by_parameter(model, held))
+        def forget() -> None:
+            for module in model.modules():
+                module.__dict__.pop("fisher", None)
+
+        return contender(run, lambda _: by_parameter(model, held), forget)
 
     return make
 
@@ -137,10 +145,13 @@ def backpack(extension: str, field: str, **options: Any) -> Callable[[Problem], 
         outputs = ClassesSecond(model)  # first order only needs the layers to be extended
         loss_layer = extend(nn.CrossEntropyLoss(reduction="sum"))
 
-        def run() -> None:
+        def forget() -> None:
             model.zero_grad(set_to_none=True)
             for p in model.parameters():
                 p.__dict__.pop(field, None)
+
+        def run() -> None:
+            forget()
             h = outputs(problem.x)
             labels = sample_labels(h.movedim(1, -1))
             with backpack(getattr(extensions, extension)(**options)):
@@ -151,7 +162,7 @@ def backpack(extension: str, field: str, **options: Any) -> Callable[[Problem], 
             total = field == "diag_h_batch"  # one for each sample
             return {n: d.sum(0) if total else d.clone() for n, d in held.items() if d is not None}
 
-        return contender(run, read)
+        return contender(run, read, forget)
 
     return make
 
@@ -322,7 +333,9 @@ PEERS = [
         "laplace-torch",
     ),
     Row("Laplace `AsdlGGN`, stochastic", laplace("AsdlGGN", stochastic=True), "laplace-torch"),
-    Row("Laplace `CurvlinopsGGN` (its default)", laplace("CurvlinopsGGN"), "laplace-torch", exact=True),
+    Row(
+        "Laplace `CurvlinopsGGN` (its default)", laplace("CurvlinopsGGN"), "laplace-torch", exact=True
+    ),
     Row("`torch.func` `vmap(grad)`", vmap_grad, "torch"),
     Row("one batch-summed backward (Hutchinson)", batch_summed, "torch"),
 ]

@@ -23,6 +23,9 @@ class Problem:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
+    def forget(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
 
 def mlp(sizes: tuple[int, ...] = (784, 512, 512, 10), batch: int = 256) -> tuple[nn.Module, Tensor]:
     layers: list[nn.Module] = []

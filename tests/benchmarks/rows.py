@@ -20,10 +20,14 @@ Diagonal = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """``run`` is timed; ``draw`` runs anew and has the diagonal out of what that left behind."""
+    """``run`` is timed; ``draw`` runs anew and has the diagonal out of what that left behind.
+
+    ``forget`` frees what a run leaves behind on the model, which would hide its memory.
+    """
 
     run: Callable[[], Any]
     draw: Callable[[], Diagonal]
+    forget: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
