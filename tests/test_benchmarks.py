@@ -9,7 +9,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-import fimprobe  # noqa: E402, F401  before BackPACK: it sees to torchvision
 from clock import interleaved, versions  # noqa: E402
 from footprint import peak_mb  # noqa: E402
 from growth import AXES, cliffs, flag, slope  # noqa: E402
@@ -18,6 +17,8 @@ from problems import TINY, for_peers, forward_backward, make_problem  # noqa: E4
 from rows import OURS, Contender, Row  # noqa: E402
 from truth import fisher_diagonal, judge  # noqa: E402
 from variance import measure_spread  # noqa: E402
+
+import fimprobe  # noqa: E402, F401  before BackPACK: it sees to torchvision
 
 MLP, CNN, UNTIED, TIED = TINY
 INSTALLED = [row for row in PEERS if row.package in ("torch", "backpack-for-pytorch")]

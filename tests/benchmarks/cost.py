@@ -19,8 +19,6 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-
-import fimprobe  # noqa: F401  before the peers: it sees to torchvision
 from clock import Ratio, interleaved, machine, versions
 from footprint import in_child, peak_mb
 from peers import PEERS
@@ -28,6 +26,8 @@ from problems import FULL, Problem, for_peers, forward_backward, make_problem
 from rows import OURS, Contender, Row
 from truth import Verdict, judge, reason
 from variance import Spread, measure_spread
+
+import fimprobe  # noqa: F401
 
 UNIT = "forward+backward"
 

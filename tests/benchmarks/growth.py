@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import fimprobe
 from clock import machine, seconds
-from fimprobe.engines.problem import Plan
 from footprint import in_child, peak_mb
 from problems import Problem, cnn, forward_backward, gpt2, mlp
+from torch import Tensor, nn
 from truth import reason
+
+import fimprobe
+from fimprobe.engines.problem import Plan
 
 SLACK = 0.15
 """What a slope may exceed its bar by: the scatter of a fit to three or four points."""

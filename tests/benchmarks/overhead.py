@@ -20,12 +20,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-
-import fimprobe
 from clock import machine, seconds, versions
 from problems import FULL, Problem, make_problem
+from torch import Tensor, nn
 from truth import reason
+
+import fimprobe
 
 INTERVALS = (1, 4, 16, 64, 256)
 
@@ -77,7 +77,6 @@ def plain(problem: Problem, interval: int, stack: contextlib.ExitStack) -> Step:
 
 def cockpit(problem: Problem, interval: int, stack: contextlib.ExitStack) -> Step:
     from backpack import extend
-
     from cockpit import Cockpit
     from cockpit.utils import schedules
     from cockpit.utils.configuration import configuration
