@@ -44,11 +44,15 @@ class Column:
     memory: dict[str, float] = field(default_factory=dict)
 
 
-def contenders(problem: Problem, rows: list[Row]) -> tuple[dict[str, Contender], dict[str, str]]:
+def contenders(
+    problem: Problem, tiny: Problem, rows: list[Row]
+) -> tuple[dict[str, Contender], dict[str, str]]:
     """Rows that ran once, each on a model of its own, and why the others did not."""
     found, errors = {}, {}
     for row in rows:
         try:
+            if row.package != "fimprobe":  # what cannot run may ask for 100 GB before it says so
+                row.make(for_peers(tiny)).run()
             made = row.make(problem if row.package == "fimprobe" else for_peers(problem))
             made.run()
             found[row.name] = made
@@ -76,7 +80,8 @@ def fill(column: Column, name: str, rows: list[Row], options: argparse.Namespace
         torch.set_num_threads(threads)
     say(f"{name}: time")
     problem = make_problem(name, gelu=options.smooth)
-    found, column.errors = contenders(problem, rows)
+    tiny = make_problem(name, tiny=True, gelu=options.smooth)
+    found, column.errors = contenders(problem, tiny, rows)
     runs = {n: c.run for n, c in found.items()}
     column.unit, column.times = interleaved(forward_backward(problem), runs, options.rounds)
     if options.times_only:
@@ -93,7 +98,7 @@ def fill(column: Column, name: str, rows: list[Row], options: argparse.Namespace
 def memory_of(name: str, rows: list[Row], smooth: bool) -> dict[str, float]:
     """The child's part: MB of each row."""
     problem = make_problem(name, gelu=smooth)
-    found, _ = contenders(problem, rows)
+    found, _ = contenders(problem, make_problem(name, tiny=True, gelu=smooth), rows)
     memory = {UNIT: peak_mb(forward_backward(problem), problem.forget)}
     return memory | {n: peak_mb(c.run, c.forget) for n, c in found.items()}
 
