@@ -1,247 +1,194 @@
-"""What a measurement costs, beside peers, as ratios to one forward+backward.
+"""What a measurement costs, beside peers: the tables of docs/performance.md.
 
-python tests/benchmarks/cost.py [--rounds 15] [--ours-only] [--smooth] [--only MLP]
-Interleaved medians in one process. Rows name what they yield. ``--smooth`` takes GELU for ReLU in the
-MLP and the CNN: where layers are piecewise linear, second derivatives within them vanish.
+python tests/benchmarks/cost.py [--rounds 11] [--ours-only] [--smooth] [--only MLP] [--times-only]
+
+In this order: is each number the Fisher information (float64 oracle, tiny problems)? Time over one
+forward+backward of the same batch, interleaved in one process. The variance of the diagonal over
+repetitions, and with it the error at equal compute. Peak memory, in a child process. ``--smooth``
+takes GELU for ReLU in the MLP and the CNN: where layers are piecewise linear, second derivatives
+within them vanish. Peers come with the extra ``bench``; what is missing is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
+import json
+import sys
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from clock import Ratio, interleaved, machine, versions
+from footprint import in_child, peak_mb
+from peers import PEERS
+from problems import FULL, Problem, for_peers, forward_backward, make_problem
+from rows import OURS, Contender, Row
+from truth import Verdict, judge, reason
+from variance import Spread, measure_spread
 
-import fimprobe
-from fimprobe.engines.problem import Plan
+import fimprobe  # noqa: F401
 
-warnings.filterwarnings("ignore")
-
-
-def mlp() -> tuple[nn.Module, Tensor]:
-    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
-    return nn.Sequential(*layers), torch.randn(256, 784)
+UNIT = "forward+backward"
 
 
-def cnn() -> tuple[nn.Module, Tensor]:
-    layers: list[nn.Module] = []
-    for channels_in, channels_out in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 10)), torch.randn(64, 3, 32, 32)
+@dataclass
+class Column:
+    """What was found on one problem, by row name."""
+
+    unit: float = 0.0
+    times: dict[str, Ratio] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
 
 
-def gpt2(tied: bool) -> tuple[nn.Module, Tensor]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=4,
-        n_embd=128,
-        n_head=4,
-        vocab_size=1000,
-        n_positions=64,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=0,
-        use_cache=False,
-    )
-
-    class Logits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lm = GPT2LMHeadModel(config)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.lm(tokens).logits
-
-    return Logits(), torch.randint(1000, (8, 64))
+def contenders(
+    problem: Problem, tiny: Problem, rows: list[Row]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Rows that ran once, each on a model of its own, and why the others did not."""
+    found, errors = {}, {}
+    for row in rows:
+        try:
+            if row.package != "fimprobe":  # what cannot run may ask for 100 GB before it says so
+                row.make(for_peers(tiny)).run()
+            made = row.make(problem if row.package == "fimprobe" else for_peers(problem))
+            made.run()
+            found[row.name] = made
+        except Exception as error:  # a peer that cannot is a row that says so
+            errors[row.name] = reason(error)
+    return found, errors
 
 
-def labels_of(h: Tensor) -> Tensor:
-    return torch.distributions.Categorical(logits=h.detach()).sample()
+def say(text: str) -> None:
+    """Progress, beside the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def loss_of(h: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(h.flatten(0, -2), y.flatten(), reduction="sum")
+def fill(column: Column, name: str, rows: list[Row], options: argparse.Namespace) -> None:
+    """Everything about one problem."""
+    if not options.times_only:
+        say(f"{name}: correctness")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+        for row in rows:
+            tiny = make_problem(name, tiny=True, gelu=options.smooth)
+            own = row.package == "fimprobe"  # the tests hold these to tighter oracles
+            verdict = judge(row, tiny if own else for_peers(tiny), 25 if own else 250)
+            column.verdicts[row.name] = verdict
+        torch.set_num_threads(threads)
+    say(f"{name}: time")
+    problem = make_problem(name, gelu=options.smooth)
+    tiny = make_problem(name, tiny=True, gelu=options.smooth)
+    found, column.errors = contenders(problem, tiny, rows)
+    runs = {n: c.run for n, c in found.items()}
+    column.unit, column.times = interleaved(forward_backward(problem), runs, options.rounds)
+    if options.times_only:
+        return
+    say(f"{name}: variance")
+    for row in rows:
+        if row.name in found and not row.exact:
+            column.spreads[row.name] = measure_spread(row, found[row.name], problem)
+    say(f"{name}: memory")
+    flags = ["--smooth"] * options.smooth + ["--ours-only"] * options.ours_only
+    column.memory = in_child(__file__, "--memory-of", name, *flags)
 
 
-def plain(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        h = model(x)
-        loss_of(h, labels_of(h)).backward()
-
-    return run
-
-
-def ours(**options: Any) -> Callable[[nn.Module, Tensor], Callable[[], None]]:
-    def make(model: nn.Module, x: Tensor) -> Callable[[], None]:
-        plan = Plan()
-        settings = {"estimators": ["i1"], "bounds": False, "plan": plan} | options
-        return lambda: fimprobe.measure(model, x, likelihood="categorical", **settings)
-
-    return make
+def memory_of(name: str, rows: list[Row], smooth: bool) -> dict[str, float]:
+    """The child's part: MB of each row."""
+    problem = make_problem(name, gelu=smooth)
+    found, _ = contenders(problem, make_problem(name, tiny=True, gelu=smooth), rows)
+    memory = {UNIT: peak_mb(forward_backward(problem), problem.forget)}
+    return memory | {n: peak_mb(c.run, c.forget) for n, c in found.items()}
 
 
-def smooth(model: nn.Module) -> nn.Module:
-    for name, child in model.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(model, name, nn.GELU())
-    return model
+def time_cell(row: Row, column: Column) -> str:
+    verdict = column.verdicts.get(row.name, Verdict())
+    if row.name in column.errors:
+        return "none"
+    mark = "✗ " if verdict.ratios else "◐ " if verdict.missing else ""
+    return f"{mark}{column.times[row.name]}"
 
 
-def vmap_grad(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    def loss(params: dict[str, Tensor], one: Tensor, y: Tensor) -> Tensor:
-        return loss_of(functional_call(model, params, (one[None],)), y[None])
-
-    def run() -> None:
-        params = {n: p.detach() for n, p in model.named_parameters()}
-        with torch.no_grad():
-            y = labels_of(model(x))
-        grads = vmap(grad(loss), in_dims=(None, 0, 0))(params, x, y)
-        for g in grads.values():
-            g.square_().sum(0)
-
-    return run
-
-
-def backpack_square(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    from backpack import backpack, extend
-    from backpack.extensions import SumGradSquared
-
-    if any("Conv1D" in type(m).__name__ or isinstance(m, nn.LayerNorm) for m in model.modules()):
-        raise NotImplementedError("skips LayerNorm and transformers' Conv1D")
-    extend(model)
-    loss_layer = extend(nn.CrossEntropyLoss(reduction="sum"))
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        h = model(x)
-        with backpack(SumGradSquared()):
-            loss_layer(h, labels_of(h)).backward()
-
-    return run
+def error_cell(row: Row, column: Column, reference: str) -> str:
+    """(variance × time) of the reference over the row's, on the entries that the row covers."""
+    if row.name in column.errors:
+        return "none"
+    if column.verdicts[row.name].ratios:
+        gain = "✗"
+    elif row.exact:
+        gain = "no error"
+    else:
+        mine, other = column.spreads[row.name], column.spreads[reference]
+        variance, base = mine.total(), other.total(set(mine.by_parameter))
+        cost, unit = column.times[row.name].middle, column.times[reference].middle
+        gain = "no error" if variance < 1e-9 * base else f"{base * unit / (variance * cost):.2g}"
+        gain = ("◐ " if mine.covered < 1 else "") + gain
+    memory = column.memory.get(row.name)
+    return f"{gain} · {'?' if memory is None else f'{memory:.0f} MB'}"
 
 
-def backpack_hessian(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    from backpack import backpack, extend
-    from backpack.extensions import BatchDiagHessian
-
-    if not isinstance(model, nn.Sequential):
-        raise NotImplementedError("no second order for these layers")
-    if any(isinstance(m, nn.GELU) for m in model):
-        raise NotImplementedError("no second order for GELU")
-    extend(model)
-    loss_layer = extend(nn.CrossEntropyLoss(reduction="sum"))
-
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        h = model(x)
-        with backpack(BatchDiagHessian()):
-            loss_layer(h, labels_of(h)).backward()
-
-    return run
+def table(columns: dict[str, Column], lines: list[tuple[str, list[str]]]) -> None:
+    print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for title, cells in lines:
+        print(f"| {title} | {' | '.join(cells)} |")
 
 
-def nngeometry_diagonal(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    from nngeometry.metrics import FIM_MonteCarlo
-    from nngeometry.object import PMatDiag
-    from torch.utils.data import DataLoader, TensorDataset
-
-    if not isinstance(model, nn.Sequential):
-        raise NotImplementedError("knows no transformers' Conv1D")
-    loader = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=len(x))
-
-    def run() -> None:
-        FIM_MonteCarlo(
-            model=model,
-            loader=loader,
-            representation=PMatDiag,
-            variant="classif_logits",
-            trials=1,
-            device="cpu",
-            function=lambda *batch: model(batch[0]),
+def report(columns: dict[str, Column], rows: list[Row], options: argparse.Namespace) -> None:
+    """The Markdown."""
+    each = list(columns.values())
+    print(f"\nTime over one forward+backward: medians of {options.rounds} rounds (quartiles).")
+    first = [(UNIT, [f"{1e3 * c.unit:.1f} ms" for c in each])]
+    table(columns, first + [(r.name, [time_cell(r, c) for c in each]) for r in rows])
+    if not options.times_only:
+        reference = rows[0].name
+        print(
+            f"\nDiagonal's 1 / (variance × time) over that of {reference} (more is better), and peak "
+            "memory beyond what is resident before the run."
         )
+        first = [(UNIT, [f"{c.memory.get(UNIT, float('nan')):.0f} MB" for c in each])]
+        table(columns, first + [(r.name, [error_cell(r, c, reference) for c in each]) for r in rows])
+    print("\nWhat is not the Fisher information of every parameter:\n")
+    for row in rows:
+        for name, column in columns.items():
+            verdict = column.verdicts.get(row.name, Verdict())
+            told = column.errors.get(row.name) or str(verdict)
+            spread = column.spreads.get(row.name)
+            if verdict.missing and spread is not None:  # the share counts on the problem itself
+                told = told.replace(
+                    f"{100 * verdict.coverage:.0f} %", f"{100 * spread.covered:.0f} %"
+                )
+            if told:
+                print(f"- {row.name}, {name.split(',')[0].split()[0]}{tie(name)}: {told}")
 
-    return run
 
-
-SLOW = 10.0
-"""Seconds above which a row is timed once."""
-
-
-def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            if times[name] and times[name][0] > SLOW:
-                continue
-            start = time.perf_counter()
-            run()
-            taken = time.perf_counter() - start
-            if i >= 2 or taken > SLOW:
-                times[name].append(taken)
-    return times
+def tie(name: str) -> str:
+    return " tied" if name.endswith(", tied") else ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--smooth", action="store_true")
     parser.add_argument("--only", default="", help="problems whose name holds this")
+    parser.add_argument("--times-only", action="store_true", help="no correctness, variance, memory")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    problems = {
-        "MLP 784-512-512-10, B=256": mlp,
-        "CNN 3 conv, 32x32x3, B=64": cnn,
-        "GPT-2 4 layers d=128 T=64 V=1000 B=8, untied": lambda: gpt2(False),
-        "GPT-2 the same, tied": lambda: gpt2(True),
-    }
-    problems = {name: make for name, make in problems.items() if options.only in name}
-    second = {"estimators": ["i1", "i2"], "draws": 1, "memory_mb": 4096}
-    makers: dict[str, Callable[[nn.Module, Tensor], Callable[[], None]]] = {
-        "forward+backward": plain,
-        "fimprobe S=1, A2 A4 Q": ours(draws=1),
-        "fimprobe S=2, A2 A4 Q": ours(draws=2),
-        "fimprobe S=1, I1 and I2, K=2": ours(**second),
-        "fimprobe S=1, I1 and I2, exact (BackPACK)": ours(**second, second_order="exact"),
-        "fimprobe S=1, (17) and (18), K=2": ours(**second, bounds=True),
-        "BackPACK SumGradSquared, A2": backpack_square,
-        "BackPACK BatchDiagHessian": backpack_hessian,
-        "torch.func vmap(grad), A2": vmap_grad,
-        "nngeometry Monte Carlo diagonal, A2": nngeometry_diagonal,
-    }
-    if options.ours_only:
-        makers = {n: m for n, m in makers.items() if n.startswith(("fimprobe", "forward"))}
-    for title, make in problems.items():
+    warnings.filterwarnings("ignore")
+    rows = OURS if options.ours_only else OURS + PEERS
+    if options.memory_of:
+        print(json.dumps(memory_of(options.memory_of, rows, options.smooth)))
+        return
+    packages = sorted({r.package for r in PEERS} - {"torch"}) + ["transformers"]
+    print(f"{machine()}.\n{versions(packages)}.", flush=True)
+    names = [n for n in FULL if options.only in n and not (options.smooth and "GPT" in n)]
+    columns = {n: Column() for n in names}
+    for name, column in columns.items():
         torch.manual_seed(0)
-        _, x = make()
-        runs, missing = {}, {}
-        for name, maker in makers.items():
-            model = make()[0].eval()
-            model = smooth(model) if options.smooth else model
-            try:
-                run = maker(model, x)
-                run()
-                runs[name] = run
-            except Exception as error:  # a peer that cannot is a row that says so
-                missing[name] = f"{type(error).__name__}: {str(error)[:60]}"
-        times = interleaved(runs, options.rounds)
-        unit = statistics.median(times["forward+backward"])
-        print(f"\n{title}: forward+backward {1e3 * unit:.1f} ms")
-        for name, seconds in times.items():
-            low, mid, high = min(seconds), statistics.median(seconds), max(seconds)
-            print(f"  {name:42s} {mid / unit:6.2f}   ({low / unit:.2f} – {high / unit:.2f})")
-        for name, why in missing.items():
-            print(f"  {name:42s}   none  ({why})")
+        fill(column, name, rows, options)
+    report(columns, rows, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""Times of several contenders, interleaved with the unit in one process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import torch
+
+SLOW = 2.0
+"""Seconds above which a row is timed in the first rounds only."""
+
+SLOW_ROUNDS = 3
+
+
+class Ratio(NamedTuple):
+    """Time over the unit's: median, quartiles of the paired ratios."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        digits = 2 if self.middle < 10 else 1 if self.middle < 100 else 0
+        low, middle, high = (f"{x:.{digits}f}" for x in (self.low, self.middle, self.high))
+        return f"{middle} ({low} – {high})"
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    unit: Callable[[], Any], runs: dict[str, Callable[[], Any]], rounds: int
+) -> tuple[float, dict[str, Ratio]]:
+    """The unit's median seconds, and each run's ratio to the units timed right before it."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for run in [unit, *runs.values()]:
+        run()
+    for i in range(rounds):
+        for name, run in runs.items():
+            if i >= SLOW_ROUNDS and pairs[name][0][1] > SLOW:
+                continue
+            pairs[name].append((seconds(unit), seconds(run)))
+    ratios = {}
+    for name, found in pairs.items():
+        units, times = zip(*found, strict=True)
+        middle = statistics.median(times) / statistics.median(units)
+        each = sorted(t / u for u, t in found)
+        low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+        ratios[name] = Ratio(middle, low, high)
+    return statistics.median(u for found in pairs.values() for u, _ in found), ratios
+
+
+def machine() -> str:
+    """One line about where the figures were taken."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    return (
+        f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, load {load} at the start, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def versions(packages: list[str]) -> str:
+    """Each package's version, or that it is not installed."""
+    told = []
+    for package in packages:
+        try:
+            told.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            told.append(f"{package} not installed")
+    return ", ".join(told)
