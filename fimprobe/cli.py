@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_COMMANDS[options.command](options))
     except FimprobeError as error:
-        print(f"fimprobe {options.command}: {error}", file=sys.stderr)
+        told = str(error)  # several mistakes start on a line of their own, to stand in a column
+        start = "\n" if "\n" in told and options.command == "check" else " "
+        print(f"fimprobe {options.command}:{start}{told}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "sharded", "penalties",
+    "torchvision_guard", "types", "schedule", "batch", "capture", "twin", "sharded", "penalties", "yaml_file", "mistakes",
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
