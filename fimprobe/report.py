@@ -45,6 +45,14 @@ class Report:
         """What the numbers say and what to do about it, in sentences."""
         return make_advice(self)
 
+    def one_label_error(self, estimate: Estimate) -> float | None:
+        """The relative error with one drawn label for each of this report's inputs.
+
+        √((V_x + V_y)/B)/‖diag F̂‖: what ``draws="exact"`` takes out of ``rel_error`` is put back.
+        """
+        need = estimate.draws_for(0.1)
+        return None if need is None else 0.1 * (max(need, 0.0) / self.batch_size) ** 0.5
+
     def to_dict(self) -> dict[str, Any]:
         """Numbers and names only: what JSON can hold."""
 
@@ -78,7 +86,7 @@ class Report:
 
         ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
         ``fim_layers/<layer>/<estimator>_<value>`` for each of ``layers`` (None: all; TensorBoard
-        charts fewer values of them), ``fim_probe/seconds``.
+        charts fewer values of them), ``fim_probe/seconds``. Of exact labels also ``one_label_error``.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
@@ -92,10 +100,12 @@ class Report:
                 values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
                 values |= {f"fim_bounds/{kind}/{name}": getattr(total, name) for name in _BOUNDS}
                 values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
+                if self.draws is None and kind != "empirical":
+                    values[f"fim/{kind}/one_label_error"] = self.one_label_error(total)
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
             if layers is None or layer in layers:
-                values |= _of_layer(f"fim_layers/{layer}/", group)
+                values |= self._of_layer(f"fim_layers/{layer}/", group)
         return {
             tag: float(value)
             for tag, value in values.items()
@@ -105,6 +115,24 @@ class Report:
     def __str__(self) -> str:
         """A table of the layers."""
         return format_table(self.to_dict())
+
+    def _of_layer(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
+        values: dict[str, float | None] = {}
+        for kind in ("i1", "i2"):
+            estimate = getattr(group, kind)
+            if estimate is not None:
+                for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
+                    values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
+                values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
+                if self.draws is None:
+                    values[f"{prefix}{kind}_one_label_error"] = self.one_label_error(estimate)
+        if group.activation is not None:
+            values[f"{prefix}input_i1_trace"] = group.activation.trace
+            values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
+        if group.geometry is not None:
+            for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
+                values[f"{prefix}{name}"] = getattr(group.geometry, name)
+        return values
 
 
 def make_report(
@@ -243,20 +271,3 @@ _BOUNDS = (
     "tightness",
     "probe_error",
 )
-
-
-def _of_layer(prefix: str, group: GroupEstimates) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
-    for kind in ("i1", "i2"):
-        estimate = getattr(group, kind)
-        if estimate is not None:
-            for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
-                values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
-            values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
-    if group.activation is not None:
-        values[f"{prefix}input_i1_trace"] = group.activation.trace
-        values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
-    if group.geometry is not None:
-        for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
-            values[f"{prefix}{name}"] = getattr(group.geometry, name)
-    return values

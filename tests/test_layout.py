@@ -25,9 +25,9 @@ ORDER = [
     "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
-    "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
+    "estimators.tightness", "table", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
-    "sinks.figures", "sinks.tensorboard", "records", "terminal", "pictures", "gallery", "page", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.tensorboard", "records", "terminal", "page", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
@@ -68,7 +68,16 @@ def test_integrations_use_the_public_api_only():
 def test_an_optional_package_is_imported_in_one_place():
     places = {
         package: set()
-        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas", "rich")
+        for package in (
+            "tensorboard",
+            "pydantic",
+            "sklearn",
+            "tqdm",
+            "backpack",
+            "pandas",
+            "rich",
+            "matplotlib",
+        )  # fmt: skip
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):
         for package, users in places.items():

@@ -46,8 +46,12 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
 
     totals: list[Margin | Lines] = []
     compared = ("i1", "i2", "ih")
-    known = ", ".join(KINDS[k] for k in compared if f"fim/{k}/rel_error" in written)
-    totals += lines(f"Relative error: {known}", [f"fim/{k}/rel_error" for k in compared])
+    exact = "fim/i1/one_label_error" in written
+    error, size = ("one_label_error", " with one drawn label each") if exact else ("rel_error", "")
+    known = ", ".join(KINDS[k] for k in compared if f"fim/{k}/{error}" in written)
+    totals += lines(f"Relative error{size}: {known}", [f"fim/{k}/{error}" for k in compared])
+    if exact:  # the same for all of them
+        totals += lines("Relative error, all labels integrated over", ["fim/i1/rel_error"])
     totals += lines(
         "(input, label) pairs needed for 10 % error",
         [f"fim/{k}/pairs_for_10_percent" for k in compared],
@@ -72,8 +76,8 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
     worst: list[Margin | Lines] = []
     for kind in ("i1", "i2"):
         worst += lines(
-            f"Relative error of {KINDS[kind]} by layer",
-            [f"fim_layers/{layer}/{kind}_rel_error" for layer in layers],
+            f"Relative error of {KINDS[kind]} by layer{size}",
+            [f"fim_layers/{layer}/{kind}_{error}" for layer in layers],
         )
     each: list[Margin | Lines] = []
     for layer in layers:

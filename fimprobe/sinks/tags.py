@@ -24,6 +24,9 @@ MEANING = {
     "std_error": "Standard error of the trace, over inputs and draws.",
     "rel_error": "How far off the estimated diagonal is, as a share of it: √(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖ "
     "at the probe's inputs and draws. 0.1 is good; near 1 the estimate is mostly noise.",
+    "one_label_error": "The relative error with one drawn label for each of the probe's inputs. "
+    "(Labels were integrated over, so that rel_error is the same for all estimators.) 0.1 is good, "
+    "1 is noise.",
     "label_variance": "Variance of one pair's diagonal from the choice of the label, Σᵢ.",
     "input_variance": "Variance of one pair's diagonal from the choice of the input, Σᵢ.",
     "pairs_for_10_percent": "(input, label) pairs that a relative error of 10 % takes.",
@@ -49,7 +52,14 @@ _LOGS = (
     "bound",
     "sharp_bound",
 )
-_LAYER = ("trace", "rel_error", "label_variance", "pairs_for_10_percent", "tightness")
+_LAYER = (
+    "trace",
+    "rel_error",
+    "one_label_error",
+    "label_variance",
+    "pairs_for_10_percent",
+    "tightness",
+)
 """Of a layer; ``Report.scalars`` has more."""
 
 _LARGEST = 3.4028234e38  # scalars are stored in single precision
@@ -72,7 +82,8 @@ _PICTURES = {
     "1_relative_error": "Relative error, layer by layer (model order) over the training.",
     "2_variance_and_bound": "Variance of a pair from labels and from inputs, and the labels' bound.",
     "3_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
-    "4_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
+    "4_bound_of_the_matrix": "Labels' covariance of the whole matrix, measured, and its bound.",
+    "5_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
 }
 
 

@@ -15,12 +15,19 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 import fimprobe
+from fimprobe.origin import describe_run
 from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
 from fimprobe.types import FimprobeError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reports import make_report  # noqa: E402
 
+RUN = describe_run(
+    nn.Linear(3, 2),
+    fimprobe.Config(seed=77),
+    likelihood=fimprobe.likelihoods.Gaussian(sigma=0.5),
+    decision="said so",
+)
 EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0}
 LAYOUT = "custom_scalars__config__"
 
@@ -49,7 +56,7 @@ def run(tmp_path_factory):
     """Six reports of 40 layers; at the third the errors are not known."""
     log_dir = tmp_path_factory.mktemp("run")
     reports = [make_report(40, 10 * i, known=i != 2) for i in range(6)]
-    write(log_dir, reports, config="draws: 2", decision=lambda: "said so", top=20)
+    write(log_dir, reports, run=lambda: RUN, top=20)
     return load(log_dir), reports
 
 
@@ -141,9 +148,12 @@ def test_text_tells_the_run_and_the_advice(run):
     (about,) = events.Tensors("fimprobe/about")
     about = about.tensor_proto.string_val[0].decode()
     for told in (
-        "draws: 2",
+        "| Settings | seed 77 |",
+        "seed: 77\n",
+        "draws: 2\n",
+        "Gaussian(sigma=0.5) (said so)",
+        "Linear, 8 trainable parameters (float32)",
         "categorical",
-        "said so",
         "| contracted | 40 |",
         "√(Σᵢ Var F̂ᵢᵢ)",
         "reports 4, 8, 16",
@@ -152,13 +162,14 @@ def test_text_tells_the_run_and_the_advice(run):
     pages = events.Tensors("fimprobe/advice")
     assert [p.step for p in pages] == [r.step for r in reports]
     page = pages[3].tensor_proto.string_val[0].decode()
-    assert all(line in page for line in reports[3].advice) and "| **model** |" in page
+    assert all(line in page for line in reports[3].advice) and "| total |" in page
 
 
 def test_pictures_come_at_a_growing_rule_and_at_the_end(run):
     events, _ = run
     assert [e.step for e in events.Images("fim_pictures/3_pairs_needed")] == [30, 50]
-    names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed", "4_diagonal"}
+    names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed"}
+    names |= {"4_bound_of_the_matrix", "5_diagonal"}
     assert set(events.Tags()["images"]) == {f"fim_pictures/{n}" for n in names}
 
 
@@ -254,7 +265,8 @@ def test_without_matplotlib_one_line_says_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "fimprobe.sinks.figures", raising=False)
+    for name in ("drawing", "pictures", "gallery"):
+        monkeypatch.delitem(sys.modules, f"fimprobe.{name}", raising=False)
     with caplog.at_level(logging.INFO):
         write(tmp_path, [make_report(3, n) for n in range(3)])
     (line,) = [r.message for r in caplog.records]
