@@ -234,10 +234,11 @@ def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:
 
 
 _TENSORS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
+_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _TENSORS)
 
 
 def _scalars(e: Estimate) -> dict[str, Any]:
-    values = {f.name: getattr(e, f.name) for f in dataclasses.fields(e) if f.name not in _TENSORS}
+    values = {name: getattr(e, name) for name in _VALUES}
     if e.trace_range is not None:
         values["trace_range"] = list(e.trace_range)
     derived = {

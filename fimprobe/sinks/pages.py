@@ -80,15 +80,14 @@ def make_about(
     return "\n\n".join(lines)
 
 
-def make_page(report: Report, most: int = 8) -> str:
+def make_page(record: dict[str, Any], most: int = 8) -> str:
     """The advice, and the table of the model and of the layers that need most pairs."""
-    advice = "\n".join(f"* {line}" for line in report.advice)
-    record = report.to_dict()
+    advice = "\n".join(f"* {line}" for line in record["advice"])
     (head, *rows) = make_rows(record, most)
     told = "\n\n".join(["", *told_of_errors(record)])
-    left = len(report.layers) - most
+    left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
-    return f"## Step {report.step}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"
+    return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -88,6 +88,7 @@ class TensorboardSink:
         self._began, self._spent = time.perf_counter(), 0.0
         self._left: list[Callable[[Report], None]] = []
         self._last: Report | None = None
+        self._record: dict[str, Any] = {}  # the last report's
         self._closed = False
 
     def write(self, report: Report) -> None:
@@ -100,9 +101,9 @@ class TensorboardSink:
         self._count += 1
         if self._count == 1:
             self.file.add_text("fimprobe/about", self._about(report))
+        self._last, self._record, self._left = report, report.to_dict(), []
         if self._album is not None:
-            self._album.remember(report.to_dict())
-        self._last, self._left = report, []
+            self._album.remember(self._record)
         self._spent += report.seconds
         for due, add in (
             (is_kept(self._count, DENSE), self._add_scalars),
@@ -146,7 +147,7 @@ class TensorboardSink:
                 self.file.add_layout(dashboard)
 
     def _add_pages(self, report: Report) -> None:
-        self.file.add_text("fimprobe/advice", make_page(report))
+        self.file.add_text("fimprobe/advice", make_page(self._record))
         if self.histograms:
             for tag, values, weights in make_spreads(report):
                 self.file.add_histogram(tag, values, weights)
@@ -156,7 +157,7 @@ class TensorboardSink:
             from fimprobe.drawing import to_png
             from fimprobe.gallery import OVER_STEPS, make_pictures
 
-            for picture in make_pictures(self._album.records, report.to_dict(), without=OVER_STEPS):
+            for picture in make_pictures(self._album.records, self._record, without=OVER_STEPS):
                 png, size = to_png(picture.figure, picture.title)
                 self.file.add_image(f"fim_pictures/{picture.name}", png, size)
 
