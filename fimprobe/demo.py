@@ -49,7 +49,9 @@ def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
         found[name] = probe.history
         _tell(name, model, probe, x[test], y[test])
     print(f"\nSee every layer over time:   tensorboard --logdir {run}")
+    print("                             (its tabs Custom scalars, Images and Text)")
     print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
+    print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
     return found
 
 

@@ -101,6 +101,7 @@ def make_steps(axis: Axes, *, shares: bool = False) -> None:
     label_axis(axis, "step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     if shares:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))

@@ -89,14 +89,15 @@ def make_page(records: Records) -> str:
     """The page: what it means first, then pictures, tables, and how it was measured."""
     reports = latest_training(records.reports)
     last = reports[-1]
-    name = records.path.resolve().parent.name
+    folder = records.path.resolve().parent
+    name = folder.name if folder.name != "fimprobe" else f"{folder.parent.name}/fimprobe"
     steps = f"step {last['step']:,}"
     if len(reports) > 1:
         steps = f"steps {reports[0]['step']:,} to {last['step']:,}, {len(reports)} reports"
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{escape(name)}</span></h1>",
-        f"<p class=soft>{escape(str(last['likelihood']))} · {steps} · "
-        f"{last['batch_size']} inputs, draws {last['draws']}</p>",
+        f"<p class=soft>{escape(_subject(records, last))} · {steps} · "
+        f"{last['batch_size']} inputs, {_labels(last)}</p>",
         *[f"<p><b>Careful:</b> {escape(note)}</p>" for note in records.notes],
         _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
@@ -126,10 +127,16 @@ def make_page(records: Records) -> str:
     )
 
 
+def _subject(records: Records, last: dict[str, Any]) -> str:
+    """The model, where the record tells it, and the family of its labels."""
+    model = f"{records.run['model']}, " if records.run else ""
+    return f"{model}{last['likelihood']}"
+
+
 def _labels(report: dict[str, Any]) -> str:
     if report["draws"] == "exact":
-        return "labels integrated exactly: what the choice of inputs alone causes"
-    return f"{report['draws']} drawn for each input"
+        return "labels integrated over"
+    return f"{report['draws']} drawn label{'' if report['draws'] == 1 else 's'} each"
 
 
 def _errors(report: dict[str, Any]) -> str:
@@ -148,8 +155,11 @@ def _tiles(report: dict[str, Any]) -> str:
         tiles.append((percent(e["rel_error"]), f"relative error of F: {size}"))
     for kind, name in KINDS.items():
         if kind in total and kind != "empirical":
-            error = percent(drawn_error(report, total[kind]))
-            tiles.append((error, f"relative error of {name}: {drawn_labels(report)}"))
+            error = drawn_error(report, total[kind])
+            told = f"relative error of {name}: {drawn_labels(report)}"
+            if error is None and total[kind]["probe_error"]:
+                told += "; lost in the noise of its random probes"
+            tiles.append((percent(error), told))
     tiles.append((count(e["draws_for_10_percent"]), "(input, label) pairs for 10 % by Î₁"))
     inner = "".join(f"<div class=tile><b>{escape(v)}</b><span>{t}</span></div>" for v, t in tiles)
     return f"<div class=tiles>{inner}</div>"

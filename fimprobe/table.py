@@ -13,6 +13,17 @@ TRENDS = ("rel_error", "trace", "label_variance")
 
 Row = tuple[str, ...]
 
+LEAST = (
+    "bound/Cov Î₂",
+    "bound/Cov Î₁",
+    "Î₂: V labels",
+    "V inputs",
+    "± s.e.",
+    "parameters",
+    "V labels",
+)
+"""Columns that narrow places go without, the first of these first; then from the right."""
+
 
 def format_table(record: dict[str, Any], top: int | None = None) -> str:
     """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""

@@ -12,6 +12,7 @@ from typing import Any
 from fimprobe.origin import differing_settings, tell_run
 from fimprobe.records import read
 from fimprobe.table import (
+    LEAST,
     Row,
     align,
     differences,
@@ -30,17 +31,6 @@ from fimprobe.types import FimprobeError
 
 MOST_RUNS = 20
 """Runs in the list of a folder."""
-
-LEAST = (
-    "bound/Cov Î₂",
-    "bound/Cov Î₁",
-    "Î₂: V labels",
-    "V inputs",
-    "± s.e.",
-    "parameters",
-    "V labels",
-)
-"""Columns that a narrow terminal goes without, the first of these first; then from the right."""
 
 
 def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from fimprobe.origin import tell_run
 from fimprobe.report import Report
 from fimprobe.sinks.tags import KINDS, MEANING
-from fimprobe.table import make_rows, told_of_errors
+from fimprobe.table import LEAST, make_rows, told_of_errors
 
 _FORMULAS = {
     "trace": "Σᵢ F̂ᵢᵢ",
@@ -37,8 +37,11 @@ def make_about(
     report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
 ) -> str:
     """What was measured, how, and how to read it, in Markdown."""
-    exact = report.draws is None
-    draws = "all labels, exactly" if exact else f"{report.draws} drawn label(s) each"
+    size = f"{report.batch_size} inputs, labels integrated over"
+    if report.draws is not None:
+        size = (
+            f"{report.batch_size} inputs, {report.draws} drawn label{'s' * (report.draws > 1)} each"
+        )
     kinds = [k for k in KINDS if getattr(report.total, k) is not None]
     ways: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
@@ -50,7 +53,7 @@ def make_about(
         "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question. "
         "IMAGES: which layers err, when. TEXT, *fimprobe/advice*: what to do. The relative error is "
         "the number to watch: 10 % is good, near 100 % the estimate is mostly noise.",
-        f"**Measured.** {report.batch_size} inputs, {draws}; likelihood **{report.likelihood}** "
+        f"**Measured.** {size}; likelihood **{report.likelihood}** "
         f"({run.get('decision', 'given')}); {report.total.numel:,} parameters in "
         f"{len(report.layers)} layers. Charts of their own: "
         f"{', '.join(f'`{n}`' for n in layers) or 'no layer'} (those that "
@@ -83,7 +86,9 @@ def make_about(
 def make_page(record: dict[str, Any], most: int = 8) -> str:
     """The advice, and the table of the model and of the layers that need most pairs."""
     advice = "\n".join(f"* {line}" for line in record["advice"])
-    (head, *rows) = make_rows(record, most)
+    rows = make_rows(record, most)
+    shown = [i for i, head in enumerate(rows[0]) if head not in LEAST]  # more cells break words
+    (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
     told = "\n\n".join(["", *told_of_errors(record)])
     left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""

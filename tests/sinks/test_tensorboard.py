@@ -123,6 +123,31 @@ def test_the_dashboard_names_tags_that_exist(run):
     assert margins == 28
 
 
+def test_the_dashboard_of_exact_labels_is_of_one_drawn_label(tmp_path):
+    reports = [dataclasses.replace(make_report(3, n), draws=None) for n in range(2)]
+    write(tmp_path, reports, figures=False)
+    events = load(tmp_path)
+    good, worst = layout_of(events).category[:2]
+    assert [c.title for c in good.chart][:2] == [
+        "Relative error, 1 label each (0.1 good, 1 noise): ◼ Î₁ ◆ Î₂",
+        "Relative error of F, labels integrated over",
+    ]
+    assert list(worst.chart[0].multiline.tag) == ["fim_layers/.*/i1_one_label_error$"]
+    for event, report in zip(events.Scalars("fim/i2/one_label_error"), reports, strict=True):
+        e = report.total.i2
+        pair = (e.label_variance + e.input_variance) / report.batch_size
+        assert event.value == pytest.approx(pair**0.5 / e.norm, rel=1e-6)
+
+
+def test_runs_of_other_layers_share_the_charts_of_layers(tmp_path):
+    def charts(layers):
+        write(tmp_path / str(layers), [make_report(layers, 0)], figures=False)
+        return layout_of(load(tmp_path / str(layers))).category[1].chart
+
+    (one, two), (three, four) = charts(3), charts(12)
+    assert one == three and two == four and one != two
+
+
 def test_the_dashboard_grows_when_values_come_later(tmp_path):
     write(tmp_path, [make_report(3, 0, known=False), make_report(3, 1)], figures=False)
     events = load(tmp_path)
