@@ -91,8 +91,7 @@ def make_pictures(
         (
             "5_diagonal",
             "Sizes of the entries of diag F",
-            f"How large the entries are {at}, each parameter tensor's mean, counted by its size. "
-            "Small entries are the hard ones.",
+            f"How many entries are how large {at}. Small ones are the hard ones. Logarithmic.",
             lambda: draw_diagonal(last),
         ),
     ]

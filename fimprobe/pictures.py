@@ -29,6 +29,7 @@ from fimprobe.drawing import (
     name_panels,
     name_rows,
 )
+from fimprobe.estimators.sizes import STEP
 from fimprobe.table import drawn_error, neediest, thin
 
 Record = dict[str, Any]
@@ -176,7 +177,18 @@ def draw_bounds(record: Record) -> Figure | None:
 
 
 def draw_diagonal(record: Record) -> Figure | None:
-    """How large the entries of diag F are: each parameter tensor's mean, counted by its size."""
+    """How large the entries of diag F are, by Î₁.
+
+    Of records without their sizes (old ones, sharded models): each parameter tensor's mean, counted
+    by its size.
+    """
+    if record.get("sizes"):
+        figure, axis = make_chart()
+        logs, numbers = np.array(record["sizes"], dtype=float).T
+        lower, upper = 10.0**logs, 10.0 ** (logs + STEP)
+        axis.bar(lower, numbers, width=upper - lower, align="edge", color=BLUE)
+        _name_sizes(axis, "entry of diag F by Î₁")
+        return figure
     found = {kind: _sizes(record, kind) for kind in ("i1", "i2")}
     found = {kind: pair for kind, pair in found.items() if pair[0].size}
     if not found:
@@ -190,11 +202,7 @@ def draw_diagonal(record: Record) -> Figure | None:
             counts, 10.0**edges, color=COLORS[kind], linewidth=2, label=NAMES[kind],
             linestyle=STYLES[kind],
         )  # fmt: skip
-    axis.set_yscale("log")
-    label_axis(axis, "entries", upright=True)
-    label_axis(axis, "mean entry of diag F of each parameter tensor")
-    make_logarithmic(axis)
-    axis.tick_params(labelsize=TEXT)
+    _name_sizes(axis, "mean entry of diag F of each parameter tensor")
     return add_legend(figure, axis)
 
 
@@ -223,6 +231,14 @@ def _column(layers: Sequence[tuple[str, Record]], kind: str, name: str) -> np.nd
     column = np.array(values, dtype=float)
     column[~(column > 0)] = np.nan
     return column
+
+
+def _name_sizes(axis: Axes, what: str) -> None:
+    axis.set_yscale("log")
+    label_axis(axis, "entries", upright=True)
+    label_axis(axis, what)
+    make_logarithmic(axis)
+    axis.tick_params(labelsize=TEXT)
 
 
 def _sizes(record: Record, kind: str) -> tuple[np.ndarray, np.ndarray]:

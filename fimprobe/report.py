@@ -11,7 +11,9 @@ from typing import Any
 from fimprobe.advice import make_advice
 from fimprobe.estimators import i1, i2
 from fimprobe.estimators.empirical import compare
+from fimprobe.estimators.sizes import count_sizes
 from fimprobe.estimators.tightness import bound_hessians, bound_scores
+from fimprobe.sharded import is_part
 from fimprobe.table import format_table
 from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured
 
@@ -37,6 +39,9 @@ class Report:
     """Modules (or autograd nodes) that are not twice differentiable, where Î₂ was measured."""
     notes: list[str] = field(default_factory=list)
     """What was asked for and could not be measured, with the reason."""
+    sizes: list[tuple[float, float]] = field(default_factory=list)
+    """How large the entries of diag F̂ (Î₁) are: log10 of the lower end of half a decade, entries in
+    it; those that are not above 0 are left out. Empty of a sharded model."""
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     """Where the time went: forward, i1, ih, bounds, i2, and of that "i2 diagonal"."""
 
@@ -78,6 +83,7 @@ class Report:
             "coverage": self.coverage,
             "kinks": self.kinks,
             "notes": self.notes,
+            "sizes": [list(pair) for pair in self.sizes],
             "advice": self.advice,
         }
 
@@ -198,6 +204,9 @@ def make_report(
             shape,
         )
 
+    count = scores.batch_size * (scores.draws or 1)
+    squares = [m.a2 for m in scores.parameters.values()]
+    sharded = any(is_part(a2) for a2 in squares)
     return Report(
         step=step,
         batch_size=scores.batch_size,
@@ -210,6 +219,7 @@ def make_report(
         coverage=scores.coverage,
         kinks=measured.kinks,
         notes=measured.notes,
+        sizes=[] if sharded else count_sizes(squares, 1 / count),
         seconds_by_part=measured.seconds,
     )
 

@@ -160,6 +160,16 @@ def test_bars_and_marks_stand_where_the_numbers_are():
         assert steps.get_data().values.sum() == sum(g.numel for g in report.parameters.values())
 
 
+def test_the_sizes_of_the_diagonal_are_drawn_where_they_are_known():
+    sizes = [[-7.0, 12.0], [-6.5, 30.0], [-2.0, 1.0]]
+    axis = pictures.draw_diagonal(make_report(3, 0).to_dict() | {"sizes": sizes}).axes[0]
+    (bars,) = axis.containers
+    for bar, (edge, number) in zip(bars, sizes, strict=True):
+        assert bar.get_height() == number and bar.get_x() == pytest.approx(10**edge)
+        assert bar.get_x() + bar.get_width() == pytest.approx(10 ** (edge + 0.5))
+    assert axis.get_xlabel() == "entry of diag F by Î₁"
+
+
 def test_with_exact_labels_errors_are_those_of_one_drawn_label():
     report = dataclasses.replace(make_report(3, 0), draws=None)
     record = report.to_dict()

@@ -30,10 +30,6 @@ class Lines(NamedTuple):
     patterns: list[str]
 
 
-MARKS = "◼◆▲"
-"""TensorBoard's marks on the lines of a run, in the order of the tags: their colour is the run's."""
-
-
 class Category(NamedTuple):
     """A box of charts, first to last."""
 
@@ -58,19 +54,19 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
     exact = "fim/i1/one_label_error" in written
     error, size = ("one_label_error", ", 1 label each") if exact else ("rel_error", "")
 
-    def marked(value: str) -> str:
+    def known(value: str) -> str:
         there = [kind for kind in compared if f"fim/{kind}/{value}" in written]
-        return " ".join(f"{mark} {KINDS[k]}" for mark, k in zip(MARKS, there, strict=False))
+        return ", ".join(KINDS[kind] for kind in there)
 
     totals += lines(
-        f"Relative error{size} (0.1 good, 1 noise): {marked(error)}",
+        f"Relative error{size} (0.1 good, 1 noise): {known(error)}",
         [f"fim/{k}/{error}" for k in compared],
     )
     if exact:  # the same for all of them
         totals += lines("Relative error of F, labels integrated over", ["fim/i1/rel_error"])
     need = "pairs_for_10_percent"
     totals += lines(
-        f"(input, label) pairs needed for 10 % error: {marked(need)}",
+        f"(input, label) pairs needed for 10 % error: {known(need)}",
         [f"fim/{k}/{need}" for k in compared],
     )
     for kind in compared:

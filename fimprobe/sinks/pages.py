@@ -50,7 +50,8 @@ def make_about(
         "# About this run",
         "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
         "the model as it trains, and **how far off its estimates are**.",
-        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question. "
+        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question (lines "
+        "have the colour of their run; *Matches* below a chart names them by their marks). "
         "IMAGES: which layers err, when. TEXT, *fimprobe/advice*: what to do. The relative error is "
         "the number to watch: 10 % is good, near 100 % the estimate is mostly noise.",
         f"**Measured.** {size}; likelihood **{report.likelihood}** "

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from fimprobe.estimators.sizes import STEP
 from fimprobe.report import Report
 from fimprobe.types import Estimate, GroupEstimates
 
@@ -166,6 +167,9 @@ def make_spreads(report: Report) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 def diagonal_values(report: Report, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """log10 of the positive entries of diag F̂ and their counts; else of each parameter's mean."""
+    if kind == "i1" and report.sizes:
+        middles, counts = np.array(report.sizes).T
+        return middles + STEP / 2, counts
     values, weights = [], []
     for group in report.parameters.values():
         estimate: Estimate | None = getattr(group, kind)

@@ -130,8 +130,8 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
         "Trace of F by Î₂, ± 2 standard errors",
     ]
     assert query(browser, line, value=title)[:2] == [
-        "Relative error (0.1 good, 1 noise): ◼ Î₁ ◆ Î₂",
-        "(input, label) pairs needed for 10 % error: ◼ Î₁ ◆ Î₂",
+        "Relative error (0.1 good, 1 noise): Î₁, Î₂",
+        "(input, label) pairs needed for 10 % error: Î₁, Î₂",
     ]
     assert query(browser, band, value="e._missingTags.length") == [0, 0]
     errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]

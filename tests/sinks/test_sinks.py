@@ -49,6 +49,16 @@ def test_jsonl_is_strict_json_and_complete(run):
     assert json.loads(lines[1])["parameters"]["0.weight"]["i1"]["label_variance"] > 0
 
 
+def test_every_report_is_on_disk_as_soon_as_it_is_made(tmp_path):
+    options = {"likelihood": "categorical", "estimators": ("i1",), "bounds": False}
+    with fimprobe.attach(nn.Linear(3, 2), log_dir=tmp_path, **options) as probe:
+        for step in range(3):
+            report = probe.step(torch.randn(4, 3))
+            rows = fimprobe.read(tmp_path)
+            assert rows.reports[-1] == report.to_dict() and len(rows.reports) == step + 1
+            assert rows.notes == [] and rows.run["first_step"] == 0
+
+
 def test_a_torn_last_line_is_left_out(run):
     log_dir, _ = run
     path = log_dir / "fimprobe.jsonl"

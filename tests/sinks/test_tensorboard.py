@@ -129,7 +129,7 @@ def test_the_dashboard_of_exact_labels_is_of_one_drawn_label(tmp_path):
     events = load(tmp_path)
     good, worst = layout_of(events).category[:2]
     assert [c.title for c in good.chart][:2] == [
-        "Relative error, 1 label each (0.1 good, 1 noise): ◼ Î₁ ◆ Î₂",
+        "Relative error, 1 label each (0.1 good, 1 noise): Î₁, Î₂",
         "Relative error of F, labels integrated over",
     ]
     assert list(worst.chart[0].multiline.tag) == ["fim_layers/.*/i1_one_label_error$"]
@@ -207,6 +207,18 @@ def test_histograms_count_every_parameter(run, tmp_path):
     write(tmp_path, [make_report(3, 0)], histograms=False, figures=False)
     tags = load(tmp_path).Tags()
     assert not [t for t in tags["tensors"] if t.startswith("fim_spread")] and not tags["images"]
+
+
+def test_the_histogram_of_the_diagonal_is_that_of_its_entries(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    report = fimprobe.measure(net, torch.randn(16, 5), likelihood="categorical", diagonals=True)
+    write(tmp_path, [report], figures=False)
+    rows = _floats(load(tmp_path).Tensors("fim_spread/i1/log10_diagonal")[0]).view(-1, 3)
+    entries = torch.cat([d.flatten() for d in report.total.i1.diagonal.values()])
+    entries = entries[entries > 0].double().log10()
+    assert rows[:, 2].sum() == len(entries)
+    middle = float((rows[:, :2].mean(1) * rows[:, 2]).sum() / len(entries))
+    assert middle == pytest.approx(float(entries.mean()), abs=0.3)  # bins of half a decade
 
 
 def _floats(event):
