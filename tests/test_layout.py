@@ -127,6 +127,7 @@ def test_the_demo_shows_its_point(tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("mlp", "cnn"):
         line = next(x for x in out.splitlines() if x.startswith(f"What it found: as the {name}"))
-        first, last = (float(w.rstrip("%")) for w in line.split() if w.endswith("%"))
+        told = re.search(r"went from ([\d.,]+) % to ([\d.,]+) %\.", line)
+        first, last = (float(share.replace(",", "")) for share in told.groups())
         assert last > 1.5 * first
     assert "tensorboard --logdir" in out
