@@ -78,20 +78,28 @@ def _errors(report: Report) -> list[str]:
         return [_zero(report)]
     need = total.draws_for(0.1)
     if need is not None and total.rel_error is not None:
-        pairs = f"{count(need)} (input, label) pairs"
+        pairs = f"an error of 10 % takes {count(need)} (input, label) pairs"
         size = _plural(report.batch_size, "input")
         if report.draws is None:
-            how = f"{size} with exact labels, from the choice of inputs alone; with drawn labels"
+            others = [(k, getattr(report.total, k)) for k in ("i1", "i2", "ih")]
+            off = " and ".join(
+                f"{percent(report.one_label_error(e))} ({NAMES[kind]})"
+                for kind, e in others
+                if e is not None and e.draws_for(0.1) is not None
+            )
+            lines.append(
+                f"F of the whole model is off by {percent(total.rel_error)} at {size} with labels "
+                "integrated over: from the choice of inputs alone. With one drawn label for each "
+                f"input it is off by {off}; {pairs} with Î₁."
+            )
         else:
             how = f"{size} with {_plural(report.draws, 'drawn label')} each"
             how += f" ({_plural(report.batch_size * report.draws, 'pair')})"
             if report.batch_size == 1:
                 how += ", seen at that input alone"
-        joint = " an error of" if report.draws is None else "; an error of"
-        lines.append(
-            f"Î₁ of the whole model is off by {percent(total.rel_error)} at {how}{joint} 10 % takes "
-            f"{pairs}."
-        )
+            lines.append(
+                f"Î₁ of the whole model is off by {percent(total.rel_error)} at {how}; {pairs}."
+            )
     groups = [(n, g) for n, g in report.layers.items() if g.i1.norm > 0]
     worst = max(((g.i1.draws_for(0.1) or 0.0, n) for n, g in groups), default=(0.0, ""))
     if worst[0] > 0 and len(report.layers) > 1:
@@ -130,19 +138,22 @@ def _choice(report: Report) -> list[str]:
         found = best_estimator(group, seconds)
         known = known or found is not None
         if found is not None and found[1] >= CLEAR:
-            gain = "no variance seen" if found[1] == float("inf") else f"{found[1]:.2g}×"
+            gain = "no error seen" if found[1] == float("inf") else f"{found[1]:.2g}×"
             wins[found[0]].append(f"{name!r} ({gain})")
     others = [k for k in ("i2", "ih") if k in seconds and getattr(report.total, k) is not None]
-    told = ", ".join(f"{NAMES[k]} {seconds[k] / seconds['i1']:.2g}×" for k in others if known)
-    price = f"at equal compute ({told} the time of Î₁ for a diagonal, as measured here)"
+    told = " and ".join(
+        f"by {NAMES[k]} takes {seconds[k] / seconds['i1']:.2g}" for k in others if known
+    )
+    timed = f"Timed here: a diagonal {told} times as long as by Î₁."
+    same = "For the same computing time"
     parts = [f"{NAMES[kind]} in {_some(names)}" for kind, names in wins.items() if names]
     if parts:
-        lines.append(
-            f"Least error {price}: {'; '.join(parts)}. In brackets: the next best's error over its."
-        )
+        than = "the other" if len(others) == 1 else "the next best"
+        least = "; ".join(parts).replace(" in ", " errs least in ", 1)
+        lines.append(f"{same} {least}. In brackets: how many times less than {than}. {timed}")
     elif known:
         labels = ["Î₁", *(NAMES[k] for k in others)]
-        lines.append(f"{' and '.join(labels)} err alike {price}.")
+        lines.append(f"{same} {' and '.join(labels)} err alike. {timed}")
     silent = [
         repr(n)
         for n, g in report.layers.items()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
+from fimprobe.mistakes import explain
 from fimprobe.schedule import At, Budget, Every, Schedule
 from fimprobe.types import FimprobeError
+from fimprobe.yaml_file import YamlFile, read_yaml
 
 
 class _Section(BaseModel):
@@ -107,7 +109,9 @@ class Config(_Section):
             try:
                 get_likelihood(likelihood)
             except FimprobeError as error:
-                raise ValueError(str(error)) from None
+                near = difflib.get_close_matches(str(likelihood).lower(), ["auto", *LIKELIHOODS], 1)
+                meant = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{error}{meant}") from None
         return likelihood
 
     @field_validator("draws")
@@ -123,12 +127,52 @@ def json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
+ALLOWED = {
+    "schedule": "{budget: 0.02} (a share of the wall time), {every: 100} or {at: [0, 10, 100]} "
+    "(steps)",
+    "schedule.budget": "a share above 0 and below 1, such as 0.02",
+    "schedule.every": "a whole number of steps from 1",
+    "schedule.at": "a list of steps, such as [0, 10, 100]",
+    "likelihood": "auto, " + ", ".join(sorted(LIKELIHOODS)),
+    "estimators": "one or several of i1, i2, ih, empirical, such as [i1, i2]",
+    "draws": "a whole number of labels from 1, or exact",
+    "batch": "a whole number of inputs from 1",
+    "second_order": "{probes: 2} (random probes), exact or off",
+    "second_order.probes": "a whole number of probes from 2",
+    "bounds": "true or false",
+    "engine": "auto, autograd or backpack",
+    "memory_mb": "a number of megabytes above 0",
+    "layers": "{include: ['*'], exclude: [], top: 12} or some of these keys",
+    "layers.include": "a list of patterns of layer names, such as ['encoder.*']",
+    "layers.exclude": "a list of patterns of layer names, such as ['encoder.*']",
+    "layers.top": "a whole number of layers from 0",
+    "tensorboard": "{log_dir: ..., histograms: ..., figures: ...} or some of these keys, or false; "
+    "without the key it is on",
+    "tensorboard.log_dir": "a path, or null for runs/fimprobe/<time>_<host>",
+    "tensorboard.histograms": "true or false",
+    "tensorboard.figures": "true or false",
+    "jsonl": "a path, false, or null for <log_dir>/fimprobe.jsonl",
+    "on_error": "warn or raise",
+    "seed": "a whole number",
+}
+"""What messages say that each option takes."""
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "": Config,
+    "schedule": ScheduleConfig,
+    "layers": LayersConfig,
+    "second_order": SecondOrderConfig,
+    "tensorboard": TensorboardConfig,
+}
+"""The mappings that a file holds, by the key they stand under."""
+
+
 def load_config(config: str | Path | Mapping[str, Any] | Config | None, **options: Any) -> Config:
     """A configuration from a YAML path, a mapping or keywords; keywords win.
 
     Raises :class:`FimprobeError` with every mistake, each with file and line where there is one.
     """
-    where: dict[tuple[Any, ...], str] = {}
+    file = YamlFile({}, {}, [])
     if config is None:
         values: dict[str, Any] = {}
     elif isinstance(config, Config):
@@ -136,145 +180,26 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
     elif isinstance(config, Mapping):
         values = dict(config)
     elif isinstance(config, (str, Path)):
-        values, where = _read_yaml(Path(config))
+        file = read_yaml(Path(config))
+        values = file.values
     else:
         raise FimprobeError(
             f"config={config!r} is no configuration; pass a YAML path, a mapping or fimprobe.Config"
         )
-    values |= options
+    values = {str(key): value for key, value in values.items()} | options
+    lines = {place: line for place, line in file.lines.items() if place[0] not in options}
+    mistakes = list(file.twice)
     try:
-        return Config(**values)
+        made = Config(**values)
     except ValidationError as error:
-        raise FimprobeError(_explain(error, where)) from None
-
-
-def _explain(error: ValidationError, where: dict[tuple[Any, ...], str]) -> str:
-    lines, seen = [], set()
-    for problem in error.errors():
-        branch = _is_tag(problem["loc"][-1]) if problem["loc"] else False
-        if branch and problem["type"] == "literal_error" and isinstance(problem["input"], dict):
-            continue  # a mapping was meant: what is wrong inside of it says more
-        loc = tuple(part for part in problem["loc"] if part in ("",) or not _is_tag(part))
-        name = ".".join(map(str, loc))
-        if problem["type"] == "extra_forbidden":
-            known = _keys(loc[:-1])
-            near = difflib.get_close_matches(str(loc[-1]), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            text = f"unknown key {name!r}; {hint}"
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            shown = problem.get("input")
-            text = (
-                f"{name}={shown!r}: {message}"
-                if name and not isinstance(shown, dict)
-                else (f"{name}: {message}" if name else message)
-            )
-        mark = next((where[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in where), "")
-        line = f"{mark}: {text}" if mark else text
-        if line not in seen:
-            seen.add(line)
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _is_tag(part: Any) -> bool:
-    """Pydantic names the branches of a union inside a location."""
-    return isinstance(part, str) and (
-        part in ("int", "float", "str", "bool", "none")
-        or part.startswith("literal[")
-        or part[:1].isupper()
-    )
-
-
-def _keys(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
-    sections = {
-        "schedule": ScheduleConfig,
-        "layers": LayersConfig,
-        "second_order": SecondOrderConfig,
-        "tensorboard": TensorboardConfig,
-    }
-    if loc and loc[0] in sections:
-        model = sections[loc[0]]
-    return list(model.model_fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 1e-3 is a number; only true and false are booleans."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FimprobeError(f"config={str(path)!r} cannot be read: {error}") from None
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise FimprobeError(
-                f"{path}:1: the file is empty; write at least one key, such as draws: 2"
-            )
-        where: dict[tuple[Any, ...], str] = {}
-        mistakes: list[str] = []
-        _mark(node, (), path, where, mistakes)
-        values = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(error, "problem", None) or error
-        raise FimprobeError(f"{path}:{line}: not YAML: {problem}") from None
-    finally:
-        loader.dispose()
-    if not isinstance(values, dict):
-        raise FimprobeError(
-            f"{path}:{node.start_mark.line + 1}: the file holds {values!r}; write keys and values, "
-            "such as draws: 2"
-        )
+        keys = {name: section.model_fields for name, section in SECTIONS.items()}
+        mistakes += explain(error.errors(), allowed=ALLOWED, keys=keys, lines=lines)
     if mistakes:
-        try:
-            Config(**{str(k): v for k, v in values.items()})
-        except ValidationError as error:
-            mistakes += _explain(error, where).splitlines()
-        raise FimprobeError("\n".join(mistakes))
-    return values, where
+        raise FimprobeError("\n".join(sorted(mistakes, key=_line)))
+    return made
 
 
-def _mark(
-    node: yaml.Node,
-    at: tuple[Any, ...],
-    path: Path,
-    where: dict[tuple[Any, ...], str],
-    mistakes: list[str],
-) -> None:
-    """Remember the line of every key, and find keys given twice."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            place = (*at, key.value)
-            line = f"{path}:{key.start_mark.line + 1}"
-            if place in where:
-                mistakes.append(f"{line}: key {'.'.join(map(str, place))!r} is given twice")
-            where[place] = line
-            _mark(value, place, path, where, mistakes)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            place = (*at, i)
-            where[place] = f"{path}:{value.start_mark.line + 1}"
-            _mark(value, place, path, where, mistakes)
+def _line(mistake: str) -> int:
+    """The number in ``file:line: ...``; those without one come last."""
+    found = re.match(r"[^\n]*?:(\d+): ", mistake)
+    return int(found[1]) if found else sys.maxsize

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fimprobe
 from fimprobe.report import Report
-from fimprobe.table import format_trend
+from fimprobe.table import format_trend, percent
 from fimprobe.types import FimprobeError
 
 
@@ -49,7 +49,9 @@ def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
         found[name] = probe.history
         _tell(name, model, probe, x[test], y[test])
     print(f"\nSee every layer over time:   tensorboard --logdir {run}")
+    print("                             (its tabs Custom scalars, Images and Text)")
     print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
+    print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
     return found
 
 
@@ -85,16 +87,9 @@ def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tens
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
     print("\n" + format_trend([r.to_dict() for r in reports]))
-    first, last = (_one_label(r) for r in (reports[0], reports[-1]))
+    first, last = (percent(r.one_label_error(r.total.i1)) for r in (reports[0], reports[-1]))
     print(
-        f"\nWhat it found: as the {name} became confident, the relative error of Î₁ from one drawn "
-        f"label for each of {reports[0].batch_size} inputs went from {first:.0%} to {last:.0%}"
-        " (labels alone, the inputs held fixed)."
+        f"\nWhat it found: as the {name} became confident, the relative error of Î₁ with one drawn "
+        f"label for each of {reports[0].batch_size} inputs went from {first} to {last}. Near 100 % "
+        "an estimate is noise."
     )
-
-
-def _one_label(report: Report) -> float:
-    """√(V_y/B)/‖diag F‖ of the whole model: exact, since the labels were integrated over."""
-    estimate = report.total.i1
-    assert estimate.label_variance is not None
-    return float((estimate.label_variance / report.batch_size) ** 0.5 / estimate.norm)

@@ -1,85 +1,140 @@
-"""Which pictures a run gets, and what each says."""
+"""Which pictures a run gets, and what each says; drawn when asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from fimprobe.pictures import (
-    MOST_BARS,
+    MOST_COLUMNS,
+    MOST_ROWS,
+    Record,
     draw_bounds,
+    draw_diagonal,
     draw_error_map,
     draw_errors,
     draw_needs,
     draw_traces,
     draw_variances,
-    is_exact,
 )
 from fimprobe.table import drawn_labels
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from fimprobe.drawing import Figure
+
+OVER_STEPS = ("errors", "traces")
+"""Pictures that TensorBoard draws itself, as charts."""
 
 
 class Picture(NamedTuple):
     """A figure with what it shows."""
 
+    name: str
     title: str
     caption: str
     figure: Figure
 
 
-def make_pictures(reports: Sequence[dict[str, Any]]) -> list[Picture]:
-    """All pictures of a run for which it holds the values, over steps and of the last report."""
-    last = reports[-1]
+def make_pictures(
+    records: Sequence[Record], last: Record | None = None, *, without: Sequence[str] = ()
+) -> Iterator[Picture]:
+    """All pictures for which there are values: over ``records``, and of the ``last`` of them.
+
+    ``records`` may be the ``condense``\\ d ones, where ``last`` is whole.
+    """
+    last = last or records[-1]
+    at = f"at step {last['step']:,}"
     size = drawn_labels(last)
-    cut = "" if len(last["layers"]) <= MOST_BARS else f" The {MOST_BARS} layers with most need."
-    makers: list[tuple[str, str, Callable[[], Figure | None]]] = [
+    cut = "" if len(last["layers"]) <= MOST_ROWS else f" The {MOST_ROWS} layers with most need."
+    makers: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
         (
+            "errors",
             "Relative error over the training",
             f"How far off the diagonal of the whole model's Fisher information is at {size}: the "
-            "lower the better, near 100 % it is noise.",
-            lambda: draw_errors(reports),
+            "lower the better; near 100 % (dashed) and above it is noise. Logarithmic.",
+            lambda: draw_errors(records),
         ),
         (
+            "traces",
             "Trace of the Fisher information",
             "Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors, over inputs and labels.",
-            lambda: draw_traces(reports),
+            lambda: draw_traces(records),
         ),
         (
-            "Which layer errs, and when",
-            f"Relative error of Î₁ at {size}, layers in the order of the model.",
-            lambda: draw_error_map(reports),
+            "1_relative_error",
+            f"Relative error of diag F: {size}",
+            f"Which layer errs, and when: at {size}, layers in the order of the model. Yellow: "
+            "noise. Grey: not known.",
+            lambda: draw_error_map(records),
         ),
         (
-            "Where the variance comes from",
-            f"Variance of one (input, label) pair at step {last['step']}, summed over the layer's "
-            "diagonal: from the choice of the label, from the choice of the input; | is the bound "
-            f"on the labels' part (2024). Logarithmic.{cut}",
+            "2_variance_and_bound",
+            "Variance of one (input, label) pair",
+            f"Where the variance comes from {at}: from the choice of the label, from the choice of "
+            "the input, summed over the layer's diagonal; | is the bound on the labels' part. "
+            f"Logarithmic.{cut}",
             lambda: draw_variances(last),
         ),
         (
-            "How loose the bounds are",
-            f"Labels' covariance of the layer's whole matrix at step {last['step']}: measured (●) "
-            f"and bounded (○: {_bound_of(last)}). Logarithmic.{cut}",
+            "3_pairs_needed",
+            "(input, label) pairs for 10 % error",
+            f"Draws that a relative error of 10 % takes {at}, against those measured (dashed). "
+            f"Logarithmic.{cut}",
+            lambda: draw_needs(last),
+        ),
+        (
+            "4_bound_of_the_matrix",
+            "Labels' covariance of the whole matrix, and its bound",
+            f"How loose the bounds are {at}: {_bound_of(last)}. Logarithmic.{cut}",
             lambda: draw_bounds(last),
         ),
         (
-            "Draws needed",
-            f"(input, label) pairs for a relative error of 10 % at step {last['step']}."
-            f"{'' if is_exact(last) else ' Dashed: as many as were measured.'}{cut}",
-            lambda: draw_needs(last),
+            "5_diagonal",
+            "Sizes of the entries of diag F",
+            f"How many entries are how large {at}. Small ones are the hard ones. Logarithmic.",
+            lambda: draw_diagonal(last),
         ),
     ]
-    found = []
-    for title, caption, make in makers:
-        figure = make()
+    for name, title, caption, make in makers:
+        figure = None if name in without else make()
         if figure is not None:
-            found.append(Picture(title, caption, figure))
-    return found
+            yield Picture(name, title, caption, figure)
 
 
-def _bound_of(report: dict[str, Any]) -> str:
-    if is_exact(report):
-        return "‖J‖⁴‖M‖ (17) for Î₁, ‖H‖²‖I‖ (18) for Î₂, on ‖Cov‖"
-    return "s_max(J)⁴ tr M for Î₁, λ_max(I)‖H‖² for Î₂, on the sum of all entries' variances"
+def condense(record: Record) -> Record:
+    """What of a record the pictures over steps need: a run may hold thousands."""
+    values = ("rel_error", "draws_for_10_percent")
+    return {name: record[name] for name in ("step", "draws", "batch_size", "total")} | {
+        "layers": {
+            name: {
+                kind: {value: group[kind][value] for value in values}
+                for kind in ("i1", "i2")
+                if kind in group
+            }
+            for name, group in record["layers"].items()
+        }
+    }
+
+
+class Album:
+    """Remembers a run, condensed, of long ones evenly taken reports only."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self._seen, self._stride = 0, 1
+
+    def remember(self, record: Record) -> None:
+        """Keep a report."""
+        self._seen += 1
+        if (self._seen - 1) % self._stride:
+            return
+        self.records.append(condense(record))
+        if len(self.records) > MOST_COLUMNS:
+            self._stride *= 2
+            self.records = self.records[::2]
+
+
+def _bound_of(record: Record) -> str:
+    if record["draws"] == "exact":
+        return "‖Cov‖ and ‖J‖⁴‖M‖ (17) for Î₁, ‖H‖²‖I‖ (18) for Î₂"
+    return "the sum of all entries' variances, and s_max(J)⁴ tr M for Î₁, λ_max(I)‖H‖² for Î₂"

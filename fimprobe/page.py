@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fimprobe.origin import tell_run
 from fimprobe.records import Records, latest_training
 from fimprobe.table import (
     Row,
@@ -17,6 +18,7 @@ from fimprobe.table import (
     number,
     percent,
     thin,
+    told_of_errors,
 )
 from fimprobe.types import FimprobeError
 
@@ -61,6 +63,8 @@ WORDS = {
     "second derivative. They differ in variance.",
     "trace F, ± s.e.": "Σᵢ F̂ᵢᵢ and its standard error over inputs and drawn labels.",
     "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖ at this report's inputs and draws.",
+    "1 label": "the same for an estimator with one drawn label for each of this report's inputs, "
+    "where labels were integrated over.",
     "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
     "the label and of the input; divided by the number of pairs and of inputs they give the error.",
     "pairs for 10 %": "(input, label) pairs that a relative error of 10 % takes.",
@@ -85,14 +89,15 @@ def make_page(records: Records) -> str:
     """The page: what it means first, then pictures, tables, and how it was measured."""
     reports = latest_training(records.reports)
     last = reports[-1]
-    name = records.path.resolve().parent.name
+    folder = records.path.resolve().parent
+    name = folder.name if folder.name != "fimprobe" else f"{folder.parent.name}/fimprobe"
     steps = f"step {last['step']:,}"
     if len(reports) > 1:
         steps = f"steps {reports[0]['step']:,} to {last['step']:,}, {len(reports)} reports"
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{escape(name)}</span></h1>",
-        f"<p class=soft>{escape(str(last['likelihood']))} · {steps} · "
-        f"{last['batch_size']} inputs, draws {last['draws']}</p>",
+        f"<p class=soft>{escape(_subject(records, last))} · {steps} · "
+        f"{last['batch_size']} inputs, {_labels(last)}</p>",
         *[f"<p><b>Careful:</b> {escape(note)}</p>" for note in records.notes],
         _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
@@ -100,7 +105,7 @@ def make_page(records: Records) -> str:
         "</ul>",
         _pictures(reports),
         f"<h2>Layers at step {last['step']:,}</h2>",
-        f"<p class=soft>rel. error: at {last['batch_size']} inputs, {_labels(last)}.</p>",
+        f"<p class=soft>{escape(_errors(last))}</p>",
         _table(make_rows(last), total_last=True),
     ]
     if len(reports) > 1:
@@ -122,10 +127,22 @@ def make_page(records: Records) -> str:
     )
 
 
+def _subject(records: Records, last: dict[str, Any]) -> str:
+    """The model, where the record tells it, and the family of its labels."""
+    model = f"{records.run['model']}, " if records.run else ""
+    return f"{model}{last['likelihood']}"
+
+
 def _labels(report: dict[str, Any]) -> str:
     if report["draws"] == "exact":
-        return "labels integrated exactly: what the choice of inputs alone causes"
-    return f"{report['draws']} drawn for each input"
+        return "labels integrated over"
+    return f"{report['draws']} drawn label{'' if report['draws'] == 1 else 's'} each"
+
+
+def _errors(report: dict[str, Any]) -> str:
+    """What the errors in the tables are."""
+    told = told_of_errors(report)
+    return told[0][1:-1] + "." if told else f"rel. error: at {drawn_labels(report)}."
 
 
 def _tiles(report: dict[str, Any]) -> str:
@@ -133,10 +150,16 @@ def _tiles(report: dict[str, Any]) -> str:
     e = total["i1"]
     spread = "" if e["std_error"] is None else f" ± {number(e['std_error'])}"
     tiles = [(number(e["trace"]) + spread, "trace of F (Î₁, standard error)")]
+    if report["draws"] == "exact":
+        size = f"{report['batch_size']} inputs, labels integrated over"
+        tiles.append((percent(e["rel_error"]), f"relative error of F: {size}"))
     for kind, name in KINDS.items():
         if kind in total and kind != "empirical":
-            error = percent(drawn_error(report, total[kind]))
-            tiles.append((error, f"relative error of {name}: {drawn_labels(report)}"))
+            error = drawn_error(report, total[kind])
+            told = f"relative error of {name}: {drawn_labels(report)}"
+            if error is None and total[kind]["probe_error"]:
+                told += "; lost in the noise of its random probes"
+            tiles.append((percent(error), told))
     tiles.append((count(e["draws_for_10_percent"]), "(input, label) pairs for 10 % by Î₁"))
     inner = "".join(f"<div class=tile><b>{escape(v)}</b><span>{t}</span></div>" for v, t in tiles)
     return f"<div class=tiles>{inner}</div>"
@@ -144,8 +167,8 @@ def _tiles(report: dict[str, Any]) -> str:
 
 def _pictures(reports: list[dict[str, Any]]) -> str:
     try:
+        from fimprobe.drawing import to_svg
         from fimprobe.gallery import make_pictures
-        from fimprobe.pictures import to_svg
     except ImportError as error:
         if error.name != "matplotlib":
             raise
@@ -180,15 +203,18 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
 def _over_steps(reports: list[dict[str, Any]]) -> list[Row]:
     """Every estimator's trace and errors over steps."""
     kinds = [kind for kind in KINDS if kind in reports[-1]["total"]]
-    rows: list[Row] = [("step",)]
+    exact = reports[-1]["draws"] == "exact"
+    rows: list[Row] = [("step", *["rel. error"] * exact)]
     for kind in kinds:
-        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error", "pairs for 10 %")
+        error = "1 label" if exact else "rel. error"
+        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", error, "pairs for 10 %")
     for report in thin(reports, MOST_STEPS):
         row: Row = (f"{report['step']:,}",)
+        row += (percent(report["total"]["i1"]["rel_error"]),) * exact
         for kind in kinds:
             e = report["total"].get(kind, {})
             row += (number(e.get("trace")), number(e.get("std_error")))
-            row += (percent(e.get("rel_error")), count(e.get("draws_for_10_percent")))
+            row += (percent(drawn_error(report, e)), count(e.get("draws_for_10_percent")))
         rows.append(row)
     return rows
 
@@ -197,8 +223,8 @@ def _about(records: Records, last: dict[str, Any]) -> str:
     """What was measured and how, each parameter's coverage, and the words used."""
     kinds = ", ".join(name for kind, name in KINDS.items() if kind in last["total"])
     bounds = "measured" if last["total"]["i1"].get("bound") is not None else "not measured"
-    told = {
-        "Likelihood": escape(str(last["likelihood"])),
+    told = {name: escape(text) for name, text in tell_run(records.run).items()} | {
+        "Family of the labels": escape(str(last["likelihood"])),
         "Inputs of each report": f"{last['batch_size']:,}",
         "Labels": _labels(last),
         "Estimators": kinds,

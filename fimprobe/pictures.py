@@ -1,292 +1,248 @@
-"""Pictures of a run: reports (as ``Report.to_dict`` gives them) to matplotlib figures.
+"""Pictures of a run: from records (as ``Report.to_dict`` gives them) to figures.
 
-Every function returns None where the reports hold nothing to draw. Figures are transparent; all that
-is neither data nor a colour map is drawn in ``INK``.
+TensorBoard and the HTML page show the same ones. Every function returns None where the records hold
+nothing to draw.
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fimprobe.table import count, drawn_error, neediest, number, percent, thin
+from fimprobe.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    TEXT,
+    Axes,
+    Figure,
+    add_legend,
+    draw_grids,
+    label_axis,
+    make_chart,
+    make_logarithmic,
+    make_panels,
+    make_steps,
+    name_panels,
+    name_rows,
+)
+from fimprobe.estimators.sizes import STEP
+from fimprobe.table import drawn_error, neediest, thin
 
-INK = "#010203"
-"""A colour of its own, so that a page can put the text's colour in its place."""
+Record = dict[str, Any]
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
-COLORS = {"i1": "#3b82d6", "i2": "#e0752d", "ih": "#2c9c69"}
-MOST_BARS, MOST_COLUMNS = 24, 200
+COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
+STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may lie on each other
+MARKERS = {"i1": "o", "i2": "D"}
+
+MOST_ROWS = 30
+"""Layers with bars, each of which is to be named."""
+
+MOST_COLUMNS = 120
+"""Reports in the heat map; of longer runs they are taken evenly."""
 
 
-def draw_errors(reports: Sequence[dict[str, Any]]) -> Figure | None:
-    """Relative errors of the whole model's estimators over steps."""
-    figure, axes = _axes(6.4, 3.0)
-    drawn = False
-    for kind, name in NAMES.items():
-        errors = [drawn_error(r, r["total"].get(kind, {})) for r in reports]
-        values = np.array(errors, dtype=float)
-        if np.isfinite(values).any():
-            drawn = True
-            style = {"i1": "-", "i2": "--", "ih": ":"}[kind]  # lines may lie on each other
-            axes.plot(
-                _steps(reports), values, style, marker="o", ms=3, color=COLORS[kind], label=name
-            )
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-    return _over_steps(figure, axes, "relative error") if drawn else None
-
-
-def draw_traces(reports: Sequence[dict[str, Any]]) -> Figure | None:
-    """Traces over steps with ± 2 standard errors."""
-    figure, axes = _axes(6.4, 3.0)
-    drawn = False
-    for kind, name in NAMES.items():
-        values, errors = _series(reports, kind, "trace"), _series(reports, kind, "std_error")
-        if np.isfinite(values).any():
-            drawn = True
-            style = {"i1": "-", "i2": "--", "ih": ":"}[kind]
-            axes.plot(
-                _steps(reports), values, style, marker="o", ms=3, color=COLORS[kind], label=name
-            )
-            low, high = values - 2 * errors, values + 2 * errors
-            axes.fill_between(_steps(reports), low, high, color=COLORS[kind], alpha=0.18, lw=0)
-    return _over_steps(figure, axes, "trace of F") if drawn else None
-
-
-def draw_error_map(reports: Sequence[dict[str, Any]], kind: str = "i1") -> Figure | None:
-    """Relative error by layer (rows) and report (columns)."""
-    picks = thin(reports, MOST_COLUMNS)
-    columns = len(picks)
-    names = list(dict.fromkeys(name for report in picks for name in report["layers"]))
-    values = np.full((len(names), columns), np.nan)
-    for j, report in enumerate(picks):
-        for i, name in enumerate(names):
-            error = drawn_error(report, report["layers"].get(name, {}).get(kind, {}))
-            if error:
-                values[i, j] = error
-    if not np.isfinite(values).any():
+def draw_errors(records: Sequence[Record]) -> Figure | None:
+    """Relative errors of the whole model's estimators over steps, on a logarithmic scale."""
+    found = {
+        kind: np.array([drawn_error(r, r["total"].get(kind, {})) for r in records], dtype=float)
+        for kind in NAMES
+    }
+    found = {kind: values for kind, values in found.items() if (values > 0).any()}
+    if not found:
         return None
-    figure, axes = _axes(7.2, min(1.2 + 0.24 * len(names), 11))
-    low, high = np.nanmin(values), np.nanmax(values)
-    if high < 1.5 * low:  # a flat run is shown flat
-        low, high = low / 1.5, high * 1.5
-    image = axes.imshow(
-        values, aspect="auto", interpolation="none", norm=LogNorm(low, high), cmap="viridis"
-    )
-    stride = -(-len(names) // 50)
-    axes.set_yticks(range(0, len(names), stride), [_short(n) for n in names[::stride]])
-    shown = sorted({round(i * (columns - 1) / 7) for i in range(8)})
-    axes.set_xticks(shown, [f"{picks[i]['step']:,}" for i in shown])
-    axes.set_xlabel("step (a column for each report)", color=INK)
-    axes.grid(False)
-    if values.size <= 150 and columns <= 14:
-        for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                bright = np.log(value / low) / np.log(high / low) > 0.6
-                color = "#101010" if bright else "#ffffff"
-                axes.text(j, i, percent(float(f"{value:.2g}")), ha="center", va="center",
-                          color=color, fontsize=7)  # fmt: skip
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.ax.tick_params(which="both", colors=INK, labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    figure, axis = make_chart()
+    for kind, values in found.items():
+        _line(axis, records, values, kind)
+    axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
+    make_steps(axis, shares=True)
+    return add_legend(figure, axis)
+
+
+def draw_traces(records: Sequence[Record]) -> Figure | None:
+    """Traces over steps with ± 2 standard errors."""
+    found = {kind: _series(records, kind, "trace") for kind in NAMES}
+    found = {kind: values for kind, values in found.items() if np.isfinite(values).any()}
+    if not found:
+        return None
+    figure, axis = make_chart()
+    for kind, values in found.items():
+        _line(axis, records, values, kind)
+        wide = 2 * _series(records, kind, "std_error")
+        steps = [r["step"] for r in records]
+        axis.fill_between(steps, values - wide, values + wide, color=COLORS[kind], alpha=0.18, lw=0)
+    label_axis(axis, "trace of F", upright=True)
+    make_steps(axis)
+    return add_legend(figure, axis)
+
+
+def draw_error_map(records: Sequence[Record]) -> Figure | None:
+    """Layer × step heat maps of the relative errors of Î₁ and Î₂, one scale of colours."""
+    shown = thin(records, MOST_COLUMNS)
+    layers = list(dict.fromkeys(name for record in shown for name in record["layers"]))
+    found = {}
+    for kind in ("i1", "i2"):
+        rows = [
+            [drawn_error(record, record["layers"].get(name, {}).get(kind, {})) for record in shown]
+            for name in layers
+        ]
+        grid = np.array(rows, dtype=float).reshape(len(layers), len(shown))
+        grid[~(grid > 0)] = np.nan
+        if np.isfinite(grid).any():
+            found[kind] = grid
+    if not found:
+        return None
+    figure, axes = make_panels(len(layers), len(found))
+    draw_grids(figure, axes, list(found.values()), [record["step"] for record in shown])
+    name_panels(axes, [NAMES[kind] for kind in found])
+    name_rows(axes[0], layers)
     return figure
 
 
-def draw_variances(report: dict[str, Any]) -> Figure | None:
-    """Label and input variance of one pair by layer, with the bound on the former."""
-    bars = [
-        ("Î₁: labels", "i1", "label_variance", COLORS["i1"]),
-        ("Î₂: labels", "i2", "label_variance", COLORS["i2"]),
-        ("inputs (both)", "i1", "input_variance", "#8a8f98"),
-    ]
-    figure, axes, layers = _bars(report, bars, number)
-    if figure is None:
+def draw_variances(record: Record) -> Figure | None:
+    """Bars of a layer's variance of one pair, from labels and from inputs, and the labels' bound."""
+    layers = needy(record)
+    names = ("label_variance", "input_variance")
+    kinds = [k for k in ("i1", "i2") if any(np.isfinite(_column(layers, k, n)).any() for n in names)]
+    if not kinds:
         return None
-    for kind in ("i1", "i2"):
-        places = [i for i, (label, k, _, _) in enumerate(bars) if k == kind and "labels" in label]
-        bounds = [group.get(kind, {}).get("diagonal_bound") or np.nan for _, group in layers]
+    figure, axes = make_panels(len(layers), len(kinds))
+    rows = np.arange(len(layers))
+    columns = {k: [_column(layers, k, n) for n in (*names, "diagonal_bound")] for k in kinds}
+    # the estimators are to be compared: one scale
+    floor = min(np.nanmin(v) for both in columns.values() for v in both[:2] if (v > 0).any()) / 3
+    highest = max(np.nanmax(v) for all in columns.values() for v in all if (v > 0).any())
+    for axis, (labels, inputs, bounds) in zip(axes, columns.values(), strict=True):
+        for values, shift, color, label in (
+            (labels, -0.2, BLUE, "from labels"),
+            (inputs, 0.2, ORANGE, "from inputs"),
+        ):
+            axis.barh(rows + shift, values - floor, left=floor, height=0.36, color=color, label=label)
         if np.isfinite(bounds).any():
-            y = np.arange(len(layers)) + _offset(places[0], len(bars))
-            axes.set_xlim(right=max(axes.get_xlim()[1], 2 * np.nanmax(bounds)))
-            axes.plot(bounds, y, "|", ms=8, mew=2, color=COLORS[kind])
-            axes.plot([], [], "|", ms=8, mew=2, color=COLORS[kind], label=f"bound on {NAMES[kind]}")
-    return _legend(figure, axes)
+            axis.plot(bounds, rows - 0.2, "|", ms=9, mew=2, color=INK, label="labels' bound")
+        label_axis(axis, "no bar: none, or unknown")
+        make_logarithmic(axis)
+        axis.set_xlim(floor, 2 * highest)
+    name_panels(axes, [NAMES[kind] for kind in kinds])
+    name_rows(axes[0], [name for name, _ in layers])
+    return add_legend(figure, axes[0])
 
 
-def draw_bounds(report: dict[str, Any]) -> Figure | None:
+def draw_needs(record: Record) -> Figure | None:
+    """(input, label) pairs for a relative error of 10 %, by layer, against those measured."""
+    layers = needy(record)
+    found = {kind: _column(layers, kind, "draws_for_10_percent") for kind in ("i1", "i2")}
+    found = {kind: np.maximum(v, 1.0) for kind, v in found.items() if np.isfinite(v).any()}
+    if not found:
+        return None
+    figure, (axis,) = make_panels(len(layers), 1)
+    rows = np.arange(len(layers))
+    for kind, needs in found.items():
+        axis.scatter(
+            needs, rows, s=26, c=COLORS[kind], marker=MARKERS[kind], label=NAMES[kind], zorder=3,
+            alpha=0.85,
+        )  # fmt: skip
+    exact = record["draws"] == "exact"
+    pairs = record["batch_size"] * (1 if exact else record["draws"])
+    told = f"measured: {pairs:,}" + (" inputs, all labels" if exact else "")
+    axis.axvline(pairs, color=INK, linestyle="--", linewidth=1.5, label=told)
+    make_logarithmic(axis)
+    name_rows(axis, [name for name, _ in layers])
+    return add_legend(figure, axis)
+
+
+def draw_bounds(record: Record) -> Figure | None:
     """‖Cov‖_F beside (17), (18); where labels were drawn, L beside the bound on it."""
-    value, bound = ("covariance_norm", "bound") if is_exact(report) else (
-        "total_label_variance", "trace_bound")  # fmt: skip
-    layers = _most_needy(report)
-    figure, axes = _axes(6.4, 1.2 + 0.3 * len(layers))
-    drawn = False
-    for place, kind in enumerate(("i1", "i2")):
-        y = np.arange(len(layers)) + _offset(place, 2)
-        pairs = [
-            [group.get(kind, {}).get(x) or np.nan for x in (value, bound)] for _, group in layers
-        ]
-        ends = np.array(pairs, dtype=float).reshape(-1, 2)
-        ends[~(ends > 0)] = np.nan
-        if np.isfinite(ends[:, 1]).any():
-            drawn = True
-            color = COLORS[kind]
-            axes.hlines(y, ends[:, 0], ends[:, 1], color=color, alpha=0.5)
-            axes.plot(ends[:, 0], y, "o", ms=5, color=color, label=f"{NAMES[kind]}: measured")
-            axes.plot(
-                ends[:, 1], y, "o", ms=5, mfc="none", color=color, label=f"{NAMES[kind]}: bound"
-            )
-    if not drawn:
+    exact = record["draws"] == "exact"
+    names = ("covariance_norm", "bound") if exact else ("total_label_variance", "trace_bound")
+    layers = needy(record)
+    found = {kind: [_column(layers, kind, name) for name in names] for kind in ("i1", "i2")}
+    found = {kind: ends for kind, ends in found.items() if np.isfinite(ends[1]).any()}
+    if not found:
         return None
-    _layer_axis(axes, layers)
-    return _legend(figure, axes)
+    figure, axes = make_panels(len(layers), len(found))
+    rows = np.arange(len(layers))
+    for axis, (kind, (measured, bounds)) in zip(axes, found.items(), strict=True):
+        axis.hlines(rows, measured, bounds, color=INK, alpha=0.3, lw=1.5)
+        axis.plot(measured, rows, "o", ms=5, color=COLORS[kind], label="measured")
+        axis.plot(bounds, rows, "|", ms=9, mew=2, color=INK, label="bound")
+        make_logarithmic(axis)
+    name_panels(axes, [NAMES[kind] for kind in found])
+    name_rows(axes[0], [name for name, _ in layers])
+    return add_legend(figure, axes[0])
 
 
-def draw_needs(report: dict[str, Any]) -> Figure | None:
-    """Pairs for a relative error of 10 % by layer."""
-    bars = [
-        (name, kind, "draws_for_10_percent", COLORS[kind])
-        for kind, name in NAMES.items()
-        if kind in report["total"]
-    ]
-    figure, axes, _ = _bars(report, bars, count)
-    if figure is None:
-        return None
-    if not is_exact(report):
-        pairs = report["batch_size"] * report["draws"]
-        axes.axvline(pairs, color=INK, ls="--", lw=1, label=f"measured: {pairs:,}")
-    return _legend(figure, axes)
+def draw_diagonal(record: Record) -> Figure | None:
+    """How large the entries of diag F are, by Î₁.
 
-
-def to_svg(figure: Figure, name: str) -> str:
-    """An ``<svg>`` element, its text as text, ``INK`` the colour of the text around it.
-
-    ``name`` keeps its ids apart from those of other pictures in the same page.
+    Of records without their sizes (old ones, sharded models): each parameter tensor's mean, counted
+    by its size.
     """
-    out = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", bbox_inches="tight", transparent=True, metadata=nothing)
-    text = out.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    start, rest = text.split(">", 1)
-    width = re.search(r'viewBox="0 0 ([\d.]+)', start)
-    assert width is not None
-    start = re.sub(r' (width|height)="[^"]*"', "", start)
-    # as wide as drawn; a page makes it less on narrow screens
-    return f'{start} style="width:{float(width[1]) * 1.25:.0f}px">{rest}'
+    if record.get("sizes"):
+        figure, axis = make_chart()
+        logs, numbers = np.array(record["sizes"], dtype=float).T
+        lower, upper = 10.0**logs, 10.0 ** (logs + STEP)
+        axis.bar(lower, numbers, width=upper - lower, align="edge", color=BLUE)
+        _name_sizes(axis, "entry of diag F by Î₁")
+        return figure
+    found = {kind: _sizes(record, kind) for kind in ("i1", "i2")}
+    found = {kind: pair for kind, pair in found.items() if pair[0].size}
+    if not found:
+        return None
+    figure, axis = make_chart()
+    values = np.concatenate([values for values, _ in found.values()])
+    edges = np.linspace(np.floor(values.min()), np.ceil(values.max()) + 1e-9, 31)
+    for kind, (logs, weights) in found.items():
+        counts, _ = np.histogram(logs, edges, weights=weights)
+        axis.stairs(
+            counts, 10.0**edges, color=COLORS[kind], linewidth=2, label=NAMES[kind],
+            linestyle=STYLES[kind],
+        )  # fmt: skip
+    _name_sizes(axis, "mean entry of diag F of each parameter tensor")
+    return add_legend(figure, axis)
+
+
+def needy(record: Record) -> list[tuple[str, Record]]:
+    """At most ``MOST_ROWS`` layers, those that need most pairs, in the order of the model."""
+    chosen = {name for name, _ in neediest(record, MOST_ROWS)}
+    return [(name, group) for name, group in record["layers"].items() if name in chosen]
 
 
 # -- parts ---------------------------------------------------------------------------------
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.tick_params(which="both", colors=INK, labelsize=9)
-    axes.grid(True, color=INK, alpha=0.15, lw=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_edgecolor(INK)
-        spine.set_alpha(0.4)
-    return figure, axes
+def _line(axis: Axes, records: Sequence[Record], values: np.ndarray, kind: str) -> None:
+    steps = [record["step"] for record in records]
+    axis.plot(steps, values, STYLES[kind], marker="o", ms=3, color=COLORS[kind], label=NAMES[kind])
 
 
-def _over_steps(figure: Figure, axes: Axes, what: str) -> Figure:
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel(what, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    return _legend(figure, axes)
+def _series(records: Sequence[Record], kind: str, name: str) -> np.ndarray:
+    """A value of the whole model over records, NaN where it is not known."""
+    return np.array([r["total"].get(kind, {}).get(name) for r in records], dtype=float)
 
 
-def _bars(
-    report: dict[str, Any], bars: list[tuple[str, str, str, str]], tell: Callable[[float], str]
-) -> tuple[Figure | None, Axes, list[tuple[str, dict[str, Any]]]]:
-    """Horizontal bars on a logarithmic axis; what is not above 0 is written beside it."""
-    layers = _most_needy(report)
-    figure, axes = _axes(6.4, 1.2 + (0.09 + 0.13 * len(bars)) * len(layers))
-    found = [[group.get(kind, {}).get(name) for _, group in layers] for _, kind, name, _ in bars]
-    positive = [v for values in found for v in values if v is not None and v > 0]
-    if not positive:
-        return None, axes, layers
-    floor = min(positive) / 3
-    for place, ((label, _, _, color), values) in enumerate(zip(bars, found, strict=True)):
-        if all(v is None for v in values):
-            continue
-        y = np.arange(len(layers)) + _offset(place, len(bars))
-        ends = [v if v is not None and v > 0 else floor for v in values]
-        axes.barh(y, np.array(ends) - floor, left=floor, height=0.8 / len(bars), color=color,
-                  label=label)  # fmt: skip
-        for at, value in zip(y, values, strict=True):
-            if value is not None and value <= 0:
-                axes.text(
-                    floor,
-                    at,
-                    " 0" if value == 0 else " below 0: noise",
-                    color=color,
-                    va="center",
-                    fontsize=7,
-                )
-            elif value is not None and len(layers) <= 12:
-                axes.text(value, at, f" {tell(value)}", color=INK, va="center", fontsize=7)
-    _layer_axis(axes, layers)
-    axes.set_xlim(floor, 4 * max(positive))
-    return figure, axes, layers
+def _column(layers: Sequence[tuple[str, Record]], kind: str, name: str) -> np.ndarray:
+    """A value of every layer, NaN where there is none above zero."""
+    values = [group.get(kind, {}).get(name) for _, group in layers]
+    column = np.array(values, dtype=float)
+    column[~(column > 0)] = np.nan
+    return column
 
 
-def _layer_axis(axes: Axes, layers: list[tuple[str, dict[str, Any]]]) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(layers)), [_short(name) for name, _ in layers])
-    axes.set_ylim(len(layers) - 0.5, -0.5)
-    axes.grid(False, axis="y")
+def _name_sizes(axis: Axes, what: str) -> None:
+    axis.set_yscale("log")
+    label_axis(axis, "entries", upright=True)
+    label_axis(axis, what)
+    make_logarithmic(axis)
+    axis.tick_params(labelsize=TEXT)
 
 
-def _legend(figure: Figure, axes: Axes) -> Figure:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False,
-                  labelcolor=INK, fontsize=9, handletextpad=0.4, columnspacing=1.2)  # fmt: skip
-    return figure
-
-
-def _most_needy(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """At most ``MOST_BARS`` layers, those that need most pairs, in the order of the model."""
-    chosen = {name for name, _ in neediest(report, MOST_BARS)}
-    return [(name, group) for name, group in report["layers"].items() if name in chosen]
-
-
-def is_exact(report: dict[str, Any]) -> bool:
-    """Whether labels were integrated over."""
-    return bool(report["draws"] == "exact")
-
-
-def _offset(place: int, bars: int) -> float:
-    return 0.8 * ((place + 0.5) / bars - 0.5)
-
-
-def _steps(reports: Sequence[dict[str, Any]]) -> list[int]:
-    return [report["step"] for report in reports]
-
-
-def _series(reports: Sequence[dict[str, Any]], kind: str, name: str) -> np.ndarray:
-    """A value of the whole model over reports, NaN where it is not known."""
-    return np.array([r["total"].get(kind, {}).get(name) for r in reports], dtype=float)
-
-
-def _short(name: str, most: int = 30) -> str:
-    """A layer's name, its middle left out where it is long."""
-    return name if len(name) <= most else f"{name[: most // 3]}…{name[-(most - most // 3 - 1) :]}"
+def _sizes(record: Record, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """log10 of each parameter tensor's mean entry of diag F̂, where above 0, and its number."""
+    groups = [g for g in record.get("parameters", {}).values() if g.get(kind, {}).get("trace", 0) > 0]
+    logs = np.log10([group[kind]["trace"] / group["numel"] for group in groups])
+    return logs, np.array([float(group["numel"]) for group in groups])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fimprobe.batch import Batch
@@ -22,6 +21,7 @@ from fimprobe.config import Config
 from fimprobe.engines.problem import Plan
 from fimprobe.measurement import measure
 from fimprobe.options import select_outputs
+from fimprobe.origin import describe_run
 from fimprobe.ranks import Alone, Ranks, join
 from fimprobe.reading import Mask, Reader
 from fimprobe.report import Report
@@ -432,8 +432,7 @@ class Probe:
                     top=layers.top,
                     include=layers.include,
                     exclude=layers.exclude,
-                    config=yaml.safe_dump(config.model_dump(mode="json", fallback=str)),
-                    decision=lambda: self.decision,
+                    run=self._describe,
                     histograms=wanted.histograms,
                     figures=wanted.figures,
                     purge_step=superseded,
@@ -445,7 +444,7 @@ class Probe:
             if not written and not config.jsonl:  # the lines of two writers would mix
                 taken = FolderLock(log_dir, take_over=superseded is not None)
                 self._closers.append(taken.release)
-            self._sinks.append(JsonlSink(path, purge_step=superseded))
+            self._sinks.append(JsonlSink(path, run=self._describe, purge_step=superseded))
 
         if self.ranks.rank > 0 or not self.active:  # reports stay in probe.history
             return None
@@ -458,6 +457,15 @@ class Probe:
             # below log_dir, what hindered TensorBoard hinders this: told once
             self._guarded(lines, what, key="jsonl" if config.jsonl else "log_dir")
         return log_dir if written else None
+
+    def _describe(self) -> dict[str, Any]:
+        return describe_run(
+            self.model,
+            self.config,
+            likelihood=self.likelihood,
+            decision=self.decision,
+            processes=self.ranks.size,
+        )
 
     def _guarded(self, action: Callable[[], None], what: str, key: str | None = None) -> bool:
         try:

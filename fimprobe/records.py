@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fimprobe.sinks.jsonl import FILE_NAME
 from fimprobe.types import FimprobeError
@@ -19,6 +19,14 @@ DEPTH = 4
 ESTIMATORS = ("i1", "i2", "ih", "empirical", "activation", "geometry")
 
 
+class _Lines(NamedTuple):
+    """What a file holds."""
+
+    reports: list[dict[str, Any]]
+    runs: list[dict[str, Any]]
+    notes: list[str]
+
+
 class Records(list[dict[str, Any]]):
     """Rows ``step, group, name, estimator, numel`` and the values of that estimate.
 
@@ -28,14 +36,22 @@ class Records(list[dict[str, Any]]):
     None is unknown.
     """
 
-    def __init__(self, path: Path, reports: list[dict[str, Any]], notes: list[str]) -> None:
-        super().__init__(row for report in reports for row in _rows(report))
+    def __init__(self, path: Path, lines: _Lines) -> None:
+        super().__init__(row for report in lines.reports for row in _rows(report))
         self.path = path
         """The file that was read."""
-        self.reports = reports
+        self.reports = lines.reports
         """The reports as :meth:`fimprobe.Report.to_dict` gives them, in the order of the file."""
-        self.notes = notes
+        self.runs = lines.runs
+        """What was measured and how: model, settings (``config``), likelihood and how it was decided,
+        versions, device; from ``first_step`` on. A training that resumed has one for each part."""
+        self.notes = lines.notes
         """What is wrong with the file."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The newest of ``runs``; empty for files of versions that did not write it."""
+        return self.runs[-1] if self.runs else {}
 
     def frame(self) -> Any:
         """The rows as a pandas ``DataFrame``; what a row does not have is NaN.
@@ -74,14 +90,27 @@ def read(run: str | Path) -> Records:
     ...     report.parameters["bias"].i1.trace
     ... ]
     True
-    >>> rows.reports == [report.to_dict()]
-    True
+    >>> rows.reports == [report.to_dict()], rows.run["model"], rows.run["config"]["draws"]
+    (True, 'Linear', 2)
     """
     path = _find(Path(run).expanduser())
-    reports, notes = _load(path)
-    for note in notes:
+    lines = _load(path)
+    for note in lines.notes:
         logger.warning("fimprobe: %s", note)
-    return Records(path, reports, notes)
+    return Records(path, lines)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The files of the runs in a folder and below, newest first; its own alone where it has one."""
+    if (folder / FILE_NAME).is_file():
+        return [folder / FILE_NAME]
+    found = []
+    for inside, inner, files in os.walk(folder):
+        if len(Path(inside).relative_to(folder).parts) >= DEPTH:
+            inner.clear()
+        if FILE_NAME in files:
+            found.append(Path(inside) / FILE_NAME)
+    return sorted(found, key=lambda file: -file.stat().st_mtime)
 
 
 def latest_training(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,20 +127,12 @@ def _find(path: Path) -> Path:
         raise FimprobeError(
             f"run={str(path)!r} does not exist; pass the directory that attach() printed"
         )
-    if (path / FILE_NAME).is_file():
-        return path / FILE_NAME
-    found = []
-    for folder, inner, files in os.walk(path):
-        if len(Path(folder).relative_to(path).parts) >= DEPTH:
-            inner.clear()
-        if FILE_NAME in files:
-            found.append(Path(folder) / FILE_NAME)
+    found = find_runs(path)
     if not found:
         raise FimprobeError(
             f"run={str(path)!r} holds no {FILE_NAME}; pass the directory that attach() printed"
         )
     if len(found) > 1:
-        found.sort(key=lambda file: -file.stat().st_mtime)
         names = "".join(f"\n  {file.parent}" for file in found[:10])
         more = f"\n  and {len(found) - 10} older" if len(found) > 10 else ""
         raise FimprobeError(
@@ -120,9 +141,10 @@ def _find(path: Path) -> Path:
     return found[0]
 
 
-def _load(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The reports of a file, and what is wrong with it."""
+def _load(path: Path) -> _Lines:
+    """The lines of a file, and what is wrong with it."""
     reports: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     notes: list[str] = []
     torn = 0
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -132,11 +154,16 @@ def _load(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             try:
                 report = json.loads(line)
             except json.JSONDecodeError:
-                if not line.startswith('{"step": '[: len(line)]):
+                if not any(
+                    line.startswith(start[: len(line)]) for start in ('{"step": ', '{"run": ')
+                ):
                     raise _foreign(path, number) from None
                 torn = number
                 what = "torn (a crash, or still being written)" if line[-1] != "\n" else "damaged"
                 notes.append(f"{path}: line {number} is {what}; its report is left out")
+                continue
+            if isinstance(report, dict) and "first_step" in (report.get("run") or ()):
+                runs.append(report["run"])
                 continue
             if not isinstance(report, dict) or not {"step", "total", "layers"} <= set(report):
                 raise _foreign(path, number)
@@ -149,7 +176,7 @@ def _load(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     if not reports:
         why = f"line {torn} is torn" if torn else "the file is empty"
         raise FimprobeError(f"run={str(path)!r} holds no report yet ({why}); try again later")
-    return reports, notes
+    return _Lines(reports, runs, notes)
 
 
 def _foreign(path: Path, line: int) -> FimprobeError:

@@ -11,7 +11,9 @@ from typing import Any
 from fimprobe.advice import make_advice
 from fimprobe.estimators import i1, i2
 from fimprobe.estimators.empirical import compare
+from fimprobe.estimators.sizes import count_sizes
 from fimprobe.estimators.tightness import bound_hessians, bound_scores
+from fimprobe.sharded import is_part
 from fimprobe.table import format_table
 from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured
 
@@ -37,6 +39,9 @@ class Report:
     """Modules (or autograd nodes) that are not twice differentiable, where Î₂ was measured."""
     notes: list[str] = field(default_factory=list)
     """What was asked for and could not be measured, with the reason."""
+    sizes: list[tuple[float, float]] = field(default_factory=list)
+    """How large the entries of diag F̂ (Î₁) are: log10 of the lower end of half a decade, entries in
+    it; those that are not above 0 are left out. Empty of a sharded model."""
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     """Where the time went: forward, i1, ih, bounds, i2, and of that "i2 diagonal"."""
 
@@ -44,6 +49,14 @@ class Report:
     def advice(self) -> list[str]:
         """What the numbers say and what to do about it, in sentences."""
         return make_advice(self)
+
+    def one_label_error(self, estimate: Estimate) -> float | None:
+        """The relative error with one drawn label for each of this report's inputs.
+
+        √((V_x + V_y)/B)/‖diag F̂‖: what ``draws="exact"`` takes out of ``rel_error`` is put back.
+        """
+        need = estimate.draws_for(0.1)
+        return None if need is None else 0.1 * (max(need, 0.0) / self.batch_size) ** 0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and names only: what JSON can hold."""
@@ -70,6 +83,7 @@ class Report:
             "coverage": self.coverage,
             "kinks": self.kinks,
             "notes": self.notes,
+            "sizes": [list(pair) for pair in self.sizes],
             "advice": self.advice,
         }
 
@@ -78,7 +92,7 @@ class Report:
 
         ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
         ``fim_layers/<layer>/<estimator>_<value>`` for each of ``layers`` (None: all; TensorBoard
-        charts fewer values of them), ``fim_probe/seconds``.
+        charts fewer values of them), ``fim_probe/seconds``. Of exact labels also ``one_label_error``.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
@@ -92,10 +106,12 @@ class Report:
                 values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
                 values |= {f"fim_bounds/{kind}/{name}": getattr(total, name) for name in _BOUNDS}
                 values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
+                if self.draws is None and kind != "empirical":
+                    values[f"fim/{kind}/one_label_error"] = self.one_label_error(total)
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
             if layers is None or layer in layers:
-                values |= _of_layer(f"fim_layers/{layer}/", group)
+                values |= self._of_layer(f"fim_layers/{layer}/", group)
         return {
             tag: float(value)
             for tag, value in values.items()
@@ -105,6 +121,24 @@ class Report:
     def __str__(self) -> str:
         """A table of the layers."""
         return format_table(self.to_dict())
+
+    def _of_layer(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
+        values: dict[str, float | None] = {}
+        for kind in ("i1", "i2"):
+            estimate = getattr(group, kind)
+            if estimate is not None:
+                for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
+                    values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
+                values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
+                if self.draws is None:
+                    values[f"{prefix}{kind}_one_label_error"] = self.one_label_error(estimate)
+        if group.activation is not None:
+            values[f"{prefix}input_i1_trace"] = group.activation.trace
+            values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
+        if group.geometry is not None:
+            for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
+                values[f"{prefix}{name}"] = getattr(group.geometry, name)
+        return values
 
 
 def make_report(
@@ -170,6 +204,9 @@ def make_report(
             shape,
         )
 
+    count = scores.batch_size * (scores.draws or 1)
+    squares = [m.a2 for m in scores.parameters.values()]
+    sharded = any(is_part(a2) for a2 in squares)
     return Report(
         step=step,
         batch_size=scores.batch_size,
@@ -182,6 +219,7 @@ def make_report(
         coverage=scores.coverage,
         kinks=measured.kinks,
         notes=measured.notes,
+        sizes=[] if sharded else count_sizes(squares, 1 / count),
         seconds_by_part=measured.seconds,
     )
 
@@ -206,10 +244,11 @@ def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:
 
 
 _TENSORS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
+_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _TENSORS)
 
 
 def _scalars(e: Estimate) -> dict[str, Any]:
-    values = {f.name: getattr(e, f.name) for f in dataclasses.fields(e) if f.name not in _TENSORS}
+    values = {name: getattr(e, name) for name in _VALUES}
     if e.trace_range is not None:
         values["trace_range"] = list(e.trace_range)
     derived = {
@@ -243,20 +282,3 @@ _BOUNDS = (
     "tightness",
     "probe_error",
 )
-
-
-def _of_layer(prefix: str, group: GroupEstimates) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
-    for kind in ("i1", "i2"):
-        estimate = getattr(group, kind)
-        if estimate is not None:
-            for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
-                values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
-            values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
-    if group.activation is not None:
-        values[f"{prefix}input_i1_trace"] = group.activation.trace
-        values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
-    if group.geometry is not None:
-        for name in ("jacobian_norm", "spectral_bound", "weight_spectral_norm"):
-            values[f"{prefix}{name}"] = getattr(group.geometry, name)
-    return values

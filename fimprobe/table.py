@@ -8,18 +8,39 @@ from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
 
-TRENDS = {"rel_error": "rel. error", "trace": "trace F", "label_variance": "V labels"}
+TRENDS = ("rel_error", "trace", "label_variance")
 """What is shown over steps, of Î₁."""
 
 Row = tuple[str, ...]
+
+LEAST = (
+    "bound/Cov Î₂",
+    "bound/Cov Î₁",
+    "Î₂: V labels",
+    "V inputs",
+    "± s.e.",
+    "parameters",
+    "V labels",
+)
+"""Columns that narrow places go without, the first of these first; then from the right."""
 
 
 def format_table(record: dict[str, Any], top: int | None = None) -> str:
     """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
     table = align(make_rows(record, top))
     rule = "-" * max(map(len, table))
-    lines = [table[0], rule, *table[1:-1], rule, table[-1], "", *record["advice"]]
-    return "\n".join([headline(record), *lines])
+    lines = [table[0], rule, *table[1:-1], rule, table[-1], *told_of_errors(record)]
+    return "\n".join([headline(record), *lines, "", *record["advice"]])
+
+
+def told_of_errors(record: dict[str, Any]) -> list[str]:
+    """What the two kinds of errors in the table of exact labels are."""
+    if record["draws"] != "exact":
+        return []
+    return [
+        f"(rel. error: of F at these {record['batch_size']} inputs, labels integrated over, so from "
+        "the choice of inputs alone; 1 label: of an estimator with one drawn label for each of them)"
+    ]
 
 
 def headline(record: dict[str, Any]) -> str:
@@ -32,43 +53,33 @@ def headline(record: dict[str, Any]) -> str:
 
 def make_rows(record: dict[str, Any], top: int | None = None) -> list[Row]:
     """The head, a row for each layer (the ``top`` that need most pairs), and the model's."""
-    rows: list[Row] = [
-        (
-            "layer",
-            "parameters",
-            "trace F",
-            "± s.e.",
-            "rel. error",
-            "V labels",
-            "V inputs",
-            "pairs for 10 %",
-        )
-    ]
     second = record["total"].get("i2") is not None
+    exact = record["draws"] == "exact"
     layers = list(record["layers"].items())
     bounded = [  # ‖Cov‖ is known for exact labels only
         kind
         for kind in ("i1", "i2")
         if any(kind in g and g[kind]["tightness"] is not None for _, g in layers)
     ]
+    head: Row = ("layer", "parameters", "trace F", "± s.e.", "rel. error")
+    if exact:  # integrating over labels leaves the same error to all estimators: that of the inputs
+        head += ("Î₁: 1 label", *["Î₂: 1 label"] * second)
+    head += ("V labels", "V inputs", "pairs for 10 %")
     if second:
-        rows[0] += ("Î₂: rel. error", "Î₂: V labels")
-    rows[0] += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
+        head += ("Î₂: V labels",) if exact else ("Î₂: rel. error", "Î₂: V labels")
+    head += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
+    rows = [head]
     for name, group in [*neediest(record, top), ("total", record["total"])]:
-        e = group["i1"]
-        row: Row = (
-            name,
-            f"{group['numel']:,}",
-            number(e["trace"]),
-            number(e["std_error"]),
-            percent(e["rel_error"]),
-            number(e["label_variance"]),
-            number(e["input_variance"]),
-            count(e["draws_for_10_percent"]),
-        )
+        e, other = group["i1"], group.get("i2", {})
+        row: Row = (name, f"{group['numel']:,}", number(e["trace"]), number(e["std_error"]))
+        row += (percent(e["rel_error"]),)
+        if exact:
+            row += tuple(percent(drawn_error(record, x)) for x in (e, other)[: 1 + second])
+        row += (number(e["label_variance"]), number(e["input_variance"]))
+        row += (count(e["draws_for_10_percent"]),)
         if second:
-            other = group["i2"]
-            row += (percent(other["rel_error"]), number(other["label_variance"]))
+            row += () if exact else (percent(other.get("rel_error")),)
+            row += (number(other.get("label_variance")),)
         rows.append(row + tuple(number(group[kind]["tightness"]) for kind in bounded))
     return rows
 
@@ -89,7 +100,7 @@ def drawn_error(report: dict[str, Any], estimate: dict[str, Any]) -> float | Non
     if report["draws"] != "exact":
         return estimate.get("rel_error")
     need = estimate.get("draws_for_10_percent")
-    return None if need is None else 0.1 * float(need / report["batch_size"]) ** 0.5
+    return None if need is None else 0.1 * (max(need, 0.0) / report["batch_size"]) ** 0.5
 
 
 def drawn_labels(report: dict[str, Any]) -> str:
@@ -112,28 +123,34 @@ def align(rows: Sequence[Row]) -> list[str]:
 
 def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
     """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
-    lines = [f"{'step':>8}  {'trace F':>10}  {'rel. error':>10}  {'one pair':>10}  pairs for 10 %"]
+    exact = records[-1]["draws"] == "exact"
+    table: list[Row] = [("step", "trace F", "rel. error", *["Î₁: 1 label"] * exact, "pairs for 10 %")]
     for record in thin(records, rows):
         e = record["total"]["i1"]
-        need = e["draws_for_10_percent"]
-        one = None if need is None else 0.1 * need**0.5
-        lines.append(
-            f"{record['step']:>8}  {number(e['trace']):>10}  {percent(e['rel_error']):>10}"
-            f"  {percent(one):>10}  {count(need):>14}"
-        )
-    lines.append("(one pair: relative error of Î₁ from a single input with a single drawn label)")
-    return "\n".join(lines)
+        row: Row = (f"{record['step']:,}", number(e["trace"]), percent(e["rel_error"]))
+        row += (percent(drawn_error(record, e)),) if exact else ()
+        table.append((*row, count(e["draws_for_10_percent"])))
+    return "\n".join(align([tuple(cell.rjust(8) for cell in row) for row in table]))
 
 
 def make_trends(records: list[dict[str, Any]], top: int = 8) -> list[Row]:
     """The head, and for the model and its neediest layers the trends of Î₁'s values."""
-    rows: list[Row] = [("layer", *TRENDS.values())]
+    error = "Î₁: 1 label" if records[-1]["draws"] == "exact" else "rel. error"
+    rows: list[Row] = [("layer", error, "trace F", "V labels")]
     names = [name for name, _ in neediest(records[-1], top)]
     for name in ("total", *names):
         cells = []
+        found = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
         for value in TRENDS:
-            groups = [r["total"] if name == "total" else r["layers"].get(name) for r in records]
-            cells.append(trend([None if g is None else g["i1"][value] for g in groups], value))
+            values = [
+                None
+                if g is None
+                else drawn_error(r, g["i1"])
+                if value == "rel_error"
+                else g["i1"][value]
+                for r, g in found
+            ]
+            cells.append(trend(values, value))
         rows.append((name, *cells))
     return rows
 
@@ -257,8 +274,14 @@ def number(x: float | None) -> str:
 
 
 def percent(x: float | None) -> str:
-    """A share in percent."""
-    return "–" if x is None else f"{100 * x:.3g} %"
+    """A share in percent.
+
+    >>> percent(0.1234), percent(12.345)
+    ('12.3 %', '1,234 %')
+    """
+    if x is None:
+        return "–"
+    return f"{100 * x:,.0f} %" if 10 <= x < 1e6 else f"{100 * x:.3g} %"
 
 
 def count(x: float | None) -> str:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from fimprobe.origin import differing_settings, tell_run
+from fimprobe.records import read
 from fimprobe.table import (
+    LEAST,
     Row,
     align,
     differences,
+    drawn_error,
     format_table,
     format_trend,
     format_trends,
@@ -16,28 +24,25 @@ from fimprobe.table import (
     make_comparison,
     make_rows,
     make_trends,
+    percent,
+    told_of_errors,
 )
+from fimprobe.types import FimprobeError
 
-LEAST = (
-    "bound/Cov Î₂",
-    "bound/Cov Î₁",
-    "Î₂: V labels",
-    "V inputs",
-    "± s.e.",
-    "parameters",
-    "V labels",
-)
-"""Columns that a narrow terminal goes without, the first of these first; then from the right."""
+MOST_RUNS = 20
+"""Runs in the list of a folder."""
 
 
-def show_run(records: list[dict[str, Any]], top: int) -> None:
-    """The last report's table and advice, and the trends of the run."""
+def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) -> None:
+    """The last report's table and advice, the trends of the run, and how it was measured."""
     last, console = records[-1], _console()
     if console is None:
         print(format_table(last, top=top))
     else:
         _head(console, headline(last))
         _table(console, make_rows(last, top), total_last=True)
+        for line in told_of_errors(last):
+            console.print(_plain(line))
         _advice(console, last["advice"])
     left = len(last["layers"]) - top
     if left > 0:
@@ -50,13 +55,25 @@ def show_run(records: list[dict[str, Any]], top: int) -> None:
             steps = f"{records[0]['step']} to {last['step']}"
             _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
             _table(console, make_trends(records))
+    told = tell_run(run)
+    if told:
+        print()
+    for name, text in told.items():
+        print(f"{name + ':':12} {text}")
 
 
-def show_comparison(a: list[dict[str, Any]], b: list[dict[str, Any]], top: int) -> None:
+def show_comparison(
+    a: list[dict[str, Any]],
+    b: list[dict[str, Any]],
+    top: int,
+    runs: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> None:
     """Two runs: their last reports side by side, and the trends of both."""
     console = _console()
     for told in differences(a[-1], b[-1]):
         print(f"Careful: {told}")
+    for told in differing_settings(*runs):
+        print(f"Measured differently: {told}")
     rows = make_comparison(a[-1], b[-1], top)
     title = f"Î₁ at step {a[-1]['step']} of A and step {b[-1]['step']} of B"
     if console is None:
@@ -67,6 +84,29 @@ def show_comparison(a: list[dict[str, Any]], b: list[dict[str, Any]], top: int) 
     for name, records in (("A", a), ("B", b)):
         if len(records) > 1:
             print(f"\n{name}: {format_trends(records, top=min(top, 8))}")
+
+
+def show_list(folder: str, files: list[Path]) -> None:
+    """The runs in a folder, newest first, and how to look at one or two of them."""
+    rows: list[Row] = [("run", "reports", "last step", "error of Î₁", "written")]
+    for file in files[:MOST_RUNS]:
+        try:
+            records = read(file)
+        except FimprobeError:  # no report yet
+            row: Row = ("0", "–", "–")
+        else:
+            last = records.reports[-1]
+            row = (f"{len(records.reports):,}", f"{last['step']:,}")
+            row += (percent(drawn_error(last, last["total"]["i1"])),)
+        at = datetime.fromtimestamp(file.stat().st_mtime)
+        rows.append((str(file.parent), *row, f"{at:%Y-%m-%d %H:%M}"))
+    print(f"{folder} holds {len(files)} runs, newest first:\n")
+    print("\n".join(align(rows)))
+    if len(files) > MOST_RUNS:
+        print(f"and {len(files) - MOST_RUNS} older")
+    print(f"\nOne of them:      fimprobe show {shlex.quote(rows[1][0])}")
+    both = " ".join(shlex.quote(row[0]) for row in rows[1:3])
+    print(f"Two side by side: fimprobe show {both}")
 
 
 def _console() -> Any:
@@ -108,7 +148,7 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
         table.add_column(
             _plain(rows[0][i]), justify="right" if i else "left", min_width=widths[i], overflow="fold"
         )
-    errors = {i for i, head in enumerate(rows[0]) if head.endswith("rel. error")}
+    errors = {i for i, head in enumerate(rows[0]) if head.endswith(("rel. error", "1 label"))}
     for row in rows[1:]:
         if total_last and row is rows[-1]:
             table.add_section()

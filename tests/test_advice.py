@@ -85,14 +85,25 @@ def test_pairs_for_ten_percent_in_the_model_and_in_the_layer_that_needs_most():
     assert line(given, "No gradient reaches") == (
         "No gradient reaches 'dead' at these inputs: its Fisher information is zero."
     )
-    exact = line(report(total, layers, draws=None), "Î₁ of the whole model")
-    (need,) = numbers("with drawn labels an error of 10 % takes # (input, label) pairs.", exact)
-    assert need == 7200 and "8 inputs with exact labels, from the choice of inputs alone" in exact
+    exact = line(report(total, layers, draws=None), "F of the whole model")
+    off, size, one, need = numbers(
+        "is off by # % at # inputs with labels integrated over: from the choice of inputs alone. With one "
+        "drawn label for each input it is off by # % (Î₁); an error of 10 % takes # (input, label) pairs "
+        "with Î₁.",
+        exact,
+    )
+    assert (off, size, need) == (12.3, 8, 7200)
+    assert one == pytest.approx(100 * (4.5 / 8) ** 0.5 / 0.25, rel=5e-3)
+
+
+def test_a_variance_below_zero_is_no_error():
+    noisy = GroupEstimates(3, estimate(-3.0, 1.0))
+    assert report(noisy, draws=None).one_label_error(noisy.i1) == 0
 
 
 def choice(layers, seconds, **more):
     given = report(layers=layers, seconds_by_part=seconds, **more)
-    found = [x for x in given.advice if "equal compute" in x]
+    found = [x for x in given.advice if "For the same computing time" in x]
     return found[0] if found else None
 
 
@@ -125,15 +136,15 @@ def test_the_estimator_with_the_least_error_at_equal_compute(variances, best):
     names = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
     for kind in variances:
         if kind != "i1":
-            assert f"{names[kind]} {COSTS[kind] / 2:.2g}× the time" in text.replace(
-                ", ", " the time "
-            )
+            assert f"by {names[kind]} takes {COSTS[kind] / 2:.2g} " in text
+    assert text.endswith(" times as long as by Î₁.")
     errors = sorted((error(v, COSTS[k]), names[k]) for k, v in variances.items())
     if best is None:
         assert "err alike" in text
         return
     assert errors[0][1] == best
-    (gain,) = numbers(f"{best} in 'fc' (#×).", text)
+    (gain,) = numbers(f"{best} errs least in 'fc' (#×).", text)
+    assert ("than the next best." if len(variances) == 3 else "than the other.") in text
     assert gain == pytest.approx(errors[1][0] / errors[0][0], rel=0.05)
 
 
@@ -143,16 +154,16 @@ def test_choices_of_several_layers_and_their_limits():
 
     layers = {"a": group(99.0, 0.0), "b": group(0.0, 99.0), "c": group(80.0, 17.0)}
     text = choice(layers, SECONDS, total=group(1.0, 1.0))
-    assert "Î₂ in 'a' (4.7×); Î₁ in 'b' (21×)." in text and "'c'" not in text
+    assert "Î₂ errs least in 'a' (4.7×); Î₁ in 'b' (21×). In" in text and "'c'" not in text
     given = report(group(1.0, 1.0), layers)
     assert line(given, "Labels add no variance").startswith(
         "Labels add no variance to the diagonal of Î₂ in 'a': "
     )
     none = {"a": GroupEstimates(3, estimate(5.0, 0.0), i2=estimate(0.0, 0.0))}
-    assert "Î₂ in 'a' (no variance seen)." in choice(none, SECONDS, total=none["a"])
+    assert "Î₂ errs least in 'a' (no error seen)." in choice(none, SECONDS, total=none["a"])
     # exact labels: F comes with Î₁'s passes, so that Î₂ costs 0.5 + 1.5 + 6
     text = choice({"a": group(99.0, 0.0)}, SECONDS, total=group(1.0, 1.0), draws=None)
-    assert "Î₂ 4× the time of Î₁" in text and "'a' (5×)" in text
+    assert "a diagonal by Î₂ takes 4 times as long as by Î₁." in text and "'a' (5×)" in text
     # nothing to compare
     assert choice({"a": GroupEstimates(3, estimate(1.0, 1.0))}, SECONDS) is None
     assert choice({"a": group(1.0, 9.0)}, {"forward": 1.0, "i1": 1.0}) is None
@@ -284,12 +295,15 @@ def test_every_number_of_a_real_measure(double):
 
     truth = {key: of(index) for key, index in oracles.groups(net).items()}
     norm, across, labels, _ = truth["total", ""]
-    off, size, need = numbers(
-        "is off by # % at # inputs with exact labels, from the choice of inputs alone; with drawn labels "
-        "an error of 10 % takes # (input, label) pairs.",
+    off, size, first, second, need = numbers(
+        "is off by # % at # inputs with labels integrated over: from the choice of inputs alone. With one "
+        "drawn label for each input it is off by # % (Î₁) and # % (Î₂); an error of 10 % takes # (input, "
+        "label) pairs with Î₁.",
         given.advice[0],
     )
     assert size == 6
+    for shown, variance in ((first, labels), (second, truth["total", ""][3])):
+        assert shown == pytest.approx(100 * ((across + variance) / 6) ** 0.5 / norm, rel=5e-3)
     assert off == pytest.approx(100 * (across / 6) ** 0.5 / norm, rel=5e-3)
     assert need == pytest.approx(100 * (across + labels) / norm**2, abs=0.51)
     needs = {n: 100 * (truth["layers", n][1] + truth["layers", n][2]) / truth["layers", n][0] ** 2
@@ -301,14 +315,14 @@ def test_every_number_of_a_real_measure(double):
     cost = {"Î₁": parts["forward"] + parts["i1"]}
     cost["Î₂"] = cost["Î₁"] + parts["i2 diagonal"]
     text = choice_of(given)
-    assert f"Î₂ {cost['Î₂'] / cost['Î₁']:.2g}× the time of Î₁" in text
+    assert f"by Î₂ takes {cost['Î₂'] / cost['Î₁']:.2g} times as long" in text
     for n in given.layers:
         _, across, first, second = truth["layers", n]
         errors = {"Î₁": error(across + first, cost["Î₁"]), "Î₂": error(across + second, cost["Î₂"])}
         best, other = sorted(errors, key=errors.get)
         gain = errors[other] / errors[best]
         if gain >= 1.1:
-            side = text.split(f"{best} in ")[1].split(";")[0]
+            side = re.split(f"{best} (?:errs least )?in ", text)[1].split(";")[0]
             assert numbers(f"'{n}' (#×)", side) == [pytest.approx(gain, rel=0.05)]
         else:
             assert f"'{n}' (" not in text
@@ -329,7 +343,7 @@ def test_every_number_of_a_real_measure(double):
 
 
 def choice_of(given):
-    (text,) = [x for x in given.advice if "equal compute" in x]
+    (text,) = [x for x in given.advice if "For the same computing time" in x]
     return text
 
 

@@ -1,8 +1,12 @@
 """``fimprobe show``: the numbers printed are those of the reports; two runs, mistakes, terminals."""
 
 import io
+import os
 import re
+import shlex
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +67,76 @@ def test_trends_are_the_series(runs):
     assert [row[0] for row in rows] == ["layer", "total", "0", "1"]
     series = [r.layers["0"].i1.label_variance for r in runs[0][1]]
     assert rows[2][3].split() == [number(series[0]), sparkline(series), number(series[-1])]
+
+
+def test_with_exact_labels_both_errors_stand_in_the_table(tmp_path, capsys):
+    (*_, last) = train(tmp_path, layers=2, draws="exact")
+    assert main(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = {row[0]: row for row in make_rows(last.to_dict())}
+    assert rows["layer"][4:7] == ("rel. error", "Î₁: 1 label", "Î₂: 1 label")
+    for name, group in {**last.layers, "total": last.total}.items():
+        want = [percent(group.i1.rel_error)]
+        for e in (group.i1, group.i2):
+            pair = e.label_variance + e.input_variance
+            want.append(percent((pair / last.batch_size) ** 0.5 / e.norm))
+        assert list(rows[name][4:7]) == want
+        for value in want:
+            assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", out)
+    assert f"off by {rows['total'][4]} at 8 inputs with labels integrated over" in out
+    assert f"it is off by {rows['total'][5]} (Î₁) and {rows['total'][6]} (Î₂)" in out
+    assert "1 label: of an estimator with one drawn label for each" in out
+
+
+def test_show_tells_how_it_was_measured(runs, tmp_path, capsys):
+    folder, _ = runs[1]
+    assert main(["show", folder]) == 0
+    out = capsys.readouterr().out
+    assert "Model:       Sequential, 40 trainable parameters (float32)\n" in out
+    assert "Likelihood:  Categorical(class_dim=-1) (given)\n" in out
+    assert "Settings:    estimators [i1], draws 3, batch 4\n" in out
+    assert f"Measured by: fimprobe {fimprobe.__version__}, torch {torch.__version__}, Python" in out
+    lines = (Path(folder) / "fimprobe.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fimprobe.jsonl").write_text("".join(lines[1:]))  # of before that was written
+    assert main(["show", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == out[: out.index("\nModel: ")]
+    assert main(["show", str(tmp_path), folder]) == 0
+
+
+def test_two_runs_tell_what_was_set_differently(runs, capsys):
+    assert main(["show", runs[0][0], runs[1][0]]) == 0
+    told = [
+        x[22:] for x in capsys.readouterr().out.splitlines() if x.startswith("Measured differently")
+    ]
+    assert told == ["estimators: A [i1, i2], B [i1]", "draws: A 2, B 3", "batch: A 32, B 4"]
+    assert main(["show", runs[0][0], runs[0][0]]) == 0
+    assert "differ" not in capsys.readouterr().out
+
+
+def test_a_folder_of_several_runs_is_listed(tmp_path, capsys):
+    folder = tmp_path / "my runs"
+    last = {name: train(folder / name)[-1] for name in ("a", "b")}
+    os.utime(folder / "a" / "fimprobe.jsonl", (1e9, 1e9))
+    (folder / "c").mkdir()
+    (folder / "c" / "fimprobe.jsonl").write_text("")
+    os.utime(folder / "c" / "fimprobe.jsonl", (0, 0))
+    assert main(["show", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder} holds 3 runs, newest first:" in out
+    places = [out.index(f"{folder / name} ") for name in ("b", "a", "c")]
+    assert places == sorted(places)
+    for name in ("a", "b"):
+        (row,) = (x for x in out.splitlines() if x.startswith(f"{folder / name} "))
+        assert row.split(str(folder / name))[1].split()[:2] == ["3", "2"]
+        assert f"  {percent(last[name].total.i1.rel_error)}  " in row
+    (told,) = (x for x in out.splitlines() if x.startswith("Two side by side: fimprobe "))
+    assert main(shlex.split(told)[5:]) == 0  # what it says can be run
+    assert main(["show", str(folder), "--html", str(tmp_path / "x.html")]) == 1
+    assert "holds 3 runs; pass one" in capsys.readouterr().err
+    for name in ("b", "c"):
+        shutil.rmtree(folder / name)
+    assert main(["show", str(folder)]) == 0  # the only one is shown
+    assert "pairs for 10 %" in capsys.readouterr().out
 
 
 def test_sparklines_follow_the_values():

@@ -55,6 +55,90 @@ def test_all_mistakes_at_once_with_file_and_line(tmp_path):
     assert f"{path}:2: draws='many'" in message
     assert f"{path}:4: unknown key 'layers.topp'; did you mean 'top'?" in message
     assert f"{path}:6: key 'batch' is given twice" in message
+    lines = [int(line.removeprefix(f"{path}:").split(":")[0]) for line in message.splitlines()]
+    assert lines == sorted(lines) and len(lines) == 5
+
+
+def messages(path: Path, text: str) -> list[str]:
+    """What is said of a file, a line for each mistake."""
+    with pytest.raises(fimprobe.FimprobeError) as error:
+        load_config(write(path, text))
+    return str(error.value).splitlines()
+
+
+DRAWS = "use a whole number of labels from 1, or exact"
+SECOND = "use {probes: 2} (random probes), exact or off"
+BOARD = (
+    "use {log_dir: ..., histograms: ..., figures: ...} or some of these keys, or false; without the "
+    "key it is on"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("draws: exct", f"draws='exct': {DRAWS}; did you mean 'exact'?"),
+        ("draws: EXACT", f"draws='EXACT': {DRAWS}; did you mean 'exact'?"),
+        ("draws: [1]", f"draws=[1]: {DRAWS}"),
+        ("second_order: of", f"second_order='of': {SECOND}; did you mean 'off'?"),
+        ("second_order: 4", f"second_order=4: {SECOND}"),
+        ("second_order: {probe: 2}", "unknown key 'second_order.probe'; did you mean 'probes'?"),
+        ("second_order: {probes: 1}", "second_order.probes=1: use a whole number of probes from 2"),
+        ("tensorboard: yes", f"tensorboard='yes': {BOARD}"),
+        ("tensorboard: off", f"tensorboard='off': {BOARD}; did you mean false?"),
+        (
+            "tensorboard: {figures: on}",
+            "tensorboard.figures='on': use true or false; did you mean true?",
+        ),
+        ("bounds: 'True'", "bounds='True': use true or false; did you mean true?"),
+        ("jsonl: 3", "jsonl=3: use a path, false, or null for <log_dir>/fimprobe.jsonl"),
+        ("schedule: {at: 5}", "schedule.at=5: use a list of steps, such as [0, 10, 100]"),
+        ("on_error: rais", "on_error='rais': use warn or raise; did you mean 'raise'?"),
+        (
+            "estimators: [i1, empirica]",
+            "estimators[1]='empirica': use one or several of i1, i2, ih, empirical, such as [i1, i2]; "
+            "did you mean 'empirical'?",
+        ),
+        (
+            "schedule: 5",
+            "schedule=5: use {budget: 0.02} (a share of the wall time), {every: 100} or "
+            "{at: [0, 10, 100]} (steps)",
+        ),
+        ("schedule: {3: 4}", "unknown key 'schedule[3]'; known keys: budget, every, at"),
+    ],
+)
+def test_a_value_that_fits_no_form_is_one_mistake(tmp_path, text, told):
+    path = tmp_path / "f.yaml"
+    assert messages(path, f"batch: 4\n{text}\n") == [f"{path}:2: {told}"]
+
+
+def test_a_key_that_is_no_word(tmp_path):
+    path = tmp_path / "f.yaml"
+    (told,) = messages(path, "3: 4\n")
+    assert told.startswith(f"{path}:1: unknown key '3'; known keys: schedule, likelihood,")
+
+
+def test_a_likelihood_that_was_meant(tmp_path):
+    (told,) = messages(tmp_path / "f.yaml", "likelihood: gausian\n")
+    assert told.endswith("; did you mean 'gaussian'?") and told.count("likelihood=") == 1
+
+
+def test_a_keyword_is_no_line_of_the_file(tmp_path):
+    path = write(tmp_path / "f.yaml", "draws: 2\n")
+    with pytest.raises(fimprobe.FimprobeError) as error:
+        load_config(path, draws="exct")
+    assert str(error.value).startswith("draws='exct': ")
+
+
+def test_every_option_says_what_it_takes():
+    from fimprobe.config import ALLOWED, SECTIONS
+
+    keys = {
+        f"{section}.{key}".lstrip(".")
+        for section, model in SECTIONS.items()
+        for key in model.model_fields
+    }
+    assert set(ALLOWED) == keys
 
 
 @pytest.mark.parametrize(

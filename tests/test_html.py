@@ -8,14 +8,13 @@ from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from test_cli_show import train
 
 import fimprobe
 from fimprobe.cli import main
 from fimprobe.page import make_page
-from fimprobe.table import count, number, percent
+from fimprobe.table import count, make_rows, number, percent
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -56,6 +55,30 @@ def test_the_page_holds_the_reports_values(run):
     assert dict(r for r in rows if len(r) == 2)["1.bias"] == last.coverage["1.bias"]
 
 
+def test_the_page_tells_how_it_was_measured(run):
+    text = unescape(run[2].read_text())
+    for name, value in (
+        ("Model", "Sequential, 40 trainable parameters (float32)"),
+        ("Likelihood", "Categorical(class_dim=-1) (given)"),
+        ("Settings", "estimators [i1, i2, ih]"),
+    ):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in text
+
+
+def test_with_exact_labels_page_and_table_hold_the_same_errors(tmp_path):
+    (last,) = train(tmp_path, reports=1, draws="exact")
+    page = make_page(fimprobe.read(tmp_path))
+    (total,) = (row for row in cells(page) if row[0] == "total")
+    assert total[:8] == list(make_rows(last.to_dict())[-1][:8])
+    tiles = re.findall(r"<b>([\d.,e+-]+ %)</b><span>([^<]*)</span>", page)
+    assert tiles == [
+        (total[4], "relative error of F: 8 inputs, labels integrated over"),
+        (total[5], "relative error of Î₁: 8 inputs, 1 drawn label each"),
+        (total[6], "relative error of Î₂: 8 inputs, 1 drawn label each"),
+    ]
+    assert all(value in advice for value in total[4:7] for advice in last.advice[:1])
+
+
 def test_the_page_is_one_file_that_asks_for_nothing(run):
     class Links(HTMLParser):
         found, scripts = [], 0
@@ -77,7 +100,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(run):
 def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
     text = run[2].read_text()
     pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     defined, used = [], set()
     for picture in pictures:
         root = ElementTree.fromstring(picture)
@@ -91,48 +114,6 @@ def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
     assert len(defined) == len(set(defined))  # a page has one element of each id
 
 
-def test_lines_bands_bars_and_the_map_hold_the_reports_values(run):
-    from fimprobe import pictures
-
-    reports = [r.to_dict() for r in run[1]]
-    lines = {x.get_label(): x for x in pictures.draw_errors(reports).axes[0].lines}
-    for kind, name in (("i1", "Î₁"), ("i2", "Î₂"), ("ih", "Î_H")):
-        expected = [getattr(r.total, kind).rel_error for r in run[1]]
-        np.testing.assert_allclose(lines[name].get_ydata(), np.array(expected, dtype=float))
-        np.testing.assert_array_equal(lines[name].get_xdata(), [r.step for r in run[1]])
-    band = pictures.draw_traces(reports).axes[0].collections[0].get_paths()[0].vertices
-    for report in run[1]:
-        ends = band[band[:, 0] == report.step, 1]
-        trace, error = report.total.i1.trace, report.total.i1.std_error
-        assert [ends.min(), ends.max()] == pytest.approx([trace - 2 * error, trace + 2 * error])
-    grid = pictures.draw_error_map(reports).axes[0].images[0].get_array()
-    expected = [[r.layers[n].i1.rel_error for r in run[1]] for n in ("0", "1")]
-    np.testing.assert_allclose(np.array(grid), expected)
-    axes = pictures.draw_variances(reports[-1]).axes[0]
-    ends = {c.get_label(): [b.get_x() + b.get_width() for b in c] for c in axes.containers}
-    layers = run[1][-1].layers.values()
-    assert ends["Î₁: labels"] == pytest.approx([g.i1.label_variance for g in layers])
-    assert ends["inputs (both)"] == pytest.approx([g.i1.input_variance for g in layers])
-    bounds = next(x for x in axes.lines if len(x.get_xdata()) == 2)
-    assert list(bounds.get_xdata()) == pytest.approx([g.i1.diagonal_bound for g in layers])
-    assert max(bounds.get_xdata()) < axes.get_xlim()[1]
-    needs = pictures.draw_needs(reports[-1]).axes[0].containers[0]
-    expected = [g.i1.draws_for(0.1) for g in layers]
-    assert [b.get_x() + b.get_width() for b in needs] == pytest.approx(expected)
-
-
-def test_with_exact_labels_the_error_is_that_of_one_drawn_label(tmp_path):
-    from fimprobe import pictures
-
-    reports = train(tmp_path, reports=2, draws="exact")
-    line = pictures.draw_errors([r.to_dict() for r in reports]).axes[0].lines[0]
-    for value, report in zip(line.get_ydata(), reports, strict=True):
-        e = report.total.i1
-        assert e.rel_error < value
-        pair = e.label_variance + e.input_variance
-        assert value == pytest.approx((pair / report.batch_size) ** 0.5 / e.norm, rel=1e-6, abs=0)
-
-
 def test_values_that_are_missing_leave_their_picture_out(tmp_path):
     from fimprobe.gallery import make_pictures
 
@@ -140,13 +121,13 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
     assert reports[0].total.i1.label_variance is None
     titles = [p.title for p in make_pictures([reports[0].to_dict()])]
     assert "Trace of the Fisher information" in titles
-    assert "How loose the bounds are" not in titles
-    assert "Where the variance comes from" not in titles
+    assert "Labels' covariance of the whole matrix, and its bound" not in titles
+    assert "Variance of one (input, label) pair" not in titles
     assert "Layers at step 0" in make_page(fimprobe.read(tmp_path))
 
 
 def test_without_matplotlib_there_are_tables_and_the_remedy(run, monkeypatch):
-    for name in ("fimprobe.pictures", "fimprobe.gallery"):
+    for name in ("fimprobe.drawing", "fimprobe.pictures", "fimprobe.gallery"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = make_page(fimprobe.read(run[0]))
@@ -183,6 +164,6 @@ def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
         )
         dom, console, asked = browse(page, tmp_path)
         assert "How wrong is the Fisher information?" in dom
-        assert dom.count("<svg") == 6
+        assert dom.count("<svg") == 7
         assert asked == expected  # the second page does ask: the check would see it
         assert console == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "skips", "batch", "capture", "twin", "sharded", "penalties",
+    "torchvision_guard", "types", "schedule", "skips", "batch", "capture", "twin", "sharded", "penalties", "yaml_file", "mistakes",
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
@@ -24,10 +24,10 @@ ORDER = [
     "engines.backpack.options", "engines.backpack.calls", "engines.backpack.domain",
     "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
-    "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.bounds",
-    "estimators.tightness", "table", "advice", "report", "options", "merge", "ranks", "measurement", "sinks", "sinks.memory",
+    "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.sizes", "estimators.bounds",
+    "estimators.tightness", "table", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
-    "sinks.figures", "sinks.tensorboard", "records", "terminal", "pictures", "gallery", "page", "config", "reading", "probe", "cli", "demo", "__main__",
+    "sinks.tensorboard", "records", "terminal", "page", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip
 
 
@@ -68,7 +68,16 @@ def test_integrations_use_the_public_api_only():
 def test_an_optional_package_is_imported_in_one_place():
     places = {
         package: set()
-        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas", "rich")
+        for package in (
+            "tensorboard",
+            "pydantic",
+            "sklearn",
+            "tqdm",
+            "backpack",
+            "pandas",
+            "rich",
+            "matplotlib",
+        )  # fmt: skip
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):
         for package, users in places.items():
@@ -118,6 +127,7 @@ def test_the_demo_shows_its_point(tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("mlp", "cnn"):
         line = next(x for x in out.splitlines() if x.startswith(f"What it found: as the {name}"))
-        first, last = (float(w.rstrip("%")) for w in line.split() if w.endswith("%"))
+        told = re.search(r"went from ([\d.,]+) % to ([\d.,]+) %\.", line)
+        first, last = (float(share.replace(",", "")) for share in told.groups())
         assert last > 1.5 * first
     assert "tensorboard --logdir" in out

@@ -80,9 +80,11 @@ def flat(tree, path=""):
 
 def assert_same(report, whole, rel=1e-9, without=("seconds", "advice")):
     """Every number, word and diagonal."""
+    a, b = (x.to_dict() for x in (report, whole))
+    for record in (a, b):  # what is 0 but for rounding is told with its own errors
+        record["sizes"] = [pair for pair in record["sizes"] if pair[0] > -25]
     a, b = (
-        {k: v for k, v in flat(x.to_dict()).items() if not any(f"/{w}" in k for w in without)}
-        for x in (report, whole)
+        {k: v for k, v in flat(x).items() if not any(f"/{w}" in k for w in without)} for x in (a, b)
     )
     assert a.keys() == b.keys()
     for key, value in b.items():

@@ -1,7 +1,11 @@
 """What a run wrote is read back as it was measured; damaged, foreign and missing files are told."""
 
 import dataclasses
+import json
+import platform
 import sys
+import time
+from datetime import datetime
 
 import pytest
 import torch
@@ -75,7 +79,7 @@ def test_a_folder_further_out_and_the_file_are_the_run(run, tmp_path):
 
 
 def test_a_torn_last_line_is_left_out_and_told(run, tmp_path, caplog):
-    lines = (run[0] / "fimprobe.jsonl").read_text().splitlines(keepends=True)
+    about, *lines = (run[0] / "fimprobe.jsonl").read_text().splitlines(keepends=True)
     path = tmp_path / "fimprobe.jsonl"
     for kept in (5, 200, len(lines[2]) - 2):
         caplog.clear()
@@ -87,16 +91,19 @@ def test_a_torn_last_line_is_left_out_and_told(run, tmp_path, caplog):
     path.write_text(lines[0] + lines[1][:100] + "\n" + lines[2])  # a line torn, then a new training
     assert [r["step"] for r in fimprobe.read(path).reports] == [0, 2]
     assert "line 2 is damaged" in caplog.text
+    path.write_text("".join(lines[:2]) + about[:60])
+    assert [r["step"] for r in fimprobe.read(path).reports] == [0, 1]
     path.write_text(lines[2].rstrip("\n"))  # only the end of the line is missing
     assert len(fimprobe.read(path).reports) == 1
 
 
 def test_two_trainings_in_one_file_are_told(run, tmp_path, caplog):
     text = (run[0] / "fimprobe.jsonl").read_text()
-    (tmp_path / "fimprobe.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    again = text.splitlines()[:2]
+    (tmp_path / "fimprobe.jsonl").write_text("\n".join([text.rstrip("\n"), *again]) + "\n")
     rows = fimprobe.read(tmp_path)
     assert [r["step"] for r in rows.reports] == [0, 1, 2, 0]
-    assert "steps go back from 2 to 0 at line 4" in caplog.text
+    assert "steps go back from 2 to 0 at line 6" in caplog.text
     assert [r["step"] for r in latest_training(rows.reports)] == [0]
     assert latest_training(rows.reports[:3]) == rows.reports[:3]
 
@@ -120,6 +127,70 @@ def test_missing_empty_and_foreign_files(tmp_path):
         assert "was not written by fimprobe: line 1" in told(path), text
     path.write_bytes(bytes(range(128, 256)))
     assert "was not written by fimprobe" in told(path)
+
+
+def test_the_record_starts_with_what_was_measured_and_how(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    net[0].weight.requires_grad_(False)
+    options = {"likelihood": fimprobe.likelihoods.Gaussian(sigma=0.5), "draws": 3, "seed": 7}
+    with fimprobe.attach(net, log_dir=tmp_path, **options) as probe:
+        for _ in range(2):
+            probe.step(torch.randn(8, 4))
+    first, *_ = (tmp_path / "fimprobe.jsonl").read_text().splitlines()
+    rows = fimprobe.read(tmp_path)
+    assert rows.runs == [json.loads(first)["run"]] and rows.run == rows.runs[0]
+    known = {
+        "first_step": 0, "fimprobe": fimprobe.__version__, "torch": torch.__version__,
+        "python": platform.python_version(), "model": "Sequential", "dtype": "float32",
+        "parameters": 29, "trainable": 17, "device": "cpu", "processes": 1,
+        "likelihood": "Gaussian(sigma=0.5)", "decision": "given",
+    }  # fmt: skip
+    assert {name: rows.run[name] for name in known} == known
+    assert set(rows.run) == {*known, "began", "config"}
+    assert abs(datetime.fromisoformat(rows.run["began"]).timestamp() - time.time()) < 60
+    config = rows.run["config"]
+    assert set(config) == set(fimprobe.Config.model_fields)
+    assert (config["draws"], config["seed"], config["batch"]) == (3, 7, 32)
+    assert config["schedule"]["budget"] == 0.02 and config["tensorboard"]["log_dir"] == str(tmp_path)
+
+
+def test_the_decision_is_that_of_the_first_report(tmp_path):
+    net = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with fimprobe.attach(net, log_dir=tmp_path, schedule={"every": 1}) as probe:
+        x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    run = fimprobe.read(tmp_path).run
+    assert run["likelihood"] == "Categorical(class_dim=-1)"
+    assert run["decision"] == probe.decision == "the loss gradient is c(softmax − onehot)"
+
+
+def test_files_without_that_line_are_read(run, tmp_path):
+    lines = (run[0] / "fimprobe.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fimprobe.jsonl").write_text("".join(lines[1:]))
+    rows = fimprobe.read(tmp_path)
+    assert rows == fimprobe.read(run[0]) and rows.notes == []
+    assert rows.run == {} and rows.runs == []
+
+
+def test_a_training_that_resumes_tells_itself_again(tmp_path):
+    path = str(tmp_path / "fimprobe.jsonl")
+    options = {"likelihood": "categorical", "tensorboard": False, "jsonl": path, "estimators": ["i1"]}
+    for start, steps, draws in ((0, 6, 2), (4, 3, 3), (5, 2, 5)):
+        with fimprobe.attach(nn.Linear(4, 3), first_step=start, draws=draws, **options) as probe:
+            for _ in range(steps):
+                probe.step(torch.randn(8, 4))
+    rows = fimprobe.read(path)
+    assert [(r["step"], r["draws"]) for r in rows.reports] == [
+        (0, 2), (1, 2), (2, 2), (3, 2), (4, 3), (5, 5), (6, 5),
+    ]  # fmt: skip
+    assert [(r["first_step"], r["config"]["draws"]) for r in rows.runs] == [(0, 2), (4, 3), (5, 5)]
+    assert rows.run["config"]["draws"] == 5 and rows.notes == []
+    with fimprobe.attach(nn.Linear(4, 3), first_step=4, draws=7, **options) as probe:
+        probe.step(torch.randn(8, 4))
+    runs = fimprobe.read(path).runs  # those of which no report is left go with them
+    assert [(r["first_step"], r["config"]["draws"]) for r in runs] == [(0, 2), (4, 7)]
 
 
 def test_a_frame_where_pandas_is_installed(run):

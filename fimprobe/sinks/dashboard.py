@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -19,10 +20,14 @@ class Margin(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Several tags in one chart."""
+    """Several tags in one chart; ``patterns`` match the whole of them.
+
+    TensorBoard draws charts that are the same in several runs once, so what differs between runs (the
+    layers' names) stays out of patterns where it can.
+    """
 
     title: str
-    tags: list[str]
+    patterns: list[str]
 
 
 class Category(NamedTuple):
@@ -38,7 +43,7 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
 
     def lines(title: str, tags: list[str]) -> list[Margin | Lines]:
         there = [tag for tag in tags if tag in written]
-        return [Lines(title, there)] if there else []
+        return [Lines(title, [re.escape(tag) for tag in there])] if there else []
 
     def margins(title: str, kind: str, layer: str | None = None) -> list[Margin | Lines]:
         tags = band(kind, layer)
@@ -46,11 +51,23 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
 
     totals: list[Margin | Lines] = []
     compared = ("i1", "i2", "ih")
-    known = ", ".join(KINDS[k] for k in compared if f"fim/{k}/rel_error" in written)
-    totals += lines(f"Relative error: {known}", [f"fim/{k}/rel_error" for k in compared])
+    exact = "fim/i1/one_label_error" in written
+    error, size = ("one_label_error", ", 1 label each") if exact else ("rel_error", "")
+
+    def known(value: str) -> str:
+        there = [kind for kind in compared if f"fim/{kind}/{value}" in written]
+        return ", ".join(KINDS[kind] for kind in there)
+
     totals += lines(
-        "(input, label) pairs needed for 10 % error",
-        [f"fim/{k}/pairs_for_10_percent" for k in compared],
+        f"Relative error{size} (0.1 good, 1 noise): {known(error)}",
+        [f"fim/{k}/{error}" for k in compared],
+    )
+    if exact:  # the same for all of them
+        totals += lines("Relative error of F, labels integrated over", ["fim/i1/rel_error"])
+    need = "pairs_for_10_percent"
+    totals += lines(
+        f"(input, label) pairs needed for 10 % error: {known(need)}",
+        [f"fim/{k}/{need}" for k in compared],
     )
     for kind in compared:
         totals += margins(f"Trace of F by {KINDS[kind]}, ± 2 standard errors", kind)
@@ -58,23 +75,23 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
     for kind in ("i1", "i2"):
         prefix = f"fim_log10/{kind}/"
         bounds += lines(
-            f"{KINDS[kind]}: log10 of the diagonal's label variance and its bound",
+            f"{KINDS[kind]}: log10 label variance of diag F, above it its bound",
             [f"{prefix}label_variance", f"{prefix}diagonal_bound"],
         )
         bounds += lines(
-            f"{KINDS[kind]}: log10 of the whole matrix' label variance and its bound",
+            f"{KINDS[kind]}: log10 label variance of all of F, above it its bound",
             [f"{prefix}total_label_variance", f"{prefix}trace_bound"],
         )
-        bounds += lines(
-            f"{KINDS[kind]}: log10 of the covariance's norm and its bounds",
-            [f"{prefix}covariance_norm", f"{prefix}sharp_bound", f"{prefix}bound"],
-        )
+        if f"{prefix}covariance_norm" in written:  # of exact labels
+            bounds += lines(
+                f"{KINDS[kind]}: log10 norm of Cov F, above it its bounds",
+                [f"{prefix}covariance_norm", f"{prefix}sharp_bound", f"{prefix}bound"],
+            )
     worst: list[Margin | Lines] = []
     for kind in ("i1", "i2"):
-        worst += lines(
-            f"Relative error of {KINDS[kind]} by layer",
-            [f"fim_layers/{layer}/{kind}_rel_error" for layer in layers],
-        )
+        if any(f"fim_layers/{layer}/{kind}_{error}" in written for layer in layers):
+            title = f"Relative error of {KINDS[kind]} by layer{size}"
+            worst.append(Lines(title, [f"fim_layers/.*/{kind}_{error}"]))
     each: list[Margin | Lines] = []
     for layer in layers:
         for kind in ("i1", "i2"):

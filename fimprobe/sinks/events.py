@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +84,7 @@ class EventFile:
                     value, lower, upper = chart.tags
                     drawn.margin.series.add(value=value, lower=lower, upper=upper)
                 else:  # patterns are matched from the start of a tag on
-                    drawn.multiline.tag.extend(f"{re.escape(tag)}$" for tag in chart.tags)
+                    drawn.multiline.tag.extend(f"{pattern}$" for pattern in chart.patterns)
         self._record.value.add(
             tag=custom_scalar.CONFIG_SUMMARY_TAG,
             tensor=TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()]),

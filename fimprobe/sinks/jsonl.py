@@ -1,14 +1,13 @@
-"""One JSON object a report, one report a line: the complete record that ``fimprobe show`` reads."""
+"""One JSON object a line: what a run is, then its reports; what ``fimprobe show`` reads."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fimprobe.report import Report
-from fimprobe.types import FimprobeError
 
 FILE_NAME = "fimprobe.jsonl"
 
@@ -16,11 +15,20 @@ FILE_NAME = "fimprobe.jsonl"
 class JsonlSink:
     """Appends to ``path``; every line is on disk when ``write`` returns.
 
-    ``purge_step``: where a training resumes; lines of this step and later ones are dropped first.
+    ``run`` tells what is measured and how; asked at the first report, it gets the line before it,
+    ``{"run": {"first_step": ..., ...}}``. ``purge_step``: where a training resumes; lines of this
+    step and later ones are dropped first, and the resumed run gets a ``run`` line of its own.
     """
 
-    def __init__(self, path: str | Path, *, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        run: Callable[[], dict[str, Any]] | None = None,
+        purge_step: int | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._run = run
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if purge_step is not None and self.path.exists():
             self._purge(purge_step)
@@ -28,7 +36,12 @@ class JsonlSink:
 
     def write(self, report: Report) -> None:
         """Append one report."""
-        self.file.write(json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n")
+        text = json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n"
+        if self._run is not None:  # together with the report: a run without one is none
+            about = {"run": {"first_step": report.step} | self._run()}
+            text = json.dumps(about, allow_nan=False, default=str) + "\n" + text
+            self._run = None
+        self.file.write(text)
         self.file.flush()
 
     def close(self) -> None:
@@ -39,21 +52,9 @@ class JsonlSink:
         rest = self.path.with_name(self.path.name + ".rest")
         with rest.open("w") as file:
             file.writelines(
-                json.dumps(record) + "\n" for record in _records(self.path) if record["step"] < step
+                json.dumps(record) + "\n" for record in _records(self.path) if _step(record) < step
             )
         rest.replace(self.path)  # at once: a crash here loses no line
-
-
-def read_jsonl(run: str | Path) -> list[dict[str, Any]]:
-    """The reports of a run directory or a .jsonl file, a torn last line left out."""
-    path = Path(run)
-    if path.is_dir():
-        path = path / FILE_NAME
-    if not path.is_file():
-        raise FimprobeError(
-            f"run={str(run)!r} holds no {FILE_NAME}; pass the directory that attach() printed"
-        )
-    return list(_records(path))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -63,3 +64,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 return
+
+
+def _step(record: dict[str, Any]) -> int:
+    """A report's step; of a run's line the first one it speaks of."""
+    return int(record["run"]["first_step"] if "run" in record else record["step"])

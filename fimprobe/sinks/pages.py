@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import yaml
+
+from fimprobe.origin import tell_run
 from fimprobe.report import Report
 from fimprobe.sinks.tags import KINDS, MEANING
-from fimprobe.table import count, number, percent
+from fimprobe.table import LEAST, make_rows, told_of_errors
 
 _FORMULAS = {
     "trace": "Σᵢ F̂ᵢᵢ",
@@ -30,11 +34,14 @@ _ESTIMATORS = {
 
 
 def make_about(
-    report: Report, *, decision: str, config: str, layers: Sequence[str], pictures: str
+    report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
 ) -> str:
     """What was measured, how, and how to read it, in Markdown."""
-    exact = report.draws is None
-    draws = "all labels, exactly" if exact else f"{report.draws} drawn label(s) each"
+    size = f"{report.batch_size} inputs, labels integrated over"
+    if report.draws is not None:
+        size = (
+            f"{report.batch_size} inputs, {report.draws} drawn label{'s' * (report.draws > 1)} each"
+        )
     kinds = [k for k in KINDS if getattr(report.total, k) is not None]
     ways: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
@@ -43,12 +50,14 @@ def make_about(
         "# About this run",
         "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
         "the model as it trains, and **how far off its estimates are**.",
-        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question. "
+        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question (lines "
+        "have the colour of their run; *Matches* below a chart names them by their marks). "
         "IMAGES: which layers err, when. TEXT, *fimprobe/advice*: what to do. The relative error is "
         "the number to watch: 10 % is good, near 100 % the estimate is mostly noise.",
-        f"**Measured.** {report.batch_size} inputs, {draws}; likelihood **{report.likelihood}** "
-        f"({decision or 'given'}); {report.total.numel:,} parameters in {len(report.layers)} layers. "
-        f"Charts of their own: {', '.join(f'`{n}`' for n in layers) or 'no layer'} (those that "
+        f"**Measured.** {size}; likelihood **{report.likelihood}** "
+        f"({run.get('decision', 'given')}); {report.total.numel:,} parameters in "
+        f"{len(report.layers)} layers. Charts of their own: "
+        f"{', '.join(f'`{n}`' for n in layers) or 'no layer'} (those that "
         "needed most pairs at the first report); all others are in the pictures, the histograms and "
         f"`fimprobe.jsonl`. {pictures}",
         "## Definitions",
@@ -69,32 +78,22 @@ def make_about(
             [(how, str(len(names)), _some(names)) for how, names in ways.items()],
         ),
         "## Configuration",
-        f"```\n{config.strip()}\n```",
+        _table(("what", "value"), list(tell_run(run).items())),
+        f"```\n{yaml.safe_dump(run.get('config', {}), sort_keys=False).strip()}\n```",
     ]
     return "\n\n".join(lines)
 
 
-def make_page(report: Report, most: int = 8) -> str:
-    """The advice, and the numbers of the model and of the layers that need most pairs."""
-    advice = "\n".join(f"* {line}" for line in report.advice)
-    need = sorted(report.layers, key=lambda n: -(report.layers[n].i1.draws_for(0.1) or 0.0))
-    groups = [("**model**", report.total)]
-    groups += [(f"`{name}`", report.layers[name]) for name in need[:most]]
-    second = report.total.i2 is not None
-    head: tuple[str, ...] = ("", "trace F by Î₁", "± s.e.", "rel. error", "pairs for 10 %")
-    rows = []
-    for name, group in groups:
-        e = group.i1
-        row = [name, number(e.trace), number(e.std_error), percent(e.rel_error)]
-        row.append(count(e.draws_for(0.1)))
-        if second and group.i2 is not None:
-            row += [percent(group.i2.rel_error), count(group.i2.draws_for(0.1))]
-        rows.append(row)
-    if second:
-        head += ("Î₂: rel. error", "Î₂: pairs for 10 %")
-    left = len(report.layers) - most
+def make_page(record: dict[str, Any], most: int = 8) -> str:
+    """The advice, and the table of the model and of the layers that need most pairs."""
+    advice = "\n".join(f"* {line}" for line in record["advice"])
+    rows = make_rows(record, most)
+    shown = [i for i, head in enumerate(rows[0]) if head not in LEAST]  # more cells break words
+    (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
+    told = "\n\n".join(["", *told_of_errors(record)])
+    left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
-    return f"## Step {report.step}\n\n{advice}\n\n{_table(head, rows)}{more}"
+    return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

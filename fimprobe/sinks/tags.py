@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from fimprobe.estimators.sizes import STEP
 from fimprobe.report import Report
 from fimprobe.types import Estimate, GroupEstimates
 
@@ -24,6 +25,9 @@ MEANING = {
     "std_error": "Standard error of the trace, over inputs and draws.",
     "rel_error": "How far off the estimated diagonal is, as a share of it: √(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖ "
     "at the probe's inputs and draws. 0.1 is good; near 1 the estimate is mostly noise.",
+    "one_label_error": "The relative error with one drawn label for each of the probe's inputs. "
+    "(Labels were integrated over, so that rel_error is the same for all estimators.) 0.1 is good, "
+    "1 is noise.",
     "label_variance": "Variance of one pair's diagonal from the choice of the label, Σᵢ.",
     "input_variance": "Variance of one pair's diagonal from the choice of the input, Σᵢ.",
     "pairs_for_10_percent": "(input, label) pairs that a relative error of 10 % takes.",
@@ -49,7 +53,14 @@ _LOGS = (
     "bound",
     "sharp_bound",
 )
-_LAYER = ("trace", "rel_error", "label_variance", "pairs_for_10_percent", "tightness")
+_LAYER = (
+    "trace",
+    "rel_error",
+    "one_label_error",
+    "label_variance",
+    "pairs_for_10_percent",
+    "tightness",
+)
 """Of a layer; ``Report.scalars`` has more."""
 
 _LARGEST = 3.4028234e38  # scalars are stored in single precision
@@ -72,7 +83,8 @@ _PICTURES = {
     "1_relative_error": "Relative error, layer by layer (model order) over the training.",
     "2_variance_and_bound": "Variance of a pair from labels and from inputs, and the labels' bound.",
     "3_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
-    "4_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
+    "4_bound_of_the_matrix": "Labels' covariance of the whole matrix, measured, and its bound.",
+    "5_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
 }
 
 
@@ -155,6 +167,9 @@ def make_spreads(report: Report) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 def diagonal_values(report: Report, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """log10 of the positive entries of diag F̂ and their counts; else of each parameter's mean."""
+    if kind == "i1" and report.sizes:
+        middles, counts = np.array(report.sizes).T
+        return middles + STEP / 2, counts
     values, weights = [], []
     for group in report.parameters.values():
         estimate: Estimate | None = getattr(group, kind)

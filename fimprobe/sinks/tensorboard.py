@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fimprobe.report import Report
 from fimprobe.sinks.dashboard import MOST_MARGINS, Category, make_dashboard
@@ -18,7 +18,7 @@ from fimprobe.sinks.tags import describe, make_scalars, make_spreads
 from fimprobe.types import FimprobeError, GroupEstimates
 
 if TYPE_CHECKING:
-    from fimprobe.sinks.figures import Gallery
+    from fimprobe.gallery import Album
 
 logger = logging.getLogger("fimprobe")
 
@@ -51,9 +51,9 @@ class TensorboardSink:
     written for the last report by ``close``. So n reports, more than 10,000, take no more than
     10,000 · (1 + log₂(n / 10,000)) records.
 
-    ``decision`` tells how the likelihood was decided. ``purge_step``: where a training resumes;
-    readers drop what the folder holds of this step and later ones, and the layers are those charted
-    before; a sink of this process that was left open there ends. Otherwise raises
+    ``run`` tells what is measured and how (``describe_run``). ``purge_step``: where a training
+    resumes; readers drop what the folder holds of this step and later ones, and the layers are those
+    charted before; a sink of this process that was left open there ends. Otherwise raises
     :class:`FimprobeError` where another probe writes to the folder.
     """
 
@@ -64,8 +64,7 @@ class TensorboardSink:
         top: int = 12,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
-        config: str = "",
-        decision: Callable[[], str] = str,
+        run: Callable[[], dict[str, Any]] = dict,
         histograms: bool = True,
         figures: bool = True,
         purge_step: int | None = None,
@@ -80,8 +79,8 @@ class TensorboardSink:
             raise
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
-        self._config, self._decision = config, decision
-        self._gallery = _open_gallery() if figures else None
+        self._run = run
+        self._album = _open_album() if figures else None
         self._figures = figures
         self._tags: set[str] = set()
         self._dashboard: list[Category] = []
@@ -89,6 +88,7 @@ class TensorboardSink:
         self._began, self._spent = time.perf_counter(), 0.0
         self._left: list[Callable[[Report], None]] = []
         self._last: Report | None = None
+        self._record: dict[str, Any] = {}  # the last report's
         self._closed = False
 
     def write(self, report: Report) -> None:
@@ -101,9 +101,9 @@ class TensorboardSink:
         self._count += 1
         if self._count == 1:
             self.file.add_text("fimprobe/about", self._about(report))
-        if self._gallery is not None:
-            self._gallery.remember(report)
-        self._last, self._left = report, []
+        self._last, self._record, self._left = report, report.to_dict(), []
+        if self._album is not None:
+            self._album.remember(self._record)
         self._spent += report.seconds
         for due, add in (
             (is_kept(self._count, DENSE), self._add_scalars),
@@ -147,25 +147,28 @@ class TensorboardSink:
                 self.file.add_layout(dashboard)
 
     def _add_pages(self, report: Report) -> None:
-        self.file.add_text("fimprobe/advice", make_page(report))
+        self.file.add_text("fimprobe/advice", make_page(self._record))
         if self.histograms:
             for tag, values, weights in make_spreads(report):
                 self.file.add_histogram(tag, values, weights)
 
     def _add_pictures(self, report: Report) -> None:
-        if self._gallery is not None:
-            for name, png, size in self._gallery.draw(report):
-                self.file.add_image(f"fim_pictures/{name}", png, size)
+        if self._album is not None:
+            from fimprobe.drawing import to_png
+            from fimprobe.gallery import OVER_STEPS, make_pictures
+
+            for picture in make_pictures(self._album.records, self._record, without=OVER_STEPS):
+                png, size = to_png(picture.figure, picture.title)
+                self.file.add_image(f"fim_pictures/{picture.name}", png, size)
 
     def _about(self, report: Report) -> str:
         pictures = "Pictures are drawn at reports 4, 8, 16, ... and the last."
-        if self._gallery is None:
+        if self._album is None:
             why = "matplotlib is missing" if self._figures else "figures: false"
             pictures = f"No pictures: {why}."
         return make_about(
             report,
-            decision=self._decision(),
-            config=self._config,
+            run=self._run(),
             layers=self.layers or [],
             pictures=pictures,
         )
@@ -193,9 +196,9 @@ def _charted(log_dir: Path) -> list[str] | None:
     return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
 
 
-def _open_gallery() -> Gallery | None:
+def _open_album() -> Album | None:
     try:
-        from fimprobe.sinks.figures import Gallery
+        from fimprobe.gallery import Album
     except ImportError as error:
         logger.warning(
             "fimprobe: no pictures in TensorBoard, since %s cannot be imported; pip install "
@@ -203,4 +206,4 @@ def _open_gallery() -> Gallery | None:
             error.name or "matplotlib",
         )
         return None
-    return Gallery()
+    return Album()

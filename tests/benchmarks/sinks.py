@@ -12,8 +12,14 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
 from reports import make_report  # noqa: E402
 
-from fimprobe.sinks.figures import Gallery  # noqa: E402
+from fimprobe.drawing import to_png
+from fimprobe.gallery import OVER_STEPS, Album, make_pictures  # noqa: E402
 from fimprobe.sinks.tensorboard import TensorboardSink  # noqa: E402
+
+
+def draw(album, report):
+    for picture in make_pictures(album.records, report.to_dict(), without=OVER_STEPS):
+        to_png(picture.figure, picture.title)
 
 
 def main():
@@ -31,12 +37,12 @@ def main():
                 sizes.append(sum(p.stat().st_size for p in Path(folder).glob("events*")))
             tags = len(sink._tags)
             sink.close()
-        gallery = Gallery()
+        album = Album()
         for report in reports:
-            gallery.remember(report)
-        list(gallery.draw(reports[-1]))
+            album.remember(report.to_dict())
+        draw(album, reports[-1])
         started = time.perf_counter()
-        list(gallery.draw(reports[-1]))
+        draw(album, reports[-1])
         drawn = 1000 * (time.perf_counter() - started)
         each = (sizes[-1] - sizes[0]) / 1000 / (len(sizes) - 1)
         print(

@@ -13,7 +13,6 @@ from torch import nn
 
 import fimprobe
 from fimprobe import FimprobeError
-from fimprobe.sinks.jsonl import read_jsonl
 
 ALL = ("i1", "i2", "ih", "empirical")
 EVERY = {"schedule": {"every": 1}, "tensorboard": False, "on_error": "raise", "estimators": ALL}
@@ -112,7 +111,7 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
     for layer in ("0", "2"):
         assert {f"fim_layers/{layer}/{k}_trace" for k in ("i1", "i2")} <= written
 
-    for record, report in zip(read_jsonl(tmp_path), probe.history, strict=True):
+    for record, report in zip(fimprobe.read(tmp_path).reports, probe.history, strict=True):
         for group in [record["total"], *record["layers"].values(), *record["parameters"].values()]:
             assert set(ALL) <= set(group)
         for kind in ALL:

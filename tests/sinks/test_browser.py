@@ -57,7 +57,7 @@ def ask(url):
 def server(tmp_path_factory):
     """TensorBoard on loopback, serving a run of 5 layers and 8 reports."""
     log_dir = tmp_path_factory.mktemp("served")
-    sink = TensorboardSink(log_dir / "net", config="draws: 2")
+    sink = TensorboardSink(log_dir / "net")
     for i in range(8):
         sink.write(make_report(5, 1000 * i))
     sink.close()
@@ -130,8 +130,8 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
         "Trace of F by Î₂, ± 2 standard errors",
     ]
     assert query(browser, line, value=title)[:2] == [
-        "Relative error: Î₁, Î₂",
-        "(input, label) pairs needed for 10 % error",
+        "Relative error (0.1 good, 1 noise): Î₁, Î₂",
+        "(input, label) pairs needed for 10 % error: Î₁, Î₂",
     ]
     assert query(browser, band, value="e._missingTags.length") == [0, 0]
     errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
@@ -140,8 +140,8 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
 
 def test_pictures_and_text_are_shown(browser, server):
     path, value = ["tf-image-loader", "img"], "e.naturalWidth"
-    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 4 and all(n))
-    assert widths == [728] * 4
+    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 5 and all(n))
+    assert widths == [728] * 5
     path, value = ["tf-markdown-view"], "(e.shadowRoot || e).textContent"
     texts = open_tab(browser, server, "text", path, value, lambda n: "Step 7000" in "".join(n))
     told = "".join(texts)

@@ -9,7 +9,6 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli import main
-from fimprobe.sinks.jsonl import read_jsonl
 
 
 @pytest.fixture
@@ -46,15 +45,25 @@ def test_tensorboard_reads_every_scalar(run):
 def test_jsonl_is_strict_json_and_complete(run):
     log_dir, probe = run
     lines = (log_dir / "fimprobe.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [r.to_dict() for r in probe.history]
-    assert json.loads(lines[0])["parameters"]["0.weight"]["i1"]["label_variance"] > 0
+    assert [json.loads(line) for line in lines[1:]] == [r.to_dict() for r in probe.history]
+    assert json.loads(lines[1])["parameters"]["0.weight"]["i1"]["label_variance"] > 0
+
+
+def test_every_report_is_on_disk_as_soon_as_it_is_made(tmp_path):
+    options = {"likelihood": "categorical", "estimators": ("i1",), "bounds": False}
+    with fimprobe.attach(nn.Linear(3, 2), log_dir=tmp_path, **options) as probe:
+        for step in range(3):
+            report = probe.step(torch.randn(4, 3))
+            rows = fimprobe.read(tmp_path)
+            assert rows.reports[-1] == report.to_dict() and len(rows.reports) == step + 1
+            assert rows.notes == [] and rows.run["first_step"] == 0
 
 
 def test_a_torn_last_line_is_left_out(run):
     log_dir, _ = run
     path = log_dir / "fimprobe.jsonl"
     path.write_text(path.read_text()[:-20])
-    assert len(read_jsonl(log_dir)) == 3
+    assert len(fimprobe.read(log_dir).reports) == 3
 
 
 def test_show_prints_table_and_trend(run, capsys):

@@ -15,12 +15,19 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 import fimprobe
+from fimprobe.origin import describe_run
 from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
 from fimprobe.types import FimprobeError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reports import make_report  # noqa: E402
 
+RUN = describe_run(
+    nn.Linear(3, 2),
+    fimprobe.Config(seed=77),
+    likelihood=fimprobe.likelihoods.Gaussian(sigma=0.5),
+    decision="said so",
+)
 EVERYTHING = {"scalars": 0, "images": 0, "tensors": 0}
 LAYOUT = "custom_scalars__config__"
 
@@ -49,7 +56,7 @@ def run(tmp_path_factory):
     """Six reports of 40 layers; at the third the errors are not known."""
     log_dir = tmp_path_factory.mktemp("run")
     reports = [make_report(40, 10 * i, known=i != 2) for i in range(6)]
-    write(log_dir, reports, config="draws: 2", decision=lambda: "said so", top=20)
+    write(log_dir, reports, run=lambda: RUN, top=20)
     return load(log_dir), reports
 
 
@@ -116,6 +123,31 @@ def test_the_dashboard_names_tags_that_exist(run):
     assert margins == 28
 
 
+def test_the_dashboard_of_exact_labels_is_of_one_drawn_label(tmp_path):
+    reports = [dataclasses.replace(make_report(3, n), draws=None) for n in range(2)]
+    write(tmp_path, reports, figures=False)
+    events = load(tmp_path)
+    good, worst = layout_of(events).category[:2]
+    assert [c.title for c in good.chart][:2] == [
+        "Relative error, 1 label each (0.1 good, 1 noise): Î₁, Î₂",
+        "Relative error of F, labels integrated over",
+    ]
+    assert list(worst.chart[0].multiline.tag) == ["fim_layers/.*/i1_one_label_error$"]
+    for event, report in zip(events.Scalars("fim/i2/one_label_error"), reports, strict=True):
+        e = report.total.i2
+        pair = (e.label_variance + e.input_variance) / report.batch_size
+        assert event.value == pytest.approx(pair**0.5 / e.norm, rel=1e-6)
+
+
+def test_runs_of_other_layers_share_the_charts_of_layers(tmp_path):
+    def charts(layers):
+        write(tmp_path / str(layers), [make_report(layers, 0)], figures=False)
+        return layout_of(load(tmp_path / str(layers))).category[1].chart
+
+    (one, two), (three, four) = charts(3), charts(12)
+    assert one == three and two == four and one != two
+
+
 def test_the_dashboard_grows_when_values_come_later(tmp_path):
     write(tmp_path, [make_report(3, 0, known=False), make_report(3, 1)], figures=False)
     events = load(tmp_path)
@@ -141,9 +173,12 @@ def test_text_tells_the_run_and_the_advice(run):
     (about,) = events.Tensors("fimprobe/about")
     about = about.tensor_proto.string_val[0].decode()
     for told in (
-        "draws: 2",
+        "| Settings | seed 77 |",
+        "seed: 77\n",
+        "draws: 2\n",
+        "Gaussian(sigma=0.5) (said so)",
+        "Linear, 8 trainable parameters (float32)",
         "categorical",
-        "said so",
         "| contracted | 40 |",
         "√(Σᵢ Var F̂ᵢᵢ)",
         "reports 4, 8, 16",
@@ -152,13 +187,14 @@ def test_text_tells_the_run_and_the_advice(run):
     pages = events.Tensors("fimprobe/advice")
     assert [p.step for p in pages] == [r.step for r in reports]
     page = pages[3].tensor_proto.string_val[0].decode()
-    assert all(line in page for line in reports[3].advice) and "| **model** |" in page
+    assert all(line in page for line in reports[3].advice) and "| total |" in page
 
 
 def test_pictures_come_at_a_growing_rule_and_at_the_end(run):
     events, _ = run
     assert [e.step for e in events.Images("fim_pictures/3_pairs_needed")] == [30, 50]
-    names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed", "4_diagonal"}
+    names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed"}
+    names |= {"4_bound_of_the_matrix", "5_diagonal"}
     assert set(events.Tags()["images"]) == {f"fim_pictures/{n}" for n in names}
 
 
@@ -171,6 +207,18 @@ def test_histograms_count_every_parameter(run, tmp_path):
     write(tmp_path, [make_report(3, 0)], histograms=False, figures=False)
     tags = load(tmp_path).Tags()
     assert not [t for t in tags["tensors"] if t.startswith("fim_spread")] and not tags["images"]
+
+
+def test_the_histogram_of_the_diagonal_is_that_of_its_entries(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    report = fimprobe.measure(net, torch.randn(16, 5), likelihood="categorical", diagonals=True)
+    write(tmp_path, [report], figures=False)
+    rows = _floats(load(tmp_path).Tensors("fim_spread/i1/log10_diagonal")[0]).view(-1, 3)
+    entries = torch.cat([d.flatten() for d in report.total.i1.diagonal.values()])
+    entries = entries[entries > 0].double().log10()
+    assert rows[:, 2].sum() == len(entries)
+    middle = float((rows[:, :2].mean(1) * rows[:, 2]).sum() / len(entries))
+    assert middle == pytest.approx(float(entries.mean()), abs=0.3)  # bins of half a decade
 
 
 def _floats(event):
@@ -254,7 +302,8 @@ def test_without_matplotlib_one_line_says_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [n for n in sys.modules if n.startswith("matplotlib.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "fimprobe.sinks.figures", raising=False)
+    for name in ("drawing", "pictures", "gallery"):
+        monkeypatch.delitem(sys.modules, f"fimprobe.{name}", raising=False)
     with caplog.at_level(logging.INFO):
         write(tmp_path, [make_report(3, n) for n in range(3)])
     (line,) = [r.message for r in caplog.records]
