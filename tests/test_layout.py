@@ -13,7 +13,7 @@ ORDER = [
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.layouts", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
-    "engines.contract", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
+    "engines.contract", "engines.kernel", "engines.fused", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",
     "engines.lipschitz", "engines.paths", "engines.between", "engines.elementwise", "engines.walk",
     "engines.chain",
@@ -68,7 +68,16 @@ def test_integrations_use_the_public_api_only():
 def test_an_optional_package_is_imported_in_one_place():
     places = {
         package: set()
-        for package in ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas", "rich")
+        for package in (
+            "tensorboard",
+            "pydantic",
+            "sklearn",
+            "tqdm",
+            "backpack",
+            "pandas",
+            "rich",
+            "triton",
+        )
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):
         for package, users in places.items():

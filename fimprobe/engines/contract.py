@@ -231,6 +231,35 @@ class Accumulator:
             self.q.index_add_(0, token, f2 * power)
             self.r.index_add_(0, token, r2 * power)
 
+    def add_sums(
+        self,
+        a2: Tensor,
+        gram: Tensor,
+        a4_sum: Tensor,
+        q_sum: Tensor,
+        top_sum: Tensor,
+        a4: Tensor | None,
+        q: Tensor | None,
+    ) -> None:
+        """Take sums over the whole chunk that were made elsewhere, of passes of a single block.
+
+        ``a2`` may be the accumulator's own, filled.
+        """
+        self.grams[-1] += gram
+        self.a4_sum += a4_sum
+        self.q_sum += q_sum
+        self.r_sum += q_sum
+        self.top_sum += top_sum
+        if a2 is not self.a2:
+            self._zero()
+            self.a2 += a2
+        self.empty = False
+        if self.a4 is not None and self.q is not None and self.r is not None:
+            assert a4 is not None and q is not None
+            self.a4 += a4
+            self.q += q
+            self.r += q
+
     def _zero(self) -> None:
         if self.empty:
             self.a2.zero_()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Accumulator, Weights, power_of_two
+from fimprobe.engines.fused import add_fused, find_operands
 from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use
@@ -29,15 +30,18 @@ def contract_uses(
 ) -> None:
     """Add the moments of one parameter from all its uses."""
     shape = accumulator.a2.shape
-    live: Live = []
-    for use in uses:
-        delta = use_deltas(use, deltas, size)
-        if delta is not None:
-            inputs = tuple(precise(x) for x in use.call.inputs)
-            call = Call(use.call.module, inputs, use.call.folded)
-            live.append((use, call, [precise(d) for d in delta]))
-    if not live:
+    met = [(use, d) for use in uses if (d := use_deltas(use, deltas, size)) is not None]
+    if not met:
         return
+    operands = find_operands(met, weights)
+    if operands is not None:
+        add_fused(accumulator, operands, weights)
+        return
+    live: Live = []
+    for use, delta in met:
+        inputs = tuple(precise(x) for x in use.call.inputs)
+        call = Call(use.call.module, inputs, use.call.folded)
+        live.append((use, call, [precise(d) for d in delta]))
     scale = _scale(live)
     use, call, delta = live[0]
     if len(live) == 1 and use.rows is None:
