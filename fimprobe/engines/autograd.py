@@ -34,6 +34,7 @@ from fimprobe.engines.seeds import (
     check_passes,
     curvature_seeds,
     data_seeds,
+    drawn_at_once,
     fisher_seeds,
     hutchinson_seeds,
     label_seeds,
@@ -48,7 +49,7 @@ FRESH_BYTES = 4.5 * 2**20
 """On a CPU, samples are taken in chunks whose largest layer output stays below this."""
 
 DRAWN = 3
-"""Copies of the outputs in float64 that are held while labels are drawn."""
+"""Copies of outputs in float64 that are held while their labels are drawn."""
 
 
 def measure_moments(problem: Problem, plan: Plan) -> Measured:
@@ -82,8 +83,9 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     clock = _Clock(run.seconds)
     guard = saved_bytes(problem, batch.size)
     kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
+    plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
-        h = problem.forward(batch)
+        h = problem.forward(batch, run.unseen if plain else None)
     if tape.failed:
         raise PlanMismatch(tape.failed)
     reached, foreign = foreign_uses(h, tape, problem.parameters, plan.replay)
@@ -104,7 +106,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         told = "second_order='exact'", "second_order={'probes': 2}"
         check_passes(problem, h, stash / batch.size, ceiling, *told)
         kept += columns
-    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * h.numel())
+    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * drawn_at_once(h))
     if needed > ceiling:
         fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
     if problem.shards is not None:
@@ -135,7 +137,6 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
-    plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain)
     clock.stop("i1")
     if plain:

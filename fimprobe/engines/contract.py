@@ -265,22 +265,26 @@ class Accumulator:
             self.a2.zero_()
             self.empty = False
 
-    def finish(self) -> Moments:
-        """The moments, on the CPU where they are scalars."""
-        gram = torch.cat(self.grams)
-        norms = gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Where the sums are: Σ A2, Σ A2², A4, Q, R and top, float64 [6], and the Gram matrices."""
         if self.own is None:
             self._zero()
-        total, square = _sums(self.a2 if self.own is None else self.own.to_local())
+        sums = _sums(self.a2 if self.own is None else self.own.to_local())
+        rest = torch.stack([self.a4_sum, self.q_sum, self.r_sum, self.top_sum])
+        return torch.cat([sums, rest]), torch.cat(self.grams)
+
+    def finish(self, sums: Tensor, gram: Tensor) -> Moments:
+        """The moments; ``sums`` and ``gram`` are :meth:`totals`, fetched."""
+        total, square, a4_sum, q_sum, r_sum, top_sum = sums.tolist()
         return Moments(
             self.a2 if self.own is None else self.own,
             total,
             square,
-            float(self.a4_sum),
-            float(self.q_sum),
-            float(self.r_sum),
-            norms,
-            float(self.top_sum),
+            a4_sum,
+            q_sum,
+            r_sum,
+            gram.diagonal(dim1=1, dim2=2) if gram.dim() == 3 else gram,
+            top_sum,
             gram if gram.dim() == 3 else None,
             self.a4,
             self.q,
@@ -309,15 +313,22 @@ def _is_one(scale: Tensor) -> bool:
     return scale.device.type == "cpu" and float(scale) == 1
 
 
-def _sums(x: Tensor) -> tuple[float, float]:
-    """Σ x and Σ x², in float64 where float32 would leave its range or the tensor is small."""
+AT_ONCE = 2**24
+"""Numbers that are copied to float64 together, to be summed."""
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Σ x and Σ x², float64 [2]."""
     flat = x.reshape(-1)
-    if x.dtype == torch.float32 and x.numel() > 4096:
-        square = float(torch.dot(flat, flat))
-        if 1e-25 < square < 1e30:
-            return float(flat.sum()), square
-    wide = flat.double()
-    return float(wide.sum()), float(torch.dot(wide, wide))
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 4096:
+        square = torch.dot(flat, flat)
+        if 1e-25 < float(square) < 1e30:
+            return torch.stack([flat.sum(), square]).double()
+    found = torch.zeros(2, dtype=torch.float64, device=x.device)
+    for part in flat.split(AT_ONCE):
+        wide = part.double()
+        found += torch.stack([wide.sum(), torch.dot(wide, wide)])
+    return found
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
