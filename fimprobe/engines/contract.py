@@ -50,9 +50,8 @@ class Accumulator:
 
     def __post_init__(self) -> None:
         """Start from zero."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.a2.device)
-        self.a4_sum, self.q_sum, self.r_sum = zero.clone(), zero.clone(), zero.clone()
-        self.top_sum = zero.clone()
+        zeros = torch.zeros(4, dtype=torch.float64, device=self.a2.device)
+        self.a4_sum, self.q_sum, self.r_sum, self.top_sum = zeros.unbind()
         if self.diagonals:
             # fourth powers of small gradients leave float32's range
             wide = torch.zeros_like(self.a2, dtype=torch.float64)

@@ -19,6 +19,9 @@ Live = list[tuple[Use, Call, list[Tensor]]]
 CACHE_BYTES = 4 * 2**20
 """On a CPU the gradients at hand stay below this: fresh pages cost more than arithmetic."""
 
+SMALL = 2**19
+"""On a GPU so few numbers are taken in float64: to find a scale for them costs more launches."""
+
 
 def contract_uses(
     accumulator: Accumulator,
@@ -42,15 +45,21 @@ def contract_uses(
         inputs = tuple(precise(x) for x in use.call.inputs)
         call = Call(use.call.module, inputs, use.call.folded)
         live.append((use, call, [precise(d) for d in delta]))
-    scale = _scale(live)
     use, call, delta = live[0]
+    everyone = slice(0, size)
+    if delta[0].device.type != "cpu" and len(delta) * size * math.prod(shape) <= SMALL:
+        one = torch.ones((), dtype=torch.float64, device=delta[0].device)
+        total = sum_uses(live, everyone, None, shape, None).double()
+        accumulator.add(total, everyone, ..., one, weights)  # type: ignore[arg-type]
+        return
+    scale = _scale(live)
     if len(live) == 1 and use.rows is None:
         if use.rule is LINEAR["weight"] and call.inputs[0].dim() == 2:
-            stacked = _stack(use, delta, slice(0, size), None, scale)
+            stacked = _stack(use, delta, everyone, None, scale)
             accumulator.add_outer(stacked, call.inputs[0], scale, weights)
             return
         if use.rule.tokens:
-            stacked = _stack(use, delta, slice(0, size), None, scale)
+            stacked = _stack(use, delta, everyone, None, scale)
             accumulator.add_tokens(*embedding_tokens(call, stacked), scale, weights)
             return
     if delta[0].device.type == "cpu":
@@ -70,9 +79,9 @@ def contract_uses(
 
 
 def sum_uses(
-    live: Live, samples: slice, where: slice | None, shape: torch.Size, scale: Tensor
+    live: Live, samples: slice, where: slice | None, shape: torch.Size, scale: Tensor | None
 ) -> Tensor:
-    """Σ over uses of g [b, S, *tile] / scale: before any power is taken."""
+    """Σ over uses of g [b, S, *tile] / scale: before any power is taken. ``scale`` None is 1."""
     total: Tensor | None = None
     for use, call, delta in live:
         at = call.rows(samples)
@@ -93,7 +102,7 @@ def sum_uses(
 
 
 def _stack(
-    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor
+    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
 ) -> Tensor:
     """δ [b, S, ...] of some samples (and rows of the parameter), divided by ``scale``."""
     parts = [d[samples] if where is None else d[samples][..., where] for d in delta]
@@ -103,7 +112,11 @@ def _stack(
         stacked = torch.stack(parts, -2).movedim(-2, 1)
     else:
         stacked = torch.stack(parts, 1)
-    if stacked.dtype == torch.float64 or (scale.device.type == "cpu" and float(scale) == 1):
+    if (
+        scale is None
+        or stacked.dtype == torch.float64
+        or (scale.device.type == "cpu" and float(scale) == 1)
+    ):
         return stacked
     return stacked * (1 / scale).to(stacked.dtype)
 
