@@ -158,6 +158,16 @@ def test_samples_of_unlike_size_do_not_spoil_each_other():
     check(moments, want, ROUNDING)
 
 
+def test_gradients_below_float32s_normal_range_count():
+    """Tiles whose largest entry is subnormal: a scale of 2^-126 still keeps their powers."""
+    x, deltas = random(2, 2, 9, 66, 5, scale=1e-40)
+    moments = measure([use(nn.Linear(5, 66), x)], [deltas], (66, 5))
+    want = oracle(dense(x, deltas))
+    kept = {k: want[k] for k in ("squared_norms", "gram", "a4_sum", "q_sum")}
+    check(moments, kept, 1e-4)  # subnormals have some 16 bits here
+    assert moments.a4_sum > 0
+
+
 def test_zero_and_not_finite_gradients():
     x, deltas = random(3, 1, 6, 67, 4)
     deltas[0][1] = 0
