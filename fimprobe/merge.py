@@ -83,7 +83,9 @@ def without_sums(measured: Measured) -> Measured:
 
     def rest(m: Moments) -> Moments:
         gram = None if m.gram is None else m.gram.cpu()
-        return replace(m, gram=gram, squared_norms=m.squared_norms.cpu(), **no_entries)
+        some = None if m.entries is None else m.entries.cpu()
+        norms = m.squared_norms.cpu()
+        return replace(m, gram=gram, squared_norms=norms, entries=some, **no_entries)
 
     moments = {
         kind: replace(batch, parameters={name: rest(m) for name, m in batch.parameters.items()})
@@ -182,6 +184,8 @@ def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor
             square = sum(m.a2_square for m in known)
         else:
             square = float(added["a2"].double().square().sum())
+        if all(m.entries is not None for m in known):
+            added["entries"] = sum(m.entries for m in known if m.entries is not None)
         return Moments(squared_norms=norms, gram=gram, a2_square=square, **added)
 
     def cat(field: str) -> Tensor | None:

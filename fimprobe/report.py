@@ -13,7 +13,6 @@ from fimprobe.estimators import i1, i2
 from fimprobe.estimators.empirical import compare
 from fimprobe.estimators.sizes import count_sizes
 from fimprobe.estimators.tightness import bound_hessians, bound_scores
-from fimprobe.sharded import is_part
 from fimprobe.table import format_table
 from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured
 
@@ -205,8 +204,8 @@ def make_report(
         )
 
     count = scores.batch_size * (scores.draws or 1)
-    squares = [m.a2 for m in scores.parameters.values()]
-    sharded = any(is_part(a2) for a2 in squares)
+    known = scores.parameters.values()
+    entries = [(m.entries, m.a2.numel()) for m in known if m.entries is not None]
     return Report(
         step=step,
         batch_size=scores.batch_size,
@@ -219,7 +218,7 @@ def make_report(
         coverage=scores.coverage,
         kinks=measured.kinks,
         notes=measured.notes,
-        sizes=[] if sharded else count_sizes(squares, 1 / count),
+        sizes=count_sizes(entries, 1 / count),
         seconds_by_part=measured.seconds,
     )
 

@@ -67,8 +67,8 @@ def make_twin(
     model = unwrap(model)
     memo = {} if memo is None else memo
     compiled = []
-    modules: list[Any] = list(model.modules())
-    for module in modules:
+    module: Any
+    for module in model.modules():
         if module is not model and "_orig_mod" in {**module.__dict__, **module._modules}:
             compiled.append(module)
         renorms = _has(module, "max_norm") is not None
@@ -106,7 +106,7 @@ def make_twin(
         for key, value in module.__dict__.items():
             if not key.startswith("__composable_api"):  # FSDP's state
                 memo[id(module)].__dict__[key] = copy.deepcopy(value, memo)
-    twin: nn.Module = _copied(model, memo)
+    twin = _copied(model, memo)
     for module in twin.modules():
         if (
             "_original_forward" in module.__dict__
@@ -115,7 +115,7 @@ def make_twin(
         _differentiable_weight_norm(module)
         if _has(module, "inplace") is True:
             module.inplace = False
-        config = module.__dict__.get("config")
+        config: Any = module.__dict__.get("config")
         if getattr(config, "use_cache", False) is True:  # a replay would meet what a pass stored
             config.use_cache = False
         if _has(module, "scale_grad_by_freq"):

@@ -160,6 +160,8 @@ class Moments:
     a4: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
+    entries: Tensor | None = None
+    """Some of ``a2``, spread over it (:func:`fimprobe.sampling.spread`)."""
 
 
 @dataclass

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # the tensors are tiny: threads would wait for each other, far longer where other programs run
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it when it is first imported: its kernels then run on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 
 

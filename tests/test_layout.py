@@ -8,12 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "torchvision_guard", "types", "schedule", "skips", "batch", "capture", "twin", "sharded", "penalties", "yaml_file", "mistakes",
+    "torchvision_guard", "types", "sampling", "schedule", "skips", "batch", "capture", "twin", "sharded", "penalties", "yaml_file", "mistakes",
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.layouts", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
-    "engines.contract", "engines.ledger", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
+    "engines.contract", "engines.fetch", "engines.kernel", "engines.fused", "engines.ledger", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",
     "engines.lipschitz", "engines.paths", "engines.between", "engines.elementwise", "engines.walk",
     "engines.chain",
@@ -77,6 +77,7 @@ def test_an_optional_package_is_imported_in_one_place():
             "pandas",
             "rich",
             "matplotlib",
+            "triton",
         )  # fmt: skip
     }
     for path in (ROOT / "fimprobe").rglob("*.py"):

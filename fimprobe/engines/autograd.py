@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.curvature import measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
-from fimprobe.engines.gather import Live, Outers, contract_uses, live_uses, precise, vectors
+from fimprobe.engines.gather import Contraction, is_outer, met_uses, precise, raised, vectors
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
 from fimprobe.engines.layouts import batch_first
@@ -35,6 +34,7 @@ from fimprobe.engines.seeds import (
     check_passes,
     curvature_seeds,
     data_seeds,
+    drawn_at_once,
     fisher_seeds,
     hutchinson_seeds,
     label_seeds,
@@ -49,7 +49,7 @@ FRESH_BYTES = 4.5 * 2**20
 """On a CPU, samples are taken in chunks whose largest layer output stays below this."""
 
 DRAWN = 3
-"""Copies of the outputs in float64 that are held while labels are drawn."""
+"""Copies of outputs in float64 that are held while their labels are drawn."""
 
 
 def measure_moments(problem: Problem, plan: Plan) -> Measured:
@@ -83,8 +83,9 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     clock = _Clock(run.seconds)
     guard = saved_bytes(problem, batch.size)
     kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
+    plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
-        h = problem.forward(batch)
+        h = problem.forward(batch, run.unseen if plain else None)
     if tape.failed:
         raise PlanMismatch(tape.failed)
     reached, foreign = foreign_uses(h, tape, problem.parameters, plan.replay)
@@ -105,7 +106,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         told = "second_order='exact'", "second_order={'probes': 2}"
         check_passes(problem, h, stash / batch.size, ceiling, *told)
         kept += columns
-    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * h.numel())
+    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * drawn_at_once(h))
     if needed > ceiling:
         fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
     if problem.shards is not None:
@@ -136,7 +137,6 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
-    plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain)
     clock.stop("i1")
     if plain:
@@ -203,22 +203,24 @@ def _contract(
     ledger.begin(size, len(seeds.seeds))
     with torch.no_grad():
         stacks: dict[torch.Size, dict[str, Tensor]] = {}
-        outers = Outers(size, seeds.weights)
+        contraction = Contraction(size, seeds.weights, site.room)
         for name, parameter in problem.parameters.items():
             if name in site.pieces:
                 continue
             uses = [] if name in site.plan.replay else tape.uses.get(id(parameter), [])
-            live = live_uses(uses, deltas, size)
+            met = met_uses(uses, deltas, size)
             scatter = _scatter(problem, name)
-            if live:
+            if met:
                 reached.add(name)
-                vector = all(use.rule.vector for use, _, _ in live)
-                if scatter is None and vector and not outers.fit(live):
-                    stacks.setdefault(parameter.shape, {})[name] = vectors(live, parameter.shape)
+                vector = all(use.rule.vector for use, _ in met)
+                if scatter is None and vector and not is_outer(met):
+                    stack = stacks.setdefault(parameter.shape, {})
+                    stack[name] = vectors(raised(met), parameter.shape)
                     continue
             accumulator = ledger.accumulators[name]
             with accumulator.opened(scatter):
-                if live and _add(accumulator, live, outers, site, name in site.plan.rescale):
+                again = name in site.plan.rescale
+                if met and contraction.add(accumulator, met, rescale=again):
                     site.plan.rescale.add(name)
         for stack in stacks.values():
             ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, site.room)
@@ -241,13 +243,6 @@ def _contract(
     if seeds.weights is not None:
         run.weights.setdefault(kind, []).append(seeds.weights)
     return reached
-
-
-def _add(accumulator: Accumulator, live: Live, outers: Outers, site: _Site, rescale: bool) -> bool:
-    """Add one parameter's moments; whether its gradients had to be rescaled."""
-    if outers.fit(live):
-        return outers.add(accumulator, live, rescale=rescale)
-    return contract_uses(accumulator, live, outers.size, outers.weights, site.room, rescale=rescale)
 
 
 def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:
@@ -284,7 +279,7 @@ def _add_activations(
         return
     shapes = {path: g[0, 0] for path, g in gradients.items()}
     if run.activations is None:
-        run.activations = Ledger.of(shapes, False)
+        run.activations = Ledger.of(shapes)
     run.activations.include(shapes)
     run.activations.begin(size, len(seeds.seeds))
     for path, g in gradients.items():

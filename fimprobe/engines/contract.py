@@ -14,6 +14,10 @@ GRAM_LIMIT = 16
 """Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
 
 
+AT_ONCE = 2**24
+"""Numbers that are copied to float64 together, to be summed."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block; None for sampled draws."""
@@ -214,18 +218,45 @@ class Accumulator:
             assert mine is not None
             mine += its.view(mine.shape)
 
-    def square_norm(self) -> float:
+    def add_sums(
+        self,
+        a2: Tensor,
+        gram: Tensor,
+        a4_sum: Tensor,
+        q_sum: Tensor,
+        top_sum: Tensor,
+        a4: Tensor | None,
+        q: Tensor | None,
+    ) -> None:
+        """Take sums over the whole chunk that were made elsewhere, of passes of a single block.
+
+        ``a2`` may be the accumulator's own, filled.
+        """
+        self.gram += gram
+        self._take(torch.stack([a4_sum, q_sum, q_sum, top_sum]), None)
+        if a2 is not self.a2:
+            self.zero()
+            self.a2 += a2
+        self.empty = False
+        if self.a4 is not None:
+            assert a4 is not None and q is not None
+            self.take_entries(a4, q, q)
+
+    def square_norm(self) -> Tensor:
         """Σ_i A2_i², in float64 where float32 would leave its range or the tensor is small."""
         if self.own is None:
             self.zero()
         a2 = self.a2 if self.own is None else self.own.to_local()
         flat = a2.reshape(-1)
-        if flat.dtype == torch.float32 and flat.numel() > 4096:
-            square = float(torch.dot(flat, flat))
-            if 1e-25 < square < 1e30:
-                return square
-        flat = flat.double()
-        return float(torch.dot(flat, flat))
+        if flat.device.type == "cpu" and flat.dtype == torch.float32 and flat.numel() > 4096:
+            square = torch.dot(flat, flat)
+            if 1e-25 < float(square) < 1e30:
+                return square.double()
+        total = torch.zeros((), dtype=torch.float64, device=flat.device)
+        for part in flat.split(AT_ONCE):
+            wide = part.double()
+            total += torch.dot(wide, wide)
+        return total
 
     def zero(self) -> None:
         """Start from zero where nothing was taken yet."""

@@ -308,18 +308,20 @@ class CurvatureSums:
     seeds: list[Tensor] = field(default_factory=list)
     """The seeds at the outputs, for calls of the whole model."""
 
-    def finish(self) -> Curvature:
-        """The results of all chunks."""
-        first = {k: torch.cat(v).cpu() for k, v in self.parts.items() if k not in _PER_DIRECTION}
-        later = {k: torch.cat(v, 1).cpu() for k, v in self.parts.items() if k in _PER_DIRECTION}
+    def joined(self) -> dict[str, Tensor]:
+        """The parts of all chunks, where they are."""
+        return {k: torch.cat(v, 1 if k in _PER_DIRECTION else 0) for k, v in self.parts.items()}
+
+    def finish(self, parts: dict[str, Tensor]) -> Curvature:
+        """The results of all chunks; ``parts`` are :meth:`joined`, fetched."""
         return Curvature(
-            first["trace"],
-            first["square"],
-            first.get("probe_squares"),
-            later["block"],
-            later["whole"],
-            later["signs"],
-            later.get("joint"),
+            parts["trace"],
+            parts["square"],
+            parts.get("probe_squares"),
+            parts["block"],
+            parts["whole"],
+            parts["signs"],
+            parts.get("joint"),
             self.diagonal,
             self.diagonal_square,
         )

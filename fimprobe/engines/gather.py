@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Accumulator, RowPowers, Weights, is_one, power_of_two
+from fimprobe.engines.fused import Met, add_fused, find_operands
 from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use
+
+SMALL = 2**19
+"""On a GPU so few numbers are taken in float64: to find a scale for them costs more launches."""
 
 Live = list[tuple[Use, Call, list[Tensor]]]
 
@@ -20,96 +24,112 @@ CACHE_BYTES = 4 * 2**20
 """On a CPU the gradients at hand stay below this: fresh pages cost more than arithmetic."""
 
 
-def contract_uses(
-    accumulator: Accumulator,
-    live: Live,
-    size: int,
-    weights: Weights | None,
-    room: float,
-    *,
-    rescale: bool = False,
-) -> bool:
-    """Add the moments of one parameter from all its uses; whether they had to be rescaled.
-
-    ``rescale``: they had to be the last time. On a CPU it is tried without.
-    """
-    shape = accumulator.a2.shape
-    first = live[0][2][0]
-    careful = rescale or (first.dtype != torch.float64 and first.device.type != "cpu")
-    use, call, delta = live[0]
-    if len(live) == 1 and use.rows is None:
-        if use.rule.tokens:
-            for scale in (None, None) if not careful else (None,):
-                scale = _scale(live) if careful else None
-                stacked = _stack(use, delta, slice(0, size), None, scale)
-                if accumulator.add_tokens(*embedding_tokens(call, stacked), weights, scale):
-                    return careful
-                careful = True
-    if first.device.type == "cpu":
-        room = min(room, CACHE_BYTES)
-    bytes_each = len(delta) * math.prod(shape) * first.element_size()
-    tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
-    rows = shape[0] if tiled else 1
-    step = max(1, min(size, int(room / bytes_each)))
-    tile = rows if bytes_each <= room else max(1, int(rows * room / bytes_each))
-    scale = _scale(live) if careful else None
-    for start in range(0, size, step):
-        samples = slice(start, min(start + step, size))
-        part = None if weights is None else weights.rows(samples)
-        for row in range(0, rows, tile):
-            where: Any = slice(row, row + tile) if tiled else ...
-            while True:
-                g = sum_uses(live, samples, where if tiled else None, shape, scale)
-                fresh = all(_memory(g) != _memory(d) for _, _, ds in live for d in ds)
-                if accumulator.add(g, samples, where, part, scale, fresh=fresh):
-                    break
-                scale = _scale(live)
-    return scale is not None
-
-
 @dataclass
-class Outers:
-    """Parameters whose gradient is δ xᵀ or δ for each sample; those of one layer share δ's powers."""
+class Contraction:
+    """Adds parameters' moments over one chunk of ``size`` samples, in pieces below ``room`` bytes."""
 
     size: int
     weights: Weights | None
-    known: dict[int, RowPowers | None] = field(default_factory=dict)
+    room: float
+    known: dict[tuple[int, bool], RowPowers | None] = field(default_factory=dict)
+    """By edge: a layer's weight and bias share the powers of δ."""
 
-    @staticmethod
-    def fit(live: Live) -> bool:
-        """Whether there is one use, of a layer that saw one row for each sample."""
-        if len(live) != 1 or live[0][0].rows is not None:
-            return False
-        use, call, _ = live[0]
-        return use.rule in (LINEAR["weight"], LINEAR["bias"]) and call.inputs[0].dim() == 2
+    def add(self, accumulator: Accumulator, met: Met, *, rescale: bool = False) -> bool:
+        """Add the moments of one parameter from all its uses; whether they had to be rescaled.
 
-    def add(self, accumulator: Accumulator, live: Live, *, rescale: bool) -> bool:
-        """Add the moments; whether they had to be rescaled."""
+        ``rescale``: they had to be the last time. Else, on a CPU, it is tried without.
+        """
+        operands = find_operands(met, self.weights)
+        if operands is not None:
+            add_fused(accumulator, operands, self.weights)
+            return rescale
+        live = raised(met)
+        first = live[0][2][0]
+        careful = rescale or (first.dtype != torch.float64 and first.device.type != "cpu")
+        if is_outer(met):
+            return self._outer(accumulator, live, careful)
+        use = live[0][0]
+        if len(live) == 1 and use.rows is None and use.rule.tokens:
+            return self._tokens(accumulator, live, careful)
+        if (
+            first.device.type != "cpu"
+            and len(live[0][2]) * self.size * accumulator.a2.numel() <= SMALL
+        ):
+            everyone = slice(0, self.size)
+            g = sum_uses(live, everyone, None, accumulator.a2.shape, None).double()
+            return not accumulator.add(g, everyone, ..., self.weights)
+        return self._pieces(accumulator, live, careful)
+
+    def _outer(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+        """δ xᵀ or δ: one use, one row for each sample."""
         use, call, delta = live[0]
         x = call.inputs[0] if use.rule.outer else None
-        wide = delta[0].dtype == torch.float64
-        if not rescale and (wide or delta[0].device.type == "cpu"):
-            if use.edge not in self.known:
+        for again in (True,) if careful else (False, True):
+            if (use.edge, again) not in self.known:
                 stacked = _stack(use, delta, slice(0, self.size), None, None)
-                self.known[use.edge] = RowPowers.of(stacked, self.weights, rescale=False)
-            rows = self.known[use.edge]
+                made = RowPowers.of(stacked, self.weights, rescale=again)
+                self.known[use.edge, again] = made
+            rows = self.known[use.edge, again]
             if rows is not None and accumulator.add_rows(rows, x):
-                return False
-        stacked = _stack(use, delta, slice(0, self.size), None, None)
-        rows = RowPowers.of(stacked, self.weights, rescale=True)
-        assert rows is not None
-        return accumulator.add_rows(rows, x)
+                break
+        return again
+
+    def _tokens(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+        """A lookup: only the rows of the tokens that occur."""
+        use, call, delta = live[0]
+        while True:
+            scale = _scale(live) if careful else None
+            stacked = _stack(use, delta, slice(0, self.size), None, scale)
+            if accumulator.add_tokens(*embedding_tokens(call, stacked), self.weights, scale):
+                return careful
+            careful = True
+
+    def _pieces(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+        """Per-sample gradients, of some samples and some rows of the parameter at a time."""
+        shape, size, room = accumulator.a2.shape, self.size, self.room
+        delta = live[0][2]
+        if delta[0].device.type == "cpu":
+            room = min(room, CACHE_BYTES)
+        bytes_each = len(delta) * math.prod(shape) * delta[0].element_size()
+        tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
+        rows = shape[0] if tiled else 1
+        step = max(1, min(size, int(room / bytes_each)))
+        tile = rows if bytes_each <= room else max(1, int(rows * room / bytes_each))
+        scale = _scale(live) if careful else None
+        for start in range(0, size, step):
+            samples = slice(start, min(start + step, size))
+            part = None if self.weights is None else self.weights.rows(samples)
+            for row in range(0, rows, tile):
+                where: Any = slice(row, row + tile) if tiled else ...
+                while True:
+                    g = sum_uses(live, samples, where if tiled else None, shape, scale)
+                    fresh = all(_memory(g) != _memory(d) for _, _, ds in live for d in ds)
+                    if accumulator.add(g, samples, where, part, scale, fresh=fresh):
+                        break
+                    scale = _scale(live)
+        return scale is not None
 
 
-def live_uses(uses: list[Use], deltas: list[list[Tensor] | None], size: int) -> Live:
-    """The uses that gradients arrive at, with these, batch first and in float32 at least."""
+def is_outer(met: Met) -> bool:
+    """Whether there is one use, of a Linear layer that saw one row for each sample."""
+    if len(met) != 1 or met[0][0].rows is not None:
+        return False
+    use = met[0][0]
+    return use.rule in (LINEAR["weight"], LINEAR["bias"]) and use.call.inputs[0].dim() == 2
+
+
+def met_uses(uses: list[Use], deltas: list[list[Tensor] | None], size: int) -> Met:
+    """The uses that gradients arrive at, with these, batch first."""
+    return [(use, d) for use in uses if (d := use_deltas(use, deltas, size)) is not None]
+
+
+def raised(met: Met) -> Live:
+    """The same with the calls, in float32 at least."""
     live: Live = []
-    for use in uses:
-        delta = use_deltas(use, deltas, size)
-        if delta is not None:
-            inputs = tuple(precise(x) for x in use.call.inputs)
-            call = Call(use.call.module, inputs, use.call.folded)
-            live.append((use, call, [precise(d) for d in delta]))
+    for use, delta in met:
+        inputs = tuple(precise(x) for x in use.call.inputs)
+        call = Call(use.call.module, inputs, use.call.folded)
+        live.append((use, call, [precise(d) for d in delta]))
     return live
 
 

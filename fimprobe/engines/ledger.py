@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import GRAM_LIMIT, Accumulator, Weights
+from fimprobe.engines.fetch import upload
+from fimprobe.sampling import spread
 from fimprobe.types import Moments
 
 STACK_BYTES = 2**19
 """On a CPU small gradients are taken together in pieces below this: fresh pages are dear."""
+
+Totals = tuple[Tensor, Tensor, list[Tensor] | None]
+"""A4, Q, R, top and Σ A2² of each name, float64 [n, 5]; Gram matrices; entries of A2."""
 
 
 @dataclass
@@ -20,6 +25,8 @@ class Ledger:
     """One accumulator for each name; their sums and Gram matrices are rows of shared tensors."""
 
     diagonals: bool
+    sampled: bool
+    """Whether some entries of A2 are wanted."""
     sums: Tensor
     """A4, Q, R and the top sum of each name, float64 [n, 4]."""
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
@@ -28,11 +35,16 @@ class Ledger:
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], diagonals: bool, sharded: Collection[str] = ()
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        diagonals: bool = False,
+        sampled: bool = False,
+        sharded: Collection[str] = (),
     ) -> Ledger:
         """A ledger for gradients of these tensors; ``sharded`` ones are opened when taken."""
         device = next(iter(tensors.values())).device
-        made = cls(diagonals, torch.zeros(0, 4, dtype=torch.float64, device=device))
+        made = cls(diagonals, sampled, torch.zeros(0, 4, dtype=torch.float64, device=device))
         made.include(tensors, sharded)
         return made
 
@@ -76,7 +88,7 @@ class Ledger:
     ) -> None:
         """g [k, b, S, P] of k parameters."""
         index = {name: row for row, name in enumerate(self.accumulators)}
-        rows = torch.tensor([index[name] for name in names])
+        rows = upload(torch.tensor([index[name] for name in names]), g.device)
         gram = self.grams[-1]
         square = g.square()
         inner = square.sum(-1) if gram.dim() == 3 else g @ g.transpose(-1, -2)
@@ -103,19 +115,28 @@ class Ledger:
             for name, a4, own, rest in parts:
                 self.accumulators[name].take_entries(a4, own, rest)
 
-    def finish(self, without: Collection[str], second: Tensor | None) -> dict[str, Moments]:
-        """The moments, their scalars on the CPU; ``second`` [B, S]: of exact passes, factors of g²."""
-        count = len(self.sums)
-        grams = torch.cat([_padded(gram, count) for gram in self.grams], 1)
+    def totals(self) -> Totals:
+        """Where they are; entries of A2 unless a parameter is sharded."""
+        taken = self.accumulators.values()
+        sums = torch.cat([self.sums, torch.stack([a.square_norm() for a in taken]).unsqueeze(1)], 1)
+        whole = self.sampled and all(a.own is None for a in taken)
+        entries = [spread(a.a2) for a in taken] if whole else None
+        return sums, torch.cat([_padded(gram, len(sums)) for gram in self.grams], 1), entries
+
+    def finish(
+        self, totals: Totals, second: Tensor | None, without: Collection[str]
+    ) -> dict[str, Moments]:
+        """The moments; ``totals`` fetched, ``second`` [B, S] the exact passes' factors of g²."""
+        sums, grams, entries = totals
         norms = grams.diagonal(dim1=2, dim2=3) if grams.dim() == 4 else grams
         a2 = (norms if second is None else norms * second.double()).sum((1, 2))
-        kept = {n: a for n, a in self.accumulators.items() if n not in without}
-        squares = [a.square_norm() for a in kept.values()]
-        told = torch.cat([self.sums, a2.unsqueeze(1)], 1).tolist()
+        told = torch.cat([sums, a2.unsqueeze(1)], 1).tolist()
         rows = dict(zip(self.accumulators, zip(told, norms, grams, strict=True), strict=True))
         found = {}
-        for (name, accumulator), square in zip(kept.items(), squares, strict=True):
-            (a4, q, r, top, total), norm, gram = rows[name]
+        for i, (name, accumulator) in enumerate(self.accumulators.items()):
+            if name in without:
+                continue
+            (a4, q, r, top, square, total), norm, gram = rows[name]
             found[name] = Moments(
                 accumulator.a2 if accumulator.own is None else accumulator.own,
                 total,
@@ -129,6 +150,7 @@ class Ledger:
                 accumulator.a4,
                 accumulator.q,
                 accumulator.r,
+                None if entries is None else entries[i],
             )
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,8 +82,11 @@ class Problem:
         """Index the trainable parameters."""
         self.parameters = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The outputs for a part of the batch, checked."""
+    def forward(self, batch: Batch, unseen: list[Tensor] | None = None) -> Tensor:
+        """The outputs for a part of the batch, checked.
+
+        ``unseen`` takes the numbers [not finite, of] where a GPU would have to be waited for.
+        """
         with nullcontext() if self.shards is None else self.shards.saving():
             h = self.outputs(self.twin(*batch.args, **batch.kwargs))
         if not isinstance(h, Tensor):
@@ -97,16 +100,27 @@ class Problem:
                 "returns the outputs [B, ...]"
             )
         self.likelihood.check_outputs(h)
+        if unseen is not None and h.device.type != "cpu" and self.shards is None:
+            wrong = h.numel() - torch.isfinite(h).sum()
+            unseen.append(torch.stack([wrong, torch.full_like(wrong, h.numel())]))
+            return h
         finite = torch.isfinite(h)
         well = bool(finite.all())
         if self.shards is not None and self.shards.smallest(int(well)) < well:
             raise BatchError("another process's outputs are not finite")
         if not well:
-            raise BatchError(
-                f"{int((~finite).sum())} of {h.numel()} outputs are not finite (NaN or infinite); "
-                "look at the inputs, the learning rate and the model's precision"
-            )
+            check_finite([torch.stack([(~finite).sum().cpu(), torch.tensor(h.numel())])])
         return h
+
+
+def check_finite(counts: Sequence[Tensor]) -> None:
+    """Raise :class:`BatchError` where some outputs were not finite: [count, of] of each chunk."""
+    wrong, numel = (sum(int(count[i]) for count in counts) for i in range(2))
+    if wrong:
+        raise BatchError(
+            f"{wrong} of {numel} outputs are not finite (NaN or infinite); "
+            "look at the inputs, the learning rate and the model's precision"
+        )
 
 
 class OverMemory(Exception):

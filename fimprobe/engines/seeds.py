@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Weights
+from fimprobe.engines.fetch import upload
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
 from fimprobe.types import FimprobeError, OutputNorms, Pass
@@ -39,9 +40,30 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
         return Seeds([_masked(problem, rows, h, s) for s in passes.seeds], passes.weights)
     found = []
     for uniforms in _uniforms(problem, rows, h).unbind(1):
-        score = problem.likelihood.score(h, problem.likelihood.quantile(h, uniforms))
-        found.append(_masked(problem, rows, h, score))
+        found.append(_masked(problem, rows, h, _drawn_scores(problem, h, uniforms)))
     return Seeds(found, None)
+
+
+DRAWN_AT_ONCE = 2**26
+"""Outputs whose labels are drawn together, in float64: of a language model, a few samples'."""
+
+
+def drawn_at_once(h: Tensor) -> int:
+    """How many outputs that is: whole samples, at least one."""
+    each = max(1, h[0].numel())
+    return each * min(len(h), max(1, DRAWN_AT_ONCE // each))
+
+
+def _drawn_scores(problem: Problem, h: Tensor, uniforms: Tensor) -> Tensor:
+    """The score of each sample's label at ``uniforms``, [B, ...]; samples do not meet in it."""
+    family = problem.likelihood
+    step = drawn_at_once(h) // max(1, h[0].numel())
+    if step >= len(h):
+        return family.score(h, family.quantile(h, uniforms))
+    scores = torch.empty_like(h)
+    for part, u, to in zip(h.split(step), uniforms.split(step), scores.split(step), strict=True):
+        to.copy_(family.score(part, family.quantile(part, u)))
+    return scores
 
 
 def hutchinson_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
@@ -173,7 +195,7 @@ def _masked(problem: Problem, rows: slice, h: Tensor, seed: Tensor) -> Tensor:
 
 def _uniforms(problem: Problem, rows: slice, h: Tensor) -> Tensor:
     shape = problem.likelihood.label_shape(h)
-    return problem.draws.uniforms_for(rows, problem.batch.size, shape).to(h.device)
+    return upload(problem.draws.uniforms_for(rows, problem.batch.size, shape), h.device)
 
 
 def _signs(problem: Problem, rows: slice, h: Tensor, key: str) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fimprobe.engines.contract import Weights
 from fimprobe.engines.curves import CurvatureSums
-from fimprobe.engines.ledger import Ledger
-from fimprobe.engines.problem import Plan, Problem, coverage
+from fimprobe.engines.fetch import fetch
+from fimprobe.engines.ledger import Ledger, Totals
+from fimprobe.engines.problem import Plan, Problem, check_finite, coverage
 from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 
 
@@ -30,37 +32,65 @@ class Sums:
     reached: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    unseen: list[Tensor] = field(default_factory=list)
+    """Numbers of outputs that are not finite, [count, of] for each chunk that was not looked at."""
 
     def ledger(self, kind: str, problem: Problem) -> Ledger:
         """The moments of one kind of seeds."""
         if kind not in self.ledgers:
             sharded = set() if problem.shards is None else set(problem.shards.parts)
-            self.ledgers[kind] = Ledger.of(problem.parameters, problem.diagonals, sharded)
+            self.ledgers[kind] = Ledger.of(
+                problem.parameters,
+                diagonals=problem.diagonals,
+                sampled=kind == "i1",
+                sharded=sharded,
+            )
         return self.ledgers[kind]
 
     def finish(self, problem: Problem, plan: Plan) -> Measured:
-        """The sums of all chunks."""
+        """The sums of all chunks, fetched from the device together."""
         told = coverage(problem, plan)
+        bent = bool(self.curves) and "i2" not in self.notes
+        host: dict[str, Any] = fetch(
+            {
+                "unseen": self.unseen,
+                "totals": {kind: ledger.totals() for kind, ledger in self.ledgers.items()},
+                "activations": None if self.activations is None else self.activations.totals(),
+                "weights": {
+                    kind: [
+                        torch.cat([getattr(w, of) for w in weights]) for of in ("second", "fourth")
+                    ]
+                    for kind, weights in self.weights.items()
+                },
+                "curves": {
+                    n: c.joined() for n, c in self.curves.items() if bent and n not in plan.unused
+                },
+                "second": torch.cat(self.second).double() if bent else None,
+                "norms": [torch.cat(parts).double() for parts in _columns(self.norms)]
+                if self.norms
+                else [],
+            }
+        )
+        check_finite(host["unseen"])
         moments = {
-            kind: self._batch(problem, kind, ledger, plan.unused, told)
+            kind: self._batch(problem, kind, ledger, host["totals"][kind], host, plan.unused, told)
             for kind, ledger in self.ledgers.items()
         }
         curvature = None
-        if self.curves and "i2" not in self.notes:
+        if bent:
             curvature = CurvatureBatch(
-                {n: c.finish() for n, c in self.curves.items() if n not in plan.unused},
+                {n: self.curves[n].finish(parts) for n, parts in host["curves"].items()},
                 self.second[0].shape[1],
-                torch.cat(self.second).double().cpu(),
+                host["second"],
                 problem.draws.count is None,
                 self.partners,
                 problem.ask.probes,
             )
-        norms = None
-        if self.norms:
-            norms = OutputNorms(*(torch.cat(parts).double().cpu() for parts in _columns(self.norms)))
+        norms = OutputNorms(*host["norms"]) if self.norms else None
         activations = None
         if self.activations is not None:
-            activations = self._batch(problem, "i1", self.activations, set(), {})
+            found = host["activations"]
+            activations = self._batch(problem, "i1", self.activations, found, host, set(), {})
         return Measured(
             moments,
             curvature,
@@ -76,20 +106,22 @@ class Sums:
         problem: Problem,
         kind: str,
         ledger: Ledger,
+        totals: Totals,
+        host: dict[str, Any],
         unused: set[str],
         told: dict[str, str],
     ) -> MomentsBatch:
         exact = self.weights.get(kind)
-        second = torch.cat([w.second for w in exact]) if exact else None
+        second, fourth = host["weights"][kind] if exact else (None, None)
         count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
             kind, problem.draws.count if problem.ask.ih else 1
         )
         return MomentsBatch(
-            parameters=ledger.finish(unused, second),
+            parameters=ledger.finish(totals, second, unused),
             batch_size=problem.batch.size,
             draws=count if not exact else None,
-            second=None if second is None else second.cpu(),
-            fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
+            second=second,
+            fourth=fourth,
             blocks=torch.tensor(exact[0].blocks) if exact else None,
             coverage=told,
             classes=self.classes,

@@ -23,7 +23,7 @@ class Poisson(Independent):
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """The smallest k with P(Y ≤ k) ≥ u, by bisection on the regularised gamma function."""
-        rate = precise(outputs).double().exp().expand(uniforms.shape)
+        rate = precise(outputs).double().exp().clamp(max=2.0**52).expand(uniforms.shape)
         low = torch.full_like(rate, -1.0)  # P(Y ≤ low) < u ≤ P(Y ≤ high)
         high = torch.ceil(rate + 12 * rate.sqrt() + 40)
         while bool((high - low > 1).any()):

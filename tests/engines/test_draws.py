@@ -237,3 +237,18 @@ def test_float32_range_of_convolutions(factor):
     assert want.label_variance > 0
     assert have.label_variance / want.label_variance == pytest.approx(1, rel=1e-3)
     assert have.rel_error == pytest.approx(want.rel_error, rel=1e-3)
+
+
+def test_labels_drawn_in_pieces_are_the_same(monkeypatch):
+    """Outputs of language models do not fit several times in float64."""
+    from fimprobe.engines import seeds
+
+    model, x = torch.nn.Linear(3, 5), torch.randn(7, 2, 3)
+    options = {"likelihood": "categorical", "draws": 3, "estimators": ["i1"], "bounds": False}
+    whole = fimprobe.measure(model, x, **options)
+    for most in (1, 25, 69):
+        monkeypatch.setattr(seeds, "DRAWN_AT_ONCE", most)
+        assert fimprobe.measure(model, x, **options).to_dict() == {
+            **whole.to_dict(),
+            "seconds": pytest.approx(0, abs=60),
+        }

@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.estimators.sizes import MOST, count_sizes
+from fimprobe.estimators.sizes import count_sizes
+from fimprobe.sampling import MOST, spread
+
+
+def count(tensors):
+    return count_sizes([(spread(x), x.numel()) for x in tensors])
 
 
 def count_each(values):
@@ -23,12 +28,12 @@ def test_every_entry_of_small_tensors_is_counted(double):
         torch.zeros(3),
         torch.ones(1),
     ]
-    counted = count_sizes(parts)
+    counted = count(parts)
     assert dict(counted) == count_each([v for part in parts for v in part.flatten().tolist()])
     assert counted == sorted(counted)
-    assert count_sizes([torch.zeros(4)]) == count_sizes([]) == count_sizes([torch.zeros(0)]) == []
+    assert count([torch.zeros(4)]) == count([]) == count([torch.zeros(0)]) == []
     extreme = torch.tensor([1e-300, 1e300, math.nan, math.inf])
-    assert count_sizes([extreme]) == [(-80.0, 1.0), (40.0, 1.0)]
+    assert count([extreme]) == [(-80.0, 1.0), (40.0, 1.0)]
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (3, 100_000), (300_007,), (50_000, 4)])
@@ -37,7 +42,7 @@ def test_samples_of_large_tensors_stand_for_all(shape, double):
     # sizes that go with the row and with the column: a sample that met some more often would show
     rows = torch.linspace(-3, 0, shape[0])
     values = 10 ** (rows if len(shape) == 1 else rows[:, None] + torch.linspace(-3, 0, shape[1]))
-    found, want = dict(count_sizes([values])), count_each(values.flatten().tolist())
+    found, want = dict(count([values])), count_each(values.flatten().tolist())
     assert sum(found.values()) == pytest.approx(size)
     for edge in {*found, *want}:
         share = want.get(edge, 0) / size

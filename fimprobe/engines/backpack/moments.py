@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fimprobe.engines.backpack.modules import LAYERS
 from fimprobe.engines.contract import GRAM_LIMIT, Weights
+from fimprobe.sampling import spread
 from fimprobe.types import FimprobeError, Moments
 
 
@@ -57,8 +58,9 @@ class Sums:
 
     def finish(self, parameter: Tensor) -> Moments:
         """The moments; a2 in the parameter's precision."""
+        a2 = self.a2.to(torch.promote_types(parameter.dtype, torch.float32))
         return Moments(
-            a2=self.a2.to(torch.promote_types(parameter.dtype, torch.float32)),
+            a2=a2,
             a2_sum=float(self.a2.sum()),
             a2_square=float(self.a2.square().sum()),
             a4_sum=float(self.a4_sum),
@@ -69,6 +71,7 @@ class Sums:
             a4=self.a4,
             q=self.q,
             r=self.r,
+            entries=spread(a2),
         )
 
 
