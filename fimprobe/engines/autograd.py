@@ -111,6 +111,8 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
     if problem.shards is not None:
         fit = problem.shards.smallest(fit)
+    elif fit < batch.size:
+        fit = _even(problem.batch.size, fit)
     if fit < batch.size:
         raise OverMemory(fit)
     if h.device.type == "cpu" and plan.chunk is None and tape.edges and problem.shards is None:

@@ -7,18 +7,21 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.problem import OverMemory, Problem
 
 
 @contextmanager
 def saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves; the parameters' own do not count.
+    """Count the bytes that autograd saves; the parameters' and the batch's own do not count.
 
     Raises:
         OverMemory: past half of ``memory_mb``, where ``size`` samples can be halved.
     """
     seen = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
+    given = tree_leaves((problem.batch.args, problem.batch.kwargs))
+    seen |= {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     total = 0
 
     def pack(x: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import oracles
 import pytest
 import torch
 from cases import CASES
+from torch import nn
 
 import fimprobe
+from fimprobe.engines.problem import Plan
 
 FIRST = {"estimators": ("i1",), "bounds": False}
 """Nothing beside Î₁ is measured."""
@@ -58,3 +60,13 @@ def close(have, want, rtol=1e-9):
     want = torch.as_tensor(want).flatten()
     bound = rtol * want.abs().max() + 1e-24
     assert ((have - want).abs() <= bound).all(), (have - want).abs().max() / want.abs().max()
+
+
+def test_a_batch_above_the_ceiling_is_not_taken_one_by_one():
+    """The inputs are there in any case: what chunks hold of them does not count against memory_mb."""
+    net = nn.Sequential(nn.Linear(8192, 3), nn.Tanh(), nn.Linear(3, 4))
+    plan = Plan()
+    fimprobe.measure(  # 2 MB of inputs
+        net, torch.randn(64, 8192), likelihood="categorical", draws=1, memory_mb=1, plan=plan
+    )
+    assert plan.chunk is None or plan.chunk >= 16
