@@ -102,7 +102,7 @@ def measure(
     check_numbers(memory_mb, seed)
     if not isinstance(model, nn.Module):
         raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
-    if not trainable(model):
+    if not any(p.requires_grad for p in unwrap(model).parameters()):
         raise FimprobeError(
             "the model has no trainable parameters (requires_grad is False everywhere); nothing "
             "to measure"
@@ -270,9 +270,10 @@ def _measure_share(
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Autograd on, autocast off, and every random stream put back as it was."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
+    devices = {p.device for p in model.parameters()} if torch.cuda.is_initialized() else set()
     generators = [torch.default_generator]
-    generators += [torch.cuda.default_generators[d.index or 0] for d in devices]
+    on_gpu = [d for d in devices if d.type == "cuda"]
+    generators += [torch.cuda.default_generators[d.index or 0] for d in on_gpu]
     states = [g.get_state() for g in generators]
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()

@@ -252,11 +252,8 @@ class Accumulator:
             square = torch.dot(flat, flat)
             if 1e-25 < float(square) < 1e30:
                 return square.double()
-        total = torch.zeros((), dtype=torch.float64, device=flat.device)
-        for part in flat.split(AT_ONCE):
-            wide = part.double()
-            total += torch.dot(wide, wide)
-        return total
+        squares = [_dot(wide, wide) for wide in map(Tensor.double, flat.split(AT_ONCE))]
+        return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
 
     def zero(self) -> None:
         """Start from zero where nothing was taken yet."""

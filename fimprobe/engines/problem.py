@@ -79,8 +79,22 @@ class Problem:
     """Of a model that FSDP shards; then all processes measure in the same steps."""
 
     def __post_init__(self) -> None:
-        """Index the trainable parameters."""
-        self.parameters = {n: p for n, p in self.twin.named_parameters() if p.requires_grad}
+        """Index the parameters, each once, those that train, and the modules that hold them."""
+        self.owners: dict[str, nn.Module] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.frozen: set[str] = set()
+        seen: set[int] = set()
+        for path, module in self.twin.named_modules():
+            for local, p in module._parameters.items():
+                if p is None or id(p) in seen:
+                    continue
+                seen.add(id(p))
+                name = f"{path}.{local}" if path else local
+                self.owners[name] = module
+                if p.requires_grad:
+                    self.parameters[name] = p
+                else:
+                    self.frozen.add(name)
 
     def forward(self, batch: Batch, unseen: list[Tensor] | None = None) -> Tensor:
         """The outputs for a part of the batch, checked.
@@ -142,10 +156,8 @@ class PlanMismatch(Exception):
 def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
     """Parameter -> how it is measured, or why not."""
     told = {}
-    modules = dict(problem.twin.named_modules())
-    for name, parameter in problem.twin.named_parameters():
-        owner = modules[name.rpartition(".")[0]]
-        if not parameter.requires_grad:
+    for name, owner in problem.owners.items():
+        if name in problem.frozen:
             told[name] = "left out: frozen"
         elif name in plan.unused:
             told[name] = "left out: the outputs do not depend on it"

@@ -44,14 +44,17 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     return Seeds(found, None)
 
 
-DRAWN_AT_ONCE = 2**26
-"""Outputs whose labels are drawn together, in float64: of a language model, a few samples'."""
+DRAWN_AT_ONCE = {"cpu": 2**17}
+"""Outputs whose labels are drawn together, in float64: what a CPU's cache holds, ..."""
+DRAWN_ELSEWHERE = 2**26
+"""... of a language model on a GPU, a few samples'."""
 
 
 def drawn_at_once(h: Tensor) -> int:
     """How many outputs that is: whole samples, at least one."""
     each = max(1, h[0].numel())
-    return each * min(len(h), max(1, DRAWN_AT_ONCE // each))
+    most = DRAWN_AT_ONCE.get(h.device.type, DRAWN_ELSEWHERE)
+    return each * min(len(h), max(1, most // each))
 
 
 def _drawn_scores(problem: Problem, h: Tensor, uniforms: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def estimate_groups(
     index = {name: i for i, name in enumerate(moments.parameters)}
     records = list(moments.parameters.values())
     member = torch.zeros(len(groups), len(records), dtype=torch.float64)
-    for row, names in enumerate(groups.values()):
-        member[row, [index[n] for n in names]] = 1
+    places = [(row, index[n]) for row, names in enumerate(groups.values()) for n in names]
+    member[tuple(torch.tensor(places).T)] = 1
     sums = torch.tensor(
         [[m.a2_sum, m.a2_square, m.a4_sum, m.q_sum, m.r_sum] for m in records],
         dtype=torch.float64,

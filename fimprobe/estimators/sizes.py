@@ -31,10 +31,10 @@ def count_sizes(
     weights = [size / len(entries) for entries, size in known_sizes]
     if not parts:
         return []
-    values = (torch.cat(parts).cpu().double() * scale).log10()
+    values = (torch.cat(parts).cpu() * scale).log10()
     lengths = torch.tensor([len(part) for part in parts])
     weight = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)
-    known = values.isfinite()
-    bins = ((values[known].clamp(_LOW, _HIGH) - _LOW) / STEP).floor().long()
-    counts = torch.bincount(bins, weights=weight[known])
+    weight *= values.isfinite()
+    bins = ((values.nan_to_num(0.0, 0.0, 0.0).clamp(_LOW, _HIGH) - _LOW) / STEP).long()
+    counts = torch.bincount(bins, weights=weight)
     return [(_LOW + STEP * i, float(n)) for i, n in enumerate(counts.tolist()) if n > 0]
