@@ -44,16 +44,17 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     return Seeds(found, None)
 
 
-DRAWN_AT_ONCE = {"cpu": 2**17}
-"""Outputs whose labels are drawn together, in float64: what a CPU's cache holds, ..."""
-DRAWN_ELSEWHERE = 2**26
-"""... of a language model on a GPU, a few samples'."""
+DRAWN_AT_ONCE = 2**26
+"""Outputs whose labels are drawn together, in float64: of a language model, a few samples'."""
+
+DRAWN_IN_CACHE = 2**17
+"""The same on a CPU."""
 
 
 def drawn_at_once(h: Tensor) -> int:
     """How many outputs that is: whole samples, at least one."""
     each = max(1, h[0].numel())
-    most = DRAWN_AT_ONCE.get(h.device.type, DRAWN_ELSEWHERE)
+    most = DRAWN_IN_CACHE if h.device.type == "cpu" else DRAWN_AT_ONCE
     return each * min(len(h), max(1, most // each))
 
 

@@ -247,7 +247,7 @@ def test_labels_drawn_in_pieces_are_the_same(monkeypatch):
     options = {"likelihood": "categorical", "draws": 3, "estimators": ["i1"], "bounds": False}
     whole = fimprobe.measure(model, x, **options)
     for most in (1, 25, 69):
-        monkeypatch.setattr(seeds, "DRAWN_AT_ONCE", most)
+        monkeypatch.setattr(seeds, "DRAWN_IN_CACHE", most)
         assert fimprobe.measure(model, x, **options).to_dict() == {
             **whole.to_dict(),
             "seconds": pytest.approx(0, abs=60),
