@@ -84,7 +84,8 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     guard = saved_bytes(problem, batch.size)
     kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
     plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
-    with record(problem.twin, batch.size, plan.layouts, plan.replay) as tape, guard as saved, kernels:
+    recording = record(problem.twin, batch.size, plan.layouts, plan.replay, twice=ask.i2)
+    with recording as tape, guard as saved, kernels:
         h = problem.forward(batch, run.unseen if plain else None)
     if tape.failed:
         raise PlanMismatch(tape.failed)

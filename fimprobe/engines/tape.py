@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.layouts import Layouts, batch_first, fits
+from fimprobe.engines.pointwise import forward_of
 from fimprobe.engines.rules import LINEAR, Call, Rule, direction, rules_for
 from fimprobe.engines.unrolled import UNROLLED, NotUnrolled
 from fimprobe.types import FimprobeError
@@ -241,12 +242,13 @@ class _Affine:
 
 @contextmanager
 def record(
-    twin: nn.Module, batch_size: int, layouts: Layouts, replay: dict[str, str]
+    twin: nn.Module, batch_size: int, layouts: Layouts, replay: dict[str, str], *, twice: bool = False
 ) -> Iterator[Tape]:
     """Hook the twin so that the forward passes inside fill the tape; unhook on leaving.
 
     ``replay`` maps parameters to the modules replayed for them; modules with other parameters are
-    recorded by their rules, or replayed where no rule covers one.
+    recorded by their rules, or replayed where no rule covers one. ``twice``: gradients will be
+    differentiated again.
     """
     tape = Tape(batch_size, layouts)
     handles = []
@@ -265,7 +267,10 @@ def record(
                 hook = functools.partial(_on_replayed, tape, path)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         elif not names:
-            continue
+            written_out = forward_of(module, twice)
+            if written_out is not None:
+                module.forward = written_out  # type: ignore[method-assign]
+                unrolled.append(module)
         elif type(module) in UNROLLED:
             _unroll(tape, path, module)
             unrolled.append(module)
