@@ -140,11 +140,11 @@ class Moments:
     """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
 
     With weights w in place of 1 for exact draws (S is then 1 in every formula):
-    ``a2`` Σ_b Σ_s w g² per entry (``a2_sum`` Σ_i, ``a2_square`` Σ_i of its square) ·
-    ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² · ``r_sum`` the same with the
-    square taken inside each block (equal for one block) · ``gram`` [B, S, S] the inner products
-    g_s·g_t, its diagonal the per-sample squared norms (``squared_norms`` [B, S] alone where S is
-    large) · ``a4``, ``q``, ``r`` per entry where asked for.
+    ``a2`` Σ_b Σ_s w g² per entry, empty where only sums are wanted (``a2_sum`` Σ_i, ``a2_square``
+    Σ_i of its square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² ·
+    ``r_sum`` the same with the square taken inside each block (equal for one block) · ``gram``
+    [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
+    (``squared_norms`` [B, S] alone where S is large) · ``a4``, ``q``, ``r`` per entry where asked for.
     """
 
     a2: Tensor

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.curvature import measure_curvature, twice_differentiable
+from fimprobe.engines.curvature import Bender, measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import Contraction, is_outer, met_uses, precise, raised, vectors
 from fimprobe.engines.graph import foreign_uses, hidden_reads
@@ -101,7 +101,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         check_passes(problem, h, stash / batch.size, ceiling)
     else:
         passes = problem.draws.count
-    kept = passes * (1 + (ask.probes + 4) * ask.i2)
+    kept = passes * (1 + (ask.probes + 5) * ask.i2)
     if ask.exact and problem.draws.count is not None:
         columns = problem.likelihood.count_passes(h)
         told = "second_order='exact'", "second_order={'probes': 2}"
@@ -140,7 +140,10 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
-    run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain)
+    bender = _bend(site, run, h, labels) if ask.i2 else None
+    arrived = None if bender is None else bender.arrived()
+    run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain, arrived=arrived)
+    del arrived
     clock.stop("i1")
     if plain:
         return
@@ -168,7 +171,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     if ask.i2:
         if plan.kinks is None:
             plan.kinks = find_kinks(h, problem.twin)
-        _curve(site, run, h, labels)
+        _curve(site, run, bender, labels)
         clock.stop("i2")
 
 
@@ -195,11 +198,17 @@ def _contract(
     h: Tensor,
     reached: set[str],
     last: bool = False,
+    arrived: Sequence[Sequence[Tensor | None]] | None = None,
 ) -> set[str]:
-    """Pull the seeds back and add each parameter's moments; returns the parameters met."""
+    """Pull the seeds back and add each parameter's moments; returns the parameters met.
+
+    ``arrived``: they were pulled back already, this came to the edges and sources.
+    """
     problem, tape, size = site.problem, site.tape, site.batch.size
     inputs = problem.ask.bounds and kind == "i1"
-    deltas, sources = _backward(h, tape, seeds.seeds, inputs, last)
+    if arrived is None:
+        arrived = _backward(h, tape, seeds.seeds, inputs, last)
+    deltas, sources = _by_place(arrived, len(tape.edges))
     check_inputs_unchanged(tape)
     reached = set(reached)
     ledger = run.ledger(kind, problem)
@@ -291,11 +300,33 @@ def _add_activations(
             accumulator.take_whole(g, seeds.weights)
 
 
-def _curve(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> None:
+def _bend(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> Bender | None:
+    """The labels' seeds pulled back so that it can be differentiated; None where it cannot."""
+    if "i2" in run.notes:
+        return None
+    bender = Bender(h, site.tape, [p for n, p in site.problem.parameters.items() if n in site.pieces])
+    try:
+        with twice_differentiable():
+            bender.take(labels.seeds)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        run.notes["i2"] = _told(error)
+        return None
+    return bender
+
+
+def _told(error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"Î₂ was not measured: the model has no second derivative here ({first})"
+
+
+def _curve(site: _Site, run: Sums, bender: Bender | None, labels: Seeds) -> None:
     """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
     problem = site.problem
-    if "i2" in run.notes:
+    if bender is None:
         return
+    h = bender.h
     seeds = curvature_seeds(problem, site.rows, h.detach(), labels)
     assert seeds.weights is not None
     for name, parameter in problem.parameters.items():
@@ -308,7 +339,7 @@ def _curve(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> None:
                 problem,
                 site.plan,
                 site.tape,
-                h,
+                bender,
                 seeds,
                 site.rows,
                 site.batch,
@@ -320,8 +351,7 @@ def _curve(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> None:
     except (PlanMismatch, OverMemory, torch.OutOfMemoryError):
         raise
     except (RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        run.notes["i2"] = f"Î₂ was not measured: the model has no second derivative here ({first})"
+        run.notes["i2"] = _told(error)
         return
     for curve in run.curves.values():
         curve.end()
@@ -341,23 +371,31 @@ class _Clock:
 
 def _backward(
     h: Tensor, tape: Tape, seeds: list[Tensor], inputs: bool, last: bool
-) -> tuple[list[list[Tensor] | None], list[list[Tensor] | None]]:
+) -> list[Sequence[Tensor | None]]:
     """δ of each seed at every edge (and source): one backward each, never of the weights."""
     places = [*tape.edges, *(tape.sources if inputs else [])]
     if not places:
-        return [], []
-    collected = []
+        return []
+    collected: list[Sequence[Tensor | None]] = []
     for i, seed in enumerate(seeds):
         keep = not last or i < len(seeds) - 1
         collected.append(torch.autograd.grad(h, places, seed, retain_graph=keep, allow_unused=True))
-    by_place: list[list[Tensor] | None] = []
-    for parts in zip(*collected, strict=True):
+    return collected
+
+
+Places = list[list[Tensor] | None]
+
+
+def _by_place(arrived: Sequence[Sequence[Tensor | None]], edges: int) -> tuple[Places, Places]:
+    """Of every edge, and of every source, what arrived of each seed; zeros where of some nothing."""
+    by_place: Places = []
+    for parts in zip(*arrived, strict=True):
         present = next((p for p in parts if p is not None), None)
         if present is None:
             by_place.append(None)
         else:
             by_place.append([torch.zeros_like(present) if p is None else p for p in parts])
-    return by_place[: len(tape.edges)], by_place[len(tape.edges) :]
+    return by_place[:edges], by_place[edges:]
 
 
 def _even(size: int, chunk: int) -> int:

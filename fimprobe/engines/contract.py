@@ -61,16 +61,20 @@ class Accumulator:
     gram: Any = None
     """Of the chunk at hand: [b, S, S], or squared norms [b, S]."""
     empty: bool = True
+    bare: bool = False
+    """Whether A2 is not wanted; ``a2`` then has its shape and no memory."""
     own: Any = None
     """This process's rows of ``a2`` where the parameter is sharded (a DTensor)."""
 
     @classmethod
-    def like(cls, parameter: Tensor, sums: Tensor, diagonals: bool, sharded: bool) -> Accumulator:
+    def like(
+        cls, parameter: Tensor, sums: Tensor, *, diagonals: bool, sharded: bool, bare: bool
+    ) -> Accumulator:
         """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        if sharded:
+        if sharded or bare:
             nothing = torch.zeros((), dtype=dtype, device=parameter.device)
-            return cls(nothing.expand(parameter.shape), sums)
+            return cls(nothing.expand(parameter.shape), sums, bare=bare, empty=not bare)
         a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         made = cls(a2, sums, diagonals)
         if diagonals:
@@ -126,8 +130,9 @@ class Accumulator:
         if gram is None:
             gram = square.sum(-1)
         self.gram[samples] += gram if scale is None else gram.double() * scale**2
-        self.zero()
-        self.a2[where] += _unscaled(powers.f.sum(0), scale).view(tile)
+        if not self.bare:
+            self.zero()
+            self.a2[where] += _unscaled(powers.f.sum(0), scale).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -156,7 +161,9 @@ class Accumulator:
         inner = rows.inner if x is None else rows.inner * _beside(length, rows.inner)
         self.gram += inner if scale is None else inner * scale**2
         f = _unscaled(rows.f, scale)
-        if x2 is None:
+        if self.bare:
+            pass
+        elif x2 is None:
             self.take(f.sum(0)) if self.empty else self.a2.add_(f.sum(0))
         elif self.empty and f.dtype == self.a2.dtype:
             torch.mm(f.t(), x2, out=self.a2)
@@ -189,8 +196,9 @@ class Accumulator:
         inner = _inner(rows) if self.gram.dim() == 3 else square.sum(-1)
         inner = inner.double() if scale is None else inner.double() * scale**2
         self.gram.index_add_(0, sample, inner)
-        self.zero()
-        self.a2.index_add_(0, token, _unscaled(powers.f.to(self.a2.dtype), scale))
+        if not self.bare:
+            self.zero()
+            self.a2.index_add_(0, token, _unscaled(powers.f.to(self.a2.dtype), scale))
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -209,6 +217,8 @@ class Accumulator:
 
     def take(self, a2: Tensor) -> None:
         """Take Σ_b Σ_s w g² of every entry, ready-made."""
+        if self.bare:
+            return
         a2 = a2.to(self.a2.dtype).view(self.a2.shape)
         self.a2, self.empty = (a2, False) if self.empty else (self.a2 + a2, False)
 
@@ -234,7 +244,7 @@ class Accumulator:
         """
         self.gram += gram
         self._take(torch.stack([a4_sum, q_sum, q_sum, top_sum]), None)
-        if a2 is not self.a2:
+        if a2 is not self.a2 and not self.bare:
             self.zero()
             self.a2 += a2
         self.empty = False
@@ -242,8 +252,16 @@ class Accumulator:
             assert a4 is not None and q is not None
             self.take_entries(a4, q, q)
 
+    def result(self) -> Any:
+        """A2: a DTensor where the parameter is sharded, empty where it is not wanted."""
+        if self.bare:
+            return self.sums.new_empty(0)
+        return self.a2 if self.own is None else self.own
+
     def square_norm(self) -> Tensor:
         """Σ_i A2_i², in float64 where float32 would leave its range or the tensor is small."""
+        if self.bare:
+            return torch.zeros_like(self.sums[0])
         if self.own is None:
             self.zero()
         a2 = self.a2 if self.own is None else self.own.to_local()

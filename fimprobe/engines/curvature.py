@@ -43,21 +43,29 @@ def direction_of(parameter: Tensor, key: str, seed: int) -> Tensor:
 class Bender:
     """The second-order pass over one chunk: holds δ with its graph, and yields Hv for directions."""
 
-    def __init__(self, h: Tensor, tape: Tape, seeds: list[Tensor], replayed: list[Tensor]) -> None:
-        self.tape, self.replayed = tape, replayed
+    def __init__(self, h: Tensor, tape: Tape, replayed: list[Tensor]) -> None:
+        self.h, self.tape, self.replayed = h, tape, replayed
         self.places = [*tape.edges, *tape.sources, *replayed]
         self.first: list[list[Tensor | None]] = []
+        self.edges, self.sources = len(tape.edges), len(tape.sources)
+
+    def take(self, seeds: list[Tensor]) -> None:
+        """Pull further seeds back."""
         for seed in seeds:
             found: list[Tensor | None] = []
             if self.places:
                 with torch.enable_grad():
                     found = list(
                         torch.autograd.grad(
-                            h, self.places, seed, create_graph=True, allow_unused=True
+                            self.h, self.places, seed, create_graph=True, allow_unused=True
                         )
                     )
             self.first.append(found)
-        self.edges, self.sources = len(tape.edges), len(tape.sources)
+
+    def arrived(self) -> list[list[Tensor | None]]:
+        """What arrived at edges and sources, of each seed, detached."""
+        places = self.edges + self.sources
+        return [[None if d is None else d.detach() for d in found[:places]] for found in self.first]
 
     def delta(self, seed: int) -> list[Tensor | None]:
         """δ at the edges, detached."""
@@ -135,7 +143,7 @@ def measure_curvature(
     problem: Problem,
     plan: Plan,
     tape: Tape,
-    h: Tensor,
+    bender: Bender,
     seeds: Seeds,
     rows: slice,
     batch: Batch,
@@ -144,15 +152,18 @@ def measure_curvature(
     sums: dict[str, CurvatureSums],
     seconds: dict[str, float],
 ) -> dict[str, set[str]]:
-    """Add one chunk's second derivatives; returns which parameters of a layer meet each other."""
+    """Add one chunk's second derivatives; returns which parameters of a layer meet each other.
+
+    ``bender`` has taken the first of the seeds, those of the labels.
+    """
     started = time.perf_counter()
-    size, count = batch.size, len(seeds.seeds)
+    size, count, h = batch.size, len(seeds.seeds), bender.h
     exact = problem.draws.count is None
     site = find_sites(problem, plan, tape, batch, calls, names)
-    replayed: list[Tensor] = [problem.parameters[n] for n, s in site.items() if s.calls]
     partners = meetings(problem, tape, site)
     meeting = set(partners) | {q for group in partners.values() for q in group}
-    bender = Bender(h, tape, seeds.seeds, replayed)
+    replayed = bender.replayed
+    bender.take(seeds.seeds[len(bender.first) :])
     deltas = [bender.delta(y) for y in range(count)]
     assert seeds.weights is not None
     second = seeds.weights.second
@@ -212,7 +223,8 @@ def measure_curvature(
             )
             for n in along
         }
-        live = _directions(problem, tape, site, along, None, calls, names, size, live=True)
+        made: dict[tuple[str, int], Tensor] = {}
+        live = _directions(problem, tape, site, along, None, calls, names, size, live=True, made=made)
         turned_live = (
             _directions(problem, tape, site, along, flips, calls, names, size, live=True)
             if partners
@@ -223,7 +235,7 @@ def measure_curvature(
         other = ahead
         if not straight:
             flipped = _directions(
-                problem, tape, site, along, flips, calls, names, size, given=turned_live
+                problem, tape, site, along, flips, calls, names, size, given=turned_live, made=made
             )
             other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
         for name, s in sums.items():
@@ -257,7 +269,7 @@ def measure_curvature(
         for name, s in sums.items():
             pull = Pull(problem, plan, site[name], name, size, along, flips)
             s.add_whole(pull, ahead, other if name in meeting else None, deltas)
-        del ahead, other, live, turned_live
+        del ahead, other, live, turned_live, made
     return partners
 
 
@@ -287,11 +299,13 @@ def _directions(
     live: bool = False,
     given: list[Tensor | None] | None = None,
     own: bool = True,
+    made: dict[tuple[str, int], Tensor] | None = None,
 ) -> list[Tensor | None]:
     """At each edge, its derivative along the parameters' directions within the call.
 
     ``live``: differentiable through the calls' inputs, without parameters of replayed calls.
     ``given``: such live directions, to be held fixed and completed with those parameters (``own``).
+    ``made``: what each use gives without flips, noted where live and then taken from there.
     """
     found: list[Tensor | None] = [None] * len(tape.edges)
 
@@ -307,9 +321,14 @@ def _directions(
         for name, s in site.items():
             if (live and s.calls) or (given is not None and not (own and s.calls)):
                 continue
-            for use in s.uses:
+            for i, use in enumerate(s.uses):
                 assert use.direction is not None
-                add(use.edge, use.direction(along[name]), name, use.layout)
+                v = None if made is None else made.get((name, i))
+                if v is None:
+                    v = use.direction(along[name])
+                if made is not None and live:
+                    made[name, i] = v.detach()
+                add(use.edge, v, name, use.layout)
     if live or not own:
         return found
     for call, inside in calls:

@@ -83,7 +83,7 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
     samples, draws = len((dense or lookup)[0]), len(dense or lookup)
     share = -(-samples // _parts(samples, outs, ins, accumulator.diagonals))
     parts = -(-samples // share)
-    fresh = accumulator.empty and parts == 1
+    fresh = accumulator.empty and parts == 1  # never where A2 is not wanted
     a2 = (
         accumulator.a2.unsqueeze(0)
         if fresh

@@ -27,6 +27,8 @@ class Ledger:
     diagonals: bool
     sampled: bool
     """Whether some entries of A2 are wanted."""
+    bare: bool
+    """Whether A2 itself is not."""
     sums: Tensor
     """A4, Q, R and the top sum of each name, float64 [n, 4]."""
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
@@ -40,11 +42,12 @@ class Ledger:
         *,
         diagonals: bool = False,
         sampled: bool = False,
+        bare: bool = False,
         sharded: Collection[str] = (),
     ) -> Ledger:
         """A ledger for gradients of these tensors; ``sharded`` ones are opened when taken."""
         device = next(iter(tensors.values())).device
-        made = cls(diagonals, sampled, torch.zeros(0, 4, dtype=torch.float64, device=device))
+        made = cls(diagonals, sampled, bare, torch.zeros(0, 4, dtype=torch.float64, device=device))
         made.include(tensors, sharded)
         return made
 
@@ -58,8 +61,9 @@ class Ledger:
         for accumulator, row in zip(self.accumulators.values(), rows, strict=False):
             accumulator.sums = row
         for (name, like), row in zip(new.items(), rows[-len(new) :], strict=True):
-            made = Accumulator.like(like, row, self.diagonals, name in sharded)
-            self.accumulators[name] = made
+            self.accumulators[name] = Accumulator.like(
+                like, row, diagonals=self.diagonals, sharded=name in sharded, bare=self.bare
+            )
 
     def begin(self, samples: int, draws: int) -> None:
         """Make room for the Gram matrices of the next chunk."""
@@ -138,7 +142,7 @@ class Ledger:
                 continue
             (a4, q, r, top, square, total), norm, gram = rows[name]
             found[name] = Moments(
-                accumulator.a2 if accumulator.own is None else accumulator.own,
+                accumulator.result(),
                 total,
                 square,
                 a4,

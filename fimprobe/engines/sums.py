@@ -41,8 +41,9 @@ class Sums:
             sharded = set() if problem.shards is None else set(problem.shards.parts)
             self.ledgers[kind] = Ledger.of(
                 problem.parameters,
-                diagonals=problem.diagonals,
+                diagonals=problem.diagonals and kind != "jacobian",
                 sampled=kind == "i1",
+                bare=kind == "jacobian",
                 sharded=sharded,
             )
         return self.ledgers[kind]
