@@ -144,7 +144,7 @@ class Moments:
     Σ_i of its square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² ·
     ``r_sum`` the same with the square taken inside each block (equal for one block) · ``gram``
     [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
-    (``squared_norms`` [B, S] alone where S is large) · ``a4``, ``q``, ``r`` per entry where asked for.
+    (``squared_norms`` [B, S] alone where S is large) · ``a4``, ``q``, ``r`` per entry on request.
     """
 
     a2: Tensor

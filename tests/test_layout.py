@@ -13,7 +13,7 @@ ORDER = [
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
     "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.layouts", "engines.pointwise", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
-    "engines.contract", "engines.fetch", "engines.kernel", "engines.fused", "engines.ledger", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
+    "engines.powers", "engines.contract", "engines.fetch", "engines.kernel", "engines.fused", "engines.ledger", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",
     "engines.lipschitz", "engines.paths", "engines.between", "engines.elementwise", "engines.walk",
     "engines.chain",

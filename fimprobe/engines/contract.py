@@ -5,39 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-GRAM_LIMIT = 16
-"""Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
-
+from fimprobe.engines.powers import (
+    RowPowers,
+    Weights,
+    beside,
+    dot,
+    held,
+    inner_products,
+    is_one,
+    power_of_two,
+    power_sums,
+    unscaled,
+)
 
 AT_ONCE = 2**24
 """Numbers that are copied to float64 together, to be summed."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block; None for sampled draws."""
-
-    second: Tensor
-    fourth: Tensor
-    blocks: list[int]
-
-    def rows(self, samples: slice | Tensor) -> Weights:
-        """The weights of some samples."""
-        return Weights(self.second[samples], self.fourth[samples], self.blocks)
-
-    def parts(self) -> list[slice]:
-        """The passes of each block."""
-        found, start = [], 0
-        for end in range(1, len(self.blocks) + 1):
-            if end == len(self.blocks) or self.blocks[end] != self.blocks[start]:
-                found.append(slice(start, end))
-                start = end
-        return found
 
 
 @dataclass
@@ -123,7 +110,7 @@ class Accumulator:
                 g, scale = g * (1 / own).to(g.dtype), scale * own
         gram = torch.bmm(g, g.transpose(1, 2)) if self.gram.dim() == 3 else None
         square = g.square_() if fresh else g.square()
-        powers = _power_sums(square, weights, scale)
+        powers = power_sums(square, weights, scale)
         if powers is None:
             return False
         self._take(powers.sums, scale)
@@ -132,7 +119,7 @@ class Accumulator:
         self.gram[samples] += gram if scale is None else gram.double() * scale**2
         if not self.bare:
             self.zero()
-            self.a2[where] += _unscaled(powers.f.sum(0), scale).view(tile)
+            self.a2[where] += unscaled(powers.f.sum(0), scale).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -153,14 +140,14 @@ class Accumulator:
                 x, scale = x * (1 / own).to(x.dtype), scale * own
             x2 = x.square()
             each = torch.linalg.vecdot(x2, x2)
-            if not _held(each, scale):
+            if not held(each, scale):
                 return False
             # the powers are float32's, the sums over samples are taken in float64
             length, x4_sum = x2.sum(-1).double(), each.double()
         self._take(rows.sums @ x4_sum, scale)
-        inner = rows.inner if x is None else rows.inner * _beside(length, rows.inner)
+        inner = rows.inner if x is None else rows.inner * beside(length, rows.inner)
         self.gram += inner if scale is None else inner * scale**2
-        f = _unscaled(rows.f, scale)
+        f = unscaled(rows.f, scale)
         if self.bare:
             pass
         elif x2 is None:
@@ -189,16 +176,16 @@ class Accumulator:
         """Take g given by its non-zero rows [U, S, D] of (sample, token) pairs."""
         square = rows.square()
         weights = None if weights is None else weights.rows(sample)
-        powers = _power_sums(square, weights, scale)
+        powers = power_sums(square, weights, scale)
         if powers is None:
             return False
         self._take(powers.sums, scale)
-        inner = _inner(rows) if self.gram.dim() == 3 else square.sum(-1)
+        inner = inner_products(rows) if self.gram.dim() == 3 else square.sum(-1)
         inner = inner.double() if scale is None else inner.double() * scale**2
         self.gram.index_add_(0, sample, inner)
         if not self.bare:
             self.zero()
-            self.a2.index_add_(0, token, _unscaled(powers.f.to(self.a2.dtype), scale))
+            self.a2.index_add_(0, token, unscaled(powers.f.to(self.a2.dtype), scale))
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -270,7 +257,7 @@ class Accumulator:
             square = torch.dot(flat, flat)
             if 1e-25 < float(square) < 1e30:
                 return square.double()
-        squares = [_dot(wide, wide) for wide in map(Tensor.double, flat.split(AT_ONCE))]
+        squares = [dot(wide, wide) for wide in map(Tensor.double, flat.split(AT_ONCE))]
         return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
 
     def zero(self) -> None:
@@ -281,165 +268,3 @@ class Accumulator:
 
     def _take(self, sums: Tensor, scale: Tensor | None) -> None:
         self.sums += sums if scale is None else sums * scale**4
-
-
-@dataclass
-class RowPowers:
-    """Powers of δ [b, S, o] (over ``scale``) that moments of δ xᵀ factor into, and of δ itself."""
-
-    square: Tensor
-    weights: Weights | None
-    scale: Tensor | None
-    f: Tensor
-    """Σ_s w δ² [b, o]."""
-    blocks: list[Tensor]
-    sums: Tensor
-    """Of each sample, over o: A4, Q, R and top, float64 [4, b]."""
-    inner: Tensor
-    """Inner products of the draws, float64 [b, S, S], or squared norms [b, S]."""
-
-    @classmethod
-    def of(cls, delta: Tensor, weights: Weights | None, *, rescale: bool) -> RowPowers | None:
-        """None where float32 did not hold δ⁴ as it is; with ``rescale`` it does."""
-        scale: Tensor | None = None
-        if rescale:
-            scale = torch.ones((), dtype=torch.float64, device=delta.device)
-            if delta.dtype != torch.float64:
-                scale = power_of_two(delta)
-                delta = delta * (1 / scale).to(delta.dtype)
-        square = delta.square()
-        each = torch.linalg.vecdot(square, square)
-        if not _held(each, scale):
-            return None
-        blocks = _block_sums(square, weights)
-        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        fourth = each.sum(1).double() if weights is None else (each.double() * weights.fourth).sum(1)
-        q = r = fourth
-        if weights is not None or delta.shape[1] > 1:
-            q = r = torch.linalg.vecdot(f, f).double()
-        if len(blocks) > 1:
-            r = torch.stack([torch.linalg.vecdot(t, t) for t in blocks]).sum(0).double()
-        top = torch.zeros_like(fourth)
-        if len(blocks) == 1 and weights is not None:
-            top = torch.linalg.vecdot(f, square.amax(1)).double()
-        inner = _inner(delta) if 1 < delta.shape[1] <= GRAM_LIMIT else square.sum(-1)
-        sums = torch.stack([fourth, q, r, top])
-        return cls(square, weights, scale, f, blocks, sums, inner.double())
-
-    @property
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A4, Q and R of each entry of δ [b, o], in float64."""
-        quartic, own, rest = _Powers(self.f, self.blocks, self.sums).entries(
-            self.square, self.weights
-        )
-        return quartic.sum(1), own, rest
-
-
-def _beside(factors: Tensor, x: Tensor) -> Tensor:
-    """[b] in a shape that multiplies the samples of ``x``."""
-    return factors.view(-1, *[1] * (x.dim() - 1))
-
-
-class _Powers(NamedTuple):
-    """Of g² [b, S, P]: F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4]."""
-
-    f: Tensor
-    blocks: list[Tensor]
-    sums: Tensor
-
-    def entries(self, square: Tensor, weights: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A4 [b, S, P], Q and R [b, P] of every entry, in float64."""
-        quartic = square.double().square()
-        if weights is not None:
-            quartic *= weights.fourth.double().unsqueeze(-1)
-        own = self.f.double().square()
-        if len(self.blocks) == 1:
-            return quartic, own, own
-        rest = torch.zeros_like(own)
-        for block in self.blocks:
-            rest += block.double().square()
-        return quartic, own, rest
-
-
-def _power_sums(square: Tensor, weights: Weights | None, scale: Tensor | None) -> _Powers | None:
-    """Sums of g² and g⁴ over all entries; None where float32 did not hold g⁴."""
-    blocks = _block_sums(square, weights)
-    if weights is None:
-        fourth = _dot(square, square)
-        if not _held(fourth, scale, square.dtype):
-            return None
-    else:
-        each = torch.linalg.vecdot(square, square)
-        if not _held(each, scale):
-            return None
-        fourth = (each.double() * weights.fourth).sum()
-    f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-    q = r = fourth
-    if weights is not None or square.shape[1] > 1:
-        q = r = _dot(f, f)
-    if len(blocks) > 1:
-        r = torch.stack([_dot(t, t) for t in blocks]).sum()
-    top = torch.zeros_like(fourth)
-    if len(blocks) == 1 and weights is not None:
-        top = _dot(f, square.amax(1))
-    return _Powers(f, blocks, torch.stack([fourth, q, r, top]))
-
-
-def _held(powers: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> bool:
-    """Whether float32 held the fourth powers; of scaled ones it is known, and not asked.
-
-    What is flushed to zero, below 1e-38, is then less than a billionth of their sum.
-    """
-    if scale is not None or (dtype or powers.dtype) == torch.float64:
-        return True
-    return 1e-20 < float(powers.sum()) < 1e30
-
-
-def _unscaled(square: Tensor, scale: Tensor | None) -> Tensor:
-    """Squares of what was divided by ``scale``."""
-    return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
-
-
-def power_of_two(*tensors: Tensor) -> Tensor:
-    """The power of two next above the product of the tensors' largest magnitudes; 1 for zero.
-
-    Dividing by it is exact and keeps fourth powers inside float32's range. 1 as well where the
-    product is moderate and looking at it costs no synchronisation.
-    """
-    product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
-    for x in tensors:
-        low, high = torch.aminmax(x)
-        product = product * torch.maximum(-low, high).double()
-    if product.device.type == "cpu" and (float(product) == 0 or 1e-3 < float(product) < 1e3):
-        return torch.ones_like(product)
-    product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
-    return torch.exp2(torch.ceil(torch.log2(product)))
-
-
-def is_one(scale: Tensor) -> bool:
-    """Whether a scale does nothing; never asked of a GPU, which would have to be waited for."""
-    return scale.device.type == "cpu" and float(scale) == 1
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.dot(x.reshape(-1), y.reshape(-1)).double()
-
-
-def _inner(rows: Tensor) -> Tensor:
-    """The inner products [b, S, S] of each sample's S rows [b, S, P], S being small."""
-    draws = rows.shape[1]
-    if draws > 3:
-        return torch.bmm(rows, rows.transpose(1, 2))
-    found = rows.new_empty(len(rows), draws, draws)
-    for s in range(draws):
-        for t in range(s, draws):
-            found[:, s, t] = found[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
-    return found
-
-
-def _block_sums(square: Tensor, weights: Weights | None) -> list[Tensor]:
-    """Σ over each block's passes of weight·g² [b, P]."""
-    if weights is None:
-        return [square.squeeze(1) if square.shape[1] == 1 else square.sum(1)]
-    second = weights.second.to(square.dtype).unsqueeze(1)
-    return [torch.bmm(second[..., p], square[:, p]).squeeze(1) for p in weights.parts()]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import GRAM_LIMIT, power_of_two
 from fimprobe.engines.gather import precise
+from fimprobe.engines.powers import GRAM_LIMIT, power_of_two
 from fimprobe.engines.pull import Curve, Pull
 from fimprobe.engines.rules import embedding_tokens
 from fimprobe.engines.signs import signs

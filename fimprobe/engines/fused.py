@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimprobe.engines.contract import Accumulator, Weights
+from fimprobe.engines.contract import Accumulator
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.rules import conv1d_weight, linear_weight
 from fimprobe.engines.tape import Use
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Accumulator, RowPowers, Weights, is_one, power_of_two
+from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.fused import Met, add_fused, find_operands
 from fimprobe.engines.layouts import batch_first
+from fimprobe.engines.powers import RowPowers, Weights, is_one, power_of_two
 from fimprobe.engines.rules import LINEAR, Call, embedding_tokens
 from fimprobe.engines.tape import Use
 

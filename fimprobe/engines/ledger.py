@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import GRAM_LIMIT, Accumulator, Weights
+from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.fetch import upload
+from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.sampling import spread
 from fimprobe.types import Moments
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
-from fimprobe.engines.contract import Accumulator, Weights
+from fimprobe.engines.contract import Accumulator
 from fimprobe.engines.gather import precise, sum_uses, use_deltas
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Plan, PlanMismatch, Problem
 from fimprobe.engines.replay import replay_gradients
 from fimprobe.engines.rules import rules_for

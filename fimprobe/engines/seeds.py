@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Weights
 from fimprobe.engines.fetch import upload
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
 from fimprobe.types import FimprobeError, OutputNorms, Pass

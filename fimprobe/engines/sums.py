@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.contract import Weights
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.fetch import fetch
 from fimprobe.engines.ledger import Ledger, Totals
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Plan, Problem, check_finite, coverage
 from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 

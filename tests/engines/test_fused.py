@@ -14,9 +14,9 @@ from torch import nn
 
 import fimprobe
 from fimprobe.engines import fused, kernel
-from fimprobe.engines.contract import Weights
 from fimprobe.engines.gather import Contraction, met_uses
 from fimprobe.engines.ledger import Ledger
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.rules import Call, rules_for
 from fimprobe.engines.tape import Use
 

@@ -101,8 +101,10 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
                 assert event.value == pytest.approx(mine, rel=1e-6, abs=1e-30)
         assert {f"fim/{kind}/trace", f"fim/{kind}/rel_error"} <= present <= written
         extra = {t for t in written if t.startswith(f"fim/{kind}/")} - present
-        assert extra <= {f"fim/{kind}/pairs_for_10_percent"}
-        assert bool(extra) == (getattr(wants[0].total, kind).draws_for(0.1) is not None)
+        pairs, label = (f"fim/{kind}/{x}" for x in ("pairs_for_10_percent", "one_label_error"))
+        assert extra <= {pairs, label}
+        assert (pairs in extra) == (getattr(wants[0].total, kind).draws_for(0.1) is not None)
+        assert (label in extra) == (draws == "exact" and kind != "empirical")
     assert "fim/empirical/cosine" in written and "fim/empirical/trace_ratio" in written
     tight = {t for t in written if t.startswith("fim_bounds/") and t.endswith("/tightness")}
     assert tight == (

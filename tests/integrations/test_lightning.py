@@ -115,7 +115,8 @@ def test_training_and_logging_are_bit_identical(tmp_path):
     assert [r.step for r in callback.probe.history] == list(range(6))
     assert callback.probe.last.total.i2 is not None
     written = tmp_path / "with/lightning_logs/version_0/fimprobe"
-    lines = (written / "fimprobe.jsonl").read_text().splitlines()
+    first, *lines = (written / "fimprobe.jsonl").read_text().splitlines()
+    assert json.loads(first)["run"]["first_step"] == 0
     assert [json.loads(line)["step"] for line in lines] == list(range(6))
     assert list(written.glob("events*"))
 

@@ -12,7 +12,7 @@ from fimprobe.engines.backpack.guards import check_copies, check_total
 from fimprobe.engines.backpack.hooks import extended
 from fimprobe.engines.backpack.modules import own_trainable
 from fimprobe.engines.backpack.moments import Collect, Job, Sums
-from fimprobe.engines.contract import Weights
+from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.seeds import check_passes, label_seeds
 from fimprobe.types import FimprobeError, MomentsBatch

@@ -20,7 +20,7 @@ from backpack.extensions.firstorder.base import (
 from torch import Tensor, nn
 
 from fimprobe.engines.backpack.modules import LAYERS
-from fimprobe.engines.contract import GRAM_LIMIT, Weights
+from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.sampling import spread
 from fimprobe.types import FimprobeError, Moments
 
