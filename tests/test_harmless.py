@@ -135,7 +135,8 @@ def test_training_is_bit_identical_with_tensorboard(tmp_path, without):
     options = {"schedule": {"every": 1}, "log_dir": tmp_path, "likelihood": "categorical"}
     assert same(run(options), without)
     assert list(tmp_path.glob("events*"))
-    assert len((tmp_path / "fimprobe.jsonl").read_text().splitlines()) == 1 + 30  # the run, its reports
+    run_and_reports = (tmp_path / "fimprobe.jsonl").read_text().splitlines()
+    assert len(run_and_reports) == 1 + 30
 
 
 def test_the_comparison_sees_a_difference(without):
