@@ -170,7 +170,7 @@ def keep_a_budget(rank, size, out):
         with fimprobe.attach(model, **LEAN, schedule={"budget": 0.2}) as probe:
             account = probe.schedule.account
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            for step in range(150):
+            for step in range(500):
                 time.sleep(0.004)
                 F.cross_entropy(model(data(4, 5)), torch.arange(4) % 3).backward()
                 optimizer.step()
