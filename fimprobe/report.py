@@ -11,10 +11,11 @@ from typing import Any
 from fimprobe.advice import make_advice
 from fimprobe.estimators import i1, i2
 from fimprobe.estimators.empirical import compare
+from fimprobe.estimators.groups import slabs
 from fimprobe.estimators.sizes import count_sizes
 from fimprobe.estimators.tightness import bound_hessians, bound_scores
 from fimprobe.table import format_table
-from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured
+from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured, MomentsBatch
 
 ROOT = "(model)"
 """Layer name of parameters that the model itself holds."""
@@ -158,20 +159,25 @@ def make_report(
     groups = {f"parameter {n}": [n] for n in scores.parameters}
     groups |= {f"layer {n}": names for n, names in layers.items()}
     groups["total"] = list(scores.parameters)
-    estimates = i1.estimate_groups(scores, groups, diagonals=diagonals)
-    geometry: dict[str, Geometry] = {}
-    if measured.norms is not None:
-        estimates, geometry = bound_scores(measured, groups, estimates)
+    estimates: dict[str, Estimate] = {}
     second: dict[str, Estimate] = {}
-    if measured.curvature is not None:
-        curvature = measured.curvature
-        grams = {
-            key: i2.whole_gram(curvature) if key == "total" else i2.block_gram(curvature, names)
-            for key, names in groups.items()
-        }
-        second = i2.estimate_groups(measured, groups, estimates, grams, diagonals=diagonals)
+    geometry: dict[str, Geometry] = {}
+    for part in slabs(groups, _numbers(scores)):
+        estimates |= i1.estimate_groups(scores, part, diagonals=diagonals)
         if measured.norms is not None:
-            second = bound_hessians(measured, groups, second, grams)
+            bounded, shapes = bound_scores(measured, part, estimates)
+            estimates |= bounded
+            geometry |= shapes
+        if measured.curvature is not None:
+            curvature = measured.curvature
+            grams = {
+                key: i2.whole_gram(curvature) if key == "total" else i2.block_gram(curvature, names)
+                for key, names in part.items()
+            }
+            bent = i2.estimate_groups(measured, part, estimates, grams, diagonals=diagonals)
+            if measured.norms is not None:
+                bent = bound_hessians(measured, part, bent, grams)
+            second |= bent
     hutchinson: dict[str, Estimate] = {}
     if ask_ih:
         hutchinson = i1.estimate_groups(measured.moments["ih"], groups, diagonals=diagonals)
@@ -221,6 +227,15 @@ def make_report(
         sizes=count_sizes(entries, 1 / count),
         seconds_by_part=measured.seconds,
     )
+
+
+def _numbers(scores: MomentsBatch) -> int:
+    """What the estimates of one group hold at once: Gram matrices, and products of three."""
+    record = next(iter(scores.parameters.values()))
+    if record.gram is None:
+        return record.squared_norms.numel()
+    passes = record.gram.shape[-1]
+    return record.gram.numel() * (passes if scores.draws is None else 1)
 
 
 def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fimprobe.estimators.groups import Groups, Members
 from fimprobe.types import Estimate, Moments, MomentsBatch
 
 Value = TypeVar("Value", float, Tensor)
@@ -71,31 +72,19 @@ def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
     return total.mean(-1)
 
 
-def estimate_groups(
-    moments: MomentsBatch, groups: Mapping[str, list[str]], *, diagonals: bool
-) -> dict[str, Estimate]:
+def estimate_groups(moments: MomentsBatch, groups: Groups, *, diagonals: bool) -> dict[str, Estimate]:
     """Î₁ of each group of parameters, all groups at once."""
     size, draws = moments.batch_size, moments.draws
     count = size * (draws or 1)
-    index = {name: i for i, name in enumerate(moments.parameters)}
-    records = list(moments.parameters.values())
-    member = torch.zeros(len(groups), len(records), dtype=torch.float64)
-    places = [(row, index[n]) for row, names in enumerate(groups.values()) for n in names]
-    member[tuple(torch.tensor(places).T)] = 1
-    sums = torch.tensor(
-        [[m.a2_sum, m.a2_square, m.a4_sum, m.q_sum, m.r_sum] for m in records],
-        dtype=torch.float64,
-    )
-    a2, square, a4, q, r = (member @ sums).unbind(1)
+    members = Members(groups)
+    fields = ("a2_sum", "a2_square", "a4_sum", "q_sum", "r_sum")
+    a2, square, a4, q, r = members.sum_numbers(moments.parameters, *fields)
     trace, square = a2 / count, square / count**2
     labels = label_variance(a4, q, r, size, draws)
     across = spread(q, square, size, draws)
-    norms = torch.stack([m.squared_norms for m in records]).double().cpu()
-    errors = _trace_error(moments, torch.tensordot(member, norms, 1))
-    totals = None
-    if all(m.gram is not None for m in records):
-        grams = torch.stack([m.gram for m in records if m.gram is not None]).cpu()
-        totals = total_label_variance(moments, torch.tensordot(member, grams, 1))
+    errors = _trace_error(moments, members.sum(moments.parameters, "squared_norms"))
+    grams = members.sum_known(moments.parameters, "gram")
+    totals = None if grams is None else total_label_variance(moments, grams)
     inputs: Tensor | None = None
     total: Tensor | None = None
     if across is not None and labels is not None:

@@ -6,12 +6,13 @@ variance; it comes from Hutchinson's seeds (or exact labels). Source: eq. (4), (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from fimprobe.types import Curvature, CurvatureBatch, Estimate, Measured, MomentsBatch
+from fimprobe.estimators.groups import Groups, Members
+from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
 
 
 def label_variance(squares: Tensor, weights: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def probe_error(probe_squares: Tensor, weights: Tensor) -> Tensor:
     return (each.var(-1) / each.shape[-1]).sum(-1).sqrt() / each.shape[-2]
 
 
-def block_gram(curvature: CurvatureBatch, names: list[str]) -> Tensor:
+def block_gram(curvature: CurvatureBatch, names: Sequence[str]) -> Tensor:
     """⟨R_y, R_z⟩ of the block of some parameters: [J, B, n, n] (or its diagonal [J, B, n]).
 
     Unbiased: with directions u and flips σ, E σ_q ⟨(Ru)_p, (Rσu)_p⟩ = ‖R_pq‖_F².
@@ -68,7 +69,7 @@ def fisher_part(measured: Measured) -> MomentsBatch:
 
 def estimate_groups(
     measured: Measured,
-    groups: Mapping[str, list[str]],
+    groups: Groups,
     scores: Mapping[str, Estimate],
     grams: Mapping[str, Tensor],
     *,
@@ -79,27 +80,30 @@ def estimate_groups(
     assert curvature is not None
     exact = curvature.exact
     fisher = fisher_part(measured)
-    weights = curvature.weights
-    draws = curvature.draws
-    count = fisher.batch_size * (1 if exact else (fisher.draws or 1))
+    weights, draws, bent = curvature.weights, curvature.draws, curvature.parameters
+    size = fisher.batch_size
+    count = size * (1 if exact else (fisher.draws or 1))
+    members = Members(groups)
+    variances = label_variance(members.sum(bent, "square")[..., :draws], weights)
+    squares = members.sum_known(bent, "probe_squares")
+    errors = None if squares is None else probe_error(squares[..., :draws, :], weights)
+    observed = members.sum(fisher.parameters, "squared_norms")
+    if fisher.second is not None:
+        observed = (observed * fisher.second.double().cpu()).sum(-1)
+    else:
+        observed = observed.mean(-1)
+    if not exact:  # over exact labels R's mean is zero
+        observed = observed - (members.sum(bent, "trace")[..., :draws] * weights).sum(-1)
+    spreads = observed.std(-1) / size**0.5 if size > 1 else None
+    norms = (members.sum_numbers(fisher.parameters, "a2_square")[0] / count**2).sqrt()
+    own = torch.stack([diagonal_of(grams[group], draws).mean(0)[:, :draws] for group in groups])
+    matrices = (own * weights).sum(-1).mean(-1)
+
+    columns = (observed.mean(-1), norms, variances, spreads, errors, matrices)
+    told = [[None] * len(groups) if c is None else c.tolist() for c in columns]
     found = {}
-    for group, names in groups.items():
-        parts = [curvature.parameters[n] for n in names]
-        squares = torch.stack([p.square for p in parts]).sum(0)[:, :draws]
-        traces = torch.stack([p.trace for p in parts]).sum(0)[:, :draws]
-        norms = torch.stack([fisher.parameters[n].squared_norms for n in names]).sum(0).double().cpu()
-        per_input = (
-            (norms * fisher.second.double()).sum(-1) if fisher.second is not None else norms.mean(-1)
-        )
-        mean_r = torch.zeros_like(per_input) if exact else (traces * weights).sum(-1)
-        observed = per_input - mean_r
-        size = len(observed)
-        norm = (sum(fisher.parameters[n].a2_square for n in names) / count**2) ** 0.5
-        variance = float(label_variance(squares, weights))
-        error = None
-        if parts[0].probe_squares is not None:
-            spread = torch.stack([p.probe_squares for p in parts if p.probe_squares is not None])
-            error = float(probe_error(spread.sum(0)[:, :draws], weights))
+    for (group, names), values in zip(groups.items(), zip(*told, strict=True), strict=True):
+        trace, norm, variance, spread, error, matrix = values
         # a square that only noise of the probes made negative says nothing about Î₂'s error
         known = variance > 0 or not error
         inputs = scores[group].input_variance
@@ -107,25 +111,24 @@ def estimate_groups(
         per_entry = None
         if inputs is not None and known:
             per_entry = (inputs + (0 if exact else variance / draws)) / size
-        matrix = (diagonal_of(grams[group], draws).mean(0)[:, :draws] * weights).sum(-1).mean()
         found[group] = Estimate(
-            trace=float(observed.mean()),
+            trace=trace,
             norm=norm,
             label_variance=variance,
             input_variance=inputs,
             total_variance=total if size > 1 else (variance if known else None),
-            std_error=float(observed.std() / size**0.5) if size > 1 else None,
+            std_error=spread,
             rel_error=None if per_entry is None or norm == 0 else max(per_entry, 0.0) ** 0.5 / norm,
-            total_label_variance=float(matrix),
+            total_label_variance=matrix,
             probe_error=error,
             diagonal=_diagonal(measured, names, count) if diagonals else None,
-            diagonal_label_variance=_squares(parts, names, size) if diagonals else None,
+            diagonal_label_variance=_squares(curvature, names, size) if diagonals else None,
             diagonal_input_variance=scores[group].diagonal_input_variance,
         )
     return found
 
 
-def _diagonal(measured: Measured, names: list[str], count: int) -> dict[str, Tensor]:
+def _diagonal(measured: Measured, names: Sequence[str], count: int) -> dict[str, Tensor]:
     curvature = measured.curvature
     assert curvature is not None
     fisher = fisher_part(measured)
@@ -139,9 +142,6 @@ def _diagonal(measured: Measured, names: list[str], count: int) -> dict[str, Ten
     return found
 
 
-def _squares(parts: list[Curvature], names: list[str], size: int) -> dict[str, Tensor]:
-    return {
-        n: p.diagonal_square / size
-        for n, p in zip(names, parts, strict=True)
-        if p.diagonal_square is not None
-    }
+def _squares(curvature: CurvatureBatch, names: Sequence[str], size: int) -> dict[str, Tensor]:
+    squares = {n: curvature.parameters[n].diagonal_square for n in names}
+    return {n: square / size for n, square in squares.items() if square is not None}

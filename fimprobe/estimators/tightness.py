@@ -17,68 +17,62 @@ from fimprobe.estimators.bounds import (
     score_covariance_spectral_norm,
     square_of_mean,
 )
+from fimprobe.estimators.groups import Groups, Members
 from fimprobe.types import Estimate, Geometry, Measured, MomentsBatch
 
 
 def bound_scores(
-    measured: Measured, groups: Mapping[str, list[str]], estimates: Mapping[str, Estimate]
+    measured: Measured, groups: Groups, estimates: Mapping[str, Estimate]
 ) -> tuple[dict[str, Estimate], dict[str, Geometry]]:
     """Î₁ with ‖Cov Î₁‖, (17), its sharper forms, the trace and the diagonal bounds."""
     norms, jacobian = measured.norms, measured.moments["jacobian"]
     scores = measured.moments["i1"]
     assert norms is not None
     exact = scores.draws is None  # then the seeds are unit vectors
-    bounded, geometry = {}, {}
-    for group, names in groups.items():
-        new: dict[str, Any] = {}
-        square = _sum(jacobian, names, "squared_norms")
-        gram = _sum(jacobian, names, "gram")
-        if gram is None and square.shape[-1] == 1:
-            gram = square.unsqueeze(-1)
-        if exact:
-            frobenius = square.sum(-1)
-            fourth, error = frobenius.square(), None
-            low_fourth = None
-            spectral = None
-            if gram is not None:
-                centred = centre_classes(gram, jacobian.classes)
-                top = largest_eigenvalue(centred)
-                low_fourth = top.square()
-                spectral = float(largest_eigenvalue(gram).mean()) ** 0.5
-        else:
-            count = _signs(jacobian)
-            frobenius = square[:, :count].mean(-1)
-            fourth, variance = square_of_mean(square[:, :count])
-            error = float((variance * norms.moment_norm.square()).sum().sqrt() / len(variance))
-            low_fourth, spectral = None, None
-            if gram is not None and gram.shape[-1] == 2 * count:
-                low = _without_mean(gram, count)
-                low_fourth = square_of_mean(low)[0]
-        new["bound"] = float((fourth * norms.moment_norm).mean())
-        new["bound_error"] = error
-        sharp = fourth if low_fourth is None else low_fourth
-        new["sharp_bound"] = float((sharp * norms.moment_norm).mean())
-        new["trace_bound"] = float((sharp * norms.moment_trace).mean())
-        parts = [jacobian.parameters[n] for n in names]
-        if exact:
-            new["diagonal_bound"] = sum(p.q_sum for p in parts) / jacobian.batch_size
-        else:
-            count = _signs(jacobian)
-            total = sum(p.q_sum - p.a4_sum for p in parts)
-            new["diagonal_bound"] = total / (count * (count - 1)) / jacobian.batch_size
-        new["trace_range"] = (
-            float((frobenius * norms.fisher_min).mean()),
-            float((frobenius * norms.fisher_max).mean()),
-        )
-        new |= _covariance(scores, names, jacobian.classes)
-        bounded[group] = dataclasses.replace(estimates[group], **new)
-        geometry[group] = Geometry(max(float(frobenius.mean()), 0.0) ** 0.5, spectral)
-    return bounded, geometry
+    size = jacobian.batch_size
+    members = Members(groups)
+    square = members.sum(jacobian.parameters, "squared_norms")
+    gram = members.sum_known(jacobian.parameters, "gram")
+    q, a4 = members.sum_numbers(jacobian.parameters, "q_sum", "a4_sum")
+    if gram is None and square.shape[-1] == 1:
+        gram = square.unsqueeze(-1)
+    low_fourth, spectral, error = None, None, None
+    if exact:
+        frobenius = square.sum(-1)
+        fourth = frobenius.square()
+        diagonal = q / size
+        if gram is not None:
+            low_fourth = largest_eigenvalue(centre_classes(gram, jacobian.classes)).square()
+            spectral = largest_eigenvalue(gram).mean(-1).sqrt()
+    else:
+        count = _signs(jacobian)
+        frobenius = square[..., :count].mean(-1)
+        fourth, variance = square_of_mean(square[..., :count])
+        error = (variance * norms.moment_norm.square()).sum(-1).sqrt() / size
+        diagonal = (q - a4) / (count * (count - 1)) / size
+        if gram is not None and gram.shape[-1] == 2 * count:
+            low_fourth = square_of_mean(_without_mean(gram, count))[0]
+    sharp = fourth if low_fourth is None else low_fourth
+    columns = {
+        "bound": (fourth * norms.moment_norm).mean(-1),
+        "bound_error": error,
+        "sharp_bound": (sharp * norms.moment_norm).mean(-1),
+        "trace_bound": (sharp * norms.moment_trace).mean(-1),
+        "diagonal_bound": diagonal,
+        **_covariance(scores, members, jacobian.classes),
+    }
+    low, high = ((frobenius * of).mean(-1) for of in (norms.fisher_min, norms.fisher_max))
+    ranges = list(zip(low.tolist(), high.tolist(), strict=True))
+    bounded = _replaced(estimates, groups, columns, trace_range=ranges)
+    roots = frobenius.mean(-1).clamp(min=0).sqrt().tolist()
+    tops = [None] * len(groups) if spectral is None else spectral.tolist()
+    shapes = (Geometry(root, top) for root, top in zip(roots, tops, strict=True))
+    return bounded, dict(zip(groups, shapes, strict=True))
 
 
 def bound_hessians(
     measured: Measured,
-    groups: Mapping[str, list[str]],
+    groups: Groups,
     estimates: Mapping[str, Estimate],
     grams: Mapping[str, Tensor],
 ) -> dict[str, Estimate]:
@@ -86,58 +80,71 @@ def bound_hessians(
     norms, curvature = measured.norms, measured.curvature
     assert norms is not None and curvature is not None
     classes, draws = measured.moments["jacobian"].classes, curvature.draws
-    bounded = {}
-    for group, names in groups.items():
-        new: dict[str, Any] = {}
-        gram = grams[group]
-        own = gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 4 else gram  # [J, B, n]
-        each = _of_outputs(own, draws, curvature.exact, classes)  # [J, B, K]: ‖H‖²
-        square = each.mean((0, 2))
-        new["bound"] = float((square * norms.fisher_norm).mean())
-        random = not curvature.exact or (classes is not None and draws > classes)
-        new["bound_error"] = _error(each * norms.fisher_norm.unsqueeze(-1), random)
-        low = square
-        if curvature.exact and gram.dim() == 4:
-            mean = gram.mean(0)[..., :draws, :draws]
-            centred = centre_classes(mean, classes)
-            # by size: noise of the probes bends eigenvalues of a block below zero, and with them the
-            # norm, taken from the same probes, never exceeds this bound
-            top = torch.linalg.eigvalsh(centred).abs().amax(-1)
-            low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
-            new["sharp_bound"] = float((top * norms.fisher_norm).mean())
-            inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
-            new["covariance_norm"] = float(inner.clamp(min=0).sqrt().mean())
-            root = curvature.weights.clamp(min=0).sqrt()
-            weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
-            new["covariance_spectral_norm"] = float(largest_eigenvalue(weighed).mean())
-        new["trace_bound"] = float((low * norms.fisher_max).mean())
-        if curvature.exact:
-            squares = torch.stack([curvature.parameters[n].square for n in names]).sum(0)
-            square = _of_outputs(squares, draws, True, classes).mean(-1)
-            new["diagonal_bound"] = float((square * norms.fisher_max).mean())
-        bounded[group] = dataclasses.replace(estimates[group], **new)
-    return bounded
+    gram = torch.stack([grams[group] for group in groups], 1)  # [J, G, B, n, n]
+    full = gram.dim() == 5
+    own = gram.diagonal(dim1=-2, dim2=-1) if full else gram
+    each = _of_outputs(own, draws, curvature.exact, classes)  # [J, G, B, K]: ‖H‖²
+    square = low = each.mean((0, -1))
+    random = not curvature.exact or (classes is not None and draws > classes)
+    columns: dict[str, Tensor | None] = {
+        "bound": (square * norms.fisher_norm).mean(-1),
+        "bound_error": _error(each * norms.fisher_norm.unsqueeze(-1), random),
+    }
+    if curvature.exact and full:
+        mean = gram.mean(0)[..., :draws, :draws]
+        centred = centre_classes(mean, classes)
+        # by size: noise of the probes bends eigenvalues of a block below zero, and with them the
+        # norm, taken from the same probes, never exceeds this bound
+        top = torch.linalg.eigvalsh(centred).abs().amax(-1)
+        low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
+        columns["sharp_bound"] = (top * norms.fisher_norm).mean(-1)
+        inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
+        columns["covariance_norm"] = inner.clamp(min=0).sqrt().mean(-1)
+        root = curvature.weights.clamp(min=0).sqrt()
+        weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
+        columns["covariance_spectral_norm"] = largest_eigenvalue(weighed).mean(-1)
+    columns["trace_bound"] = (low * norms.fisher_max).mean(-1)
+    if curvature.exact:
+        squares = Members(groups).sum(curvature.parameters, "square")
+        entries = _of_outputs(squares, draws, True, classes).mean(-1)
+        columns["diagonal_bound"] = (entries * norms.fisher_max).mean(-1)
+    return _replaced(estimates, groups, columns)
 
 
-def _covariance(scores: MomentsBatch, names: list[str], classes: int | None) -> dict[str, Any]:
-    gram = _sum(scores, names, "gram")
+def _replaced(
+    estimates: Mapping[str, Estimate],
+    groups: Groups,
+    columns: Mapping[str, Tensor | None],
+    **lists: list[Any],
+) -> dict[str, Estimate]:
+    """The groups' estimates with further fields, each a tensor [G] or a list."""
+    told: dict[str, list[Any]] = {n: c.tolist() for n, c in columns.items() if c is not None}
+    told |= lists
+    return {
+        group: dataclasses.replace(estimates[group], **{n: told[n][row] for n in told})
+        for row, group in enumerate(groups)
+    }
+
+
+def _covariance(
+    scores: MomentsBatch, members: Members, classes: int | None
+) -> dict[str, Tensor | None]:
     if scores.draws is not None or scores.second is None or scores.fourth is None:
         return {}
     assert scores.blocks is not None
     second, fourth = scores.second.double(), scores.fourth.double()
-    found: dict[str, Any] = {}
+    found: dict[str, Tensor | None] = {}
     if classes is not None and bool((scores.blocks == scores.blocks[0]).all()):
-        parts = [scores.parameters[n] for n in names]
-        found["diagonal_range_bound"] = sum(p.top_sum - p.q_sum for p in parts) / scores.batch_size
+        top, q = members.sum_numbers(scores.parameters, "top_sum", "q_sum")
+        found["diagonal_range_bound"] = (top - q) / scores.batch_size
+    gram = members.sum_known(scores.parameters, "gram")
     if gram is None and scores.second.shape[1] == 1:
-        gram = _sum(scores, names, "squared_norms").unsqueeze(-1)
+        gram = members.sum(scores.parameters, "squared_norms").unsqueeze(-1)
     if gram is None:
         return found
-    found["covariance_norm"] = float(
-        score_covariance_norm(gram, second, fourth, scores.blocks).mean()
-    )
-    top = score_covariance_spectral_norm(gram, second, fourth, scores.blocks)
-    found["covariance_spectral_norm"] = None if top is None else float(top.mean())
+    found["covariance_norm"] = score_covariance_norm(gram, second, fourth, scores.blocks).mean(-1)
+    norm = score_covariance_spectral_norm(gram, second, fourth, scores.blocks)
+    found["covariance_spectral_norm"] = None if norm is None else norm.mean(-1)
     return found
 
 
@@ -150,21 +157,21 @@ def _of_outputs(squares: Tensor, draws: int, exact: bool, classes: int | None) -
     return found if classes is None else found + (more[..., :1] - more[..., 1:]) / classes
 
 
-def _error(values: Tensor, random: bool) -> float | None:
-    """Standard error of the mean of values [J, B, K]: J directions for all inputs, K signs for each.
+def _error(values: Tensor, random: bool) -> Tensor | None:
+    """Standard error [G] of means of values [J, G, B, K]: J directions for all inputs, K signs each.
 
     The spread over inputs has the signs' part (where they are ``random``) and more; a direction
     moves all inputs together, and the spread over a single one is not known.
     """
     parts = []
-    directions, size, signs = values.shape
+    directions, _, size, signs = values.shape
     if directions > 1:
-        parts.append(values.mean((1, 2)).var() / directions)
+        parts.append(values.mean((2, 3)).var(0) / directions)
     if random and size > 1:
-        parts.append(values.mean((0, 2)).var() / size)
+        parts.append(values.mean((0, 3)).var(-1) / size)
     elif random and signs > 1:
-        parts.append(values.mean((0, 1)).var() / signs)
-    return float(torch.stack(parts).sum().sqrt()) if parts else None
+        parts.append(values.mean((0, 2)).var(-1) / signs)
+    return torch.stack(parts).sum(0).sqrt() if parts else None
 
 
 def _signs(jacobian: MomentsBatch) -> int:
@@ -178,10 +185,3 @@ def _without_mean(gram: Tensor, count: int) -> Tensor:
     own = gram.diagonal(dim1=-2, dim2=-1)
     between = gram[..., :count, count:].diagonal(dim1=-2, dim2=-1)
     return own[..., :count] - 2 * between + own[..., count:]
-
-
-def _sum(moments: MomentsBatch, names: list[str], what: str) -> Any:
-    parts = [getattr(moments.parameters[n], what) for n in names]
-    if any(p is None for p in parts):
-        return None
-    return torch.stack(parts).sum(0).double().cpu()
