@@ -24,7 +24,7 @@ ORDER = [
     "engines.backpack.options", "engines.backpack.calls", "engines.backpack.domain",
     "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
-    "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.sizes", "estimators.bounds",
+    "estimators.groups", "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.sizes", "estimators.bounds",
     "estimators.tightness", "table", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
     "sinks.tensorboard", "records", "terminal", "page", "reading", "probe", "cli", "demo", "__main__",

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -110,7 +111,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), BAD, ids=lambda x: str(x)[:50] if isinstance(x, dict) else ""
+    ("options", "words"),
+    BAD,
+    ids=lambda x: re.sub(" at 0x.*?>", ">", str(x))[:50] if isinstance(x, dict) else "",
 )
 def test_bad_options_of_measure(options, words):
     with pytest.raises(FimprobeError) as error:

@@ -140,10 +140,11 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
-    bender = _bend(site, run, h, labels) if ask.i2 else None
-    arrived = None if bender is None else bender.arrived()
+    drawn = len(labels.seeds)
+    bent = curvature_seeds(problem, rows, detached, labels) if ask.i2 else None
+    bender = None if bent is None else _bend(site, run, h, bent)
+    arrived = [] if bender is None else bender.arrived(0, drawn)
     run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain, arrived=arrived)
-    del arrived
     clock.stop("i1")
     if plain:
         return
@@ -166,12 +167,19 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         run.norms.append(norms)
         axis = getattr(family, "class_dim", None)
         run.classes = None if axis is None else h.shape[axis]
-        _contract(site, run, "jacobian", output_seeds(problem, rows, detached, norms), h, reached)
+        outputs = output_seeds(problem, rows, detached, norms)
+        # drawn labels: ‖H‖ has random signs that ‖J‖ has too
+        signs = bender is not None and problem.draws.count is not None
+        arrived = bender.arrived(drawn) if bender is not None and signs else []
+        _contract(site, run, "jacobian", outputs, h, reached, arrived=arrived)
+        if outputs.mix is not None:
+            run.ledger("jacobian", problem).mix(outputs.mix)
         clock.stop("bounds")
-    if ask.i2:
+    del arrived
+    if bent is not None:
         if plan.kinks is None:
             plan.kinks = find_kinks(h, problem.twin)
-        _curve(site, run, bender, labels)
+        _curve(site, run, bender, bent)
         clock.stop("i2")
 
 
@@ -198,16 +206,19 @@ def _contract(
     h: Tensor,
     reached: set[str],
     last: bool = False,
-    arrived: Sequence[Sequence[Tensor | None]] | None = None,
+    arrived: Sequence[Sequence[Tensor | None]] = (),
 ) -> set[str]:
     """Pull the seeds back and add each parameter's moments; returns the parameters met.
 
-    ``arrived``: they were pulled back already, this came to the edges and sources.
+    ``arrived``: what came to the edges and sources of the first seeds, pulled back already.
     """
     problem, tape, size = site.problem, site.tape, site.batch.size
     inputs = problem.ask.bounds and kind == "i1"
-    if arrived is None:
-        arrived = _backward(h, tape, seeds.seeds, inputs, last)
+    places = len(tape.edges) + (len(tape.sources) if inputs else 0)
+    arrived = [
+        *(parts[:places] for parts in arrived),
+        *_backward(h, tape, seeds.seeds[len(arrived) :], inputs, last),
+    ]
     deltas, sources = _by_place(arrived, len(tape.edges))
     check_inputs_unchanged(tape)
     reached = set(reached)
@@ -253,7 +264,8 @@ def _contract(
         if inputs:
             _add_activations(tape, run, sources, seeds, size)
     if seeds.weights is not None:
-        run.weights.setdefault(kind, []).append(seeds.weights)
+        combined = len(seeds.seeds) if seeds.mix is None else seeds.mix.shape[1]
+        run.weights.setdefault(kind, []).append(seeds.weights.padded(combined))
     return reached
 
 
@@ -300,14 +312,14 @@ def _add_activations(
             accumulator.take_whole(g, seeds.weights)
 
 
-def _bend(site: _Site, run: Sums, h: Tensor, labels: Seeds) -> Bender | None:
-    """The labels' seeds pulled back so that it can be differentiated; None where it cannot."""
+def _bend(site: _Site, run: Sums, h: Tensor, seeds: Seeds) -> Bender | None:
+    """The seeds pulled back so that it can be differentiated; None where it cannot."""
     if "i2" in run.notes:
         return None
     bender = Bender(h, site.tape, [p for n, p in site.problem.parameters.items() if n in site.pieces])
     try:
         with twice_differentiable():
-            bender.take(labels.seeds)
+            bender.take(seeds.seeds)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
@@ -321,13 +333,11 @@ def _told(error: Exception) -> str:
     return f"Î₂ was not measured: the model has no second derivative here ({first})"
 
 
-def _curve(site: _Site, run: Sums, bender: Bender | None, labels: Seeds) -> None:
+def _curve(site: _Site, run: Sums, bender: Bender | None, seeds: Seeds) -> None:
     """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
     problem = site.problem
     if bender is None:
         return
-    h = bender.h
-    seeds = curvature_seeds(problem, site.rows, h.detach(), labels)
     assert seeds.weights is not None
     for name, parameter in problem.parameters.items():
         if name not in run.curves:

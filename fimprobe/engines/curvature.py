@@ -50,7 +50,7 @@ class Bender:
         self.edges, self.sources = len(tape.edges), len(tape.sources)
 
     def take(self, seeds: list[Tensor]) -> None:
-        """Pull further seeds back."""
+        """Pull seeds back."""
         for seed in seeds:
             found: list[Tensor | None] = []
             if self.places:
@@ -62,10 +62,10 @@ class Bender:
                     )
             self.first.append(found)
 
-    def arrived(self) -> list[list[Tensor | None]]:
-        """What arrived at edges and sources, of each seed, detached."""
-        places = self.edges + self.sources
-        return [[None if d is None else d.detach() for d in found[:places]] for found in self.first]
+    def arrived(self, first: int, last: int | None = None) -> list[list[Tensor | None]]:
+        """What arrived at edges and sources, of some seeds, detached."""
+        places, seeds = self.edges + self.sources, self.first[first:last]
+        return [[None if d is None else d.detach() for d in found[:places]] for found in seeds]
 
     def delta(self, seed: int) -> list[Tensor | None]:
         """δ at the edges, detached."""
@@ -154,7 +154,7 @@ def measure_curvature(
 ) -> dict[str, set[str]]:
     """Add one chunk's second derivatives; returns which parameters of a layer meet each other.
 
-    ``bender`` has taken the first of the seeds, those of the labels.
+    ``bender`` has taken the seeds; the first are those of the labels.
     """
     started = time.perf_counter()
     size, count, h = batch.size, len(seeds.seeds), bender.h
@@ -163,7 +163,6 @@ def measure_curvature(
     partners = meetings(problem, tape, site)
     meeting = set(partners) | {q for group in partners.values() for q in group}
     replayed = bender.replayed
-    bender.take(seeds.seeds[len(bender.first) :])
     deltas = [bender.delta(y) for y in range(count)]
     assert seeds.weights is not None
     second = seeds.weights.second

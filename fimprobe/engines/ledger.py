@@ -120,6 +120,11 @@ class Ledger:
             for name, a4, own, rest in parts:
                 self.accumulators[name].take_entries(a4, own, rest)
 
+    def mix(self, mix: Tensor) -> None:
+        """The chunk's Gram matrices become those of combinations [B, n, m] of its m seeds."""
+        wide = mix.double()
+        self.grams[-1] = wide @ self.grams[-1] @ wide.mT
+
     def totals(self) -> Totals:
         """Where they are; entries of A2 unless a parameter is sharded."""
         taken = self.accumulators.values()

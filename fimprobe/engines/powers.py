@@ -24,6 +24,12 @@ class Weights:
         """The weights of some samples."""
         return Weights(self.second[samples], self.fourth[samples], self.blocks)
 
+    def padded(self, count: int) -> Weights:
+        """With further passes of the last block that weigh nothing, ``count`` in all."""
+        more = count - len(self.blocks)
+        second, fourth = (torch.nn.functional.pad(w, (0, more)) for w in (self.second, self.fourth))
+        return Weights(second, fourth, self.blocks + self.blocks[-1:] * more)
+
     def parts(self) -> list[slice]:
         """The passes of each block."""
         found, start = [], 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.fetch import upload
-from fimprobe.engines.powers import Weights
+from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
 from fimprobe.types import FimprobeError, OutputNorms, Pass
@@ -29,6 +29,9 @@ class Seeds:
 
     seeds: list[Tensor]
     weights: Weights | None
+    mix: Tensor | None = None
+    """[B, n, m]: Gram matrices are wanted of these n combinations of the m seeds, of which the first
+    are the seeds that have a weight."""
 
 
 def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
@@ -101,7 +104,8 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
     """Seeds for ‖J‖: one unit vector for each output where labels are exact, else K random signs.
 
     Their squares are weighted so that Q becomes Σ_i λ_max(M) ‖J_i‖⁴ (for signs: Q − A4 does). For
-    up to FEW_CLASSES classes, the sign vectors' means over the classes follow, with weight 0.
+    up to FEW_CLASSES classes, the sign vectors' means over the classes follow, with weight 0; where
+    an output has one position they are multiples of one vector, which is pulled back in their place.
     """
     top = norms.moment_max.to(h.dtype).unsqueeze(1)
     keep = _masked(problem, rows, h, torch.ones_like(h))
@@ -114,22 +118,34 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
             found.append(_class_back(problem, seed, h))
         weights = top.sqrt().expand(-1, len(found))
         return Seeds(found, Weights(weights, torch.zeros_like(weights), [0] * len(found)))
-    found, means = [], []
-    for i in range(problem.ask.probes):
-        u = _signs(problem, rows, h, f"jacobian {i}") * keep
-        found.append(u)
-        axis = getattr(problem.likelihood, "class_dim", None)
-        if axis is not None and h.shape[axis] <= FEW_CLASSES:
-            means.append(u.mean(axis, keepdim=True).expand_as(u))
-    second = torch.cat([top.sqrt().expand(-1, len(found)), top.new_zeros(len(h), len(means))], 1)
-    blocks = [0] * len(found) + [1] * len(means)
-    return Seeds(found + means, Weights(second, second.square(), blocks))
+    count = problem.ask.probes
+    found = sign_seeds(problem, rows, keep, count)
+    axis = getattr(problem.likelihood, "class_dim", None)
+    means: list[Tensor] = []
+    mix: Tensor | None = None
+    if axis is not None and h.shape[axis] <= FEW_CLASSES and 2 * count <= GRAM_LIMIT:
+        averages = [u.mean(axis, keepdim=True) for u in found]
+        if averages[0].numel() == len(h):
+            mix = h.new_zeros(len(h), 2 * count, count + 1)
+            mix[:, :count, :count] = torch.eye(count, dtype=h.dtype, device=h.device)
+            mix[:, count:, count] = torch.stack([a.flatten() for a in averages], 1)
+            means = [keep]
+        else:
+            means = [a.expand_as(h) for a in averages]
+    second = torch.cat([top.sqrt().expand(-1, count), top.new_zeros(len(h), len(means))], 1)
+    return Seeds(found + means, Weights(second, second.square(), [0] * count + [1] * len(means)), mix)
+
+
+def sign_seeds(problem: Problem, rows: slice, keep: Tensor, count: int) -> list[Tensor]:
+    """Random signs at the outputs where ``keep`` is 1; the same for ‖J‖ and for ‖H‖."""
+    return [_signs(problem, rows, keep, f"jacobian {i}") * keep for i in range(count)]
 
 
 def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
     """Seeds for R: those of the labels, and where bounds are asked for those that ‖H‖ needs.
 
-    Sampled labels: K/2 random signs (at least one); each is met by two Hessian-vector products.
+    Sampled labels: K/2 random signs (at least one), of those for ‖J‖; each is met by two
+    Hessian-vector products.
     Exact labels: unit seeds have all of ‖H‖. Softmax scores e_y − p of a position lack its mean:
     Σ_y ‖H_y‖² = Σ_y ‖R_y‖² + (‖H_1‖² − ‖Σ_y R_y‖²)/C, so that Σ_t ε_t 1_t and Σ_t ε_t Σ_y (e_y − p_t)
     follow, with signs ε_t that do not matter where there is one position.
@@ -140,8 +156,7 @@ def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> 
         keep = _masked(problem, rows, h, torch.ones_like(h))
         axis = getattr(problem.likelihood, "class_dim", None)
         if problem.draws.count is not None:
-            half = range(max(1, problem.ask.probes // 2))
-            more = [_signs(problem, rows, h, f"hessian {i}") * keep for i in half]
+            more = sign_seeds(problem, rows, keep, max(1, problem.ask.probes // 2))
         elif axis is not None:
             first = _signs(problem, rows, h, "hessian").narrow(axis, 0, 1)
             more = [first * keep, first * torch.stack(found).sum(0)]
