@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from fimprobe.album import Record
 from fimprobe.pictures import (
-    MOST_COLUMNS,
     MOST_ROWS,
-    Record,
     draw_bounds,
     draw_diagonal,
     draw_error_map,
@@ -99,39 +98,6 @@ def make_pictures(
         figure = None if name in without else make()
         if figure is not None:
             yield Picture(name, title, caption, figure)
-
-
-def condense(record: Record) -> Record:
-    """What of a record the pictures over steps need: a run may hold thousands."""
-    values = ("rel_error", "draws_for_10_percent")
-    return {name: record[name] for name in ("step", "draws", "batch_size", "total")} | {
-        "layers": {
-            name: {
-                kind: {value: group[kind][value] for value in values}
-                for kind in ("i1", "i2")
-                if kind in group
-            }
-            for name, group in record["layers"].items()
-        }
-    }
-
-
-class Album:
-    """Remembers a run, condensed, of long ones evenly taken reports only."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-        self._seen, self._stride = 0, 1
-
-    def remember(self, record: Record) -> None:
-        """Keep a report."""
-        self._seen += 1
-        if (self._seen - 1) % self._stride:
-            return
-        self.records.append(condense(record))
-        if len(self.records) > MOST_COLUMNS:
-            self._stride *= 2
-            self.records = self.records[::2]
 
 
 def _bound_of(record: Record) -> str:

@@ -7,10 +7,10 @@ nothing to draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from fimprobe.album import MOST_COLUMNS, Record
 from fimprobe.drawing import (
     BLUE,
     GREEN,
@@ -32,8 +32,6 @@ from fimprobe.drawing import (
 from fimprobe.estimators.sizes import STEP
 from fimprobe.table import drawn_error, neediest, thin
 
-Record = dict[str, Any]
-
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
 STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may lie on each other
@@ -41,9 +39,6 @@ MARKERS = {"i1": "o", "i2": "D"}
 
 MOST_ROWS = 30
 """Layers with bars, each of which is to be named."""
-
-MOST_COLUMNS = 120
-"""Reports in the heat map; of longer runs they are taken evenly."""
 
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:

@@ -71,6 +71,7 @@ class Probe:
         sinks: list[Sink] | None = None,
         first_step: int = 0,
     ) -> None:
+        started = time.perf_counter()
         if not isinstance(model, nn.Module):
             raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
         if not trainable(model):
@@ -120,13 +121,14 @@ class Probe:
         self._failure: Exception | None = None
         self._numbered = True  # until the first step tells
         self._batches = self._without_batch = 0
-        self._last_end = time.perf_counter()
         self._closers: list[Callable[[], None]] = []
         self._join()
         self.log_dir = self._open_sinks()
         self._reader.settle(self.config.likelihood)
         self._capture = Capture(model, self._wanted, self._watch)
         _probed.add(self._key)
+        self._last_end = time.perf_counter()
+        self._attaching = self._last_end - started  # until a measurement's account holds it
 
     # -- what users read ---------------------------------------------------------------------
 
@@ -254,11 +256,11 @@ class Probe:
             kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
             self._tell(f"probing ended at step {step}, training goes on: {kind}{error}")
         ended = time.perf_counter()
-        measured = report is not None or not self.active
-        self.schedule.observe(
-            loop_seconds=max(started - self._last_end, 0.0),
-            probe_seconds=ended - started if measured else 0.0,
-        )
+        probing = 0.0
+        if report is not None or not self.active:
+            probing, self._attaching = ended - started + self._attaching, 0.0
+        looping = max(started - self._last_end, 0.0)
+        self.schedule.observe(loop_seconds=looping, probe_seconds=probing)
         self._last_end = ended
         return report
 
@@ -435,6 +437,7 @@ class Probe:
                     run=self._describe,
                     histograms=wanted.histograms,
                     figures=wanted.figures,
+                    affords=self.schedule.affords,
                     purge_step=superseded,
                 )
             )

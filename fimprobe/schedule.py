@@ -20,6 +20,9 @@ class Schedule(Protocol):
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Take in the time of one step: the loop's own, and the probe's."""
 
+    def affords(self, seconds: float) -> bool:
+        """Whether the probe may take so many seconds more."""
+
 
 @dataclass
 class Every:
@@ -43,6 +46,10 @@ class Every:
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Costs do not matter here."""
 
+    def affords(self, seconds: float) -> bool:
+        """Costs do not matter here."""
+        return True
+
 
 @dataclass
 class At:
@@ -60,6 +67,10 @@ class At:
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Costs do not matter here."""
+
+    def affords(self, seconds: float) -> bool:
+        """Costs do not matter here."""
+        return True
 
 
 @dataclass
@@ -90,9 +101,7 @@ class Budget:
         """Whether the next probe fits."""
         if self.first is None:
             return bool(self.steps)
-        expected = max(self.costs) if self.costs else self.first
-        total = self.elapsed + self.spent + expected
-        return self.spent + expected <= self.budget * total
+        return self.affords(max(self.costs) if self.costs else self.first)
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Add one step to the account."""
@@ -108,6 +117,10 @@ class Budget:
                 self.first = probe_seconds
             else:
                 self.costs.append(probe_seconds)
+
+    def affords(self, seconds: float) -> bool:
+        """Whether so many seconds more stay within the share."""
+        return self.spent + seconds <= self.budget * (self.elapsed + self.spent + seconds)
 
     def forecast(self, step: int, running: float) -> int:
         """The first step after ``step`` at which a probe will be due, if steps stay as long.
@@ -130,6 +143,10 @@ class Agreed:
 
     account: Budget
     next: int = 1
+
+    def affords(self, seconds: float) -> bool:
+        """What this process's account says."""
+        return self.account.affords(seconds)
 
     def due(self, step: int) -> bool:
         """Whether the step settled on is reached."""

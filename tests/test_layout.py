@@ -11,7 +11,7 @@ ORDER = [
     "torchvision_guard", "types", "sampling", "schedule", "skips", "batch", "capture", "twin", "sharded", "penalties", "yaml_file", "mistakes",
     "likelihoods.norms", "likelihoods.independent", "likelihoods.categorical",
     "likelihoods.bernoulli", "likelihoods.gaussian", "likelihoods.poisson", "likelihoods",
-    "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.signs", "engines.rules",
+    "likelihoods.infer", "likelihoods.labels", "likelihoods.heads", "engines", "engines.backward", "engines.signs", "engines.rules",
     "engines.unrolled", "engines.layouts", "engines.pointwise", "engines.tape", "engines.graph", "engines.kinks", "engines.replay",
     "engines.powers", "engines.contract", "engines.fetch", "engines.kernel", "engines.fused", "engines.ledger", "engines.gather", "engines.problem", "engines.memory", "engines.spectral", "engines.windows",
     "engines.operators", "engines.patches", "engines.edges", "engines.network", "engines.affine",
@@ -25,7 +25,7 @@ ORDER = [
     "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
     "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
     "estimators.groups", "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.sizes", "estimators.bounds",
-    "estimators.tightness", "table", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
+    "estimators.tightness", "table", "album", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",
     "sinks.tensorboard", "records", "terminal", "page", "reading", "probe", "cli", "demo", "__main__",
 ]  # fmt: skip

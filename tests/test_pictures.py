@@ -11,9 +11,10 @@ from matplotlib import rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fimprobe import pictures
+from fimprobe.album import MOST_COLUMNS, Album, condense
 from fimprobe.drawing import shorten, to_png, to_svg
-from fimprobe.gallery import Album, condense, make_pictures
-from fimprobe.pictures import MOST_COLUMNS, MOST_ROWS
+from fimprobe.gallery import make_pictures
+from fimprobe.pictures import MOST_ROWS
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
 from reports import make_report  # noqa: E402

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import fimprobe
@@ -63,3 +64,38 @@ def test_a_real_loop_keeps_its_share():
     *known, last = schedule.costs
     surprise = max(last - max(known), 0.0)
     assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed) + surprise
+
+
+def test_a_budget_tells_what_it_has_room_for():
+    schedule = Budget(0.1)
+    assert not schedule.affords(1e-9) and Every(3).affords(1e9) and At([1]).affords(1e9)
+    for _ in range(90):
+        schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
+    assert schedule.affords(0.99) and not schedule.affords(1.01)  # of 9 s and itself
+    schedule.observe(loop_seconds=0.0, probe_seconds=0.5)
+    assert schedule.affords(0.49) and not schedule.affords(0.51)
+
+
+def test_attach_is_on_the_account_and_pictures_too(tmp_path):
+    """A run too short for pictures has none; attach's own time is paid with the first measurement."""
+    net = nn.Linear(4, 3)
+
+    def train(schedule, folder):
+        with fimprobe.attach(
+            net, likelihood="categorical", schedule=schedule, log_dir=tmp_path / folder
+        ) as probe:
+            attached = probe._attaching
+            for _ in range(30):
+                nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+                probe.step()
+        return probe, attached
+
+    def images(folder):
+        return EventAccumulator(str(folder)).Reload().Tags()["images"]
+
+    probe, attached = train({"budget": 0.02}, "short")
+    assert len(probe.history) == 1 and probe.schedule.first > attached > 0
+    assert probe.schedule.first > probe.last.seconds + attached
+    assert not images(tmp_path / "short")
+    probe, _ = train({"every": 10}, "rich")
+    assert images(tmp_path / "rich")

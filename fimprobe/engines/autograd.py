@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
+from fimprobe.engines.backward import pull_back
 from fimprobe.engines.curvature import Bender, measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.gather import Contraction, is_outer, met_uses, precise, raised, vectors
@@ -389,7 +390,7 @@ def _backward(
     collected: list[Sequence[Tensor | None]] = []
     for i, seed in enumerate(seeds):
         keep = not last or i < len(seeds) - 1
-        collected.append(torch.autograd.grad(h, places, seed, retain_graph=keep, allow_unused=True))
+        collected.append(pull_back([h], [seed], places, retain_graph=keep))
     return collected
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimprobe.batch import Batch
+from fimprobe.engines.backward import pull_back
 from fimprobe.engines.curves import CurvatureSums
 from fimprobe.engines.layouts import along_batch, batch_first, from_batch_first
 from fimprobe.engines.problem import Plan, Problem
@@ -54,12 +55,7 @@ class Bender:
         for seed in seeds:
             found: list[Tensor | None] = []
             if self.places:
-                with torch.enable_grad():
-                    found = list(
-                        torch.autograd.grad(
-                            self.h, self.places, seed, create_graph=True, allow_unused=True
-                        )
-                    )
+                found = list(pull_back([self.h], [seed], self.places, create_graph=True))
             self.first.append(found)
 
     def arrived(self, first: int, last: int | None = None) -> list[list[Tensor | None]]:
@@ -97,13 +93,7 @@ class Bender:
         if not pairs or not (edges or wanted):
             return Curve([None] * self.edges, [None] * self.sources)
         found: list[Tensor | None] = list(
-            torch.autograd.grad(
-                [d for d, _ in pairs],
-                [*edges, *wanted],
-                [v for _, v in pairs],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            pull_back([d for d, _ in pairs], [v for _, v in pairs], [*edges, *wanted])
         )
         if straight:
             found = [*[None] * self.edges, *found]
@@ -125,13 +115,7 @@ class Bender:
         ]
         if not pairs:
             return curve
-        more = torch.autograd.grad(
-            [v for v, _ in pairs],
-            self.tape.edges,
-            [d for _, d in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
+        more = pull_back([v for v, _ in pairs], [d for _, d in pairs], self.tape.edges)
         both: list[Tensor | None] = [
             b if a is None else (a if b is None else a + b)
             for a, b in zip(curve.edges, more, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd import measure_moments
+from fimprobe.engines.backward import pull_back
 from fimprobe.engines.curvature import direction_of, twice_differentiable
 from fimprobe.engines.graph import gradient_types
 from fimprobe.engines.layouts import Layouts
@@ -162,7 +163,7 @@ def _bent_alone(problem: Problem) -> dict[str, Tensor]:
             seeds = label_seeds(problem, slice(b, b + 1), h.detach()).seeds
             bent: Any = [None] * len(parameters)
             if h.requires_grad:
-                g = torch.autograd.grad(h, parameters, seeds[0], create_graph=True, allow_unused=True)
+                g = pull_back([h], [seeds[0]], parameters, create_graph=True)
                 parts = [
                     (x * u).sum()
                     for x, u in zip(g, along, strict=True)
@@ -209,7 +210,7 @@ def _alone(problem: Problem) -> tuple[dict[str, list[Alone]], Tensor]:
         if h.requires_grad and problem.shards is not None:
             gradients = problem.shards.gradients(h, problem.parameters, seed)
         elif h.requires_grad:
-            each = torch.autograd.grad(h, parameters, seed, allow_unused=True)
+            each = pull_back([h], [seed], parameters, retain_graph=False)
             gradients = {
                 name: None if g is None else (g, float(g.double().square().sum()))
                 for name, g in zip(problem.parameters, each, strict=True)

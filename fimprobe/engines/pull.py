@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.batch import Batch
+from fimprobe.engines.backward import push_forward
 from fimprobe.engines.gather import precise, sum_uses
 from fimprobe.engines.layouts import batch_first
 from fimprobe.engines.problem import Plan, Problem
@@ -320,7 +321,7 @@ def _turned(
 
         primals = tuple(at.inputs[i] for i in moving)
         tangents = tuple(v[samples] for v in x if v is not None)
-        g = torch.func.jvp(f, primals, tangents)[1]
+        g = push_forward(f, primals, tangents)
     if use.rows is not None:
         whole = g.new_zeros(*g.shape[:2], *shape)
         whole[:, :, use.rows] = g

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fimprobe.album import Album
 from fimprobe.report import Report
 from fimprobe.sinks.dashboard import MOST_MARGINS, Category, make_dashboard
 from fimprobe.sinks.events import EventFile, first_tags
@@ -17,13 +19,13 @@ from fimprobe.sinks.pages import make_about, make_page
 from fimprobe.sinks.tags import describe, make_scalars, make_spreads
 from fimprobe.types import FimprobeError, GroupEstimates
 
-if TYPE_CHECKING:
-    from fimprobe.gallery import Album
-
 logger = logging.getLogger("fimprobe")
 
 DENSE = 10_000
 """Reports written one by one; see ``is_kept``."""
+
+DRAWING = 1.0
+"""Seconds that pictures are expected to take the first time, with the import of matplotlib."""
 
 DENSE_PAGES = 200
 """The same for text and histograms, of which TensorBoard shows a few hundred at most."""
@@ -49,7 +51,8 @@ class TensorboardSink:
     at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
     200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
     written for the last report by ``close``. So n reports, more than 10,000, take no more than
-    10,000 · (1 + log₂(n / 10,000)) records.
+    10,000 · (1 + log₂(n / 10,000)) records. Where ``affords`` says that a budget has no room for so
+    many seconds, pictures are not drawn.
 
     ``run`` tells what is measured and how (``describe_run``). ``purge_step``: where a training
     resumes; readers drop what the folder holds of this step and later ones, and the layers are those
@@ -67,6 +70,7 @@ class TensorboardSink:
         run: Callable[[], dict[str, Any]] = dict,
         histograms: bool = True,
         figures: bool = True,
+        affords: Callable[[float], bool] = lambda seconds: True,
         purge_step: int | None = None,
     ) -> None:
         folder = Path(log_dir)
@@ -80,7 +84,8 @@ class TensorboardSink:
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
         self._run = run
-        self._album = _open_album() if figures else None
+        self._album = Album() if figures and _has_matplotlib() else None
+        self._affords, self._drawing = affords, DRAWING
         self._figures = figures
         self._tags: set[str] = set()
         self._dashboard: list[Category] = []
@@ -153,16 +158,29 @@ class TensorboardSink:
                 self.file.add_histogram(tag, values, weights)
 
     def _add_pictures(self, report: Report) -> None:
-        if self._album is not None:
+        if self._album is None:
+            return
+        if not self._affords(self._drawing):
+            if not self._closed:
+                self._left.append(self._add_pictures)
+            return
+        started = time.perf_counter()
+        try:
             from fimprobe.drawing import to_png
             from fimprobe.gallery import OVER_STEPS, make_pictures
-
-            for picture in make_pictures(self._album.records, self._record, without=OVER_STEPS):
-                png, size = to_png(picture.figure, picture.title)
-                self.file.add_image(f"fim_pictures/{picture.name}", png, size)
+        except ImportError as error:
+            _tell_missing(error.name)
+            self._album = None
+            return
+        for picture in make_pictures(self._album.records, self._record, without=OVER_STEPS):
+            png, size = to_png(picture.figure, picture.title)
+            self.file.add_image(f"fim_pictures/{picture.name}", png, size)
+        self._drawing = time.perf_counter() - started
 
     def _about(self, report: Report) -> str:
-        pictures = "Pictures are drawn at reports 4, 8, 16, ... and the last."
+        pictures = (
+            "Pictures are drawn at reports 4, 8, 16, ... and the last, where a budget has room."
+        )
         if self._album is None:
             why = "matplotlib is missing" if self._figures else "figures: false"
             pictures = f"No pictures: {why}."
@@ -196,14 +214,17 @@ def _charted(log_dir: Path) -> list[str] | None:
     return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
 
 
-def _open_album() -> Album | None:
-    try:
-        from fimprobe.gallery import Album
-    except ImportError as error:
-        logger.warning(
-            "fimprobe: no pictures in TensorBoard, since %s cannot be imported; pip install "
-            "'fimprobe[plots]', or pass tensorboard={'figures': False}",
-            error.name or "matplotlib",
-        )
-        return None
-    return Album()
+def _has_matplotlib() -> bool:
+    """Whether it is installed; it is imported when the first pictures are drawn."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        _tell_missing("matplotlib")
+    return found
+
+
+def _tell_missing(name: str | None) -> None:
+    logger.warning(
+        "fimprobe: no pictures in TensorBoard, since %s cannot be imported; pip install "
+        "'fimprobe[plots]', or pass tensorboard={'figures': False}",
+        name or "matplotlib",
+    )

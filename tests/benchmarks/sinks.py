@@ -12,8 +12,9 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
 from reports import make_report  # noqa: E402
 
+from fimprobe.album import Album
 from fimprobe.drawing import to_png
-from fimprobe.gallery import OVER_STEPS, Album, make_pictures  # noqa: E402
+from fimprobe.gallery import OVER_STEPS, make_pictures  # noqa: E402
 from fimprobe.sinks.tensorboard import TensorboardSink  # noqa: E402
 
 

@@ -317,3 +317,31 @@ def test_neither_import_nor_measure_loads_matplotlib():
     code = "import sys, fimprobe, fimprobe.sinks.tensorboard; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_pictures_wait_for_the_budgets_room(tmp_path):
+    asked = []
+
+    def affords(seconds):
+        asked.append(seconds)
+        return len(asked) > 1  # not at report 4, but in close
+
+    write(tmp_path / "later", [make_report(3, n) for n in range(6)], affords=affords)
+    images = load(tmp_path / "later").Tags()["images"]
+    assert images and [e.step for e in load(tmp_path / "later").Images(images[0])] == [5]
+    assert asked == [1.0, 1.0]
+    write(tmp_path / "never", [make_report(3, n) for n in range(6)], affords=lambda s: False)
+    events = load(tmp_path / "never")
+    assert not events.Tags()["images"]
+    assert len(events.Scalars("fim/i1/trace")) == 6 and events.Tensors("fimprobe/advice")
+
+
+def test_the_time_that_pictures_took_is_asked_for_next(tmp_path):
+    asked = []
+    write(
+        tmp_path,
+        [make_report(3, n) for n in range(9)],
+        affords=lambda seconds: asked.append(seconds) or True,
+    )
+    first, later, last = asked  # reports 4, 8 and the end
+    assert first == 1.0 and 0 < later < 30 and 0 < last < 30 and later != 1.0
