@@ -48,6 +48,11 @@ class Share(NamedTuple):
 
 _probed: set[int] = set()
 
+LOOK = (
+    "a first look: Î₂, bounds and what belongs to them follow once the schedule's budget has room; "
+    "{every: n} and {at: [...]} measure everything from the first step on"
+)
+
 
 class Probe:
     """Watches one model's training; made by :func:`fimprobe.attach`.
@@ -106,6 +111,8 @@ class Probe:
         self.config = asked
         self.ranks: Ranks = Alone()
         self.schedule = self.config.schedule.build()
+        if isinstance(self.schedule, Budget):
+            self.schedule.staged = asked.bounds or "i2" in asked.estimators
         self._steps = self._first_step = first_step
         self._skips = Skips()
         self.coverage: dict[str, str] = {}
@@ -290,14 +297,20 @@ class Probe:
         if captured is not None:
             captured.drop()  # the measurement needs memory
         second = self.config.second_order
+        look = self.schedule.begin(whole=inputs is not None)
+        wanted = [e for e in share.estimators if not (look and e == "i2")]
         report = measure(
             self.model,
             share.batch,
             likelihood=self.likelihood,
             draws=self.config.draws,
-            estimators=share.estimators,
-            second_order=second if isinstance(second, str) else second.model_dump(),
-            bounds=self.config.bounds,
+            estimators=wanted or ["i1"],
+            second_order="off"
+            if look
+            else second
+            if isinstance(second, str)
+            else second.model_dump(),
+            bounds=self.config.bounds and not look,
             engine=self.config.engine,
             labels=share.labels,
             mask=share.mask,
@@ -308,6 +321,8 @@ class Probe:
             plan=self._plan,
             ranks=self.ranks,
         )
+        if look:
+            report.notes.append(LOOK)
         if isinstance(self.schedule, Agreed):
             forecast = self.schedule.forecast
             running = time.perf_counter() - started
@@ -437,7 +452,7 @@ class Probe:
                     run=self._describe,
                     histograms=wanted.histograms,
                     figures=wanted.figures,
-                    affords=self.schedule.affords,
+                    schedule=self.schedule,
                     purge_step=superseded,
                 )
             )

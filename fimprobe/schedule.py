@@ -6,26 +6,34 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from fimprobe.types import FimprobeError
 
 
-class Schedule(Protocol):
-    """Decides, and is told what the loop and the probe cost."""
+class Schedule:
+    """Decides when to measure, and is told what the loop and the probe cost."""
 
     def due(self, step: int) -> bool:
         """Whether to probe at this optimizer step."""
+        raise NotImplementedError
+
+    def begin(self, *, whole: bool) -> bool:
+        """A measurement begins, wanted ``whole`` or not; whether it is a first look."""
+        return False
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Take in the time of one step: the loop's own, and the probe's."""
 
     def affords(self, seconds: float) -> bool:
-        """Whether the probe may take so many seconds more."""
+        """Whether pictures may take so many seconds; if not, they are saved for."""
+        return True
+
+    def charge(self, seconds: float) -> None:
+        """What pictures took of the step at hand."""
 
 
 @dataclass
-class Every:
+class Every(Schedule):
     """At steps 0, n, 2n, ...
 
     >>> [step for step in range(7) if Every(3).due(step)]
@@ -43,16 +51,9 @@ class Every:
         """Whether n divides the step."""
         return step % self.every == 0
 
-    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
-        """Costs do not matter here."""
-
-    def affords(self, seconds: float) -> bool:
-        """Costs do not matter here."""
-        return True
-
 
 @dataclass
-class At:
+class At(Schedule):
     """At the listed steps."""
 
     at: list[int]
@@ -65,30 +66,37 @@ class At:
         """Whether the step is listed."""
         return step in self._steps
 
-    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
-        """Costs do not matter here."""
 
-    def affords(self, seconds: float) -> bool:
-        """Costs do not matter here."""
-        return True
+LOOKS = 2
+"""First looks of a staged budget: the first pays for imports and checks, the second does not."""
+
+WHOLE = 15.0
+"""Times that a measurement is expected to cost a look, before there was one (5 to 20 were seen)."""
 
 
 @dataclass
-class Budget:
+class Budget(Schedule):
     """As often as the probe's share of the wall time stays at or under ``budget``.
 
     A probe is due when what was spent, plus what the next one is expected to cost (the dearest of
     the last few), fits into the share of the time so far. The first probe, which also verifies the
-    model, has nothing to fit into: it is made at the second step and paid off afterwards. Pauses
-    of the loop (evaluation, checkpoints) earn no more than ten usual steps.
+    model, has nothing to fit into: it is made at the second step and paid off afterwards. Where a
+    look at Î₁ costs far less than all that is asked for (``staged``), the first two are such looks,
+    and the whole follows when there is room for it. Pauses of the loop (evaluation, checkpoints)
+    earn no more than ten usual steps. Pictures are drawn where there is room, and saved for.
     """
 
     budget: float
+    staged: bool = False
     spent: float = 0.0
     elapsed: float = 0.0
+    looks: list[float] = field(default_factory=list)
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     first: float | None = None
+    looking: bool = False
+    saving: float = 0.0
+    charged: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the share."""
@@ -101,10 +109,23 @@ class Budget:
         """Whether the next probe fits."""
         if self.first is None:
             return bool(self.steps)
-        return self.affords(max(self.costs) if self.costs else self.first)
+        return self._fits(self._expected(self.first, self.looks) + self.saving)
+
+    def begin(self, *, whole: bool) -> bool:
+        """Whether it is one of the first looks."""
+        known = self.costs or (self.first is not None and not self.looks)
+        self.looking = self.staged and not (whole or known) and len(self.looks) < LOOKS
+        return self.looking
+
+    def _expected(self, first: float, looks: list[float]) -> float:
+        """What the next measurement costs, where the first one cost ``first``."""
+        if self.costs:
+            return max(self.costs)
+        return WHOLE * looks[-1] if len(looks) == LOOKS else first
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Add one step to the account."""
+        probe_seconds, self.charged = max(0.0, probe_seconds - self.charged), 0.0
         counted = loop_seconds
         # no sorting at every step: what is no pause beside the shortest is none beside the median
         if self.steps and loop_seconds > 10 * min(self.steps):
@@ -113,13 +134,24 @@ class Budget:
         self.steps.append(loop_seconds)
         self.spent += probe_seconds
         if probe_seconds > 0:
-            if self.first is None:
-                self.first = probe_seconds
-            else:
+            if self.looking:
+                self.looks.append(probe_seconds)
+            elif self.first is not None:
                 self.costs.append(probe_seconds)
+            self.first = probe_seconds if self.first is None else self.first
 
     def affords(self, seconds: float) -> bool:
-        """Whether so many seconds more stay within the share."""
+        """Whether they stay within the share; if not, the next measurement waits for both."""
+        fits = self._fits(seconds)
+        self.saving = 0.0 if fits else seconds
+        return fits
+
+    def charge(self, seconds: float) -> None:
+        """On the account, and no part of what a measurement is expected to cost."""
+        self.spent += seconds
+        self.charged += seconds
+
+    def _fits(self, seconds: float) -> bool:
         return self.spent + seconds <= self.budget * (self.elapsed + self.spent + seconds)
 
     def forecast(self, step: int, running: float) -> int:
@@ -127,15 +159,18 @@ class Budget:
 
         ``running``: seconds of the probe at ``step``, which no account holds yet.
         """
-        expected = running if self.first is None else max([*self.costs, running])
-        needed = (self.spent + running + expected) * (1 - self.budget) / self.budget
+        if self.looking:
+            expected = self._expected(running, [*self.looks, running])
+        else:
+            expected = running if self.first is None else max([*self.costs, running])
+        needed = (self.spent + running + expected + self.saving) * (1 - self.budget) / self.budget
         usual = statistics.median(self.steps) if self.steps else 0.0
         missing = needed - self.elapsed
         return step + 1 + (math.ceil(missing / usual) if missing > 0 and usual > 0 else 0)
 
 
 @dataclass
-class Agreed:
+class Agreed(Schedule):
     """A budget of several processes: after each probe they settle on the step of the next.
 
     Each keeps its own account; :meth:`forecast` of one of them, told to all, is what counts.
@@ -144,9 +179,17 @@ class Agreed:
     account: Budget
     next: int = 1
 
+    def begin(self, *, whole: bool) -> bool:
+        """The same in all processes, which have measured alike."""
+        return self.account.begin(whole=whole)
+
     def affords(self, seconds: float) -> bool:
         """What this process's account says."""
         return self.account.affords(seconds)
+
+    def charge(self, seconds: float) -> None:
+        """On this process's account."""
+        self.account.charge(seconds)
 
     def due(self, step: int) -> bool:
         """Whether the step settled on is reached."""

@@ -66,14 +66,105 @@ def test_a_real_loop_keeps_its_share():
     assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed) + surprise
 
 
-def test_a_budget_tells_what_it_has_room_for():
+def test_a_budget_tells_what_it_has_room_for_and_saves_for_the_rest():
     schedule = Budget(0.1)
-    assert not schedule.affords(1e-9) and Every(3).affords(1e9) and At([1]).affords(1e9)
+    assert Every(3).affords(1e9) and At([1]).affords(1e9)
     for _ in range(90):
         schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
-    assert schedule.affords(0.99) and not schedule.affords(1.01)  # of 9 s and itself
-    schedule.observe(loop_seconds=0.0, probe_seconds=0.5)
-    assert schedule.affords(0.49) and not schedule.affords(0.51)
+    assert schedule.affords(0.99) and schedule.saving == 0
+    assert not schedule.affords(1.01) and schedule.saving == 1.01  # of 9 s and itself
+    schedule.observe(loop_seconds=0.0, probe_seconds=0.1)
+    assert not schedule.due(91)  # 0.1 more would fit, 1.01 beside it do not
+    while not schedule.due(91):
+        schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
+    assert schedule.elapsed == pytest.approx(9 * (0.1 + 0.1 + 1.01), abs=0.11)
+    assert schedule.affords(1.01) and schedule.saving == 0
+    schedule.charge(1.0)
+    schedule.observe(loop_seconds=0.0, probe_seconds=1.15)  # 0.15 of them the measurement's
+    assert list(schedule.costs) == [pytest.approx(0.15)] and schedule.spent == pytest.approx(1.25)
+
+
+def spend(schedule, steps, look, whole, imports=0.0, step_seconds=0.1):
+    """A simulated run: what was measured, at which second, and the share spent at the end."""
+    found, seconds = [], 0.0
+    for step in range(steps):
+        seconds += step_seconds
+        cost = 0.0
+        if schedule.due(step):
+            looking = schedule.begin(whole=False)
+            cost = (look if looking else whole) + (0.0 if found else imports)
+            found.append(("look" if looking else "whole", round(seconds)))
+        schedule.observe(loop_seconds=step_seconds, probe_seconds=cost)
+        seconds += cost
+    return found, schedule.spent / seconds
+
+
+def test_two_looks_come_before_the_whole_where_it_is_dearer():
+    found, share = spend(Budget(0.02, staged=True), 3000, look=0.2, whole=2.5, imports=0.5)
+    # 0.7 s at once; another 0.7 fit into 70 s, itself included; 15 · 0.2 s beside 0.9 into 195
+    assert found[:3] == [("look", 0), ("look", 69), ("whole", 192)]
+    assert {kind for kind, _ in found[2:]} == {"whole"} and len(found) == 4 and share <= 0.02
+
+
+def test_what_costs_the_same_at_once_is_measured_whole_at_once():
+    found, _ = spend(Budget(0.02), 3000, look=0.2, whole=0.2)
+    assert {kind for kind, _ in found} == {"whole"} and len(found) > 10
+
+
+def test_a_whole_measurement_asked_for_ends_the_looks():
+    schedule = Budget(0.02, staged=True)
+    assert not schedule.begin(whole=True)
+    schedule.observe(loop_seconds=0.1, probe_seconds=1.0)
+    assert not schedule.begin(whole=False) and schedule.first == 1.0 and not schedule.looks
+
+
+def test_forecasts_of_several_processes_know_looks():
+    schedule = Budget(0.5, staged=True)
+    for _ in range(4):
+        schedule.observe(loop_seconds=1.0, probe_seconds=0.0)
+    assert schedule.begin(whole=False) and schedule.forecast(4, 2.0) == 5  # 2 + 2 of 4 + 4 s
+    schedule.observe(loop_seconds=1.0, probe_seconds=2.0)
+    assert schedule.begin(whole=False) and schedule.forecast(5, 1.0) == 6 + (2 + 1 + 15 - 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({}, {"i1"}),
+        ({"estimators": ["i1", "i2", "ih", "empirical"]}, {"i1", "ih", "empirical"}),
+        ({"estimators": ["i2"], "bounds": False}, {"i1"}),
+        ({"estimators": ["i1"], "bounds": False}, {"i1"}),
+        ({"second_order": "exact"}, {"i1"}),
+    ],
+)
+def test_a_budget_looks_at_i1_first(options, first):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if "second_order" in options:
+        net = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3))
+    y = torch.arange(8) % 3
+    with fimprobe.attach(net, schedule={"budget": 0.9}, tensorboard=False, **options) as probe:
+        started = time.perf_counter()
+        while time.perf_counter() - started < 60 and len(probe.history) < 3:
+            nn.functional.cross_entropy(net(torch.randn(8, 4)), y).backward()
+            probe.step()
+            time.sleep(0.002)
+    staged = options.get("bounds", True) or "i2" in options.get("estimators", ["i1", "i2"])
+    kinds = ("i1", "i2", "ih", "empirical")
+    wanted = {"i1", *options.get("estimators", ["i1", "i2"])}
+    for number, report in enumerate(probe.history):
+        found = {kind for kind in kinds if getattr(report.total, kind) is not None}
+        look = staged and number < 2
+        assert found == (first if look else wanted)
+        assert (report.total.i1.bound is None) == (look or not options.get("bounds", True))
+        assert any("first look" in line for line in report.advice) == look
+    assert len(probe.history) == 3
+
+
+def test_inputs_given_by_hand_are_measured_whole():
+    net = nn.Linear(4, 3)
+    options = {"likelihood": "categorical", "tensorboard": False}
+    with fimprobe.attach(net, **options) as probe:  # the default budget
+        assert probe.step(torch.randn(8, 4)).total.i2 is not None
 
 
 def test_attach_is_on_the_account_and_pictures_too(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 
 from fimprobe.album import Album
 from fimprobe.report import Report
+from fimprobe.schedule import Schedule
 from fimprobe.sinks.dashboard import MOST_MARGINS, Category, make_dashboard
 from fimprobe.sinks.events import EventFile, first_tags
 from fimprobe.sinks.lock import FolderLock
@@ -51,8 +52,8 @@ class TensorboardSink:
     at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
     200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
     written for the last report by ``close``. So n reports, more than 10,000, take no more than
-    10,000 · (1 + log₂(n / 10,000)) records. Where ``affords`` says that a budget has no room for so
-    many seconds, pictures are not drawn.
+    10,000 · (1 + log₂(n / 10,000)) records. Pictures for which the ``schedule``'s budget has no room
+    wait for a later report.
 
     ``run`` tells what is measured and how (``describe_run``). ``purge_step``: where a training
     resumes; readers drop what the folder holds of this step and later ones, and the layers are those
@@ -70,7 +71,7 @@ class TensorboardSink:
         run: Callable[[], dict[str, Any]] = dict,
         histograms: bool = True,
         figures: bool = True,
-        affords: Callable[[float], bool] = lambda seconds: True,
+        schedule: Schedule | None = None,
         purge_step: int | None = None,
     ) -> None:
         folder = Path(log_dir)
@@ -85,7 +86,8 @@ class TensorboardSink:
         self.histograms = histograms
         self._run = run
         self._album = Album() if figures and _has_matplotlib() else None
-        self._affords, self._drawing = affords, DRAWING
+        self._schedule, self._drawing = schedule or Schedule(), DRAWING
+        self._pictures_wait = False
         self._figures = figures
         self._tags: set[str] = set()
         self._dashboard: list[Category] = []
@@ -113,7 +115,7 @@ class TensorboardSink:
         for due, add in (
             (is_kept(self._count, DENSE), self._add_scalars),
             (is_kept(self._count, DENSE_PAGES), self._add_pages),
-            (self._count >= 4 and self._count.bit_count() == 1, self._add_pictures),
+            (self._wants_pictures(), self._add_pictures),
         ):
             if due:
                 add(report)
@@ -157,10 +159,14 @@ class TensorboardSink:
             for tag, values, weights in make_spreads(report):
                 self.file.add_histogram(tag, values, weights)
 
+    def _wants_pictures(self) -> bool:
+        return self._pictures_wait or (self._count >= 4 and self._count.bit_count() == 1)
+
     def _add_pictures(self, report: Report) -> None:
         if self._album is None:
             return
-        if not self._affords(self._drawing):
+        self._pictures_wait = not self._schedule.affords(self._drawing)
+        if self._pictures_wait:
             if not self._closed:
                 self._left.append(self._add_pictures)
             return
@@ -176,6 +182,7 @@ class TensorboardSink:
             png, size = to_png(picture.figure, picture.title)
             self.file.add_image(f"fim_pictures/{picture.name}", png, size)
         self._drawing = time.perf_counter() - started
+        self._schedule.charge(self._drawing)
 
     def _about(self, report: Report) -> str:
         pictures = (

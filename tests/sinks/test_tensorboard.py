@@ -16,6 +16,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe.origin import describe_run
+from fimprobe.schedule import Schedule
 from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
 from fimprobe.types import FimprobeError
 
@@ -319,29 +320,33 @@ def test_neither_import_nor_measure_loads_matplotlib():
     assert done.stdout == "False\n", done.stderr
 
 
+class Room(Schedule):
+    """Has room for pictures at some of the times that it is asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked, self.taken = list(answers), [], []
+
+    def affords(self, seconds):
+        self.asked.append(seconds)
+        return self.answers.pop(0)
+
+    def charge(self, seconds):
+        self.taken.append(seconds)
+
+
 def test_pictures_wait_for_the_budgets_room(tmp_path):
-    asked = []
-
-    def affords(seconds):
-        asked.append(seconds)
-        return len(asked) > 1  # not at report 4, but in close
-
-    write(tmp_path / "later", [make_report(3, n) for n in range(6)], affords=affords)
+    room = Room(False, False, True, True)  # reports 4, 5, 6 and, at the end, the last
+    write(tmp_path / "later", [make_report(3, n) for n in range(1, 8)], schedule=room)
     images = load(tmp_path / "later").Tags()["images"]
-    assert images and [e.step for e in load(tmp_path / "later").Images(images[0])] == [5]
-    assert asked == [1.0, 1.0]
-    write(tmp_path / "never", [make_report(3, n) for n in range(6)], affords=lambda s: False)
+    assert images and [e.step for e in load(tmp_path / "later").Images(images[0])] == [6, 7]
+    assert room.asked[:3] == [1.0] * 3 and room.asked[3] == room.taken[0] and len(room.taken) == 2
+    write(tmp_path / "never", [make_report(3, n) for n in range(6)], schedule=Room(*[False] * 4))
     events = load(tmp_path / "never")
     assert not events.Tags()["images"]
     assert len(events.Scalars("fim/i1/trace")) == 6 and events.Tensors("fimprobe/advice")
 
 
 def test_the_time_that_pictures_took_is_asked_for_next(tmp_path):
-    asked = []
-    write(
-        tmp_path,
-        [make_report(3, n) for n in range(9)],
-        affords=lambda seconds: asked.append(seconds) or True,
-    )
-    first, later, last = asked  # reports 4, 8 and the end
-    assert first == 1.0 and 0 < later < 30 and 0 < last < 30 and later != 1.0
+    room = Room(True, True, True)  # reports 4, 8 and the end
+    write(tmp_path, [make_report(3, n) for n in range(9)], schedule=room)
+    assert room.asked == [1.0, *room.taken[:2]] and len(room.taken) == 3 and min(room.taken) > 0
