@@ -178,17 +178,19 @@ def whole_runs(seconds: float, repeats: int) -> None:
         "demo's MLP": (plain_loop(_mlp, digits, 64), None),
         "demo's CNN": (plain_loop(_cnn, digits, 64), None),
         "CNN 3 conv, 32×32×3, B=64": (plain_loop(cnn, (3, 32, 32), 64), None),
-        "examples/gpt2_on_source.py (Trainer)": (gpt2_example, None),
+        "examples/gpt2_on_source.py, its 200 steps (Trainer)": (gpt2_example, 200),
+        "the same, longer": (gpt2_example, None),
     }
     print(
         "\n| whole run, default budget of 2 % | seconds without | with / without | processor time | the "
-        "probe's own account | reports | first probe | paid off after |\n|---|---|---|---|---|---|---|---|"
+        "probe's own account | looks, whole | first look | first whole | paid off after |\n"
+        "|---|---|---|---|---|---|---|---|---|"
     )
     for name, (run, steps) in runs.items():
         for options in ({}, None):  # imports
             run(3, options)
         steps = steps or steps_of(run, seconds)
-        plain, ratios, busy, shares, firsts, counts = [], [], [], [], [], []
+        plain, ratios, busy, shares, firsts, wholes, counts = [], [], [], [], [], [], []
         for repeat in range(repeats):
             found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):
@@ -201,13 +203,15 @@ def whole_runs(seconds: float, repeats: int) -> None:
             ratios.append(100 * (with_ / without - 1))
             shares.append(100 * account.spent / with_)
             firsts.append(account.first)
-            counts.append(len(probe.history))
+            wholes += list(account.costs)[:1]
+            looks = len(account.looks)
+            counts.append((looks, len(probe.history) - looks))
         first = statistics.median(firsts)
         print(
             f"| {name} | {statistics.median(plain):.1f} | **{statistics.median(ratios):+.1f} %** "
             f"({spread(ratios)}) | {statistics.median(busy):+.1f} % ({spread(busy)}) | "
-            f"{statistics.median(shares):.1f} % | {max(counts)} | {first:.2f} s | "
-            f"{first / 0.02:.0f} s |",
+            f"{statistics.median(shares):.1f} % | {max(counts)[0]}, {max(counts)[1]} | {first:.2f} s | "
+            f"{f'{statistics.median(wholes):.2f} s' if wholes else '–'} | {first / 0.02:.0f} s |",
             flush=True,
         )
 
