@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 SLOW = 2.0
-"""Seconds above which a row is timed in the first rounds only."""
-
-SLOW_ROUNDS = 3
+"""Seconds above which a row is timed in fewer rounds."""
 
 
 class Ratio(NamedTuple):
@@ -41,14 +39,13 @@ def interleaved(
     unit: Callable[[], Any], runs: dict[str, Callable[[], Any]], rounds: int
 ) -> tuple[float, dict[str, Ratio]]:
     """The unit's median seconds, and each run's ratio to the units timed right before it."""
+    seconds(unit)
+    warm = {name: seconds(run) for name, run in runs.items()}
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for run in [unit, *runs.values()]:
-        run()
     for i in range(rounds):
         for name, run in runs.items():
-            if i >= SLOW_ROUNDS and pairs[name][0][1] > SLOW:
-                continue
-            pairs[name].append((seconds(unit), seconds(run)))
+            if i < (rounds if warm[name] < SLOW else 3 if warm[name] < 5 * SLOW else 1):
+                pairs[name].append((seconds(unit), seconds(run)))
     ratios = {}
     for name, found in pairs.items():
         units, times = zip(*found, strict=True)

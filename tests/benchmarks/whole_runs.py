@@ -191,7 +191,7 @@ def whole_runs(seconds: float, repeats: int) -> None:
             run(3, options)
         steps = steps or steps_of(run, seconds)
         plain, ratios, busy, shares, firsts, wholes, counts = [], [], [], [], [], [], []
-        for repeat in range(repeats):
+        for repeat in range(repeats if run(steps, None)[0] > 10 else 7 * repeats):
             found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):
                 found[watched] = run(steps, {} if watched else None)
