@@ -297,6 +297,7 @@ class Probe:
         if captured is not None:
             captured.drop()  # the measurement needs memory
         second = self.config.second_order
+        how = second if isinstance(second, str) else second.model_dump()
         look = self.schedule.begin(whole=inputs is not None)
         wanted = [e for e in share.estimators if not (look and e == "i2")]
         report = measure(
@@ -305,11 +306,7 @@ class Probe:
             likelihood=self.likelihood,
             draws=self.config.draws,
             estimators=wanted or ["i1"],
-            second_order="off"
-            if look
-            else second
-            if isinstance(second, str)
-            else second.model_dump(),
+            second_order="off" if look else how,
             bounds=self.config.bounds and not look,
             engine=self.config.engine,
             labels=share.labels,

@@ -25,7 +25,7 @@ class Schedule:
         """Take in the time of one step: the loop's own, and the probe's."""
 
     def affords(self, seconds: float) -> bool:
-        """Whether pictures may take so many seconds; if not, they are saved for."""
+        """Whether pictures may take so many seconds now; if not, that they are wanted is noted."""
         return True
 
     def charge(self, seconds: float) -> None:
@@ -83,7 +83,8 @@ class Budget(Schedule):
     model, has nothing to fit into: it is made at the second step and paid off afterwards. Where a
     look at Î₁ costs far less than all that is asked for (``staged``), the first two are such looks,
     and the whole follows when there is room for it. Pauses of the loop (evaluation, checkpoints)
-    earn no more than ten usual steps. Pictures are drawn where there is room, and saved for.
+    earn no more than ten usual steps. Pictures are drawn where there is room; half of the share is
+    laid aside for them.
     """
 
     budget: float
@@ -96,6 +97,7 @@ class Budget(Schedule):
     first: float | None = None
     looking: bool = False
     saving: float = 0.0
+    since: float = 0.0
     charged: float = 0.0
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class Budget(Schedule):
         """Whether the next probe fits."""
         if self.first is None:
             return bool(self.steps)
-        return self._fits(self._expected(self.first, self.looks) + self.saving)
+        return self._fits(self._expected(self.first, self.looks) + self._reserve())
 
     def begin(self, *, whole: bool) -> bool:
         """Whether it is one of the first looks."""
@@ -141,8 +143,10 @@ class Budget(Schedule):
             self.first = probe_seconds if self.first is None else self.first
 
     def affords(self, seconds: float) -> bool:
-        """Whether they stay within the share; if not, the next measurement waits for both."""
+        """Whether they stay within the share; if not, half of it is laid aside for them."""
         fits = self._fits(seconds)
+        if fits or not self.saving:
+            self.since = self.elapsed
         self.saving = 0.0 if fits else seconds
         return fits
 
@@ -150,6 +154,9 @@ class Budget(Schedule):
         """On the account, and no part of what a measurement is expected to cost."""
         self.spent += seconds
         self.charged += seconds
+
+    def _reserve(self) -> float:
+        return min(self.saving, self.budget * (self.elapsed - self.since) / 2)
 
     def _fits(self, seconds: float) -> bool:
         return self.spent + seconds <= self.budget * (self.elapsed + self.spent + seconds)
@@ -163,7 +170,7 @@ class Budget(Schedule):
             expected = self._expected(running, [*self.looks, running])
         else:
             expected = running if self.first is None else max([*self.costs, running])
-        needed = (self.spent + running + expected + self.saving) * (1 - self.budget) / self.budget
+        needed = (self.spent + running + expected + self._reserve()) * (1 - self.budget) / self.budget
         usual = statistics.median(self.steps) if self.steps else 0.0
         missing = needed - self.elapsed
         return step + 1 + (math.ceil(missing / usual) if missing > 0 and usual > 0 else 0)

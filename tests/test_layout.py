@@ -23,7 +23,7 @@ ORDER = [
     "engines.backpack.curved_rules", "engines.backpack.second_order", "engines.backpack.comparison",
     "engines.backpack.options", "engines.backpack.calls", "engines.backpack.domain",
     "engines.backpack", "engines.sites", "engines.pull", "engines.curves",
-    "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.autograd", "engines.plan", "estimators",
+    "engines.straight", "engines.curvature", "engines.replayed", "engines.sums", "engines.chunk", "engines.autograd", "engines.plan", "estimators",
     "estimators.groups", "estimators.i1", "estimators.i2", "estimators.empirical", "estimators.sizes", "estimators.bounds",
     "estimators.tightness", "table", "album", "drawing", "pictures", "gallery", "advice", "report", "options", "merge", "ranks", "measurement", "config", "origin", "sinks", "sinks.memory",
     "sinks.jsonl", "sinks.lock", "sinks.tags", "sinks.dashboard", "sinks.events", "sinks.pages",

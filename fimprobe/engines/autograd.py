@@ -8,28 +8,21 @@ differentiated by replaying the smallest module that contains all their uses.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fimprobe.batch import Batch
-from fimprobe.engines.backward import pull_back
+from fimprobe.engines.chunk import Chunk, add_ggn, contract
 from fimprobe.engines.curvature import Bender, measure_curvature, twice_differentiable
 from fimprobe.engines.curves import CurvatureSums
-from fimprobe.engines.gather import Contraction, is_outer, met_uses, precise, raised, vectors
 from fimprobe.engines.graph import foreign_uses, hidden_reads
 from fimprobe.engines.kinks import find_kinks
-from fimprobe.engines.layouts import batch_first
-from fimprobe.engines.ledger import Ledger
 from fimprobe.engines.memory import saved_bytes
 from fimprobe.engines.problem import OverMemory, Plan, PlanMismatch, Problem
-from fimprobe.engines.replayed import contract_replays, replayed_parameters
+from fimprobe.engines.replayed import replayed_parameters
 from fimprobe.engines.seeds import (
     Seeds,
     check_passes,
@@ -43,7 +36,7 @@ from fimprobe.engines.seeds import (
     output_seeds,
 )
 from fimprobe.engines.sums import Sums
-from fimprobe.engines.tape import Replayed, Tape, check_inputs_unchanged, record
+from fimprobe.engines.tape import Replayed, record
 from fimprobe.types import Measured
 
 FRESH_BYTES = 4.5 * 2**20
@@ -138,29 +131,29 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     }
     if unseen:
         raise PlanMismatch(dict.fromkeys(unseen, "its module was not called"))
-    site = _Site(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
+    chunk = Chunk(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
     labels = label_seeds(problem, rows, detached)
     drawn = len(labels.seeds)
     bent = curvature_seeds(problem, rows, detached, labels) if ask.i2 else None
-    bender = None if bent is None else _bend(site, run, h, bent)
+    bender = None if bent is None else _bend(chunk, run, h, bent)
     arrived = [] if bender is None else bender.arrived(0, drawn)
-    run.reached |= _contract(site, run, "i1", labels, h, reached, last=plain, arrived=arrived)
+    run.reached |= contract(chunk, run, "i1", labels, h, reached, last=plain, arrived=arrived)
     clock.stop("i1")
     if plain:
         return
     exact_fisher = ask.exact and problem.draws.count is not None
     if ask.ih or (ask.i2 and not exact_fisher):
-        _contract(site, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
+        contract(chunk, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
         clock.stop("ih")
     if exact_fisher:
         if ask.backpack:
-            _add_ggn(site, run)
+            add_ggn(chunk, run)
         else:
-            _contract(site, run, "ggn", fisher_seeds(problem, rows, detached), h, reached)
+            contract(chunk, run, "ggn", fisher_seeds(problem, rows, detached), h, reached)
         clock.stop("ggn")
     if ask.labels is not None:
-        _contract(site, run, "empirical", data_seeds(problem, rows, detached), h, reached)
+        contract(chunk, run, "empirical", data_seeds(problem, rows, detached), h, reached)
         clock.stop("empirical")
     if ask.bounds:
         family: Any = problem.likelihood
@@ -172,7 +165,7 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         # drawn labels: ‖H‖ has random signs that ‖J‖ has too
         signs = bender is not None and problem.draws.count is not None
         arrived = bender.arrived(drawn) if bender is not None and signs else []
-        _contract(site, run, "jacobian", outputs, h, reached, arrived=arrived)
+        contract(chunk, run, "jacobian", outputs, h, reached, arrived=arrived)
         if outputs.mix is not None:
             run.ledger("jacobian", problem).mix(outputs.mix)
         clock.stop("bounds")
@@ -180,144 +173,17 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     if bent is not None:
         if plan.kinks is None:
             plan.kinks = find_kinks(h, problem.twin)
-        _curve(site, run, bender, bent)
+        _curve(chunk, run, bender, bent)
         clock.stop("i2")
 
 
-@dataclass
-class _Site:
-    """One chunk's recorded forward."""
-
-    problem: Problem
-    plan: Plan
-    tape: Tape
-    calls: list[tuple[Replayed, dict[str, Tensor]]]
-    pieces: dict[str, list[tuple[Replayed, str]]]
-    names: dict[int, str]
-    batch: Batch
-    rows: slice
-    room: float
-
-
-def _contract(
-    site: _Site,
-    run: Sums,
-    kind: str,
-    seeds: Seeds,
-    h: Tensor,
-    reached: set[str],
-    last: bool = False,
-    arrived: Sequence[Sequence[Tensor | None]] = (),
-) -> set[str]:
-    """Pull the seeds back and add each parameter's moments; returns the parameters met.
-
-    ``arrived``: what came to the edges and sources of the first seeds, pulled back already.
-    """
-    problem, tape, size = site.problem, site.tape, site.batch.size
-    inputs = problem.ask.bounds and kind == "i1"
-    places = len(tape.edges) + (len(tape.sources) if inputs else 0)
-    arrived = [
-        *(parts[:places] for parts in arrived),
-        *_backward(h, tape, seeds.seeds[len(arrived) :], inputs, last),
-    ]
-    deltas, sources = _by_place(arrived, len(tape.edges))
-    check_inputs_unchanged(tape)
-    reached = set(reached)
-    ledger = run.ledger(kind, problem)
-    ledger.begin(size, len(seeds.seeds))
-    with torch.no_grad():
-        stacks: dict[torch.Size, dict[str, Tensor]] = {}
-        contraction = Contraction(size, seeds.weights, site.room)
-        for name, parameter in problem.parameters.items():
-            if name in site.pieces:
-                continue
-            uses = [] if name in site.plan.replay else tape.uses.get(id(parameter), [])
-            met = met_uses(uses, deltas, size)
-            scatter = _scatter(problem, name)
-            if met:
-                reached.add(name)
-                vector = all(use.rule.vector for use, _ in met)
-                if scatter is None and vector and not is_outer(met):
-                    stack = stacks.setdefault(parameter.shape, {})
-                    stack[name] = vectors(raised(met), parameter.shape)
-                    continue
-            accumulator = ledger.accumulators[name]
-            with accumulator.opened(scatter):
-                again = name in site.plan.rescale
-                if met and contraction.add(accumulator, met, rescale=again):
-                    site.plan.rescale.add(name)
-        for stack in stacks.values():
-            ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, site.room)
-        contract_replays(
-            problem,
-            site.plan,
-            tape,
-            site.calls,
-            site.pieces,
-            deltas,
-            seeds.seeds,
-            ledger.accumulators,
-            seeds.weights,
-            site.names,
-            site.batch,
-            site.room,
-        )
-        if inputs:
-            _add_activations(tape, run, sources, seeds, size)
-    if seeds.weights is not None:
-        combined = len(seeds.seeds) if seeds.mix is None else seeds.mix.shape[1]
-        run.weights.setdefault(kind, []).append(seeds.weights.padded(combined))
-    return reached
-
-
-def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:
-    """Where the sums of a sharded parameter go: to the processes that hold its rows."""
-    if problem.shards is None or name not in problem.shards:
-        return None
-    return functools.partial(problem.shards.scatter, name)
-
-
-def _add_ggn(site: _Site, run: Sums) -> None:
-    """Exact diagonals of F by BackPACK, stored as the moments of their roots."""
-    from fimprobe.engines import backpack  # optional
-
-    problem, size = site.problem, site.batch.size
-    mask = None if problem.mask is None else problem.mask[site.rows]
-    found = backpack.ggn_diagonals(problem, site.batch, mask=mask, verified=True)
-    ledger = run.ledger("ggn", problem)
-    ledger.begin(size, 1)
-    for name in found:
-        root = found[name].clamp(min=0).sqrt().unsqueeze(1)
-        ledger.accumulators[name].take_whole(root, None)
-
-
-def _add_activations(
-    tape: Tape, run: Sums, sources: list[list[Tensor] | None], seeds: Seeds, size: int
-) -> None:
-    """Moments of ∂ℓ/∂h of each layer's input h: Î₁(h) = mean (∂ℓ/∂h)(∂ℓ/∂h)ᵀ, eq. (19)."""
-    gradients = {}
-    for path, (index, layout) in tape.activations.items():
-        found = sources[index]
-        if found is not None:
-            gradients[path] = torch.stack([precise(batch_first(d, layout, size)) for d in found], 1)
-    if not gradients:
-        return
-    shapes = {path: g[0, 0] for path, g in gradients.items()}
-    if run.activations is None:
-        run.activations = Ledger.of(shapes)
-    run.activations.include(shapes)
-    run.activations.begin(size, len(seeds.seeds))
-    for path, g in gradients.items():
-        accumulator = run.activations.accumulators[path]
-        if accumulator.a2.shape == g.shape[2:]:  # else another length in this chunk
-            accumulator.take_whole(g, seeds.weights)
-
-
-def _bend(site: _Site, run: Sums, h: Tensor, seeds: Seeds) -> Bender | None:
+def _bend(chunk: Chunk, run: Sums, h: Tensor, seeds: Seeds) -> Bender | None:
     """The seeds pulled back so that it can be differentiated; None where it cannot."""
     if "i2" in run.notes:
         return None
-    bender = Bender(h, site.tape, [p for n, p in site.problem.parameters.items() if n in site.pieces])
+    bender = Bender(
+        h, chunk.tape, [p for n, p in chunk.problem.parameters.items() if n in chunk.pieces]
+    )
     try:
         with twice_differentiable():
             bender.take(seeds.seeds)
@@ -334,28 +200,28 @@ def _told(error: Exception) -> str:
     return f"Î₂ was not measured: the model has no second derivative here ({first})"
 
 
-def _curve(site: _Site, run: Sums, bender: Bender | None, seeds: Seeds) -> None:
+def _curve(chunk: Chunk, run: Sums, bender: Bender | None, seeds: Seeds) -> None:
     """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
-    problem = site.problem
+    problem = chunk.problem
     if bender is None:
         return
     assert seeds.weights is not None
     for name, parameter in problem.parameters.items():
         if name not in run.curves:
-            run.curves[name] = CurvatureSums(parameter, problem.diagonals, site.room)
+            run.curves[name] = CurvatureSums(parameter, problem.diagonals, chunk.room)
         run.curves[name].seeds = seeds.seeds
     try:
         with twice_differentiable(), torch.no_grad():
             run.partners = measure_curvature(
                 problem,
-                site.plan,
-                site.tape,
+                chunk.plan,
+                chunk.tape,
                 bender,
                 seeds,
-                site.rows,
-                site.batch,
-                site.calls,
-                site.names,
+                chunk.rows,
+                chunk.batch,
+                chunk.calls,
+                chunk.names,
                 run.curves,
                 run.seconds,
             )
@@ -378,35 +244,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[key] = self.seconds.get(key, 0.0) + now - self.last
         self.last = now
-
-
-def _backward(
-    h: Tensor, tape: Tape, seeds: list[Tensor], inputs: bool, last: bool
-) -> list[Sequence[Tensor | None]]:
-    """δ of each seed at every edge (and source): one backward each, never of the weights."""
-    places = [*tape.edges, *(tape.sources if inputs else [])]
-    if not places:
-        return []
-    collected: list[Sequence[Tensor | None]] = []
-    for i, seed in enumerate(seeds):
-        keep = not last or i < len(seeds) - 1
-        collected.append(pull_back([h], [seed], places, retain_graph=keep))
-    return collected
-
-
-Places = list[list[Tensor] | None]
-
-
-def _by_place(arrived: Sequence[Sequence[Tensor | None]], edges: int) -> tuple[Places, Places]:
-    """Of every edge, and of every source, what arrived of each seed; zeros where of some nothing."""
-    by_place: Places = []
-    for parts in zip(*arrived, strict=True):
-        present = next((p for p in parts if p is not None), None)
-        if present is None:
-            by_place.append(None)
-        else:
-            by_place.append([torch.zeros_like(present) if p is None else p for p in parts])
-    return by_place[:edges], by_place[edges:]
 
 
 def _even(size: int, chunk: int) -> int:

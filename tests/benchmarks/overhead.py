@@ -116,7 +116,7 @@ def ours(**options: object) -> Callable[[Problem, int, contextlib.ExitStack], St
             optimizer=loop.optimizer,
             likelihood="categorical",
             schedule={"every": interval},
-            log_dir=folder,
+            tensorboard={"log_dir": folder, "figures": False},  # drawn at reports 4, 8, 16, ...
             on_error="raise",
             **options,
         )
@@ -128,7 +128,7 @@ def ours(**options: object) -> Callable[[Problem, int, contextlib.ExitStack], St
 
 MAKERS = {
     "Cockpit, economy": cockpit,
-    "**fimprobe, as it comes** (Î₁, Î₂, bounds; 32 inputs)": ours(),
+    "**fimprobe, as it comes, without pictures** (Î₁, Î₂, bounds; 32 inputs)": ours(),
     "**fimprobe, Î₁, S=1, the whole batch**": ours(
         estimators=["i1"], draws=1, bounds=False, batch=1 << 20
     ),
