@@ -34,6 +34,7 @@ class EventFile:
     def __init__(
         self, log_dir: Path, describe: Callable[[str], str], *, purge_step: int | None = None
     ) -> None:
+        _await_order(log_dir)
         self._writer = EventFileWriter(str(log_dir))
         self._describe = describe
         self._known: set[str] = set()
@@ -109,6 +110,13 @@ class EventFile:
         # TensorBoard's fast reader drops descriptions of scalars and images without a class
         meta.data_class = {"scalars": 1, "images": 3}.get(meta.plugin_data.plugin_name, 2)
         return meta
+
+
+def _await_order(log_dir: Path) -> None:
+    """Wait until no file is of this second: names end in a counter, and 10 is read before 9."""
+    now = time.time()
+    if any(log_dir.glob(f"events.out.tfevents.{int(now):010d}.*")):
+        time.sleep(1 - now % 1)
 
 
 def first_tags(log_dir: Path, prefix: str) -> list[str] | None:

@@ -1,6 +1,7 @@
 """The event file: complete, finite, described, one writer, steady layers, and growth by a rule."""
 
 import dataclasses
+import itertools
 import logging
 import math
 import re
@@ -239,6 +240,18 @@ def test_layers_are_those_of_the_first_report_also_when_resumed(tmp_path):
     assert [e.step for e in events.Scalars("fim/i1/trace")] == [0, 10, 20, 30]
     shown = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layers/")}
     assert shown == set(before.layers)
+
+
+def test_a_run_resumed_within_a_second_is_read_in_order(tmp_path, monkeypatch):
+    """TensorBoard's names end in a counter, and "10" sorts before "9"."""
+    from tensorboard.summary.writer import event_file_writer
+
+    counter = itertools.count(9)
+    monkeypatch.setattr(event_file_writer._global_uid, "get", lambda: next(counter))
+    write(tmp_path, [make_report(3, n) for n in (0, 1, 2)], figures=False)
+    write(tmp_path, [make_report(3, n) for n in (2, 3)], figures=False, purge_step=2)
+    assert next(counter) == 11
+    assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [0, 1, 2, 3]
 
 
 def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_path, caplog):
