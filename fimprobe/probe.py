@@ -49,8 +49,8 @@ class Share(NamedTuple):
 _probed: set[int] = set()
 
 LOOK = (
-    "a first look: Î₂, bounds and what belongs to them follow once the schedule's budget has room; "
-    "{every: n} and {at: [...]} measure everything from the first step on"
+    "A first look: Î₂, bounds and what belongs to them follow once the schedule's budget has room; "
+    'schedule={"every": 100} measures everything from the first step on.'
 )
 
 

@@ -128,7 +128,7 @@ def ours(**options: object) -> Callable[[Problem, int, contextlib.ExitStack], St
 
 MAKERS = {
     "Cockpit, economy": cockpit,
-    "**fimprobe, as it comes, without pictures** (Î₁, Î₂, bounds; 32 inputs)": ours(),
+    "**fimprobe, all defaults but the schedule and pictures** (Î₁, Î₂, bounds; 32 inputs)": ours(),
     "**fimprobe, Î₁, S=1, the whole batch**": ours(
         estimators=["i1"], draws=1, bounds=False, batch=1 << 20
     ),
