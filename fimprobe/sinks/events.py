@@ -34,7 +34,8 @@ class EventFile:
     def __init__(
         self, log_dir: Path, describe: Callable[[str], str], *, purge_step: int | None = None
     ) -> None:
-        _await_order(log_dir)
+        if purge_step is not None:
+            _await_order(log_dir)
         self._writer = EventFileWriter(str(log_dir))
         self._describe = describe
         self._known: set[str] = set()
