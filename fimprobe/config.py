@@ -80,7 +80,14 @@ class Config(_Section):
     estimators: list[Literal["i1", "i2", "ih", "empirical"]] = Field(
         ["i1", "i2"], min_length=1, description="i1 is always measured"
     )
-    draws: int | Literal["exact"] = Field(2, description="labels for each input, or exact")
+    draws: int | Literal["auto", "exact"] = Field(
+        2, description="labels for each input, or exact, or auto (exact where that is cheap)"
+    )
+    label_sampling: Literal["size_biased", "model"] = Field(
+        "size_biased",
+        description="where drawn labels come from: where the score is large (weighted back), or the "
+        "model",
+    )
     batch: int = Field(32, ge=1, description="inputs probed, drawn from the captured batch")
     second_order: SecondOrderConfig | Literal["exact", "off"] = Field(
         SecondOrderConfig(probes=2), description="how Î₂ is had: probes, exact (BackPACK) or off"
@@ -118,7 +125,7 @@ class Config(_Section):
     @classmethod
     def _number_of_labels(cls, draws: int | str) -> int | str:
         if isinstance(draws, int) and draws < 1:
-            raise ValueError("this is no number of labels; use 1, 2, ... or exact")
+            raise ValueError("this is no number of labels; use 1, 2, ..., exact or auto")
         return draws
 
 
@@ -135,7 +142,8 @@ ALLOWED = {
     "schedule.at": "a list of steps, such as [0, 10, 100]",
     "likelihood": "auto, " + ", ".join(sorted(LIKELIHOODS)),
     "estimators": "one or several of i1, i2, ih, empirical, such as [i1, i2]",
-    "draws": "a whole number of labels from 1, or exact",
+    "draws": "a whole number of labels from 1, exact or auto",
+    "label_sampling": "size_biased or model",
     "batch": "a whole number of inputs from 1",
     "second_order": "{probes: 2} (random probes), exact or off",
     "second_order.probes": "a whole number of probes from 2",

@@ -23,10 +23,12 @@ from fimprobe.likelihoods import get_likelihood
 from fimprobe.options import (
     check_backpack,
     check_draws,
+    check_label_sampling,
     check_labels,
     check_mask_and_output,
     check_numbers,
     check_options,
+    choose_draws,
     select_outputs,
 )
 from fimprobe.ranks import Alone, Ranks
@@ -41,7 +43,8 @@ def measure(
     inputs: Any,
     *,
     likelihood: str | Likelihood,
-    draws: int | Literal["exact"] = 2,
+    draws: int | Literal["auto", "exact"] = 2,
+    label_sampling: Literal["size_biased", "model"] = "size_biased",
     estimators: Sequence[str] = ("i1", "i2"),
     second_order: Mapping[str, int] | Literal["exact", "off"] = MappingProxyType({"probes": 2}),
     bounds: bool = True,
@@ -65,7 +68,12 @@ def measure(
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"`` or an object,
             see :mod:`fimprobe.likelihoods`. The model's outputs are its parameters (logits,
             log-rates, means).
-        draws: labels drawn for each input, or ``"exact"`` for the expectation over all labels.
+        draws: labels drawn for each input, or ``"exact"`` for the expectation over all labels;
+            ``"auto"``: exact where that takes at most ``AUTO_PASSES`` backward passes, else 2.
+        label_sampling: where drawn labels come from. ``"size_biased"``: where their score is large,
+            weighted back to the model, so that rare labels that carry F are seen at any confidence;
+            ``"model"``: from the model itself. What is studied is the same: Î₁ and Î₂ with labels
+            from the model. Families without such draws take the model's.
         estimators: of ``"i1"`` (always measured) Î₁ the mean of g gᵀ, ``"i2"`` Î₂ minus the mean
             Hessian, ``"ih"`` Î_H Hutchinson's, ``"empirical"`` (needs ``labels``).
         second_order: how Î₂'s second derivatives are had: ``{"probes": K}`` random probes, K ≥ 2;
@@ -99,6 +107,7 @@ def measure(
     started = time.perf_counter()
     family = get_likelihood(likelihood)
     count = check_draws(draws)
+    size_biased = check_label_sampling(label_sampling)
     check_numbers(memory_mb, seed)
     if not isinstance(model, nn.Module):
         raise FimprobeError(f"model={type(model).__name__} is no torch.nn.Module")
@@ -137,10 +146,15 @@ def measure(
             f"the processes' batches hold {sizes} samples; a sharded model (FSDP) is measured in "
             "steps that all processes share, give each as many"
         )
-    place = Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes))
+    automatic = count == "auto"
+    if automatic:
+        count = 2
+    assert not isinstance(count, str)
+    place = Draws(count, seed, sum(sizes[: shared.rank]), sum(sizes), size_biased=size_biased)
     if any(share.widths != shares[0].widths for share in shares):
         # other lengths take other amounts of one stream of random numbers: a stream for each
-        place = Draws(count, seed + 15_485_863 * shared.rank)
+        place = Draws(count, seed + 15_485_863 * shared.rank, size_biased=size_biased)
+        automatic = False  # other lengths take other numbers of passes: all draw
     if sum(sizes) == 1 and count == 1:
         raise BatchError(
             "a batch of one with draws=1 has no variance to measure; pass draws=2 or more inputs"
@@ -166,6 +180,8 @@ def measure(
                 ask=ask,
                 shards=shards,
             )
+            if automatic and not sharded:
+                problem.draws = replace(place, count=choose_draws(problem))
             return _measure_share(problem, plan if plan is not None else Plan(), engine)
 
     measured, chain = shared.combine(share)
@@ -261,7 +277,7 @@ def _measure_share(
         known = measured.moments["i1"].parameters
         measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
         for name, moments in measured.moments["i1"].parameters.items():
-            moments.top_sum = known[name].top_sum  # max over labels: not among its moments
+            moments.powers[3] = known[name].powers[3]  # max over labels: not among its moments
     if plan.uncurved and ask.i2:
         measured.notes.append(plan.uncurved)
     return measured, chain_bounds(problem, problem.batch) if ask.bounds else {}

@@ -85,7 +85,10 @@ def without_sums(measured: Measured) -> Measured:
         gram = None if m.gram is None else m.gram.cpu()
         some = None if m.entries is None else m.entries.cpu()
         norms = m.squared_norms.cpu()
-        return replace(m, gram=gram, squared_norms=norms, entries=some, **no_entries)
+        powers = m.powers.cpu()
+        return replace(
+            m, gram=gram, squared_norms=norms, powers=powers, entries=some, **no_entries
+        )
 
     moments = {
         kind: replace(batch, parameters={name: rest(m) for name, m in batch.parameters.items()})
@@ -175,10 +178,9 @@ def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor
             gram = _rows([getattr(m, "gram", None) for m in found], sizes)
         norms = _rows([getattr(m, "squared_norms", None) for m in found], sizes)
         assert norms is not None
-        added: dict[str, Any] = {
-            f: sum(getattr(m, f) for m in known)
-            for f in ("a2_sum", "a4_sum", "q_sum", "r_sum", "top_sum")
-        }
+        powers = _rows([getattr(m, "powers", None) for m in found], sizes, 1)
+        assert powers is not None
+        added: dict[str, Any] = {"a2_sum": sum(m.a2_sum for m in known), "powers": powers}
         added |= {f: sums.get((kind, name, f)) for f in _PER_ENTRY}
         if is_part(added["a2"]):
             square = sum(m.a2_square for m in known)
@@ -202,9 +204,21 @@ def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor
         batch_size=sum(sizes),
         second=cat("second"),
         fourth=cat("fourth"),
+        inverse_weights=cat("inverse_weights"),
+        seen_mass=_seen_mass(parts),
+        fisher_trace=None
+        if any(p.fisher_trace is None for p in parts)
+        else sum(p.fisher_trace or 0.0 for p in parts),
         blocks=max((p.blocks for p in parts if p.blocks is not None), key=len, default=None),
         coverage=coverage,
     )
+
+
+def _seen_mass(parts: Sequence[MomentsBatch]) -> float | None:
+    """Of all processes' labels together."""
+    known = [(p.seen_mass, p.fisher_trace or 0.0) for p in parts if p.seen_mass is not None]
+    expected = sum(weight for _, weight in known)
+    return sum(mass * weight for mass, weight in known) / expected if expected > 0 else None
 
 
 def _merge_curvature(parts: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -> CurvatureBatch:

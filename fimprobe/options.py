@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,13 +60,35 @@ def check_options(
     )
 
 
-def check_draws(draws: Any) -> int | None:
+AUTO_PASSES = 10
+"""Most backward passes that ``draws="auto"`` takes for exact labels: those of ten classes."""
+
+
+def check_draws(draws: Any) -> int | Literal["auto"] | None:
     """The number of labels drawn for each input; None for exact."""
-    if draws == "exact":
-        return None
+    if isinstance(draws, str) and draws in ("exact", "auto"):
+        return None if draws == "exact" else "auto"
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise FimprobeError(f"draws={draws!r} is no number of labels; pass 1, 2, ... or 'exact'")
+        raise FimprobeError(
+            f"draws={draws!r} is no number of labels; pass 1, 2, ..., 'exact' or 'auto'"
+        )
     return draws
+
+
+def choose_draws(problem: Problem) -> int | None:
+    """What ``draws="auto"`` stands for: exact labels where they are cheap, else two drawn ones."""
+    with torch.no_grad():
+        h = problem.forward(problem.batch[:1])
+    return None if problem.likelihood.count_passes(h) <= AUTO_PASSES else 2
+
+
+def check_label_sampling(label_sampling: Any) -> bool:
+    """Whether drawn labels are size-biased."""
+    if label_sampling not in ("size_biased", "model"):
+        raise FimprobeError(
+            f"label_sampling={label_sampling!r} is unknown; use 'size_biased' or 'model'"
+        )
+    return bool(label_sampling == "size_biased")
 
 
 def check_numbers(memory_mb: Any, seed: Any) -> None:

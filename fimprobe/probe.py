@@ -305,6 +305,7 @@ class Probe:
             share.batch,
             likelihood=self.likelihood,
             draws=self.config.draws,
+            label_sampling=self.config.label_sampling,
             estimators=wanted or ["i1"],
             second_order="off" if look else how,
             bounds=self.config.bounds and not look,

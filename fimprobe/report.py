@@ -9,13 +9,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fimprobe.advice import make_advice
-from fimprobe.estimators import i1, i2
+from fimprobe.estimators import i1, i2, reliability
 from fimprobe.estimators.empirical import compare
-from fimprobe.estimators.groups import slabs
+from fimprobe.estimators.groups import Groups, slabs
+from fimprobe.estimators.i1 import InputSums
 from fimprobe.estimators.sizes import count_sizes
 from fimprobe.estimators.tightness import bound_hessians, bound_scores
 from fimprobe.table import format_table
-from fimprobe.types import Estimate, Geometry, GroupEstimates, Measured, MomentsBatch
+from fimprobe.types import (
+    Estimate,
+    FimprobeError,
+    Geometry,
+    GroupEstimates,
+    Measured,
+    MomentsBatch,
+    OutputSummary,
+)
 
 ROOT = "(model)"
 """Layer name of parameters that the model itself holds."""
@@ -23,7 +32,11 @@ ROOT = "(model)"
 
 @dataclass(frozen=True)
 class Report:
-    """One measurement. Variances are per draw; ``std_error`` and ``rel_error`` at this size."""
+    """One measurement of one or more estimators, by parameter, by layer and for the model.
+
+    ``rel_error`` and ``std_error`` say how far off its numbers are; ``error_of`` and ``pairs_for``
+    how far off an estimator is with other numbers of inputs and labels.
+    """
 
     step: int
     batch_size: int
@@ -44,29 +57,67 @@ class Report:
     it; those that are not above 0 are left out. Empty of a sharded model."""
     seconds_by_part: dict[str, float] = field(default_factory=dict)
     """Where the time went: forward, i1, ih, bounds, i2, and of that "i2 diagonal"."""
+    label_sampling: str = "model"
+    """How the labels of the measurement came about: size_biased, model, or exact."""
+    seen_mass: float | None = None
+    """Of labels drawn from the model: Σ‖δ‖² over its expectation; far from 1 nothing is known."""
+    outputs: OutputSummary | None = None
+    """tr I(h) of the outputs; with bounds also ‖I(h)‖_F and ‖M‖_F."""
 
     @property
     def advice(self) -> list[str]:
         """What the numbers say and what to do about it, in sentences."""
         return make_advice(self)
 
-    def one_label_error(self, estimate: Estimate) -> float | None:
-        """The relative error with one drawn label for each of this report's inputs.
+    def error_of(
+        self,
+        estimator: str,
+        *,
+        inputs: int | None = None,
+        labels: int | None = 1,
+        layer: str | None = None,
+    ) -> float | None:
+        """Relative error of an estimator with labels drawn from the model.
 
-        √((V_x + V_y)/B)/‖diag F̂‖: what ``draws="exact"`` takes out of ``rel_error`` is put back.
+        √((V_x + V_y/S)/N) / ‖diag F‖₂, whatever labels this report was measured with.
+
+        Args:
+            estimator: "i1", "i2" or "ih".
+            inputs: N; None: as many as in this report.
+            labels: S for each input; None: exact.
+            layer: a layer's name; None: the whole model.
+
+        Raises:
+            FimprobeError: an estimator or layer that was not measured.
         """
-        need = estimate.draws_for(0.1)
-        return None if need is None else 0.1 * (max(need, 0.0) / self.batch_size) ** 0.5
+        return self._estimate(estimator, layer).error_of(
+            inputs=self.batch_size if inputs is None else inputs, labels=labels
+        )
+
+    def pairs_for(self, estimator: str, eps: float = 0.1, *, layer: str | None = None) -> float | None:
+        """Pairs (input, label) that an estimator takes for a relative error ``eps``."""
+        return self._estimate(estimator, layer).pairs_for(eps)
+
+    def _estimate(self, estimator: str, layer: str | None) -> Estimate:
+        group = self.total if layer is None else self.layers.get(layer)
+        if group is None:
+            known = ", ".join(map(repr, self.layers))
+            raise FimprobeError(f"layer={layer!r} was not measured; use one of {known}")
+        found = getattr(group, estimator, None) if estimator in ("i1", "i2", "ih") else None
+        if found is None:
+            known = ", ".join(k for k in ("i1", "i2", "ih") if getattr(group, k) is not None)
+            raise FimprobeError(f"estimator={estimator!r} was not measured; use one of {known}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and names only: what JSON can hold."""
 
         def group(g: GroupEstimates) -> dict[str, Any]:
-            found: dict[str, Any] = {"numel": g.numel, "i1": _scalars(g.i1)}
+            found: dict[str, Any] = {"numel": g.numel, "i1": self._record(g.i1)}
             for kind in ("i2", "ih", "empirical", "activation"):
                 estimate = getattr(g, kind)
                 if estimate is not None:
-                    found[kind] = _scalars(estimate)
+                    found[kind] = self._record(estimate)
             if g.geometry is not None:
                 found["geometry"] = dataclasses.asdict(g.geometry)
             return found
@@ -77,6 +128,9 @@ class Report:
             "draws": "exact" if self.draws is None else self.draws,
             "seconds": self.seconds,
             "likelihood": self.likelihood,
+            "label_sampling": self.label_sampling,
+            "seen_mass": self.seen_mass,
+            "outputs": None if self.outputs is None else dataclasses.asdict(self.outputs),
             "total": group(self.total),
             "layers": {name: group(g) for name, g in self.layers.items()},
             "parameters": {name: group(g) for name, g in self.parameters.items()},
@@ -92,7 +146,7 @@ class Report:
 
         ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
         ``fim_layers/<layer>/<estimator>_<value>`` for each of ``layers`` (None: all; TensorBoard
-        charts fewer values of them), ``fim_probe/seconds``. Of exact labels also ``one_label_error``.
+        charts fewer values of them), ``fim_outputs/<value>``, ``fim_probe/seconds``.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
@@ -105,9 +159,12 @@ class Report:
             if total is not None:
                 values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
                 values |= {f"fim_bounds/{kind}/{name}": getattr(total, name) for name in _BOUNDS}
-                values[f"fim/{kind}/pairs_for_10_percent"] = total.draws_for(0.1)
-                if self.draws is None and kind != "empirical":
-                    values[f"fim/{kind}/one_label_error"] = self.one_label_error(total)
+                if kind != "empirical":
+                    values[f"fim/{kind}/pairs_for_10_percent"] = total.pairs_for(0.1)
+                    values[f"fim/{kind}/one_label_error"] = self._one_label_error(total)
+        if self.outputs is not None:
+            for name, value in dataclasses.asdict(self.outputs).items():
+                values[f"fim_outputs/{name}"] = value
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
             if layers is None or layer in layers:
@@ -122,6 +179,26 @@ class Report:
         """A table of the layers."""
         return format_table(self.to_dict())
 
+    def _one_label_error(self, estimate: Estimate) -> float | None:
+        """With one label for each of this report's inputs."""
+        return estimate.error_of(inputs=self.batch_size, labels=1)
+
+    def _record(self, e: Estimate) -> dict[str, Any]:
+        values = {name: getattr(e, name) for name in _VALUES}
+        if e.trace_range is not None:
+            values["trace_range"] = list(e.trace_range)
+        derived = {
+            "one_label_error": self._one_label_error(e),
+            "pairs_for_10_percent": e.pairs_for(0.1),
+            "pairs_error": e.pairs_error,
+            "tightness": e.tightness,
+            "sharp_tightness": e.sharp_tightness,
+            "trace_tightness": e.trace_tightness,
+            "diagonal_tightness": e.diagonal_tightness,
+            "unknown": dict(e.unknown),
+        }
+        return values | derived
+
     def _of_layer(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
         for kind in ("i1", "i2"):
@@ -129,9 +206,8 @@ class Report:
             if estimate is not None:
                 for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
                     values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
-                values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.draws_for(0.1)
-                if self.draws is None:
-                    values[f"{prefix}{kind}_one_label_error"] = self.one_label_error(estimate)
+                values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.pairs_for(0.1)
+                values[f"{prefix}{kind}_one_label_error"] = self._one_label_error(estimate)
         if group.activation is not None:
             values[f"{prefix}input_i1_trace"] = group.activation.trace
             values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
@@ -159,39 +235,50 @@ def make_report(
     groups = {f"parameter {n}": [n] for n in scores.parameters}
     groups |= {f"layer {n}": names for n, names in layers.items()}
     groups["total"] = list(scores.parameters)
-    estimates: dict[str, Estimate] = {}
-    second: dict[str, Estimate] = {}
+    unseen = reliability.seen_mass_reason(scores.seen_mass)
+    measured_i1, measured_i2, measured_ih = {}, {}, {}
     geometry: dict[str, Geometry] = {}
     for part in slabs(groups, _numbers(scores)):
-        estimates |= i1.estimate_groups(scores, part, diagonals=diagonals)
+        common = _common(measured, part, unseen=bool(unseen))
+        found = i1.estimate_groups(scores, part, diagonals=diagonals)
         if measured.norms is not None:
-            bounded, shapes = bound_scores(measured, part, estimates)
-            estimates |= bounded
+            found, shapes = bound_scores(measured, part, found)
             geometry |= shapes
+        measured_i1 |= found
         if measured.curvature is not None:
             curvature = measured.curvature
             grams = {
                 key: i2.whole_gram(curvature) if key == "total" else i2.block_gram(curvature, names)
                 for key, names in part.items()
             }
-            bent = i2.estimate_groups(measured, part, estimates, grams, diagonals=diagonals)
+            bent = i2.estimate_groups(measured, part, common, grams, diagonals=diagonals)
             if measured.norms is not None:
                 bent = bound_hessians(measured, part, bent, grams)
-            second |= bent
-    hutchinson: dict[str, Estimate] = {}
-    if ask_ih:
-        hutchinson = i1.estimate_groups(measured.moments["ih"], groups, diagonals=diagonals)
+            measured_i2 |= bent
+        if ask_ih:
+            moments = measured.moments["ih"]
+            measured_ih |= i1.estimate_groups(moments, part, diagonals=diagonals, common=common)
+    estimates, second, hutchinson = _believed(
+        scores.batch_size, unseen, measured_i1, measured_i2, measured_ih
+    )
+    if scores.draws is not None and measured.curvature is not None and unseen:
+        # the residual was subtracted with labels that are not those that carry it
+        second = {key: _without_residual(e, unseen) for key, e in second.items()}
     data: dict[str, Estimate] = {}
     if "empirical" in measured.moments:
         data = i1.estimate_groups(measured.moments["empirical"], groups, diagonals=diagonals)
         best = measured.moments["ih" if scores.draws and "ih" in measured.moments else "i1"]
         for key, names in groups.items():
             cosine, ratio = compare(measured.moments["empirical"], best, names)
-            data[key] = dataclasses.replace(data[key], cosine=cosine, trace_ratio=ratio)
+            known = reliability.withhold(data[key], batch_size=scores.batch_size)
+            data[key] = dataclasses.replace(known, cosine=cosine, trace_ratio=ratio)
     hidden: dict[str, Estimate] = {}
     if measured.activations is not None:
         paths = {f"layer {n}": [n] for n in measured.activations.parameters}
-        hidden = i1.estimate_groups(measured.activations, paths, diagonals=False)
+        hidden = {
+            key: reliability.withhold(e, batch_size=scores.batch_size, labels_unseen=unseen)
+            for key, e in i1.estimate_groups(measured.activations, paths, diagonals=False).items()
+        }
 
     def group(key: str) -> GroupEstimates:
         numel = sum(scores.parameters[n].a2.numel() for n in groups[key])
@@ -226,7 +313,71 @@ def make_report(
         notes=measured.notes,
         sizes=count_sizes(entries, 1 / count),
         seconds_by_part=measured.seconds,
+        label_sampling=_label_sampling(scores),
+        seen_mass=scores.seen_mass,
+        outputs=_summarise_outputs(measured),
     )
+
+
+def _label_sampling(scores: MomentsBatch) -> str:
+    if scores.draws is None:
+        return "exact"
+    return "model" if scores.inverse_weights is None else "size_biased"
+
+
+def _summarise_outputs(measured: Measured) -> OutputSummary | None:
+    scores, norms = measured.moments["i1"], measured.norms
+    if norms is not None:
+        return OutputSummary(
+            fisher_trace=float(norms.fisher_trace.mean()),
+            fisher_norm=float(norms.fisher_norm.mean()),
+            moment_norm=float(norms.moment_norm.mean()),
+        )
+    if scores.fisher_trace is None:
+        return None
+    return OutputSummary(fisher_trace=scores.fisher_trace / scores.batch_size)
+
+
+def _common(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
+    """The sums that tell F's variance over inputs and its norm best.
+
+    Î₁'s labels where these see what carries F; else Hutchinson's vectors, which always do.
+    """
+    ih = measured.moments.get("ih")
+    return InputSums.of(ih if unseen and ih is not None else measured.moments["i1"], groups)
+
+
+def _believed(
+    batch_size: int,
+    unseen: str,
+    i1_estimates: dict[str, Estimate],
+    i2_estimates: dict[str, Estimate],
+    ih_estimates: dict[str, Estimate],
+) -> tuple[dict[str, Estimate], dict[str, Estimate], dict[str, Estimate]]:
+    """Without what cannot be believed, in every group."""
+    first, second, third = {}, {}, {}
+    for key, one in i1_estimates.items():
+        other = i2_estimates.get(key)
+        apart = "" if unseen else reliability.disagreement_reason(one, other)
+        first[key] = reliability.withhold(
+            one, batch_size=batch_size, labels_unseen=unseen, disagreement=apart
+        )
+        if other is not None:
+            second[key] = reliability.withhold(
+                other,
+                batch_size=batch_size,
+                labels_unseen=unseen,
+                only_labels=True,
+                disagreement=apart,
+            )
+        if key in ih_estimates:
+            third[key] = reliability.withhold(ih_estimates[key], batch_size=batch_size)
+    return first, second, third
+
+
+def _without_residual(estimate: Estimate, reason: str) -> Estimate:
+    unknown = {**estimate.unknown, "trace": reason}
+    return dataclasses.replace(estimate, trace=None, unknown=unknown)
 
 
 def _numbers(scores: MomentsBatch) -> int:
@@ -257,22 +408,14 @@ def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:
     )
 
 
-_TENSORS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
-_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _TENSORS)
-
-
-def _scalars(e: Estimate) -> dict[str, Any]:
-    values = {name: getattr(e, name) for name in _VALUES}
-    if e.trace_range is not None:
-        values["trace_range"] = list(e.trace_range)
-    derived = {
-        "draws_for_10_percent": e.draws_for(0.1),
-        "tightness": e.tightness,
-        "sharp_tightness": e.sharp_tightness,
-        "trace_tightness": e.trace_tightness,
-        "diagonal_tightness": e.diagonal_tightness,
-    }
-    return values | derived
+_NO_NUMBERS = (
+    "diagonal",
+    "diagonal_label_variance",
+    "diagonal_input_variance",
+    "pair_variance",
+    "unknown",
+)
+_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _NO_NUMBERS)
 
 
 _TOTAL = (

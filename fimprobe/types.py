@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fimprobe.estimators.pair_variance import PairVariance
     from fimprobe.report import Report
 
 
@@ -114,7 +115,9 @@ class Draws:
 
     ``uniforms`` [B, count, ...] are made once for the whole batch, so that chunking, the
     engine, the device and the number of processes change no label. Where processes share a batch,
-    ``first`` is the place of this one's first sample among all ``total``.
+    ``first`` is the place of this one's first sample among all ``total``. ``size_biased``: labels
+    are drawn where their score is large and weighted back to the model
+    (:mod:`fimprobe.likelihoods.size_biased`), for families that can.
     """
 
     count: int | None
@@ -122,46 +125,82 @@ class Draws:
     first: int = 0
     total: int | None = None
     uniforms: Tensor | None = None
+    size_biased: bool = False
+    positions: Tensor | None = None
 
     def uniforms_for(self, rows: slice, size: int, label_shape: torch.Size) -> Tensor:
         """The (0, 1) variates, float64 [rows, count, ...], of some rows of a batch of ``size``."""
         assert self.count is not None
         if self.uniforms is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            shape = (self.total or size, self.count, *label_shape[1:])
-            # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
-            drawn = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
-            self.uniforms = drawn.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
+            self.uniforms = self._uniforms(self.seed, size, label_shape[1:])
         return self.uniforms[rows]
+
+    def positions_for(self, rows: slice, size: int) -> Tensor:
+        """The (0, 1) variates, float64 [rows, count], that pick the label that is size-biased."""
+        if self.positions is None:
+            # another stream: the labels of the other positions are those of plain draws
+            self.positions = self._uniforms(self.seed ^ _POSITION_STREAM, size, torch.Size())
+        return self.positions[rows]
+
+    def _uniforms(self, seed: int, size: int, label_shape: torch.Size) -> Tensor:
+        assert self.count is not None
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.total or size, self.count, *label_shape)
+        # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
+        return drawn.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
+
+
+_POSITION_STREAM = 0x5BD1E995
+"""Exclusive or of the seed: a stream of its own for the positions of size-biased labels."""
 
 
 @dataclass
 class Moments:
     """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
 
-    With weights w in place of 1 for exact draws (S is then 1 in every formula):
+    Exact labels have weights w of g² and w₄ of g⁴ (S is then 1 in every formula); drawn labels of
+    weight w (1, or that of a size-biased draw) enter as ĝ = √w g, with 1/w for w₄:
     ``a2`` Σ_b Σ_s w g² per entry, empty where only sums are wanted (``a2_sum`` Σ_i, ``a2_square``
-    Σ_i of its square) · ``a4_sum`` Σ_i Σ_b Σ_s w₄ g⁴ · ``q_sum`` Σ_i Σ_b (Σ_s w g²)² ·
-    ``r_sum`` the same with the square taken inside each block (equal for one block) · ``gram``
-    [B, S, S] the inner products g_s·g_t, its diagonal the per-sample squared norms
-    (``squared_norms`` [B, S] alone where S is large) · ``a4``, ``q``, ``r`` per entry on request.
+    Σ_i of its square) · ``powers`` [4, B] for each input, summed over entries: A4 = Σ_s w₄ ĝ⁴
+    (Σ_s w g⁴ of drawn labels), Q = (Σ_s w g²)², R the same with the square taken inside each block
+    (equal for one block; Σ_s w² g⁴ of drawn labels, each its own block), and
+    F_bi max_s g_bsi² for one label's exact passes · ``gram`` [B, S, S] the inner products ĝ_s·ĝ_t,
+    its diagonal the per-sample squared norms (``squared_norms`` [B, S] alone where S is large) ·
+    ``a4``, ``q``, ``r`` per entry on request.
     """
 
     a2: Tensor
     a2_sum: float
     a2_square: float
-    a4_sum: float
-    q_sum: float
-    r_sum: float
+    powers: Tensor
     squared_norms: Tensor
-    top_sum: float = 0.0
-    """Σ_i Σ_b F_bi max_s g_bsi², for one label's exact passes."""
     gram: Tensor | None = None
     a4: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
     entries: Tensor | None = None
     """Some of ``a2``, spread over it (:func:`fimprobe.sampling.spread`)."""
+
+    @property
+    def a4_sum(self) -> float:
+        """A4 over all inputs and entries."""
+        return float(self.powers[0].sum())
+
+    @property
+    def q_sum(self) -> float:
+        """Q over all inputs and entries."""
+        return float(self.powers[1].sum())
+
+    @property
+    def r_sum(self) -> float:
+        """R over all inputs and entries."""
+        return float(self.powers[2].sum())
+
+    @property
+    def top_sum(self) -> float:
+        """Σ F_bi max_s g_bsi² over all inputs and entries."""
+        return float(self.powers[3].sum())
 
 
 @dataclass
@@ -174,6 +213,13 @@ class MomentsBatch:
     second: Tensor | None = None
     fourth: Tensor | None = None
     blocks: Tensor | None = None
+    inverse_weights: Tensor | None = None
+    """1/w of size-biased labels, float64 [B, S]; None where labels were drawn from the model."""
+    seen_mass: float | None = None
+    """Σ‖δ‖² of labels drawn from the model over its expectation: far from 1 where labels that carry
+    F were not drawn. None for size-biased and exact labels, which always see them."""
+    fisher_trace: float | None = None
+    """Σ_b tr I(h_b) = Σ_b E‖δ_b‖², the expectation in ``seen_mass``; None where it is not known."""
     coverage: dict[str, str] = field(default_factory=dict)
     classes: int | None = None
     """Outputs that share one label (softmax), where bounds were asked for."""
@@ -237,31 +283,40 @@ class Measured:
     kinks: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """One estimator of the Fisher information of a group of parameters.
 
-    F̂ is the estimate's diagonal and i runs over the group's entries. Variances are per draw
-    (N = 1); ``std_error`` and ``rel_error`` are at this report's inputs and draws.
+    F̂ is the estimate's diagonal and i runs over the group's entries. Two questions, two numbers:
+    ``std_error`` and ``rel_error`` tell how far off this report's numbers are, with everything that
+    they were made of; ``error_of`` and ``pairs_for`` how far off the estimator would be with labels
+    drawn from the model, for any number of inputs and labels. Variances are per draw (N = 1). A
+    number that cannot be known is None, with the reason in ``unknown``.
     """
 
-    trace: float
+    trace: float | None
     """Σ_i F̂_ii, in nats per squared unit of parameter."""
-    norm: float
-    """‖diag F̂‖₂."""
-    label_variance: float | None
-    """Σ_i V_y: the mean over inputs of the variance over labels; None with a single draw."""
-    input_variance: float | None
+    norm: float | None
+    """‖diag F‖₂, without what the noise of F̂ adds to it."""
+    label_variance: float | None = None
+    """Σ_i V_y: the mean over inputs of the variance over labels drawn from the model; None with a
+    single draw."""
+    label_variance_error: float | None = None
+    """Its standard error over inputs, draws and probes; None for exact labels without probes."""
+    input_variance: float | None = None
     """Σ_i V_x: the variance over inputs of F_ii(x); None with one input or a single draw."""
-    total_variance: float | None
-    """Σ_i (V_x + V_y): the variance of one (input, label) pair; None where neither is known, and for
-    Î₂ where the probes' noise made V_y negative."""
-    std_error: float | None
-    """Standard error of ``trace`` over inputs and draws."""
-    rel_error: float | None
-    """√(Σ_i Var F̂_ii) / ‖diag F̂‖₂ over inputs and draws; None where ``total_variance`` is."""
-    total_label_variance: float | None
+    total_variance: float | None = None
+    """Σ_i (V_x + V_y): the variance of one (input, label) pair."""
+    std_error: float | None = None
+    """Standard error of ``trace`` over the inputs and all that was drawn for them."""
+    rel_error: float | None = None
+    """√(Σ_i Var F̂_ii) / ‖diag F‖₂ of this report's F̂."""
+    effective_inputs: float | None = None
+    """(Σa)²/Σa² of the inputs' shares a of the trace: how many inputs the estimate comes from."""
+    total_label_variance: float | None = None
     """L1, L2: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
+    total_label_variance_error: float | None = None
+    """Its standard error from draws and probes."""
     probe_error: float | None = None
     """Standard error that random probes add to ``label_variance``; None where there are none."""
     covariance_norm: float | None = None
@@ -287,17 +342,17 @@ class Estimate:
     """Between the diagonals of the empirical Fisher and of F."""
     trace_ratio: float | None = None
     """Of the empirical Fisher to F."""
+    pair_variance: PairVariance | None = field(default=None, repr=False)
+    """What ``error_of`` and ``pairs_for`` are made of; None where they cannot be believed."""
+    unknown: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Why a field is None, by its name; "pairs" for ``error_of`` and ``pairs_for``."""
     diagonal: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     diagonal_label_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
     diagonal_input_variance: dict[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def tightness(self) -> float | None:
-        """``bound`` / ``covariance_norm``, 1 at best; None where ‖Cov‖ is not known or is zero, and
-        where the bound is lost in the noise of its probes.
-        """
-        if self.bound is not None and self.bound_error is not None and self.bound <= self.bound_error:
-            return None
+        """``bound`` / ``covariance_norm``, 1 at best; None where one is not known or is zero."""
         return _ratio(self.bound, self.covariance_norm)
 
     @property
@@ -315,17 +370,60 @@ class Estimate:
         """``diagonal_bound`` / ``label_variance``."""
         return _ratio(self.diagonal_bound, self.label_variance)
 
-    def draws_for(self, eps: float) -> float | None:
-        """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F̂‖²).
+    def error_of(self, *, inputs: int, labels: int | None = 1) -> float | None:
+        """Relative error of the estimator with other numbers: √((V_x + V_y/S)/N) / ‖diag F‖₂.
 
-        >>> Estimate(1.0, 2.0, 3.0, 1.0, 4.0, None, None, None).draws_for(0.5)
-        4.0
+        Args:
+            inputs: N, drawn as this report's were.
+            labels: S for each input, drawn from the model (for Î_H: vectors ξ); None: exact.
+
+        Returns:
+            None where it is not known; ``unknown["pairs"]`` says why.
+
+        Raises:
+            FimprobeError: numbers below 1.
         """
-        if not eps > 0:
+        _check_count("inputs", inputs)
+        if labels is not None:
+            _check_count("labels", labels)
+        found = self._relative(labels)
+        return None if found is None else (found[0] / inputs) ** 0.5
+
+    def pairs_for(self, eps: float) -> float | None:
+        """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F‖²).
+
+        >>> from fimprobe.estimators.pair_variance import PairVariance
+        >>> variance = PairVariance(fourth=3.0, square=2.0, norm_square=1.0, covariance=((0.0,) * 3,) * 3)
+        >>> estimate = Estimate(trace=1.0, norm=1.0, pair_variance=variance)
+        >>> estimate.pairs_for(0.5), estimate.error_of(inputs=4, labels=2)
+        (8.0, 0.6123724356957945)
+        """
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
             raise FimprobeError(f"eps={eps!r} is no relative error; pass a number above 0")
-        if self.total_variance is None or self.norm == 0:
+        found = self._relative(1)
+        return None if found is None else found[0] / eps**2
+
+    @property
+    def pairs_error(self) -> float | None:
+        """Relative standard error of ``pairs_for``; that of ``error_of`` is half of it."""
+        found = self._relative(1)
+        if found is None or not found[1] >= 0:
             return None
-        return self.total_variance / (eps * self.norm) ** 2
+        return found[1] / found[0] if found[0] > 0 else 0.0
+
+    def _relative(self, labels: int | None) -> tuple[float, float] | None:
+        """(V_x + V_y/S)/U and its standard error; None where it is lost in that."""
+        if self.pair_variance is None:
+            return None
+        found = self.pair_variance.relative(labels)
+        if found is None or found[0] < 0 or found[0] < 2 * found[1]:
+            return None
+        return found
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FimprobeError(f"{name}={value!r} is no number of {name}; pass 1, 2, ...")
 
 
 def _ratio(bound: float | None, value: float | None) -> float | None:
@@ -353,6 +451,21 @@ class Geometry:
     """‖·‖_F of the layer's own linear map, without the bias."""
     reason: str = ""
     """Why (20) and (21) do not apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSummary:
+    """The output Fisher information I(h) and fourth moment M, means over the inputs.
+
+    tr I → 0 is why Î₁ fails as a model grows confident. Source: Soen & Sun (2021), eq. 6 and 14.
+    """
+
+    fisher_trace: float
+    """tr I(h) = E‖∂ log p/∂h‖²."""
+    fisher_norm: float | None = None
+    """‖I(h)‖_F; with ``bounds``."""
+    moment_norm: float | None = None
+    """‖M‖_F; with ``bounds``."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,11 @@ def contract(
         )
         if inputs:
             _add_activations(tape, run, sources, seeds, size)
-    if seeds.weights is not None:
+    if seeds.seen is not None and kind == "i1":
+        run.seen.append(seeds.seen)
+    if seeds.weights is not None and seeds.weights.second is None:
+        run.inverse_weights.append(seeds.weights.fourth)
+    elif seeds.weights is not None:
         combined = len(seeds.seeds) if seeds.mix is None else seeds.mix.shape[1]
         run.weights.setdefault(kind, []).append(seeds.weights.padded(combined))
     return reached

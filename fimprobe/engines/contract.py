@@ -39,9 +39,9 @@ class Accumulator:
 
     a2: Tensor
     """Uninitialised until the first contribution."""
-    sums: Tensor
-    """A4, Q, R and the top sum over all entries, float64 [4]."""
     diagonals: bool = False
+    sums: Any = None
+    """Of the chunk at hand: A4, Q, R and top of each sample, over all entries, float64 [4, b]."""
     a4: Tensor | None = None
     q: Tensor | None = None
     r: Tensor | None = None
@@ -55,15 +55,15 @@ class Accumulator:
 
     @classmethod
     def like(
-        cls, parameter: Tensor, sums: Tensor, *, diagonals: bool, sharded: bool, bare: bool
+        cls, parameter: Tensor, *, diagonals: bool, sharded: bool, bare: bool
     ) -> Accumulator:
         """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if sharded or bare:
             nothing = torch.zeros((), dtype=dtype, device=parameter.device)
-            return cls(nothing.expand(parameter.shape), sums, bare=bare, empty=not bare)
+            return cls(nothing.expand(parameter.shape), bare=bare, empty=not bare)
         a2 = torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-        made = cls(a2, sums, diagonals)
+        made = cls(a2, diagonals)
         if diagonals:
             # fourth powers of small gradients leave float32's range
             made.a4, made.q, made.r = (torch.zeros_like(a2, dtype=torch.float64) for _ in range(3))
@@ -113,7 +113,7 @@ class Accumulator:
         powers = power_sums(square, weights, scale)
         if powers is None:
             return False
-        self._take(powers.sums, scale)
+        self._take(powers.sums, scale, samples)
         if gram is None:
             gram = square.sum(-1)
         self.gram[samples] += gram if scale is None else gram.double() * scale**2
@@ -133,7 +133,7 @@ class Accumulator:
         scale = rows.scale
         if x is None:
             x2 = x4 = None
-            length = x4_sum = torch.ones(len(rows.f), dtype=torch.float64, device=rows.f.device)
+            length = x4_sum = rows.sums.new_empty(0)
         else:
             if scale is not None and x.dtype != torch.float64:
                 own = power_of_two(x)
@@ -144,7 +144,7 @@ class Accumulator:
                 return False
             # the powers are float32's, the sums over samples are taken in float64
             length, x4_sum = x2.sum(-1).double(), each.double()
-        self._take(rows.sums @ x4_sum, scale)
+        self._take(rows.sums if x is None else rows.sums * x4_sum, scale)
         inner = rows.inner if x is None else rows.inner * beside(length, rows.inner)
         self.gram += inner if scale is None else inner * scale**2
         f = unscaled(rows.f, scale)
@@ -179,7 +179,8 @@ class Accumulator:
         powers = power_sums(square, weights, scale)
         if powers is None:
             return False
-        self._take(powers.sums, scale)
+        sums = powers.sums if scale is None else powers.sums * scale**4
+        self.sums.index_add_(1, sample, sums)
         inner = inner_products(rows) if self.gram.dim() == 3 else square.sum(-1)
         inner = inner.double() if scale is None else inner.double() * scale**2
         self.gram.index_add_(0, sample, inner)
@@ -219,36 +220,37 @@ class Accumulator:
         self,
         a2: Tensor,
         gram: Tensor,
-        a4_sum: Tensor,
-        q_sum: Tensor,
-        top_sum: Tensor,
-        a4: Tensor | None,
-        q: Tensor | None,
+        sums: Tensor,
+        entries: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
-        """Take sums over the whole chunk that were made elsewhere, of passes of a single block.
+        """Take what was made elsewhere of the whole chunk.
 
-        ``a2`` may be the accumulator's own, filled.
+        Args:
+            a2: Σ_b Σ_s w g² of every entry; may be the accumulator's own, filled.
+            gram: inner products [b, S, S], or squared norms [b, S].
+            sums: A4, Q, R and top of each sample [4, b].
+            entries: A4, Q and R of every entry, where diagonals are wanted.
         """
         self.gram += gram
-        self._take(torch.stack([a4_sum, q_sum, q_sum, top_sum]), None)
+        self._take(sums, None)
         if a2 is not self.a2 and not self.bare:
             self.zero()
             self.a2 += a2
         self.empty = False
         if self.a4 is not None:
-            assert a4 is not None and q is not None
-            self.take_entries(a4, q, q)
+            assert entries is not None
+            self.take_entries(*entries)
 
     def result(self) -> Any:
         """A2: a DTensor where the parameter is sharded, empty where it is not wanted."""
         if self.bare:
-            return self.sums.new_empty(0)
+            return self.a2.new_empty(0)
         return self.a2 if self.own is None else self.own
 
     def square_norm(self) -> Tensor:
         """Σ_i A2_i², in float64 where float32 would leave its range or the tensor is small."""
         if self.bare:
-            return torch.zeros_like(self.sums[0])
+            return torch.zeros((), dtype=torch.float64, device=self.a2.device)
         if self.own is None:
             self.zero()
         a2 = self.a2 if self.own is None else self.own.to_local()
@@ -266,5 +268,6 @@ class Accumulator:
             self.a2.zero_()
             self.empty = False
 
-    def _take(self, sums: Tensor, scale: Tensor | None) -> None:
-        self.sums += sums if scale is None else sums * scale**4
+    def _take(self, sums: Tensor, scale: Tensor | None, samples: slice | None = None) -> None:
+        mine = self.sums if samples is None else self.sums[:, samples]
+        mine += sums if scale is None else sums * scale**4

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.engines.contract import Accumulator
-from fimprobe.engines.powers import Weights
+from fimprobe.engines.powers import Weights, drawn
 from fimprobe.engines.rules import conv1d_weight, linear_weight
 from fimprobe.engines.tape import Use
 
@@ -54,13 +54,13 @@ class Operands:
 def find_operands(met: Met, weights: Weights | None) -> Operands | None:
     """The operands, where the kernel covers this weight on this device; None where it does not.
 
-    Covered: up to MOST_DRAWS draws or passes of a single block, one use in a Linear or Conv1D layer
+    Covered: up to MOST_DRAWS drawn labels, or passes of a single block, one use in a Linear or Conv1D layer
     at several positions, one lookup, float32 and half precision.
     """
     first = met[0][1]
     if not _runs_on(first[0].device) or len(first) > MOST_DRAWS or len(met) > 2:
         return None
-    if weights is not None and len(set(weights.blocks)) > 1:
+    if not drawn(weights) and weights is not None and len(set(weights.blocks)) > 1:
         return None
     parts: dict[str, Any] = {}
     for use, deltas in met:
@@ -90,9 +90,11 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
         if fresh
         else torch.empty((parts, *shape), dtype=torch.float32, device=device)
     )
-    a4 = q = None
+    sampled = drawn(weights)
+    a4 = q = r = None
     if accumulator.diagonals:
         a4, q = (torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2))
+        r = torch.empty(shape, dtype=torch.float64, device=device) if sampled else q
     pairs = draws * (draws + 1) // 2
     tiles = -(-outs // SMALLEST) * -(-ins // SMALLEST)
     sums = torch.zeros((tiles, samples, pairs + draws + 3), device=device)
@@ -106,11 +108,12 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
             dense,
             tokens,
             lookup,
-            None if weights is None else weights.second.float().contiguous(),
+            None if weights is None or sampled else weights.second.float().contiguous(),
             None if weights is None else weights.fourth.double().contiguous(),
             a2,
             a4,
             q,
+            r,
             sums,
             *(samples, positions, lookups, outs, ins, share),
             -2 if operands.padding is None else operands.padding,
@@ -123,7 +126,8 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
             S=draws,
             DENSE=x is not None,
             LOOKUP=tokens is not None,
-            WEIGHTED=weights is not None,
+            WEIGHTED=not sampled,
+            QUARTIC_WEIGHTED=weights is not None,
             DIAGONALS=accumulator.diagonals,
             PRECISION="ieee",
             RAISE=INTERPRET,
@@ -133,14 +137,14 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
     second = (wide[..., :pairs] * scale).sum(0)
     fourth = (wide[..., pairs:-1] * scale.square()).sum(0)
     norms = fourth[:, :draws]
+    quartic = (norms if weights is None else norms * weights.fourth).sum(1)
+    q_sum = fourth[:, draws]
+    r_sum = norms.sum(1) if sampled else q_sum
     accumulator.add_sums(
         accumulator.a2 if fresh else a2.sum(0),
         _gram(second, draws),
-        (norms if weights is None else norms * weights.fourth).sum(),
-        fourth[:, draws].sum(),
-        fourth[:, draws + 1].sum(),
-        a4,
-        q,
+        torch.stack([quartic, q_sum, r_sum, fourth[:, draws + 1]]),
+        None if a4 is None or q is None or r is None else (a4, q, r),
     )
 
 

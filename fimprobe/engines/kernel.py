@@ -33,11 +33,11 @@ CONFIGURATIONS = [
 
 @triton.jit
 def moments(
-    X, DELTA, TOKENS, ROWS, SECOND, FOURTH, A2, A4, Q, SUMS,
+    X, DELTA, TOKENS, ROWS, SECOND, FOURTH, A2, A4, Q, R, SUMS,
     samples, positions, lookups, outs, ins, share, padding,
     x_b, x_t, x_i, d_b, d_t, d_o, k_b, k_t, r_b, r_t, r_i, a_p, a_o, a_i, bucket,
     S: tl.constexpr, DENSE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHTED: tl.constexpr,
-    DIAGONALS: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    QUARTIC_WEIGHTED: tl.constexpr, DIAGONALS: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Moments of g_s[o, i] = Σ_t DELTA_s[t, o] X[t, i] + Σ_t [TOKENS[t] = o] ROWS_s[t, i]."""
@@ -52,6 +52,7 @@ def moments(
     if DIAGONALS:
         a4 = tl.zeros((BO, BI), tl.float64)
         q = tl.zeros((BO, BI), tl.float64)
+        r = tl.zeros((BO, BI), tl.float64)
     PAIRS: tl.constexpr = S * (S + 1) // 2
     COLUMNS: tl.constexpr = PAIRS + S + 3
     first = part.to(tl.int64) * share
@@ -129,7 +130,9 @@ def moments(
                 wide = g[s].to(tl.float64)
                 wide = wide * wide
                 fourth = wide * wide
-                if WEIGHTED:
+                if not WEIGHTED:
+                    r += fourth
+                if QUARTIC_WEIGHTED:
                     fourth = fourth * tl.load(FOURTH + b * S + s)
                 a4 += fourth
         tl.store(out + PAIRS + S, tl.sum(tl.sum(f * f, 1), 0))
@@ -146,6 +149,8 @@ def moments(
     if DIAGONALS:
         tl.store(A4 + place, a4, mask=inside)
         tl.store(Q + place, q, mask=inside)
+        if not WEIGHTED:
+            tl.store(R + place, r, mask=inside)
 
 
 tuned = triton.autotune(

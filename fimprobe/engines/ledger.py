@@ -17,24 +17,25 @@ from fimprobe.types import Moments
 STACK_BYTES = 2**19
 """On a CPU small gradients are taken together in pieces below this: fresh pages are dear."""
 
-Totals = tuple[Tensor, Tensor, list[Tensor] | None]
-"""A4, Q, R, top and Σ A2² of each name, float64 [n, 5]; Gram matrices; entries of A2."""
+Totals = tuple[Tensor, Tensor, Tensor, list[Tensor] | None]
+"""Σ A2² of each name [n]; A4, Q, R and top [n, 4, B]; Gram matrices; entries of A2."""
 
 
 @dataclass
 class Ledger:
-    """One accumulator for each name; their sums and Gram matrices are rows of shared tensors."""
+    """One accumulator for each name; their powers and Gram matrices are rows of shared tensors."""
 
     diagonals: bool
     sampled: bool
     """Whether some entries of A2 are wanted."""
     bare: bool
     """Whether A2 itself is not."""
-    sums: Tensor
-    """A4, Q, R and the top sum of each name, float64 [n, 4]."""
+    device: torch.device
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
     grams: list[Tensor] = field(default_factory=list)
     """For each chunk: [n, b, S, S], or squared norms [n, b, S]."""
+    powers: list[Tensor] = field(default_factory=list)
+    """For each chunk: A4, Q, R and top of each sample, float64 [n, 4, b]."""
 
     @classmethod
     def of(
@@ -48,31 +49,29 @@ class Ledger:
     ) -> Ledger:
         """A ledger for gradients of these tensors; ``sharded`` ones are opened when taken."""
         device = next(iter(tensors.values())).device
-        made = cls(diagonals, sampled, bare, torch.zeros(0, 4, dtype=torch.float64, device=device))
+        made = cls(diagonals, sampled, bare, device)
         made.include(tensors, sharded)
         return made
 
     def include(self, tensors: Mapping[str, Tensor], sharded: Collection[str] = ()) -> None:
         """Add the names that are new."""
-        new = {name: like for name, like in tensors.items() if name not in self.accumulators}
-        if not new:
-            return
-        self.sums = torch.cat([self.sums, self.sums.new_zeros(len(new), 4)])
-        rows = self.sums.unbind(0)
-        for accumulator, row in zip(self.accumulators.values(), rows, strict=False):
-            accumulator.sums = row
-        for (name, like), row in zip(new.items(), rows[-len(new) :], strict=True):
-            self.accumulators[name] = Accumulator.like(
-                like, row, diagonals=self.diagonals, sharded=name in sharded, bare=self.bare
-            )
+        for name, like in tensors.items():
+            if name not in self.accumulators:
+                self.accumulators[name] = Accumulator.like(
+                    like, diagonals=self.diagonals, sharded=name in sharded, bare=self.bare
+                )
 
     def begin(self, samples: int, draws: int) -> None:
-        """Make room for the Gram matrices of the next chunk."""
+        """Make room for the powers and Gram matrices of the next chunk."""
         shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)
-        gram = torch.zeros(len(self.sums), *shape, dtype=torch.float64, device=self.sums.device)
+        count = len(self.accumulators)
+        gram = torch.zeros(count, *shape, dtype=torch.float64, device=self.device)
+        powers = torch.zeros(count, 4, samples, dtype=torch.float64, device=self.device)
         self.grams.append(gram)
-        for accumulator, mine in zip(self.accumulators.values(), gram.unbind(0), strict=True):
-            accumulator.gram = mine
+        self.powers.append(powers)
+        rows = zip(self.accumulators.values(), gram.unbind(0), powers.unbind(0), strict=True)
+        for accumulator, inner, sums in rows:
+            accumulator.gram, accumulator.sums = inner, sums
 
     def add_vectors(
         self, names: Sequence[str], gradients: Sequence[Tensor], weights: Weights | None, room: float
@@ -98,27 +97,34 @@ class Ledger:
         square = g.square()
         inner = square.sum(-1) if gram.dim() == 3 else g @ g.transpose(-1, -2)
         gram[rows, samples] += inner
-        if weights is None:
+        own: Tensor | None = None
+        if weights is None or weights.second is None:
             blocks = [square.squeeze(2) if g.shape[2] == 1 else square.sum(2)]
             quartic = square.square()
+            own = quartic.sum(2)
+            if weights is not None:
+                quartic = quartic * weights.fourth.double().unsqueeze(-1)
         else:
             second = weights.second.double().unsqueeze(1)
             blocks = [(second[..., p] @ square[:, :, p]).squeeze(2) for p in weights.parts()]
             quartic = square.square() * weights.fourth.double().unsqueeze(-1)
         f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
         q = r = f.square()
-        if len(blocks) > 1:
+        if own is not None:
+            r = own
+        elif len(blocks) > 1:
             r = torch.stack(blocks).square().sum(0)
-        found = torch.stack([quartic.sum((1, 2, 3)), q.sum((1, 2)), r.sum((1, 2))], 1)
-        self.sums[rows, :3] += found
-        if weights is not None and len(blocks) == 1:
-            self.sums[rows, 3] += (f * square.amax(2)).sum((1, 2))
+        found = torch.stack([quartic.sum((2, 3)), q.sum(2), r.sum(2)], 1)
+        powers = self.powers[-1]
+        powers[rows, :3, samples] += found
+        if own is None and len(blocks) == 1:
+            powers[rows, 3, samples] += (f * square.amax(2)).sum(2)
         for name, a2 in zip(names, f.sum(1).unbind(0), strict=True):
             self.accumulators[name].take(a2)
         if self.diagonals:
             parts = zip(names, quartic.sum((1, 2)), q.sum(1), r.sum(1), strict=True)
-            for name, a4, own, rest in parts:
-                self.accumulators[name].take_entries(a4, own, rest)
+            for name, a4, whole, rest in parts:
+                self.accumulators[name].take_entries(a4, whole, rest)
 
     def mix(self, mix: Tensor) -> None:
         """The chunk's Gram matrices become those of combinations [B, n, m] of its m seeds."""
@@ -128,34 +134,33 @@ class Ledger:
     def totals(self) -> Totals:
         """Where they are; entries of A2 unless a parameter is sharded."""
         taken = self.accumulators.values()
-        sums = torch.cat([self.sums, torch.stack([a.square_norm() for a in taken]).unsqueeze(1)], 1)
+        squares = torch.stack([a.square_norm() for a in taken])
         whole = self.sampled and all(a.own is None for a in taken)
         entries = [spread(a.a2) for a in taken] if whole else None
-        return sums, torch.cat([_padded(gram, len(sums)) for gram in self.grams], 1), entries
+        powers = torch.cat([_padded(p, len(squares)) for p in self.powers], 2)
+        grams = torch.cat([_padded(gram, len(squares)) for gram in self.grams], 1)
+        return squares, powers, grams, entries
 
     def finish(
         self, totals: Totals, second: Tensor | None, without: Collection[str]
     ) -> dict[str, Moments]:
         """The moments; ``totals`` fetched, ``second`` [B, S] the exact passes' factors of g²."""
-        sums, grams, entries = totals
+        squares, powers, grams, entries = totals
         norms = grams.diagonal(dim1=2, dim2=3) if grams.dim() == 4 else grams
         a2 = (norms if second is None else norms * second.double()).sum((1, 2))
-        told = torch.cat([sums, a2.unsqueeze(1)], 1).tolist()
-        rows = dict(zip(self.accumulators, zip(told, norms, grams, strict=True), strict=True))
+        values = zip(squares.tolist(), a2.tolist(), powers, norms, grams, strict=True)
+        rows = dict(zip(self.accumulators, values, strict=True))
         found = {}
         for i, (name, accumulator) in enumerate(self.accumulators.items()):
             if name in without:
                 continue
-            (a4, q, r, top, square, total), norm, gram = rows[name]
+            square, total, sums, norm, gram = rows[name]
             found[name] = Moments(
                 accumulator.result(),
                 total,
                 square,
-                a4,
-                q,
-                r,
+                sums,
                 norm,
-                top,
                 gram if gram.dim() == 3 else None,
                 accumulator.a4,
                 accumulator.q,

@@ -14,19 +14,26 @@ GRAM_LIMIT = 16
 
 @dataclass(frozen=True)
 class Weights:
-    """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block; None for sampled draws."""
+    """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block.
 
-    second: Tensor
+    Labels that are drawn from the model have none (None in place of this record): the factors are 1
+    and each draw is a block. Size-biased draws have no ``second``, as √w is in the gradients ĝ
+    already; ``fourth`` is 1/w, and each draw is a block.
+    """
+
+    second: Tensor | None
     fourth: Tensor
     blocks: list[int]
 
     def rows(self, samples: slice | Tensor) -> Weights:
         """The weights of some samples."""
-        return Weights(self.second[samples], self.fourth[samples], self.blocks)
+        second = None if self.second is None else self.second[samples]
+        return Weights(second, self.fourth[samples], self.blocks)
 
     def padded(self, count: int) -> Weights:
         """With further passes of the last block that weigh nothing, ``count`` in all."""
         more = count - len(self.blocks)
+        assert self.second is not None
         second, fourth = (torch.nn.functional.pad(w, (0, more)) for w in (self.second, self.fourth))
         return Weights(second, fourth, self.blocks + self.blocks[-1:] * more)
 
@@ -68,19 +75,8 @@ class RowPowers:
         each = torch.linalg.vecdot(square, square)
         if not held(each, scale):
             return None
-        blocks = _block_sums(square, weights)
-        f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-        fourth = each.sum(1).double() if weights is None else (each.double() * weights.fourth).sum(1)
-        q = r = fourth
-        if weights is not None or delta.shape[1] > 1:
-            q = r = _products(f, f, weights)
-        if len(blocks) > 1:
-            r = torch.stack([_products(t, t, weights) for t in blocks]).sum(0)
-        top = torch.zeros_like(fourth)
-        if len(blocks) == 1 and weights is not None:
-            top = _products(f, square.amax(1), weights)
+        f, blocks, sums = sample_powers(square, each, weights)
         inner = inner_products(delta) if 1 < delta.shape[1] <= GRAM_LIMIT else square.sum(-1)
-        sums = torch.stack([fourth, q, r, top])
         return cls(square, weights, scale, f, blocks, sums, inner.double())
 
     @property
@@ -96,7 +92,10 @@ def beside(factors: Tensor, x: Tensor) -> Tensor:
 
 
 class Powers(NamedTuple):
-    """Of g² [b, S, P]: F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4]."""
+    """Of g² [b, S, P]: F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4, b].
+
+    Of drawn labels, each a block of its own, ``blocks`` holds nothing but F_b.
+    """
 
     f: Tensor
     blocks: list[Tensor]
@@ -105,9 +104,14 @@ class Powers(NamedTuple):
     def entries(self, square: Tensor, weights: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
         """A4 [b, S, P], Q and R [b, P] of every entry, in float64."""
         quartic = square.double().square()
-        if weights is not None:
-            quartic *= weights.fourth.double().unsqueeze(-1)
         own = self.f.double().square()
+        if drawn(weights):
+            rest = quartic.sum(1)
+            if weights is not None:
+                quartic *= weights.fourth.double().unsqueeze(-1)
+            return quartic, own, rest
+        assert weights is not None
+        quartic *= weights.fourth.double().unsqueeze(-1)
         if len(self.blocks) == 1:
             return quartic, own, own
         rest = torch.zeros_like(own)
@@ -117,35 +121,53 @@ class Powers(NamedTuple):
 
 
 def power_sums(square: Tensor, weights: Weights | None, scale: Tensor | None) -> Powers | None:
-    """Sums of g² and g⁴ over all entries; None where float32 did not hold g⁴."""
+    """Sums of g² and g⁴ [b, S, P] over all entries; None where float32 did not hold g⁴."""
+    each = torch.linalg.vecdot(square, square)
+    if not held(each, scale):
+        return None
+    return Powers(*sample_powers(square, each, weights))
+
+
+def sample_powers(
+    square: Tensor, each: Tensor, weights: Weights | None
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4, b] of each sample.
+
+    Args:
+        square: g² [b, S, P].
+        each: Σ_i g⁴ [b, S].
+        weights: of the draws or passes.
+    """
     blocks = _block_sums(square, weights)
-    if weights is None:
-        fourth = dot(square, square)
-        if not held(fourth, scale, square.dtype):
-            return None
-    else:
-        each = torch.linalg.vecdot(square, square)
-        if not held(each, scale):
-            return None
-        fourth = (each.double() * weights.fourth).sum()
     f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-    q = r = fourth
-    if weights is not None or square.shape[1] > 1:
-        q = r = _products(f, f, weights).sum()
-    if len(blocks) > 1:
-        r = torch.stack([_products(t, t, weights).sum() for t in blocks]).sum()
+    wide = each.double()
+    fourth = wide if weights is None else wide * weights.fourth
+    fourth = fourth.squeeze(1) if fourth.shape[1] == 1 else fourth.sum(1)
     top = torch.zeros_like(fourth)
-    if len(blocks) == 1 and weights is not None:
-        top = _products(f, square.amax(1), weights).sum()
-    return Powers(f, blocks, torch.stack([fourth, q, r, top]))
+    if drawn(weights):
+        r = q = wide.squeeze(1) if wide.shape[1] == 1 else wide.sum(1)
+        if wide.shape[1] > 1:
+            q = _products(f, f, weights)
+        return f, blocks, torch.stack([fourth, q, r, top])
+    q = r = _products(f, f, weights)
+    if len(blocks) > 1:
+        r = torch.stack([_products(t, t, weights) for t in blocks]).sum(0)
+    else:
+        top = _products(f, square.amax(1), weights)
+    return f, blocks, torch.stack([fourth, q, r, top])
 
 
-def held(powers: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> bool:
+def drawn(weights: Weights | None) -> bool:
+    """Whether labels were drawn, from the model or size-biased: squares are summed as they are."""
+    return weights is None or weights.second is None
+
+
+def held(powers: Tensor, scale: Tensor | None) -> bool:
     """Whether float32 held the fourth powers; of scaled ones it is known, and not asked.
 
     What is flushed to zero, below 1e-38, is then less than a billionth of their sum.
     """
-    if scale is not None or (dtype or powers.dtype) == torch.float64:
+    if scale is not None or powers.dtype == torch.float64:
         return True
     return 1e-20 < float(powers.sum()) < 1e30
 
@@ -179,7 +201,7 @@ def is_one(scale: Tensor) -> bool:
 def _products(x: Tensor, y: Tensor, weights: Weights | None) -> Tensor:
     """Σ x y of each sample [b] of sums over draws; weights may take their squares out of range."""
     found = torch.linalg.vecdot(x, y)
-    looks = weights is not None and found.device.type == "cpu"
+    looks = not drawn(weights) and found.device.type == "cpu"
     if looks and not held(found, None):
         found = torch.linalg.vecdot(x.double(), y.double())
     return found.double()
@@ -204,7 +226,7 @@ def inner_products(rows: Tensor) -> Tensor:
 
 def _block_sums(square: Tensor, weights: Weights | None) -> list[Tensor]:
     """Σ over each block's passes of weight·g² [b, P]."""
-    if weights is None:
+    if weights is None or weights.second is None:
         return [square.squeeze(1) if square.shape[1] == 1 else square.sum(1)]
     second = weights.second.to(square.dtype).unsqueeze(1)
     return [torch.bmm(second[..., p], square[:, p]).squeeze(1) for p in weights.parts()]

@@ -13,6 +13,12 @@ from fimprobe.engines.fetch import upload
 from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
+from fimprobe.likelihoods.size_biased import (
+    SizeBiasedScores,
+    draw_size_biased,
+    expected_squares,
+    has_size_biased_draws,
+)
 from fimprobe.types import FimprobeError, OutputNorms, Pass
 
 PASS_LIMIT = 4096
@@ -29,22 +35,64 @@ class Seeds:
 
     seeds: list[Tensor]
     weights: Weights | None
+    seen: Tensor | None = None
+    """Of labels: Σ‖δ‖² over the samples, as the mean over draws, and its expectation, [2]."""
     mix: Tensor | None = None
     """[B, n, m]: Gram matrices are wanted of these n combinations of the m seeds, of which the first
     are the seeds that have a weight."""
 
 
 def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
-    """Scores of the drawn labels, or the passes of their exact expectation."""
+    """Scores of the drawn labels (√w δ where they are size-biased), or the exact passes."""
     if problem.draws.count is None:
         # m − v² of a Bernoulli label near p = ½ has no digits in float32
         passes = _passes(problem.likelihood.exact_passes(h.double(), mask_of(problem, rows, h)), h)
         # masked labels weigh nothing, but Î₂'s bounds see the seeds themselves
-        return Seeds([_masked(problem, rows, h, s) for s in passes.seeds], passes.weights)
-    found = []
-    for uniforms in _uniforms(problem, rows, h).unbind(1):
-        found.append(_masked(problem, rows, h, _drawn_scores(problem, h, uniforms)))
-    return Seeds(found, None)
+        scores = [_masked(problem, rows, h, s) for s in passes.seeds]
+        return Seeds(scores, passes.weights, _seen_mass(problem, rows, h, None))
+    draws, family = problem.draws, problem.likelihood
+    uniforms = _uniforms(problem, rows, h).unbind(1)
+    if draws.size_biased and has_size_biased_draws(family, h):
+        positions = upload(draws.positions_for(rows, problem.batch.size), h.device).unbind(1)
+        mask = mask_of(problem, rows, h)
+        parts = [_size_biased_scores(problem, h, mask, *u) for u in zip(uniforms, positions)]
+        inverse = torch.stack([part.inverse_weights for part in parts], 1)
+        weights = Weights(None, inverse, list(range(len(parts))))
+        # √w δ has the length √τ, whatever the label
+        seen = torch.stack([part.expected.sum() for part in parts]).mean()
+        return Seeds([part.scores for part in parts], weights, torch.stack([seen, seen]))
+    found = [_masked(problem, rows, h, _drawn_scores(problem, h, u)) for u in uniforms]
+    return Seeds(found, None, _seen_mass(problem, rows, h, found))
+
+
+def _size_biased_scores(
+    problem: Problem, h: Tensor, mask: Tensor | None, uniforms: Tensor, positions: Tensor
+) -> SizeBiasedScores:
+    """One size-biased label of each sample; samples do not meet in it."""
+    scores, inverse = torch.empty_like(h), h.new_empty(len(h), dtype=torch.float64)
+    expected = torch.empty_like(inverse)
+    step = drawn_at_once(h) // max(1, h[0].numel())
+    for start in range(0, len(h), step):
+        part = slice(start, start + step)
+        keep = None if mask is None else mask[part]
+        found = draw_size_biased(
+            problem.likelihood, h[part], uniforms[part], positions[part], keep
+        )
+        scores[part], inverse[part], expected[part] = found
+    return SizeBiasedScores(scores, inverse, expected)
+
+
+def _seen_mass(
+    problem: Problem, rows: slice, h: Tensor, scores: list[Tensor] | None
+) -> Tensor | None:
+    """Σ‖δ‖² of the labels, mean over draws (``scores``; None: not needed), and its expectation."""
+    expected = expected_squares(problem.likelihood, h, mask_of(problem, rows, h))
+    if expected is None:
+        return None
+    total = expected.sum()
+    if scores is None:
+        return torch.stack([total, total])
+    return torch.stack([torch.stack([s.double().square().sum() for s in scores]).mean(), total])
 
 
 DRAWN_AT_ONCE = 2**26
@@ -160,9 +208,9 @@ def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> 
         elif axis is not None:
             first = _signs(problem, rows, h, "hessian").narrow(axis, 0, 1)
             more = [first * keep, first * torch.stack(found).sum(0)]
-    second = (
+    second = (  # size-biased seeds are √w δ: the squares of √w R have the factor of all draws
         torch.full((len(h), len(found)), 1 / len(found), dtype=torch.float64, device=h.device)
-        if weights is None
+        if weights is None or weights.second is None
         else weights.second.double()
     )
     return Seeds(found + more, Weights(second, second, [0] * len(found)))

@@ -14,6 +14,7 @@ from fimprobe.engines.fetch import fetch
 from fimprobe.engines.ledger import Ledger, Totals
 from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Plan, Problem, check_finite, coverage
+from fimprobe.likelihoods import Gaussian
 from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 
 
@@ -23,6 +24,10 @@ class Sums:
 
     ledgers: dict[str, Ledger] = field(default_factory=dict)
     weights: dict[str, list[Weights]] = field(default_factory=dict)
+    inverse_weights: list[Tensor] = field(default_factory=list)
+    """1/w [b, S] of size-biased labels, for each chunk."""
+    seen: list[Tensor] = field(default_factory=list)
+    """Σ‖δ‖² of the labels, as the model's mean over draws, and its expectation, for each chunk."""
     activations: Ledger | None = None
     curves: dict[str, CurvatureSums] = field(default_factory=dict)
     second: list[Tensor] = field(default_factory=list)
@@ -67,6 +72,8 @@ class Sums:
                     n: c.joined() for n, c in self.curves.items() if bent and n not in plan.unused
                 },
                 "second": torch.cat(self.second).double() if bent else None,
+                "inverse_weights": torch.cat(self.inverse_weights) if self.inverse_weights else None,
+                "seen": torch.stack(self.seen).sum(0) if self.seen else None,
                 "norms": [torch.cat(parts).double() for parts in _columns(self.norms)]
                 if self.norms
                 else [],
@@ -117,6 +124,10 @@ class Sums:
         count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
             kind, problem.draws.count if problem.ask.ih else 1
         )
+        labelled = kind == "i1"
+        plain = problem.draws.count is not None and not self.inverse_weights
+        plain = plain and not isinstance(problem.likelihood, Gaussian)  # has no rare labels
+        seen = host["seen"].tolist() if labelled and self.seen else None
         return MomentsBatch(
             parameters=ledger.finish(totals, second, unused),
             batch_size=problem.batch.size,
@@ -124,6 +135,9 @@ class Sums:
             second=second,
             fourth=fourth,
             blocks=torch.tensor(exact[0].blocks) if exact else None,
+            inverse_weights=host["inverse_weights"] if labelled else None,
+            seen_mass=seen[0] / seen[1] if seen and plain and seen[1] > 0 else None,
+            fisher_trace=seen[1] if seen else None,
             coverage=told,
             classes=self.classes,
         )

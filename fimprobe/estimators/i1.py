@@ -7,12 +7,14 @@ law of total variance: Soen & Sun 2024 (arXiv 2402.05379).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fimprobe.estimators.groups import Groups, Members
+from fimprobe.estimators.pair_variance import pair_variances
 from fimprobe.types import Estimate, Moments, MomentsBatch
 
 Value = TypeVar("Value", float, Tensor)
@@ -21,21 +23,22 @@ Value = TypeVar("Value", float, Tensor)
 def label_variance(a4: Value, q: Value, r: Value, batch_size: int, draws: int | None) -> Value | None:
     """V̂_y, the variance of one draw's g² over labels, unbiased, averaged over inputs.
 
-    Sampled: A4/(BS) − (Q − A4)/(BS(S−1)), None for S = 1. Exact (``draws=None``), by the additivity
-    of fourth cumulants over independent labels: (A4 − 3R + 2Q)/B, which is (A4 − Q)/B for one label.
+    Drawn: A4/(BS) − (Q − R)/(BS(S−1)), None for S = 1; R is A4 where labels come from the model.
+    Exact (``draws=None``), by the additivity of fourth cumulants over independent labels:
+    (A4 − 3R + 2Q)/B, which is (A4 − Q)/B for one label.
 
-    >>> label_variance(10.0, 12.0, 12.0, 2, 2)
+    >>> label_variance(10.0, 12.0, 10.0, 2, 2)
     2.0
     """
     if draws is None:
         return (a4 - 3 * r + 2 * q) / batch_size
     if draws < 2:
         return None
-    return a4 / (batch_size * draws) - (q - a4) / (batch_size * draws * (draws - 1))
+    return a4 / (batch_size * draws) - (q - r) / (batch_size * draws * (draws - 1))
 
 
 def spread(q: Value, diagonal_square: Value, batch_size: int, draws: int | None) -> Value | None:
-    """T̂, the sample variance over inputs of a_b = Σ_s g²/S: Q/S² and F̂² give it. None for B = 1.
+    """T̂, the sample variance over inputs of a_b = Σ_s w g²/S: Q/S² and F̂² give it. None for B = 1.
 
     >>> spread(10.0, 4.0, 2, 1)
     2.0
@@ -47,9 +50,9 @@ def spread(q: Value, diagonal_square: Value, batch_size: int, draws: int | None)
 
 
 def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
-    """L1 = E‖g‖⁴ − ‖F‖_F² of blocks, mean over inputs, from their Gram matrices [..., B, S, S].
+    """L1 = E‖g‖⁴ − ‖F‖_F² of blocks, for each input [..., B], from Gram matrices [..., B, S, S].
 
-    Sampled (S ≥ 2), unbiased: mean_s ‖g_s‖⁴ − mean_{s≠t} (g_s·g_t)². Exact passes with weights w:
+    Drawn (S ≥ 2), of ĝ = √w g, unbiased: mean_s ‖ĝ_s‖⁴/w_s − mean_{s≠t} (ĝ_s·ĝ_t)². Exact passes with weights w:
     each independent label adds its own L1, and pairs of labels s ≠ t add
     tr F_s tr F_t + tr(F_s F_t) (theory §6).
     """
@@ -58,7 +61,8 @@ def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
     if moments.draws is not None:
         draws = moments.draws
         cross = (square.sum((-2, -1)) - own.sum(-1)) / (draws * (draws - 1))
-        return (own.mean(-1) - cross).mean(-1)
+        fourth = own if moments.inverse_weights is None else own * moments.inverse_weights.cpu()
+        return fourth.mean(-1) - cross
     assert moments.second is not None and moments.fourth is not None
     assert moments.blocks is not None
     w, m = moments.second.double(), moments.fourth.double()
@@ -69,53 +73,98 @@ def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
     trace = (w * gram.diagonal(dim1=-2, dim2=-1)) @ member
     total = (m * own).sum(-1) - (weighted * same).sum((-2, -1))
     total += trace.sum(-1).square() - trace.square().sum(-1) + (weighted * (1 - same)).sum((-2, -1))
-    return total.mean(-1)
+    return total
 
 
-def estimate_groups(moments: MomentsBatch, groups: Groups, *, diagonals: bool) -> dict[str, Estimate]:
-    """Î₁ of each group of parameters, all groups at once."""
+@dataclass(frozen=True, kw_only=True)
+class InputSums:
+    """Of every group and input [G, B], summed over the group's entries; unbiased."""
+
+    trace: Tensor
+    """Σ_i F_i(x)."""
+    fourth: Tensor
+    """Σ_i E_y g_i⁴."""
+    square: Tensor | None
+    """Σ_i F_i(x)²; None where one label for each input cannot tell."""
+    error_square: Tensor | None
+    """Σ_i Var F̂_i of the mean over inputs, from their spread [G]; None for one input."""
+    norm_square: Tensor
+    """‖diag F‖² [G], debiased: ‖diag F̂‖² − ``error_square``."""
+
+    @classmethod
+    def of(cls, moments: MomentsBatch, groups: Groups) -> InputSums:
+        """From the moments of any kind of cotangents."""
+        members, draws = Members(groups), moments.draws
+        size, count = moments.batch_size, draws or 1
+        norms = members.sum(moments.parameters, "squared_norms")
+        a4, q, r, _ = members.sum(moments.parameters, "powers").unbind(1)
+        if draws is None:
+            assert moments.second is not None
+            trace = (norms * moments.second.double().cpu()).sum(-1)
+            fourth, square = a4 - 3 * r + 3 * q, q
+        else:
+            trace, fourth = norms.mean(-1), a4 / draws
+            square = (q - r) / (draws * (draws - 1)) if draws > 1 else None
+        whole = members.sum_numbers(moments.parameters, "a2_square")[0] / (size * count) ** 2
+        across = spread(q.sum(-1), whole, size, draws)
+        if across is None:
+            alone = whole if square is None else square[:, 0]
+            return cls(trace=trace, fourth=fourth, square=square, error_square=None, norm_square=alone)
+        error = across.clamp(min=0) / size
+        return cls(
+            trace=trace,
+            fourth=fourth,
+            square=square,
+            error_square=error,
+            norm_square=whole - error,
+        )
+
+
+def estimate_groups(
+    moments: MomentsBatch,
+    groups: Groups,
+    *,
+    diagonals: bool,
+    common: InputSums | None = None,
+) -> dict[str, Estimate]:
+    """Î₁, or another mean of g gᵀ, of each group of parameters, all groups at once.
+
+    ``common``: the sums that tell F's variance over inputs and its norm best, where these are others.
+    """
     size, draws = moments.batch_size, moments.draws
     count = size * (draws or 1)
-    members = Members(groups)
-    fields = ("a2_sum", "a2_square", "a4_sum", "q_sum", "r_sum")
-    a2, square, a4, q, r = members.sum_numbers(moments.parameters, *fields)
-    trace, square = a2 / count, square / count**2
-    labels = label_variance(a4, q, r, size, draws)
-    across = spread(q, square, size, draws)
-    errors = _trace_error(moments, members.sum(moments.parameters, "squared_norms"))
-    grams = members.sum_known(moments.parameters, "gram")
-    totals = None if grams is None else total_label_variance(moments, grams)
-    inputs: Tensor | None = None
-    total: Tensor | None = None
-    if across is not None and labels is not None:
-        inputs = across if draws is None else across - labels / draws
-        total = inputs + labels
-    elif draws == 1:
-        total = across
-    elif size == 1:
-        total = labels  # one input: the labels' part is all there is to see
-    error: Tensor | None = None
-    if across is not None:
-        error = across / size
-    elif labels is not None and draws is not None:  # a single input: its draws vary
-        error = labels / (size * draws)
-    relative = None if error is None else (error.clamp(min=0) / square).sqrt()
-
-    columns = (trace, square, labels, inputs, total, errors, relative, totals)
-    told = [[None] * len(groups) if c is None else c.tolist() for c in columns]
+    sums = InputSums.of(moments, groups)
+    best = common or sums
+    pairs = pair_variances(sums.fourth, best.square, best.trace, best.norm_square)
+    gram = Members(groups).sum_known(moments.parameters, "gram")
+    whole = None if gram is None else total_label_variance(moments, gram)
+    errors = None if whole is None or draws is None else _mean_error(whole)
+    labels, label_errors = None, None
+    if best.square is not None:
+        each = sums.fourth - best.square
+        labels, label_errors = each.mean(-1), None if draws is None else _mean_error(each)
+    columns = {
+        "trace": sums.trace.mean(-1),
+        "norm": best.norm_square.clamp(min=0).sqrt(),
+        "label_variance": labels,
+        "label_variance_error": label_errors,
+        "input_variance": None
+        if best.square is None or size < 2
+        else best.square.mean(-1) - best.norm_square,
+        "total_variance": sums.fourth.mean(-1) - best.norm_square,
+        "std_error": _mean_error(sums.trace),
+        "rel_error": relative_error(sums.error_square, best.norm_square),
+        "effective_inputs": effective_inputs(sums.trace),
+        "total_label_variance": None if whole is None else whole.mean(-1),
+        "total_label_variance_error": errors,
+    }
+    values = {n: [None] * len(groups) if c is None else c.tolist() for n, c in columns.items()}
     found = {}
-    for (group, names), values in zip(groups.items(), zip(*told, strict=True), strict=True):
-        of_trace, of_square, of_labels, of_inputs, of_both, spread_of, off, whole = values
+    for row, (group, names) in enumerate(groups.items()):
         mine = {n: moments.parameters[n] for n in names} if diagonals else {}
         found[group] = Estimate(
-            trace=of_trace,
-            norm=of_square**0.5,
-            label_variance=of_labels,
-            input_variance=of_inputs,
-            total_variance=of_both,
-            std_error=spread_of,
-            rel_error=off if of_square > 0 else None,
-            total_label_variance=whole,
+            **{name: _number(column[row]) for name, column in values.items()},
+            pair_variance=pairs[row],
             diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
             diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
             diagonal_input_variance=_diagonal_inputs(moments, mine) if diagonals else None,
@@ -123,18 +172,33 @@ def estimate_groups(moments: MomentsBatch, groups: Groups, *, diagonals: bool) -
     return found
 
 
-def _trace_error(moments: MomentsBatch, norms: Tensor) -> Tensor | None:
-    """Standard error of the traces [G] from ‖g_bs‖² [G, B, S]: one observation for each input."""
-    if moments.draws is None:
-        assert moments.second is not None
-        observed = (norms * moments.second.double().cpu()).sum(-1)
-    elif moments.batch_size == 1:  # one input: its draws are the observations
-        observed = norms[:, 0]
-    else:
-        observed = norms.mean(-1)
-    if observed.shape[-1] < 2:
+def effective_inputs(trace: Tensor) -> Tensor:
+    """(Σa)²/Σa² of the inputs' shares of the trace [G, B]: how many inputs it comes from.
+
+    >>> effective_inputs(torch.tensor([[1.0, 1.0, 0.0, 0.0]])).item()
+    2.0
+    """
+    square = trace.square().sum(-1)
+    return torch.where(square > 0, trace.sum(-1).square() / square.where(square > 0, 1), 0)
+
+
+def relative_error(error_square: Tensor | None, norm_square: Tensor) -> Tensor | None:
+    """√(Σ_i Var F̂_i)/‖diag F‖ [G]; NaN where noise is all that is left of the norm."""
+    if error_square is None:
         return None
-    return observed.std(-1) / observed.shape[-1] ** 0.5
+    known = norm_square > 0
+    return torch.where(known, error_square / norm_square.where(known, 1), torch.nan).sqrt()
+
+
+def _mean_error(each: Tensor) -> Tensor | None:
+    """Standard error [G] of a mean over inputs [G, B]."""
+    size = each.shape[-1]
+    return each.std(-1) / size**0.5 if size > 1 else None
+
+
+def _number(x: float | None) -> float | None:
+    """None in place of NaN."""
+    return None if x is None or x != x else x
 
 
 def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
@@ -159,5 +223,8 @@ def _diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dic
         across = spread(m.q, diagonal.square(), moments.batch_size, moments.draws)
         if across is None:
             return None
-        found[name] = across if moments.draws is None else across - labels[name] / moments.draws
+        found[name] = across
+        if moments.draws is not None:  # less what the draws vary by: that of w g², not of g²
+            within = label_variance(m.r, m.q, m.r, moments.batch_size, moments.draws)
+            found[name] = across - within / moments.draws
     return found

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators.groups import Groups, Members
+from fimprobe.estimators.i1 import InputSums, effective_inputs, relative_error
+from fimprobe.estimators.pair_variance import pair_variances
 from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
 
 
@@ -70,73 +72,123 @@ def fisher_part(measured: Measured) -> MomentsBatch:
 def estimate_groups(
     measured: Measured,
     groups: Groups,
-    scores: Mapping[str, Estimate],
+    common: InputSums,
     grams: Mapping[str, Tensor],
     *,
     diagonals: bool,
 ) -> dict[str, Estimate]:
-    """Î₂ of each group. ``scores``: Î₁ of the same groups, whose input variance is that of any F̂."""
+    """Î₂ of each group. ``common``: the sums that tell F's variance over inputs and its norm best.
+
+    The trace in the report is made of the cotangents that F comes from and, where labels are drawn
+    from the model, of R: so is its standard error. Size-biased and exact labels leave R out, whose
+    expectation is 0.
+    """
     curvature = measured.curvature
     assert curvature is not None
-    exact = curvature.exact
-    fisher = fisher_part(measured)
+    fisher, subtracted = fisher_part(measured), subtracts_residual(measured)
     weights, draws, bent = curvature.weights, curvature.draws, curvature.parameters
     size = fisher.batch_size
-    count = size * (1 if exact else (fisher.draws or 1))
     members = Members(groups)
-    variances = label_variance(members.sum(bent, "square")[..., :draws], weights)
-    squares = members.sum_known(bent, "probe_squares")
-    errors = None if squares is None else probe_error(squares[..., :draws, :], weights)
-    observed = members.sum(fisher.parameters, "squared_norms")
-    if fisher.second is not None:
-        observed = (observed * fisher.second.double().cpu()).sum(-1)
-    else:
-        observed = observed.mean(-1)
-    if not exact:  # over exact labels R's mean is zero
-        observed = observed - (members.sum(bent, "trace")[..., :draws] * weights).sum(-1)
-    spreads = observed.std(-1) / size**0.5 if size > 1 else None
-    norms = (members.sum_numbers(fisher.parameters, "a2_square")[0] / count**2).sqrt()
-    own = torch.stack([diagonal_of(grams[group], draws).mean(0)[:, :draws] for group in groups])
-    matrices = (own * weights).sum(-1).mean(-1)
-
-    columns = (observed.mean(-1), norms, variances, spreads, errors, matrices)
-    told = [[None] * len(groups) if c is None else c.tolist() for c in columns]
+    own = InputSums.of(fisher, groups)
+    squares = (members.sum(bent, "square")[..., :draws] * weights).sum(-1)  # [G, B]: Σ_i V2_ii
+    probes = members.sum_known(bent, "probe_squares")
+    random = None if probes is None else probe_error(probes[..., :draws, :], weights)
+    trace, error_square = own.trace, own.error_square
+    if subtracted:
+        trace = trace - (members.sum(bent, "trace")[..., :draws] * weights).sum(-1)
+        if error_square is not None:
+            error_square = error_square + _residual_error_square(members, curvature)
+    pairs = pair_variances(
+        squares if common.square is None else common.square + squares,
+        common.square,
+        common.trace,
+        common.norm_square,
+    )
+    blocks = torch.stack([diagonal_of(grams[group], draws)[..., :draws] for group in groups], 1)
+    whole = (blocks * weights).sum(-1)  # [J, G, B]
+    columns = {
+        "trace": trace.mean(-1),
+        "norm": common.norm_square.clamp(min=0).sqrt(),
+        "label_variance": squares.mean(-1),
+        "label_variance_error": random if curvature.exact else _joint_error(squares, random),
+        "input_variance": None
+        if common.square is None or size < 2
+        else common.square.mean(-1) - common.norm_square,
+        "total_variance": None
+        if common.square is None
+        else common.square.mean(-1) + squares.mean(-1) - common.norm_square,
+        "std_error": trace.std(-1) / size**0.5 if size > 1 else None,
+        "rel_error": relative_error(error_square, common.norm_square),
+        "effective_inputs": effective_inputs(own.trace),
+        "total_label_variance": whole.mean((0, -1)),
+        "total_label_variance_error": block_error(whole, curvature.exact),
+        "probe_error": random,
+    }
+    values = {n: [None] * len(groups) if c is None else c.tolist() for n, c in columns.items()}
     found = {}
-    for (group, names), values in zip(groups.items(), zip(*told, strict=True), strict=True):
-        trace, norm, variance, spread, error, matrix = values
-        # a square that only noise of the probes made negative says nothing about Î₂'s error
-        known = variance > 0 or not error
-        inputs = scores[group].input_variance
-        total = inputs + variance if inputs is not None and known else None
-        per_entry = None
-        if inputs is not None and known:
-            per_entry = (inputs + (0 if exact else variance / draws)) / size
+    for row, (group, names) in enumerate(groups.items()):
         found[group] = Estimate(
-            trace=trace,
-            norm=norm,
-            label_variance=variance,
-            input_variance=inputs,
-            total_variance=total if size > 1 else (variance if known else None),
-            std_error=spread,
-            rel_error=None if per_entry is None or norm == 0 else max(per_entry, 0.0) ** 0.5 / norm,
-            total_label_variance=matrix,
-            probe_error=error,
-            diagonal=_diagonal(measured, names, count) if diagonals else None,
+            **{name: _known(column[row]) for name, column in values.items()},
+            pair_variance=pairs[row] if common.square is not None else None,
+            diagonal=_diagonal(measured, names) if diagonals else None,
             diagonal_label_variance=_squares(curvature, names, size) if diagonals else None,
-            diagonal_input_variance=scores[group].diagonal_input_variance,
         )
     return found
 
 
-def _diagonal(measured: Measured, names: Sequence[str], count: int) -> dict[str, Tensor]:
+def subtracts_residual(measured: Measured) -> bool:
+    """Whether the estimate is F − R, or F alone: of size-biased and exact labels E R = 0 is known."""
+    curvature, labels = measured.curvature, measured.moments["i1"]
+    assert curvature is not None
+    return not curvature.exact and labels.inverse_weights is None
+
+
+def block_error(blocks: Tensor, exact: bool) -> Tensor | None:
+    """Standard error [G] of L2 from ‖R‖² of J directions, G groups and B inputs [J, G, B].
+
+    Drawn labels: the spread over inputs, which has the noise of labels and of the flips; that of a
+    direction, the same for all inputs, only where there are several.
+    """
+    directions, _, size = blocks.shape
+    parts = []
+    if directions > 1:
+        parts.append(blocks.mean(-1).var(0) / directions)
+    if not exact and size > 1:
+        parts.append(blocks.mean(0).var(-1) / size)
+    return torch.stack(parts).sum(0).sqrt() if parts else None
+
+
+def _residual_error_square(members: Members, curvature: CurvatureBatch) -> Tensor:
+    """Σ_i Var of the mean of R_ii over inputs and draws, the noise of its probes included [G]."""
+    draws, probes = curvature.draws, curvature.probes
+    square = members.sum(curvature.parameters, "square")[..., :draws]
+    each = members.sum_known(curvature.parameters, "probe_squares")
+    if each is not None:
+        square = square + (each[..., :draws, :].mean(-1) - square) / probes
+    size = square.shape[-2]
+    return square.mean(-1).clamp(min=0).mean(-1) / draws / size
+
+
+def _joint_error(squares: Tensor, random: Tensor | None) -> Tensor | None:
+    """Standard error of V2: its spread over inputs [G, B] holds that of labels and probes."""
+    size = squares.shape[-1]
+    return squares.std(-1) / size**0.5 if size > 1 else random
+
+
+def _known(x: float | None) -> float | None:
+    return None if x is None or x != x else x
+
+
+def _diagonal(measured: Measured, names: Sequence[str]) -> dict[str, Tensor]:
     curvature = measured.curvature
     assert curvature is not None
     fisher = fisher_part(measured)
+    count = fisher.batch_size * (1 if curvature.exact else (fisher.draws or 1))
     found = {}
     for n in names:
         mean = fisher.parameters[n].a2.double() / count
         bent = curvature.parameters[n].diagonal
-        if not curvature.exact and bent is not None:
+        if subtracts_residual(measured) and bent is not None:
             mean = mean - bent / fisher.batch_size
         found[n] = mean
     return found

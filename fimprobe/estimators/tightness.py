@@ -33,7 +33,7 @@ def bound_scores(
     members = Members(groups)
     square = members.sum(jacobian.parameters, "squared_norms")
     gram = members.sum_known(jacobian.parameters, "gram")
-    q, a4 = members.sum_numbers(jacobian.parameters, "q_sum", "a4_sum")
+    a4, q, _, _ = members.sum(jacobian.parameters, "powers").sum(-1).unbind(1)
     if gram is None and square.shape[-1] == 1:
         gram = square.unsqueeze(-1)
     low_fourth, spectral, error = None, None, None
@@ -135,7 +135,7 @@ def _covariance(
     second, fourth = scores.second.double(), scores.fourth.double()
     found: dict[str, Tensor | None] = {}
     if classes is not None and bool((scores.blocks == scores.blocks[0]).all()):
-        top, q = members.sum_numbers(scores.parameters, "top_sum", "q_sum")
+        _, q, _, top = members.sum(scores.parameters, "powers").sum(-1).unbind(1)
         found["diagonal_range_bound"] = (top - q) / scores.batch_size
     gram = members.sum_known(scores.parameters, "gram")
     if gram is None and scores.second.shape[1] == 1:

@@ -25,6 +25,10 @@ class Bernoulli(Independent):
         """1 where the uniform exceeds P(y = 0) = sigmoid(−h)."""
         return (uniforms > torch.sigmoid(-precise(outputs)).double()).to(precise(outputs).dtype)
 
+    def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """1 with probability 1 − p: each label is drawn as often as the other one should be."""
+        return (uniforms > torch.sigmoid(outputs.double())).double()
+
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Y − p, as sigmoid(−h) for y = 1 and −sigmoid(h) for y = 0: no cancellation."""
         h = precise(outputs)

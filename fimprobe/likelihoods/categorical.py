@@ -116,6 +116,23 @@ class Categorical:
         target = uniforms.unsqueeze(-1) * cdf[..., -1:]
         return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_(max=h.shape[-1] - 1)
 
+    def expected_squared_score(self, outputs: Tensor) -> Tensor:
+        """τ = E‖onehot(y) − p‖² = 1 − Σp² of each position, in float64: τ of size-biased draws."""
+        return _expected_square(self._split64(outputs))
+
+    def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Class indices at the uniforms, of q(y) = p_y‖δ_y‖²/τ with ‖δ_y‖² = 1 − 2p_y + Σp².
+
+        >>> sure = torch.tensor([[40.0, 0.0, 0.0]])  # plain draws give class 0, always
+        >>> [Categorical().size_biased_quantile(sure, torch.tensor([u])).item() for u in (0.3, 0.8)]
+        [1, 2]
+        """
+        split = self._split64(outputs)
+        cdf = (split.p * _squared_scores(split)).cumsum(-1)
+        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
+        index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+        return index.clamp_(max=cdf.shape[-1] - 1)
+
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """onehot(y) − softmax(h), with 1 − p_y summed from the other classes."""
         split = self._split(outputs)
@@ -244,6 +261,19 @@ def _split(h: Tensor) -> _Split:
 def _complement(s: _Split) -> Tensor:
     """1 − p."""
     return (1 - s.p).scatter(-1, s.top, s.e.unsqueeze(-1))
+
+
+def _expected_square(s: _Split) -> Tensor:
+    """Σ p(1 − p) with 1 − p_max as the sum of the rest."""
+    return (s.p * _complement(s)).sum(-1)
+
+
+def _squared_scores(s: _Split) -> Tensor:
+    """‖δ_y‖² of every class y: (1 − p_y)² + Σ_{z≠y} p_z²."""
+    others = s.rest.square()
+    rest = others.sum(-1, keepdim=True)
+    square = (1 - s.p).square() + s.p_max.square().unsqueeze(-1) + (rest - others)
+    return square.scatter(-1, s.top, s.e.square().unsqueeze(-1) + rest)
 
 
 def _fisher(s: _Split) -> Tensor:

@@ -11,6 +11,10 @@ from fimprobe.likelihoods.norms import combine, position_mask
 from fimprobe.types import FimprobeError, OutputNorms, Pass
 
 
+REMAINDER = 1e-9
+"""The share of E score² that the probabilities of a family may leave out."""
+
+
 class Independent:
     """One label per output component, independent given the outputs h.
 
@@ -44,6 +48,35 @@ class Independent:
     def fourth_moment(self, outputs: Tensor) -> Tensor:
         """E score⁴."""
         raise NotImplementedError
+
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """p(y | h) of the labels 0, 1, ..., K − 1 [..., K] in float64; None where there are none.
+
+        Optional: a family whose labels are whole numbers gives it to be measured with size-biased
+        labels. What K leaves out of E score² must be below ``REMAINDER`` of it.
+        """
+        return None
+
+    def expected_squared_score(self, outputs: Tensor) -> Tensor:
+        """E score² of each label, in float64 and the labels' shape: τ of size-biased draws."""
+        return self.variance(outputs.double())
+
+    def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor | None:
+        """Labels at the uniforms, of q(y) ∝ p(y) score²; None where the family has no such draws."""
+        h = outputs.double()
+        p = self.probabilities(h)
+        if p is None:
+            return None
+        count = p.shape[-1]
+        labels = torch.arange(count, device=h.device, dtype=h.dtype)
+        scores = self.score(h.unsqueeze(-1), labels.expand(*h.shape, count))
+        mass = p * scores.square()
+        total, cdf = self.variance(h), mass.cumsum(-1)
+        if bool(((total - cdf[..., -1]).abs() > REMAINDER * total).any()):
+            return None
+        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
+        index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+        return index.clamp_(max=count - 1).to(h.dtype)
 
     def in_support(self, labels: Tensor) -> Tensor:
         """Where a label is possible under the family (elementwise, bool)."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fimprobe.likelihoods.independent import Independent, precise
+
+Cumulated = Callable[[Tensor, Tensor], Tensor]
+"""P(Y ≤ k) at whole numbers k and rates λ."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,20 @@ class Poisson(Independent):
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """The smallest k with P(Y ≤ k) ≥ u, by bisection on the regularised gamma function."""
-        rate = precise(outputs).double().exp().clamp(max=2.0**52).expand(uniforms.shape)
-        low = torch.full_like(rate, -1.0)  # P(Y ≤ low) < u ≤ P(Y ≤ high)
-        high = torch.ceil(rate + 12 * rate.sqrt() + 40)
-        while bool((high - low > 1).any()):
-            middle = torch.floor((low + high) / 2)
-            enough = torch.special.gammaincc(middle + 1, rate) >= uniforms
-            high = torch.where(enough, middle, high)
-            low = torch.where(enough, low, middle)
-        return high
+        return _bisect(outputs, uniforms, lambda k, rate: torch.special.gammaincc(k + 1, rate))
+
+    def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """The same for q(y) = p(y)(y − λ)²/λ, whose distribution function is closed.
+
+        (y − λ)² = y(y−1) + (1−2λ)y + λ² and y p(y) = λ p(y−1) give Q(k) = P(k−1) + (λ−k) p(k).
+        """
+
+        def cumulated(k: Tensor, rate: Tensor) -> Tensor:
+            below = torch.where(k > 0, torch.special.gammaincc(k.clamp(min=1), rate), 0.0)
+            own = torch.exp(torch.special.xlogy(k, rate) - rate - torch.lgamma(k + 1))
+            return below + (rate - k) * own
+
+        return _bisect(outputs, uniforms, cumulated)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Y − λ."""
@@ -46,3 +55,16 @@ class Poisson(Independent):
         """λ + 3λ²."""
         rate = precise(outputs).exp()
         return rate + 3 * rate.square()
+
+
+def _bisect(outputs: Tensor, uniforms: Tensor, cumulated: Cumulated) -> Tensor:
+    """The smallest whole number from 0 at which the distribution function reaches the uniform."""
+    rate = precise(outputs).double().exp().clamp(max=2.0**52).expand(uniforms.shape)
+    low = torch.full_like(rate, -1.0)  # below the uniform; at ``high`` it is reached
+    high = torch.ceil(rate + 12 * rate.sqrt() + 40)
+    while bool((high - low > 1).any()):
+        middle = torch.floor((low + high) / 2)
+        enough = cumulated(middle, rate) >= uniforms
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, middle)
+    return high

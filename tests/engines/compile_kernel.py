@@ -22,6 +22,7 @@ POINTERS = {
     "A2": "*fp32",
     "A4": "*fp64",
     "Q": "*fp64",
+    "R": "*fp64",
     "SUMS": "*fp32",
 }
 ONES = ("x_i", "d_o", "r_i", "a_i", "k_t")
@@ -70,8 +71,9 @@ def assembled(ptx):
 def main():
     """Every configuration for one and two bf16 draws, the tied head, float32."""
     plain = {"DENSE": True, "LOOKUP": False, "WEIGHTED": False, "DIAGONALS": False, "S": 1}
+    plain["QUARTIC_WEIGHTED"] = False
     cases = [("bf16", {}), ("bf16", {"S": 2}), ("bf16", {"LOOKUP": True}), ("fp32", {})]
-    cases += [("fp16", {"S": 4, "WEIGHTED": True, "DIAGONALS": True})]
+    cases += [("fp16", {"S": 4, "WEIGHTED": True, "QUARTIC_WEIGHTED": True, "DIAGONALS": True})]
     for kind, change in cases:
         for configuration in CONFIGURATIONS if change.get("S") != 4 else CONFIGURATIONS[-1:]:
             ptx, shared = compiled(configuration, kind, **plain | change)

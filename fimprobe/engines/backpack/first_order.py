@@ -15,6 +15,7 @@ from fimprobe.engines.backpack.moments import Collect, Job, Sums
 from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.seeds import check_passes, label_seeds
+from fimprobe.likelihoods import Gaussian
 from fimprobe.types import FimprobeError, MomentsBatch
 
 
@@ -31,20 +32,31 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
     draws, chunk = _draws_and_chunk(problem)
     sums: dict[str, Sums] = {}
     exact: list[Weights] = []
+    inverse: list[Tensor] = []
+    seen: list[Tensor] = []
     for start in range(0, size, chunk):
         rows = slice(start, min(start + chunk, size))
         job = Job(rows, size, draws, problem.diagonals, problem.memory_mb * 2**17)
         for name, found in _chunk_sums(problem, job).items():
             sums[name] = sums[name] + found if name in sums else found
-        if job.weights is not None:
+        if job.weights is not None and job.weights.second is None:
+            inverse.append(job.weights.fourth)
+        elif job.weights is not None:
             exact.append(job.weights)
+        if job.seen is not None:
+            seen.append(job.seen)
+    observed, expected = torch.stack(seen).sum(0).tolist() if seen else (0.0, 0.0)
+    plain = not exact and not inverse and not isinstance(problem.likelihood, Gaussian)
     return MomentsBatch(
         parameters={n: sums[n].finish(p) for n, p in problem.parameters.items() if n in sums},
         batch_size=size,
         draws=problem.draws.count,
-        second=torch.cat([w.second for w in exact]).cpu() if exact else None,
+        second=torch.cat([w.second for w in exact if w.second is not None]).cpu() if exact else None,
         fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
         blocks=torch.tensor(exact[0].blocks) if exact else None,
+        inverse_weights=torch.cat(inverse).cpu() if inverse else None,
+        seen_mass=observed / expected if plain and expected > 0 else None,
+        fisher_trace=expected if seen else None,
         coverage=_coverage(problem, set(sums)),
     )
 
@@ -58,7 +70,7 @@ def _chunk_sums(problem: Problem, job: Job) -> dict[str, Sums]:
     with extended(layers, Collect(job)), torch.enable_grad():
         h = problem.forward(copies)
         seeds = label_seeds(problem, job.rows, h.detach()[: job.samples])
-        job.weights = seeds.weights
+        job.weights, job.seen = seeds.weights, seeds.seen
         check_copies(h.detach(), job.samples)
         if h.requires_grad:
             gradients = torch.autograd.grad(

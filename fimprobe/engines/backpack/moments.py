@@ -6,7 +6,7 @@ per-sample gradients g [S, n, *parameter] each parameter's sums are taken at onc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from operator import add
@@ -29,14 +29,13 @@ from fimprobe.types import FimprobeError, Moments
 class Sums:
     """One parameter's sums over some samples, in float64; per entry where asked for.
 
-    ``gram`` [B, S, S], or squared norms [B, S], has a row for each sample of the whole batch, zero
-    for those not met. ``total`` is Σ g, for the guard.
+    ``powers`` [4, B] (A4, Q and R of each sample; no maxima here) and ``gram`` [B, S, S], or squared
+    norms [B, S], have a place for each sample of the whole batch, zero for those not met. ``total``
+    is Σ g, for the guard.
     """
 
     a2: Tensor
-    a4_sum: Tensor
-    q_sum: Tensor
-    r_sum: Tensor
+    powers: Tensor
     gram: Tensor
     total: Tensor
     a4: Tensor | None = None
@@ -63,9 +62,7 @@ class Sums:
             a2=a2,
             a2_sum=float(self.a2.sum()),
             a2_square=float(self.a2.square().sum()),
-            a4_sum=float(self.a4_sum),
-            q_sum=float(self.q_sum),
-            r_sum=float(self.r_sum),
+            powers=self.powers,
             squared_norms=self.squared_norms,
             gram=self.gram if self.gram.dim() == 3 else None,
             a4=self.a4,
@@ -80,7 +77,7 @@ class Job:
     """What the extension needs to know about a chunk, and what it found: id(parameter) -> sums.
 
     ``rows`` of a batch of ``size``, each repeated for S ``draws``; per-sample gradients take up to
-    ``limit`` bytes at once; ``weights`` of exact passes.
+    ``limit`` bytes at once; ``weights`` and ``seen`` of the labels' seeds.
     """
 
     rows: slice
@@ -89,6 +86,7 @@ class Job:
     diagonals: bool
     limit: float
     weights: Weights | None = None
+    seen: Tensor | None = None
     found: dict[int, Sums] = field(default_factory=dict)
 
     @property
@@ -159,9 +157,7 @@ def _dense_moments(job: Job, g: Tensor, part: slice) -> Sums:
     f, quartic, blocks = _powers(job, g.square(), part)
     sums = Sums(
         a2=f.sum(0).view(shape),
-        a4_sum=quartic.sum(),
-        q_sum=f.square().sum(),
-        r_sum=blocks.sum(),
+        powers=_powers_in_batch(job, (quartic.sum(1), f.square().sum(1), blocks.sum(1)), part),
         gram=_in_batch(job, _inner(job, g), part),
         total=g.sum((0, 1)).view(shape),
     )
@@ -185,9 +181,9 @@ def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
     length = x2.sum(1).view(-1, *[1] * (gram.dim() - 1))
     sums = Sums(
         a2=f.t() @ x2,
-        a4_sum=quartic.sum(1) @ each,
-        q_sum=f.square().sum(1) @ each,
-        r_sum=blocks.sum(1) @ each,
+        powers=_powers_in_batch(
+            job, [x.sum(1) * each for x in (quartic, f.square(), blocks)], whole
+        ),
         gram=_in_batch(job, gram * length, whole),
         total=delta.sum(0).t() @ x,
     )
@@ -198,9 +194,12 @@ def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
 
 def _powers(job: Job, square: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_s w₂g², Σ_s w₄g⁴ and Σ_blocks(Σ_{s in block} w₂g²)² [n, P] of squares g² [S, n, P]."""
-    if job.weights is None:
-        f = square.sum(0)
-        return f, square.square().sum(0), f.square()
+    if job.weights is None or job.weights.second is None:  # drawn labels, each a block
+        own = square.square()
+        quartic = own
+        if job.weights is not None:
+            quartic = own * job.weights.rows(part).fourth.t().unsqueeze(-1)
+        return square.sum(0), quartic.sum(0), own.sum(0)
     weights = job.weights.rows(part)
     blocks = torch.tensor(weights.blocks, device=square.device)
     member = nn.functional.one_hot(blocks).to(square)
@@ -214,6 +213,12 @@ def _inner(job: Job, g: Tensor) -> Tensor:
     if 1 < job.draws <= GRAM_LIMIT:
         return torch.einsum("snp,tnp->nst", g, g)
     return g.square().sum(-1).t()
+
+
+def _powers_in_batch(job: Job, powers: Iterable[Tensor], part: slice) -> Tensor:
+    """A4, Q and R [b] of the part's samples among those of the whole batch, [4, B]."""
+    whole = torch.stack([*map(partial(_in_batch, job, part=part), powers)])
+    return nn.functional.pad(whole, (0, 0, 0, 1))
 
 
 def _in_batch(job: Job, value: Tensor, part: slice) -> Tensor:
