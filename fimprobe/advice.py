@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fimprobe.table import count, number, percent
+from fimprobe.table import count, inputs_of, labels_of, number, pairs, percent
 from fimprobe.types import Estimate, GroupEstimates
 
 if TYPE_CHECKING:
@@ -51,15 +51,18 @@ def best_estimator(group: GroupEstimates, seconds: dict[str, float]) -> tuple[st
     """The estimator with the least error at equal compute, and the next best one's error over its.
 
     Errors go as √(variance of a pair × its cost). None unless two are known, one above zero, and
-    where two standard errors of the probes of Î₂'s variance could turn the choice.
+    where two standard errors of these variances could turn the choice.
     """
     low, high = {}, {}
     for kind, cost in seconds.items():
         estimate: Estimate | None = getattr(group, kind)
-        if estimate is not None and estimate.total_variance is not None:
-            noise = 2 * (estimate.probe_error or 0.0)
-            low[kind] = (max(estimate.total_variance - noise, 0.0) * cost) ** 0.5
-            high[kind] = (max(estimate.total_variance, 0.0) + noise) ** 0.5 * cost**0.5
+        need = None if estimate is None else estimate.pairs_for(1.0)
+        if estimate is not None and need is not None:
+            noise = 2 * (estimate.pairs_error or 0.0)
+            if kind != "i2" and group.i2 is not None:
+                noise = 0.0  # the inputs' part moves all of them together: it is counted once
+            low[kind] = (max(1 - noise, 0.0) * need * cost) ** 0.5
+            high[kind] = ((1 + noise) * need * cost) ** 0.5
     if len(low) < 2 or not any(high.values()):
         return None
     first = min(high, key=lambda kind: high[kind])
@@ -71,48 +74,88 @@ def best_estimator(group: GroupEstimates, seconds: dict[str, float]) -> tuple[st
     return first, second / high[first] if high[first] > 0 else float("inf")
 
 
+TRUSTED = 0.1
+"""Relative error up to which a layer's F is called trusted."""
+
+
+def verdict(group: GroupEstimates, batch_size: int) -> str:
+    """What this report's F of a layer is good for, in a few words.
+
+    >>> from fimprobe.types import Estimate, GroupEstimates
+    >>> verdict(GroupEstimates(1, Estimate(trace=1.0, norm=1.0, rel_error=0.3)), 32)
+    'needs 288 inputs (30 % now)'
+    """
+    e = group.i1
+    if e.norm == 0 and e.trace == 0:
+        return "zero"
+    if e.rel_error is None:
+        why = e.unknown.get("rel_error") or e.unknown.get("norm") or "its error was not measured"
+        return f"unknown ({why})"
+    if e.rel_error <= TRUSTED:
+        return f"trusted ({percent(e.rel_error)})"
+    need = batch_size * (e.rel_error / TRUSTED) ** 2
+    return f"needs {count(need)} inputs ({percent(e.rel_error)} now)"
+
+
 def _errors(report: Report) -> list[str]:
-    lines = []
-    total = report.total.i1
-    if total.norm == 0:
+    total, record = report.total.i1, _record(report)
+    if total.trace == 0:
         return [_zero(report)]
-    need = total.draws_for(0.1)
-    if need is not None and total.rel_error is not None:
-        pairs = f"an error of 10 % takes {count(need)} (input, label) pairs"
-        size = _plural(report.batch_size, "input")
-        if report.draws is None:
-            others = [(k, getattr(report.total, k)) for k in ("i1", "i2", "ih")]
-            off = " and ".join(
-                f"{percent(report.one_label_error(e))} ({NAMES[kind]})"
-                for kind, e in others
-                if e is not None and e.draws_for(0.1) is not None
-            )
-            lines.append(
-                f"F of the whole model is off by {percent(total.rel_error)} at {size} with labels "
-                "integrated over: from the choice of inputs alone. With one drawn label for each "
-                f"input it is off by {off}; {pairs} with Î₁."
-            )
-        else:
-            how = f"{size} with {_plural(report.draws, 'drawn label')} each"
-            how += f" ({_plural(report.batch_size * report.draws, 'pair')})"
-            if report.batch_size == 1:
-                how += ", seen at that input alone"
-            lines.append(
-                f"Î₁ of the whole model is off by {percent(total.rel_error)} at {how}; {pairs}."
-            )
-    groups = [(n, g) for n, g in report.layers.items() if g.i1.norm > 0]
-    worst = max(((g.i1.draws_for(0.1) or 0.0, n) for n, g in groups), default=(0.0, ""))
-    if worst[0] > 0 and len(report.layers) > 1:
-        lines.append(
-            f"The layer that needs most for 10 % is {worst[1]!r}: {count(worst[0])} (input, label) "
-            "pairs."
+    if report.seen_mass is not None and total.trace is None:
+        return [
+            f"Nothing is known of F by Î₁: {total.unknown['trace']}. Labels that carry F are too "
+            "rare to be drawn from the model."
+        ]
+    lines = []
+    how = f"{inputs_of(record)}, {labels_of(record)}"
+    if total.rel_error is None:
+        why = total.unknown.get("rel_error", "not measured")
+        lines.append(f"How far off F of the whole model is at {how}, is unknown: {why}.")
+    else:
+        line = f"F of the whole model is off by {percent(total.rel_error)} at {how}"
+        if total.rel_error > TRUSTED:
+            need = count(report.batch_size * (total.rel_error / TRUSTED) ** 2)
+            line += f"; 10 % takes {need} inputs measured like this"
+        lines.append(f"{line}.")
+    each = [(NAMES[k], getattr(report.total, k)) for k in NAMES]
+    known = [(name, e) for name, e in each if e is not None and e.pairs_for(TRUSTED) is not None]
+    if known:
+        off = " and ".join(
+            f"{name} would be off by {percent(e.error_of(inputs=report.batch_size))}"
+            for name, e in known
         )
-    dead = [repr(n) for n, g in report.layers.items() if g.i1.norm == 0]
-    if dead:
+        needs = ", ".join(f"{pairs(_pairs_record(e))} with {name}" for name, e in known)
         lines.append(
-            f"No gradient reaches {_some(dead)} at these inputs: its Fisher information is zero."
+            f"With one label from the model for each of {inputs_of(record)}, {off}; an error of 10 % "
+            f"takes {needs} of (input, label) pairs."
+        )
+    groups: dict[str, list[str]] = {}
+    for name, group in report.layers.items():
+        told = verdict(group, report.batch_size)
+        groups.setdefault(told.partition(" ")[0], []).append(
+            f"{name!r} {told.partition(' ')[2]}".strip()
+        )
+    words = {"trusted": "Trusted to 10 %", "needs": "More inputs are needed", "unknown": "Unknown"}
+    if len(report.layers) > 1:
+        lines += [f"{words[k]}: {_some(groups[k], 6)}." for k in words if k in groups]
+    if "zero" in groups:
+        lines.append(
+            f"No gradient reaches {_some(groups['zero'])} at these inputs: its Fisher information is "
+            "zero there."
         )
     return lines
+
+
+def _record(report: Report) -> dict[str, Any]:
+    return {
+        "batch_size": report.batch_size,
+        "draws": "exact" if report.draws is None else report.draws,
+        "label_sampling": report.label_sampling,
+    }
+
+
+def _pairs_record(e: Estimate) -> dict[str, Any]:
+    return {"pairs_for_10_percent": e.pairs_for(0.1), "pairs_error": e.pairs_error}
 
 
 def _zero(report: Report) -> str:
@@ -129,7 +172,7 @@ def _zero(report: Report) -> str:
 
 def _choice(report: Report) -> list[str]:
     """Which estimator, by layer, at equal compute."""
-    if report.total.i1.norm == 0:
+    if not report.total.i1.norm:
         return []
     seconds = costs(report)
     wins: dict[str, list[str]] = {kind: [] for kind in ("i2", "ih", "i1")}
@@ -157,7 +200,7 @@ def _choice(report: Report) -> list[str]:
     silent = [
         repr(n)
         for n, g in report.layers.items()
-        if g.i2 is not None and g.i2.label_variance == 0 and g.i1.norm > 0
+        if g.i2 is not None and g.i2.label_variance == 0 and g.i1.norm
     ]
     if silent:
         lines.append(
@@ -167,24 +210,32 @@ def _choice(report: Report) -> list[str]:
 
 
 def _labels(report: Report) -> list[str]:
-    """Where the variance comes from, and S* = √(V_y/V_x) labels for each input."""
-    labels, inputs = report.total.i1.label_variance, report.total.i1.input_variance
-    if labels is None or inputs is None or report.draws is None or report.total.i1.norm == 0:
+    """What Î₁'s variance comes from, and what lowers its error."""
+    e = report.total.i1
+    labels, inputs = e.label_variance, e.input_variance
+    if labels is None or inputs is None or labels + inputs <= 0:
         return []
-    labels, inputs = max(labels, 0.0), max(inputs, 0.0)  # estimates: noise takes them below 0
-    if labels + inputs == 0:
-        return []
-    share = f"Drawn labels cause {100 * labels / (labels + inputs):.0f} % of the variance of one pair"
-    if inputs == 0:
-        return [f"{share}: more labels for each input (draws=) help as much as more inputs."]
-    best = max((labels / inputs) ** 0.5, 1.0)
-    if best > 1.5 * report.draws:
-        do = f"draws={count(best)} is best"
-    elif report.draws > 1.5 * best:
-        do = f"draws={count(best)} with more inputs is best"
-    else:
-        do = f"draws={report.draws} is near the best, and more inputs lower the error"
-    return [f"{share}. Where an input costs as much as a label, {do}."]
+    share = labels / (labels + inputs)
+    line = f"Labels cause {_share(share)} of the variance of one pair of Î₁"
+    if share < 0.5:
+        return [f"{line}: more inputs lower its error, more labels for each do not."]
+    others = [NAMES[k] for k in ("i2", "ih") if _much_better(report, k)]
+    if others:
+        return [f"{line}: {' and '.join(others)} of as many inputs err less."]
+    remedy = "exact or size-biased labels of as many inputs err less"
+    return [f"{line}: {remedy}, as does any number of labels for each input."]
+
+
+def _share(x: float) -> str:
+    """A share that is not rounded to all or nothing."""
+    return f"{100 * x:.0f} %" if 0.01 <= x <= 0.99 else f"{100 * x:.3g} %"
+
+
+def _much_better(report: Report, kind: str) -> bool:
+    other: Estimate | None = getattr(report.total, kind)
+    mine = report.total.i1.pairs_for(0.1)
+    its = None if other is None else other.pairs_for(0.1)
+    return mine is not None and its is not None and its < mine / 4
 
 
 def _weights(report: Report) -> list[str]:
@@ -232,7 +283,7 @@ def _violations(report: Report) -> list[str]:
             limit = max(bound + 4 * (e.bound_error or 0.0), e.sharp_bound or 0.0)
             factor = 1.001 if kind == "i1" else 2.0
             # near even odds of two labels little is left of E‖g‖⁴ - ‖F‖²: digits of the former
-            rounding = 1e-5 * report.batch_size * e.trace**2 if kind == "i1" else 0.0
+            rounding = 1e-5 * report.batch_size * (e.trace or 0.0) ** 2 if kind == "i1" else 0.0
             if value > factor * limit + rounding:
                 equation = "(17)" if kind == "i1" else "(18)"
                 told = f"‖Cov {NAMES[kind]}‖ = {number(value)}, bound {equation} {number(bound)}"
@@ -244,19 +295,19 @@ def _violations(report: Report) -> list[str]:
 
 def _probes(report: Report) -> list[str]:
     e = report.total.i2
-    if e is None or not e.probe_error or not e.label_variance:
+    if e is None or not e.probe_error:
         return []
-    share = e.probe_error / abs(e.label_variance)
-    if share < 0.25:
+    lost = [repr(n) for n, g in report.layers.items() if g.i2 and "label_variance" in g.i2.unknown]
+    if not lost and e.label_variance is not None and e.probe_error < 0.25 * e.label_variance:
         return []
-    return [
-        f"Random probes add {percent(share)} of noise to Î₂'s label variance; "
-        "second_order={'probes': K} with a larger K lowers it as 1/√K."
-    ]
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+    what = "Î₂'s label variance"
+    if e.label_variance is not None:
+        told = f"Random probes add {percent(e.probe_error / e.label_variance)} of noise to {what}"
+    else:
+        told = f"{what} of the whole model is lost in the noise of random probes"
+    if lost:
+        told += f", and lose that of {_some(lost)}"
+    return [f"{told}; second_order={{'probes': K}} with a larger K lowers it as 1/√K."]
 
 
 def _some(names: list[str], most: int = 8) -> str:

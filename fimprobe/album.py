@@ -13,8 +13,9 @@ MOST_COLUMNS = 120
 
 def condense(record: Record) -> Record:
     """What of a record the pictures over steps need: a run may hold thousands."""
-    values = ("rel_error", "draws_for_10_percent")
-    return {name: record[name] for name in ("step", "draws", "batch_size", "total")} | {
+    values = ("rel_error", "one_label_error", "pairs_for_10_percent")
+    kept = ("step", "draws", "batch_size", "total", "outputs", "label_sampling")
+    return {name: record.get(name) for name in kept} | {
         "layers": {
             name: {
                 kind: {value: group[kind][value] for value in values}

@@ -87,7 +87,7 @@ def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tens
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
     print("\n" + format_trend([r.to_dict() for r in reports]))
-    first, last = (percent(r.one_label_error(r.total.i1)) for r in (reports[0], reports[-1]))
+    first, last = (percent(r.error_of("i1")) for r in (reports[0], reports[-1]))
     print(
         f"\nWhat it found: as the {name} became confident, the relative error of Î₁ with one drawn "
         f"label for each of {reports[0].batch_size} inputs went from {first} to {last}. Near 100 % "

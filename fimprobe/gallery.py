@@ -9,14 +9,16 @@ from fimprobe.album import Record
 from fimprobe.pictures import (
     MOST_ROWS,
     draw_bounds,
+    draw_convergence,
     draw_diagonal,
     draw_error_map,
     draw_errors,
+    draw_errors_by_confidence,
     draw_needs,
     draw_traces,
     draw_variances,
 )
-from fimprobe.table import drawn_labels
+from fimprobe.table import inputs_of
 
 if TYPE_CHECKING:
     from fimprobe.drawing import Figure
@@ -43,14 +45,14 @@ def make_pictures(
     """
     last = last or records[-1]
     at = f"at step {last['step']:,}"
-    size = drawn_labels(last)
+    size = f"{inputs_of(last)}, 1 label from the model each"
     cut = "" if len(last["layers"]) <= MOST_ROWS else f" The {MOST_ROWS} layers with most need."
     makers: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
         (
             "errors",
             "Relative error over the training",
             f"How far off the diagonal of the whole model's Fisher information is at {size}: the "
-            "lower the better; near 100 % (dashed) and above it is noise. Logarithmic.",
+            "lower the better; at 100 % (dashed) and above it is noise. Logarithmic.",
             lambda: draw_errors(records),
         ),
         (
@@ -77,7 +79,7 @@ def make_pictures(
         (
             "3_pairs_needed",
             "(input, label) pairs for 10 % error",
-            f"Draws that a relative error of 10 % takes {at}, against those measured (dashed). "
+            f"Pairs that a relative error of 10 % takes {at} with labels from the model. "
             f"Logarithmic.{cut}",
             lambda: draw_needs(last),
         ),
@@ -92,6 +94,20 @@ def make_pictures(
             "Sizes of the entries of diag F",
             f"How many entries are how large {at}. Small ones are the hard ones. Logarithmic.",
             lambda: draw_diagonal(last),
+        ),
+        (
+            "6_error_by_confidence",
+            f"Relative error against tr I(h): {size}",
+            "As outputs grow confident tr I(h) goes to 0, and Î₁ sees the labels that carry F more "
+            "and more rarely. A point for each report. Logarithmic.",
+            lambda: draw_errors_by_confidence(records),
+        ),
+        (
+            "7_convergence",
+            "Error of the trace against the number of inputs",
+            f"Errors fall as 1/√inputs {at}, if inputs are independent: the spread of the means of "
+            "groups of this report's inputs, against the line through its standard error.",
+            lambda: draw_convergence(last),
         ),
     ]
     for name, title, caption, make in makers:

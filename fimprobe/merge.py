@@ -86,9 +86,7 @@ def without_sums(measured: Measured) -> Measured:
         some = None if m.entries is None else m.entries.cpu()
         norms = m.squared_norms.cpu()
         powers = m.powers.cpu()
-        return replace(
-            m, gram=gram, squared_norms=norms, powers=powers, entries=some, **no_entries
-        )
+        return replace(m, gram=gram, squared_norms=norms, powers=powers, entries=some, **no_entries)
 
     moments = {
         kind: replace(batch, parameters={name: rest(m) for name, m in batch.parameters.items()})

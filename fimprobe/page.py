@@ -10,15 +10,16 @@ from fimprobe.origin import tell_run
 from fimprobe.records import Records, latest_training
 from fimprobe.table import (
     Row,
-    count,
-    drawn_error,
-    drawn_labels,
+    footnotes,
+    inputs_of,
+    labels_of,
     make_rows,
     make_trends,
     number,
+    one_label_error,
+    pairs,
     percent,
     thin,
-    told_of_errors,
 )
 from fimprobe.types import FimprobeError
 
@@ -62,12 +63,15 @@ WORDS = {
     "Î₁, Î₂": "two unbiased estimates of F: the mean square of first derivatives, and minus the mean "
     "second derivative. They differ in variance.",
     "trace F, ± s.e.": "Σᵢ F̂ᵢᵢ and its standard error over inputs and drawn labels.",
-    "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖ at this report's inputs and draws.",
-    "1 label": "the same for an estimator with one drawn label for each of this report's inputs, "
-    "where labels were integrated over.",
+    "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖ of this report: how far off its numbers are.",
+    "1 label": "√((V inputs + V labels)/inputs) / ‖diag F‖: how far off an estimator is with one "
+    "label from the model for each of this report's inputs.",
     "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
     "the label and of the input; divided by the number of pairs and of inputs they give the error.",
-    "pairs for 10 %": "(input, label) pairs that a relative error of 10 % takes.",
+    "pairs for 10 %": "(input, label) pairs, labels from the model, that a relative error of 10 % "
+    "takes; ± how well that is known.",
+    "–": "not measured, not defined, or unknown: the reasons stand below the table.",
+    "tr I(h)": "trace of the outputs' Fisher information: it goes to 0 as the model grows confident.",
     "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight.",
 }
 
@@ -97,7 +101,7 @@ def make_page(records: Records) -> str:
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{escape(name)}</span></h1>",
         f"<p class=soft>{escape(_subject(records, last))} · {steps} · "
-        f"{last['batch_size']} inputs, {_labels(last)}</p>",
+        f"{inputs_of(last)}, {labels_of(last)}</p>",
         *[f"<p><b>Careful:</b> {escape(note)}</p>" for note in records.notes],
         _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
@@ -105,7 +109,7 @@ def make_page(records: Records) -> str:
         "</ul>",
         _pictures(reports),
         f"<h2>Layers at step {last['step']:,}</h2>",
-        f"<p class=soft>{escape(_errors(last))}</p>",
+        *[f"<p class=soft>{escape(line)}</p>" for line in footnotes(last)],
         _table(make_rows(last), total_last=True),
     ]
     if len(reports) > 1:
@@ -133,35 +137,25 @@ def _subject(records: Records, last: dict[str, Any]) -> str:
     return f"{model}{last['likelihood']}"
 
 
-def _labels(report: dict[str, Any]) -> str:
-    if report["draws"] == "exact":
-        return "labels integrated over"
-    return f"{report['draws']} drawn label{'' if report['draws'] == 1 else 's'} each"
-
-
-def _errors(report: dict[str, Any]) -> str:
-    """What the errors in the tables are."""
-    told = told_of_errors(report)
-    return told[0][1:-1] + "." if told else f"rel. error: at {drawn_labels(report)}."
-
-
 def _tiles(report: dict[str, Any]) -> str:
     total = report["total"]
     e = total["i1"]
     spread = "" if e["std_error"] is None else f" ± {number(e['std_error'])}"
     tiles = [(number(e["trace"]) + spread, "trace of F (Î₁, standard error)")]
-    if report["draws"] == "exact":
-        size = f"{report['batch_size']} inputs, labels integrated over"
-        tiles.append((percent(e["rel_error"]), f"relative error of F: {size}"))
+    tiles.append((percent(e["rel_error"]), "relative error of this report's F"))
+    each = f"{inputs_of(report)}, 1 label from the model each"
     for kind, name in KINDS.items():
         if kind in total and kind != "empirical":
-            error = drawn_error(report, total[kind])
-            told = f"relative error of {name}: {drawn_labels(report)}"
-            if error is None and total[kind]["probe_error"]:
-                told += "; lost in the noise of its random probes"
-            tiles.append((percent(error), told))
-    tiles.append((count(e["draws_for_10_percent"]), "(input, label) pairs for 10 % by Î₁"))
-    inner = "".join(f"<div class=tile><b>{escape(v)}</b><span>{t}</span></div>" for v, t in tiles)
+            error, told = one_label_error(total[kind]), f"relative error of {name}: {each}"
+            why = total[kind].get("unknown", {}).get("pairs")
+            tiles.append((percent(error), told if error is not None or not why else f"{told}: {why}"))
+    tiles.append((pairs(e), "(input, label) pairs for 10 % by Î₁"))
+    outputs = report.get("outputs") or {}
+    if outputs.get("fisher_trace") is not None:
+        tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
+    inner = "".join(
+        f"<div class=tile><b>{escape(v)}</b><span>{escape(t)}</span></div>" for v, t in tiles
+    )
     return f"<div class=tiles>{inner}</div>"
 
 
@@ -203,18 +197,15 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
 def _over_steps(reports: list[dict[str, Any]]) -> list[Row]:
     """Every estimator's trace and errors over steps."""
     kinds = [kind for kind in KINDS if kind in reports[-1]["total"]]
-    exact = reports[-1]["draws"] == "exact"
-    rows: list[Row] = [("step", *["rel. error"] * exact)]
+    rows: list[Row] = [("step",)]
     for kind in kinds:
-        error = "1 label" if exact else "rel. error"
-        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", error, "pairs for 10 %")
+        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error", "1 label", "pairs for 10 %")
     for report in thin(reports, MOST_STEPS):
         row: Row = (f"{report['step']:,}",)
-        row += (percent(report["total"]["i1"]["rel_error"]),) * exact
         for kind in kinds:
             e = report["total"].get(kind, {})
             row += (number(e.get("trace")), number(e.get("std_error")))
-            row += (percent(drawn_error(report, e)), count(e.get("draws_for_10_percent")))
+            row += (percent(e.get("rel_error")), percent(one_label_error(e)), pairs(e))
         rows.append(row)
     return rows
 
@@ -226,7 +217,7 @@ def _about(records: Records, last: dict[str, Any]) -> str:
     told = {name: escape(text) for name, text in tell_run(records.run).items()} | {
         "Family of the labels": escape(str(last["likelihood"])),
         "Inputs of each report": f"{last['batch_size']:,}",
-        "Labels": _labels(last),
+        "Labels": labels_of(last),
         "Estimators": kinds,
         "Bounds": bounds,
         "Parameters": f"{last['total']['numel']:,} in {len(last['layers']):,} layers",

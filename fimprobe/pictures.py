@@ -30,7 +30,7 @@ from fimprobe.drawing import (
     name_rows,
 )
 from fimprobe.estimators.sizes import STEP
-from fimprobe.table import drawn_error, neediest, thin
+from fimprobe.table import neediest, one_label_error, thin
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
@@ -43,10 +43,7 @@ MOST_ROWS = 30
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
     """Relative errors of the whole model's estimators over steps, on a logarithmic scale."""
-    found = {
-        kind: np.array([drawn_error(r, r["total"].get(kind, {})) for r in records], dtype=float)
-        for kind in NAMES
-    }
+    found = {kind: _series(records, kind, "one_label_error") for kind in NAMES}
     found = {kind: values for kind, values in found.items() if (values > 0).any()}
     if not found:
         return None
@@ -82,7 +79,7 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
     found = {}
     for kind in ("i1", "i2"):
         rows = [
-            [drawn_error(record, record["layers"].get(name, {}).get(kind, {})) for record in shown]
+            [one_label_error(record["layers"].get(name, {}).get(kind, {})) for record in shown]
             for name in layers
         ]
         grid = np.array(rows, dtype=float).reshape(len(layers), len(shown))
@@ -130,7 +127,7 @@ def draw_variances(record: Record) -> Figure | None:
 def draw_needs(record: Record) -> Figure | None:
     """(input, label) pairs for a relative error of 10 %, by layer, against those measured."""
     layers = needy(record)
-    found = {kind: _column(layers, kind, "draws_for_10_percent") for kind in ("i1", "i2")}
+    found = {kind: _column(layers, kind, "pairs_for_10_percent") for kind in ("i1", "i2")}
     found = {kind: np.maximum(v, 1.0) for kind, v in found.items() if np.isfinite(v).any()}
     if not found:
         return None
@@ -141,10 +138,8 @@ def draw_needs(record: Record) -> Figure | None:
             needs, rows, s=26, c=COLORS[kind], marker=MARKERS[kind], label=NAMES[kind], zorder=3,
             alpha=0.85,
         )  # fmt: skip
-    exact = record["draws"] == "exact"
-    pairs = record["batch_size"] * (1 if exact else record["draws"])
-    told = f"measured: {pairs:,}" + (" inputs, all labels" if exact else "")
-    axis.axvline(pairs, color=INK, linestyle="--", linewidth=1.5, label=told)
+    inputs = record["batch_size"]
+    axis.axvline(inputs, color=INK, ls="--", lw=1.5, label=f"{inputs:,}: 1 label for each input here")
     make_logarithmic(axis)
     name_rows(axis, [name for name, _ in layers])
     return add_legend(figure, axis)
@@ -169,6 +164,50 @@ def draw_bounds(record: Record) -> Figure | None:
     name_panels(axes, [NAMES[kind] for kind in found])
     name_rows(axes[0], [name for name, _ in layers])
     return add_legend(figure, axes[0])
+
+
+def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
+    """Relative errors with one label for each input, against tr I(h): both axes logarithmic."""
+    sure = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
+    found = {kind: _series(records, kind, "one_label_error") for kind in NAMES}
+    found = {k: v for k, v in found.items() if ((v > 0) & (sure > 0)).sum() > 1}
+    if not found:
+        return None
+    figure, axis = make_chart()
+    for kind, values in found.items():
+        axis.scatter(
+            sure, values, s=22, c=COLORS[kind], marker=MARKERS.get(kind, "^"), label=NAMES[kind]
+        )
+    axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
+    axis.set_yscale("log")
+    label_axis(axis, "relative error", upright=True)
+    make_logarithmic(axis)
+    axis.invert_xaxis()
+    label_axis(axis, "tr I(h) of the outputs: confident to the right")
+    return add_legend(figure, axis)
+
+
+def draw_convergence(record: Record) -> Figure | None:
+    """Error of the trace by Î₁ against the number of inputs, measured and predicted (slope −½)."""
+    points = [(n, error) for n, error in record.get("convergence") or [] if error > 0]
+    e = record["total"]["i1"]
+    if len(points) < 2 or not e.get("std_error") or not e.get("trace"):
+        return None
+    figure, axis = make_chart()
+    sizes, errors = np.array(points, dtype=float).T
+    size, final = record["batch_size"], e["std_error"] / e["trace"]
+    line = np.array([1.0, 100.0 * size])
+    axis.plot(
+        line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="predicted, slope −½"
+    )
+    axis.scatter(sizes, errors, s=26, c=BLUE, label="measured, groups of this report's inputs")
+    axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="this report")
+    axis.axhline(0.1, color=INK, ls=":", lw=1, alpha=0.6)
+    axis.set_yscale("log")
+    label_axis(axis, "relative error of the trace", upright=True)
+    make_logarithmic(axis)
+    label_axis(axis, "inputs")
+    return add_legend(figure, axis)
 
 
 def draw_diagonal(record: Record) -> Figure | None:
@@ -238,6 +277,7 @@ def _name_sizes(axis: Axes, what: str) -> None:
 
 def _sizes(record: Record, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """log10 of each parameter tensor's mean entry of diag F̂, where above 0, and its number."""
-    groups = [g for g in record.get("parameters", {}).values() if g.get(kind, {}).get("trace", 0) > 0]
+    known = record.get("parameters", {}).values()
+    groups = [g for g in known if (g.get(kind, {}).get("trace") or 0) > 0]
     logs = np.log10([group[kind]["trace"] / group["numel"] for group in groups])
     return logs, np.array([float(group["numel"]) for group in groups])

@@ -63,6 +63,9 @@ class Report:
     """Of labels drawn from the model: Σ‖δ‖² over its expectation; far from 1 nothing is known."""
     outputs: OutputSummary | None = None
     """tr I(h) of the outputs; with bounds also ‖I(h)‖_F and ‖M‖_F."""
+    convergence: list[tuple[int, float]] = field(default_factory=list)
+    """Numbers n of inputs, and the relative spread of Î₁'s trace over groups of n inputs of this
+    report: it falls as 1/√n where inputs are independent. Empty where an error is not known."""
 
     @property
     def advice(self) -> list[str]:
@@ -94,7 +97,9 @@ class Report:
             inputs=self.batch_size if inputs is None else inputs, labels=labels
         )
 
-    def pairs_for(self, estimator: str, eps: float = 0.1, *, layer: str | None = None) -> float | None:
+    def pairs_for(
+        self, estimator: str, eps: float = 0.1, *, layer: str | None = None
+    ) -> float | None:
         """Pairs (input, label) that an estimator takes for a relative error ``eps``."""
         return self._estimate(estimator, layer).pairs_for(eps)
 
@@ -138,6 +143,7 @@ class Report:
             "kinks": self.kinks,
             "notes": self.notes,
             "sizes": [list(pair) for pair in self.sizes],
+            "convergence": [list(pair) for pair in self.convergence],
             "advice": self.advice,
         }
 
@@ -236,7 +242,9 @@ def make_report(
     groups |= {f"layer {n}": names for n, names in layers.items()}
     groups["total"] = list(scores.parameters)
     unseen = reliability.seen_mass_reason(scores.seen_mass)
-    measured_i1, measured_i2, measured_ih = {}, {}, {}
+    measured_i1: dict[str, Estimate] = {}
+    measured_i2: dict[str, Estimate] = {}
+    measured_ih: dict[str, Estimate] = {}
     geometry: dict[str, Geometry] = {}
     for part in slabs(groups, _numbers(scores)):
         common = _common(measured, part, unseen=bool(unseen))
@@ -270,8 +278,8 @@ def make_report(
         best = measured.moments["ih" if scores.draws and "ih" in measured.moments else "i1"]
         for key, names in groups.items():
             cosine, ratio = compare(measured.moments["empirical"], best, names)
-            known = reliability.withhold(data[key], batch_size=scores.batch_size)
-            data[key] = dataclasses.replace(known, cosine=cosine, trace_ratio=ratio)
+            judged = reliability.withhold(data[key], batch_size=scores.batch_size)
+            data[key] = dataclasses.replace(judged, cosine=cosine, trace_ratio=ratio)
     hidden: dict[str, Estimate] = {}
     if measured.activations is not None:
         paths = {f"layer {n}": [n] for n in measured.activations.parameters}
@@ -316,7 +324,19 @@ def make_report(
         label_sampling=_label_sampling(scores),
         seen_mass=scores.seen_mass,
         outputs=_summarise_outputs(measured),
+        convergence=_converge(scores) if estimates["total"].std_error is not None else [],
     )
+
+
+def _converge(scores: MomentsBatch) -> list[tuple[int, float]]:
+    """The spread of the trace's mean over n inputs, from disjoint groups, at least four of them."""
+    trace = InputSums.of(scores, {"total": list(scores.parameters)}).trace[0]
+    mean, found, size = float(trace.mean()), [], 1
+    while mean > 0 and 4 * size <= len(trace):
+        groups = trace[: len(trace) // size * size].view(-1, size).mean(1)
+        found.append((size, float(groups.std()) / mean))
+        size *= 2
+    return found
 
 
 def _label_sampling(scores: MomentsBatch) -> str:

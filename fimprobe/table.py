@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
 
-TRENDS = ("rel_error", "trace", "label_variance")
+TRENDS = ("one_label_error", "trace", "label_variance")
 """What is shown over steps, of Î₁."""
 
 Row = tuple[str, ...]
@@ -18,9 +19,9 @@ LEAST = (
     "bound/Cov Î₁",
     "Î₂: V labels",
     "V inputs",
-    "± s.e.",
     "parameters",
     "V labels",
+    "± s.e.",
 )
 """Columns that narrow places go without, the first of these first; then from the right."""
 
@@ -29,57 +30,88 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
     """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
     table = align(make_rows(record, top))
     rule = "-" * max(map(len, table))
-    lines = [table[0], rule, *table[1:-1], rule, table[-1], *told_of_errors(record)]
+    lines = [table[0], rule, *table[1:-1], rule, table[-1], *footnotes(record)]
     return "\n".join([headline(record), *lines, "", *record["advice"]])
 
 
-def told_of_errors(record: dict[str, Any]) -> list[str]:
-    """What the two kinds of errors in the table of exact labels are."""
-    if record["draws"] != "exact":
-        return []
-    return [
-        f"(rel. error: of F at these {record['batch_size']} inputs, labels integrated over, so from "
-        "the choice of inputs alone; 1 label: of an estimator with one drawn label for each of them)"
+def footnotes(record: dict[str, Any], most: int = 4) -> list[str]:
+    """What the two kinds of errors in the table are, and why numbers are missing."""
+    lines = [
+        f"(rel. error: of this report's F, {labels_of(record)}; 1 label: of an estimator with one "
+        f"label from the model for each of {inputs_of(record)}; pairs: of Î₁)"
     ]
+    reasons: dict[str, tuple[str, list[str]]] = {}
+    for name, group in [("total", record["total"]), *record["layers"].items()]:
+        for kind in ("i1", "i2", "ih"):
+            for reason in dict.fromkeys(group.get(kind, {}).get("unknown", {}).values()):
+                # numbers stand in brackets: one line for all that lack the same thing
+                _, where = reasons.setdefault(re.sub(r" \([^()]*\)", "", reason), (reason, []))
+                if name not in where:
+                    where.append(name)
+    for reason, names in list(reasons.values())[:most]:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"(– unknown in {shown}: {reason})")
+    if len(reasons) > most:
+        lines.append(f"(– {len(reasons) - most} more reasons in the record, under 'unknown')")
+    return lines
+
+
+def labels_of(record: dict[str, Any]) -> str:
+    """How the labels of a record came about.
+
+    >>> labels_of({"draws": 2, "label_sampling": "size_biased"})
+    '2 size-biased labels for each input'
+    """
+    if record["draws"] == "exact":
+        return "labels integrated over"
+    kind = "size-biased label" if record.get("label_sampling") == "size_biased" else "drawn label"
+    return f"{record['draws']} {kind}{'' if record['draws'] == 1 else 's'} for each input"
+
+
+def inputs_of(record: dict[str, Any]) -> str:
+    """The number of inputs of a record, in words."""
+    return f"{record['batch_size']:,} input{'' if record['batch_size'] == 1 else 's'}"
 
 
 def headline(record: dict[str, Any]) -> str:
     """A line that says what was measured, and how."""
+    outputs = record.get("outputs") or {}
+    told = "".join(
+        f" · {symbol} {number(outputs[name])}"
+        for name, symbol in (
+            ("fisher_trace", "tr I(h)"),
+            ("fisher_norm", "‖I(h)‖"),
+            ("moment_norm", "‖M‖"),
+        )
+        if outputs.get(name) is not None
+    )
     return (
-        f"fimprobe · step {record['step']} · {record['batch_size']} inputs · draws "
-        f"{record['draws']} · {record['likelihood']} · {record['seconds']:.3g} s"
+        f"fimprobe · step {record['step']} · {inputs_of(record)} · {labels_of(record)} · "
+        f"{record['likelihood']}{told} · {record['seconds']:.3g} s"
     )
 
 
 def make_rows(record: dict[str, Any], top: int | None = None) -> list[Row]:
     """The head, a row for each layer (the ``top`` that need most pairs), and the model's."""
     second = record["total"].get("i2") is not None
-    exact = record["draws"] == "exact"
     layers = list(record["layers"].items())
     bounded = [  # ‖Cov‖ is known for exact labels only
         kind
         for kind in ("i1", "i2")
         if any(kind in g and g[kind]["tightness"] is not None for _, g in layers)
     ]
-    head: Row = ("layer", "parameters", "trace F", "± s.e.", "rel. error")
-    if exact:  # integrating over labels leaves the same error to all estimators: that of the inputs
-        head += ("Î₁: 1 label", *["Î₂: 1 label"] * second)
-    head += ("V labels", "V inputs", "pairs for 10 %")
-    if second:
-        head += ("Î₂: V labels",) if exact else ("Î₂: rel. error", "Î₂: V labels")
+    head: Row = ("layer", "parameters", "trace F", "± s.e.", "rel. error", "Î₁: 1 label")
+    head += ("Î₂: 1 label",) * second + ("pairs for 10 %", "V labels", "V inputs")
+    head += ("Î₂: V labels",) * second
     head += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
     rows = [head]
     for name, group in [*neediest(record, top), ("total", record["total"])]:
         e, other = group["i1"], group.get("i2", {})
         row: Row = (name, f"{group['numel']:,}", number(e["trace"]), number(e["std_error"]))
-        row += (percent(e["rel_error"]),)
-        if exact:
-            row += tuple(percent(drawn_error(record, x)) for x in (e, other)[: 1 + second])
-        row += (number(e["label_variance"]), number(e["input_variance"]))
-        row += (count(e["draws_for_10_percent"]),)
-        if second:
-            row += () if exact else (percent(other.get("rel_error")),)
-            row += (number(other.get("label_variance")),)
+        row += (percent(e["rel_error"]), percent(e.get("one_label_error")))
+        row += (percent(other.get("one_label_error")),) * second
+        row += (pairs(e), number(e["label_variance"]), number(e["input_variance"]))
+        row += (number(other.get("label_variance")),) * second
         rows.append(row + tuple(number(group[kind]["tightness"]) for kind in bounded))
     return rows
 
@@ -89,24 +121,12 @@ def neediest(record: dict[str, Any], top: int | None) -> list[tuple[str, dict[st
     layers = list(record["layers"].items())
     if top is None or len(layers) <= top:
         return layers
-    return sorted(layers, key=lambda x: -(x[1]["i1"]["draws_for_10_percent"] or 0))[:top]
+    return sorted(layers, key=lambda x: -(x[1]["i1"]["pairs_for_10_percent"] or 0))[:top]
 
 
-def drawn_error(report: dict[str, Any], estimate: dict[str, Any]) -> float | None:
-    """The relative error with labels drawn: as measured; for exact labels, with one for each input.
-
-    √((V_x + V_y)/B)/‖diag F̂‖: what integrating over labels took out of ``rel_error`` is put back.
-    """
-    if report["draws"] != "exact":
-        return estimate.get("rel_error")
-    need = estimate.get("draws_for_10_percent")
-    return None if need is None else 0.1 * (max(need, 0.0) / report["batch_size"]) ** 0.5
-
-
-def drawn_labels(report: dict[str, Any]) -> str:
-    """The inputs and labels that ``drawn_error`` is at."""
-    draws = 1 if report["draws"] == "exact" else report["draws"]
-    return f"{report['batch_size']} inputs, {draws} drawn label{'' if draws == 1 else 's'} each"
+def one_label_error(estimate: dict[str, Any]) -> float | None:
+    """The relative error of an estimator with one label from the model for each input."""
+    return estimate.get("one_label_error")
 
 
 def align(rows: Sequence[Row]) -> list[str]:
@@ -123,33 +143,23 @@ def align(rows: Sequence[Row]) -> list[str]:
 
 def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
     """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
-    exact = records[-1]["draws"] == "exact"
-    table: list[Row] = [("step", "trace F", "rel. error", *["Î₁: 1 label"] * exact, "pairs for 10 %")]
+    table: list[Row] = [("step", "trace F", "rel. error", "Î₁: 1 label", "pairs for 10 %")]
     for record in thin(records, rows):
         e = record["total"]["i1"]
         row: Row = (f"{record['step']:,}", number(e["trace"]), percent(e["rel_error"]))
-        row += (percent(drawn_error(record, e)),) if exact else ()
-        table.append((*row, count(e["draws_for_10_percent"])))
+        table.append((*row, percent(one_label_error(e)), count(e["pairs_for_10_percent"])))
     return "\n".join(align([tuple(cell.rjust(8) for cell in row) for row in table]))
 
 
 def make_trends(records: list[dict[str, Any]], top: int = 8) -> list[Row]:
     """The head, and for the model and its neediest layers the trends of Î₁'s values."""
-    error = "Î₁: 1 label" if records[-1]["draws"] == "exact" else "rel. error"
-    rows: list[Row] = [("layer", error, "trace F", "V labels")]
+    rows: list[Row] = [("layer", "Î₁: 1 label", "trace F", "V labels")]
     names = [name for name, _ in neediest(records[-1], top)]
     for name in ("total", *names):
         cells = []
-        found = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
+        found = [r["total"] if name == "total" else r["layers"].get(name) for r in records]
         for value in TRENDS:
-            values = [
-                None
-                if g is None
-                else drawn_error(r, g["i1"])
-                if value == "rel_error"
-                else g["i1"][value]
-                for r, g in found
-            ]
+            values = [None if g is None else g["i1"].get(value) for g in found]
             cells.append(trend(values, value))
         rows.append((name, *cells))
     return rows
@@ -168,7 +178,7 @@ def trend(values: Sequence[float | None], name: str) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    show = percent if name == "rel_error" else number
+    show = percent if name.endswith("error") else number
     return f"{show(known[0]):>8} {sparkline(values)} {show(known[-1]):>8}"
 
 
@@ -213,7 +223,7 @@ def make_comparison(a: dict[str, Any], b: dict[str, Any], top: int | None = None
         "trace": ("trace F", number),
         "rel_error": ("rel. error", percent),
         "label_variance": ("V labels", number),
-        "draws_for_10_percent": ("pairs for 10 %", count),
+        "pairs_for_10_percent": ("pairs for 10 %", count),
     }
     rows: list[Row] = [("layer",)]
     for label, _ in columns.values():
@@ -241,6 +251,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
     noise = "errors are at these numbers, variances and pairs are per pair"
     differ("draws", a["draws"], b["draws"], noise)
+    differ("label sampling", a.get("label_sampling"), b.get("label_sampling"), noise)
     differ("inputs", a["batch_size"], b["batch_size"], noise)
     differ(
         "likelihood", a["likelihood"], b["likelihood"], "these are Fisher informations of two models"
@@ -282,6 +293,16 @@ def percent(x: float | None) -> str:
     if x is None:
         return "–"
     return f"{100 * x:,.0f} %" if 10 <= x < 1e6 else f"{100 * x:.3g} %"
+
+
+def pairs(estimate: dict[str, Any]) -> str:
+    """The pairs for 10 %, with how well they are known.
+
+    >>> pairs({"pairs_for_10_percent": 1622.0, "pairs_error": 0.12})
+    '1,622 ± 12 %'
+    """
+    need, error = estimate.get("pairs_for_10_percent"), estimate.get("pairs_error")
+    return count(need) if need is None or error is None else f"{count(need)} ± {percent(error)}"
 
 
 def count(x: float | None) -> str:

@@ -16,7 +16,7 @@ from fimprobe.table import (
     Row,
     align,
     differences,
-    drawn_error,
+    footnotes,
     format_table,
     format_trend,
     format_trends,
@@ -24,8 +24,8 @@ from fimprobe.table import (
     make_comparison,
     make_rows,
     make_trends,
+    one_label_error,
     percent,
-    told_of_errors,
 )
 from fimprobe.types import FimprobeError
 
@@ -41,7 +41,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
     else:
         _head(console, headline(last))
         _table(console, make_rows(last, top), total_last=True)
-        for line in told_of_errors(last):
+        for line in footnotes(last):
             console.print(_plain(line))
         _advice(console, last["advice"])
     left = len(last["layers"]) - top
@@ -97,7 +97,7 @@ def show_list(folder: str, files: list[Path]) -> None:
         else:
             last = records.reports[-1]
             row = (f"{len(records.reports):,}", f"{last['step']:,}")
-            row += (percent(drawn_error(last, last["total"]["i1"])),)
+            row += (percent(one_label_error(last["total"]["i1"])),)
         at = datetime.fromtimestamp(file.stat().st_mtime)
         rows.append((str(file.parent), *row, f"{at:%Y-%m-%d %H:%M}"))
     print(f"{folder} holds {len(files)} runs, newest first:\n")

@@ -393,7 +393,8 @@ class Estimate:
         """Pairs (input, label) for a relative error ``eps``: Σ(V_x + V_y) / (ε² ‖diag F‖²).
 
         >>> from fimprobe.estimators.pair_variance import PairVariance
-        >>> variance = PairVariance(fourth=3.0, square=2.0, norm_square=1.0, covariance=((0.0,) * 3,) * 3)
+        >>> sure = ((0.0,) * 3,) * 3
+        >>> variance = PairVariance(fourth=3.0, square=2.0, norm_square=1.0, covariance=sure)
         >>> estimate = Estimate(trace=1.0, norm=1.0, pair_variance=variance)
         >>> estimate.pairs_for(0.5), estimate.error_of(inputs=4, labels=2)
         (8.0, 0.6123724356957945)

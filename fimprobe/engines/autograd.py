@@ -205,7 +205,7 @@ def _curve(chunk: Chunk, run: Sums, bender: Bender | None, seeds: Seeds) -> None
     problem = chunk.problem
     if bender is None:
         return
-    assert seeds.weights is not None
+    assert seeds.weights is not None and seeds.weights.second is not None
     for name, parameter in problem.parameters.items():
         if name not in run.curves:
             run.curves[name] = CurvatureSums(parameter, problem.diagonals, chunk.room)

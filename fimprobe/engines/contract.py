@@ -54,9 +54,7 @@ class Accumulator:
     """This process's rows of ``a2`` where the parameter is sharded (a DTensor)."""
 
     @classmethod
-    def like(
-        cls, parameter: Tensor, *, diagonals: bool, sharded: bool, bare: bool
-    ) -> Accumulator:
+    def like(cls, parameter: Tensor, *, diagonals: bool, sharded: bool, bare: bool) -> Accumulator:
         """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if sharded or bare:

@@ -148,7 +148,7 @@ def measure_curvature(
     meeting = set(partners) | {q for group in partners.values() for q in group}
     replayed = bender.replayed
     deltas = [bender.delta(y) for y in range(count)]
-    assert seeds.weights is not None
+    assert seeds.weights is not None and seeds.weights.second is not None
     second = seeds.weights.second
     for name, s in sums.items():
         s.begin(size, count, second, exact, self_meeting=name in partners.get(name, ()))

@@ -54,8 +54,8 @@ class Operands:
 def find_operands(met: Met, weights: Weights | None) -> Operands | None:
     """The operands, where the kernel covers this weight on this device; None where it does not.
 
-    Covered: up to MOST_DRAWS drawn labels, or passes of a single block, one use in a Linear or Conv1D layer
-    at several positions, one lookup, float32 and half precision.
+    Covered: up to MOST_DRAWS drawn labels, or passes of a single block, one use in a Linear or
+    Conv1D layer at several positions, one lookup, float32 and half precision.
     """
     first = met[0][1]
     if not _runs_on(first[0].device) or len(first) > MOST_DRAWS or len(met) > 2:
@@ -91,6 +91,7 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
         else torch.empty((parts, *shape), dtype=torch.float32, device=device)
     )
     sampled = drawn(weights)
+    second_weights = None if weights is None else weights.second
     a4 = q = r = None
     if accumulator.diagonals:
         a4, q = (torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2))
@@ -108,7 +109,7 @@ def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | N
             dense,
             tokens,
             lookup,
-            None if weights is None or sampled else weights.second.float().contiguous(),
+            None if second_weights is None else second_weights.float().contiguous(),
             None if weights is None else weights.fourth.double().contiguous(),
             a2,
             a4,

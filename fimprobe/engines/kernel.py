@@ -37,8 +37,8 @@ def moments(
     samples, positions, lookups, outs, ins, share, padding,
     x_b, x_t, x_i, d_b, d_t, d_o, k_b, k_t, r_b, r_t, r_i, a_p, a_o, a_i, bucket,
     S: tl.constexpr, DENSE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHTED: tl.constexpr,
-    QUARTIC_WEIGHTED: tl.constexpr, DIAGONALS: tl.constexpr, PRECISION: tl.constexpr, RAISE: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
+    QUARTIC_WEIGHTED: tl.constexpr, DIAGONALS: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Moments of g_s[o, i] = Σ_t DELTA_s[t, o] X[t, i] + Σ_t [TOKENS[t] = o] ROWS_s[t, i]."""
     across = tl.cdiv(ins, BI)

@@ -55,7 +55,9 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
     if draws.size_biased and has_size_biased_draws(family, h):
         positions = upload(draws.positions_for(rows, problem.batch.size), h.device).unbind(1)
         mask = mask_of(problem, rows, h)
-        parts = [_size_biased_scores(problem, h, mask, *u) for u in zip(uniforms, positions)]
+        parts = [
+            _size_biased_scores(problem, h, mask, *u) for u in zip(uniforms, positions, strict=True)
+        ]
         inverse = torch.stack([part.inverse_weights for part in parts], 1)
         weights = Weights(None, inverse, list(range(len(parts))))
         # √w δ has the length √τ, whatever the label
@@ -75,9 +77,7 @@ def _size_biased_scores(
     for start in range(0, len(h), step):
         part = slice(start, start + step)
         keep = None if mask is None else mask[part]
-        found = draw_size_biased(
-            problem.likelihood, h[part], uniforms[part], positions[part], keep
-        )
+        found = draw_size_biased(problem.likelihood, h[part], uniforms[part], positions[part], keep)
         scores[part], inverse[part], expected[part] = found
     return SizeBiasedScores(scores, inverse, expected)
 

@@ -6,9 +6,9 @@ law of total variance: Soen & Sun 2024 (arXiv 2402.05379).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ def spread(q: Value, diagonal_square: Value, batch_size: int, draws: int | None)
 def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
     """L1 = E‖g‖⁴ − ‖F‖_F² of blocks, for each input [..., B], from Gram matrices [..., B, S, S].
 
-    Drawn (S ≥ 2), of ĝ = √w g, unbiased: mean_s ‖ĝ_s‖⁴/w_s − mean_{s≠t} (ĝ_s·ĝ_t)². Exact passes with weights w:
-    each independent label adds its own L1, and pairs of labels s ≠ t add
-    tr F_s tr F_t + tr(F_s F_t) (theory §6).
+    Drawn (S ≥ 2), of ĝ = √w g, unbiased: mean_s ‖ĝ_s‖⁴/w_s − mean_{s≠t} (ĝ_s·ĝ_t)². Exact passes with
+    weights w: each independent label adds its own L1, and pairs of labels s ≠ t add
+    tr F_s tr F_t + tr(F_s F_t) (docs/theory.md, "Sequences").
     """
     square = gram.square()
     own = square.diagonal(dim1=-2, dim2=-1)
@@ -97,6 +97,7 @@ class InputSums:
         members, draws = Members(groups), moments.draws
         size, count = moments.batch_size, draws or 1
         norms = members.sum(moments.parameters, "squared_norms")
+        square: Tensor | None
         a4, q, r, _ = members.sum(moments.parameters, "powers").unbind(1)
         if draws is None:
             assert moments.second is not None
@@ -109,7 +110,9 @@ class InputSums:
         across = spread(q.sum(-1), whole, size, draws)
         if across is None:
             alone = whole if square is None else square[:, 0]
-            return cls(trace=trace, fourth=fourth, square=square, error_square=None, norm_square=alone)
+            return cls(
+                trace=trace, fourth=fourth, square=square, error_square=None, norm_square=alone
+            )
         error = across.clamp(min=0) / size
         return cls(
             trace=trace,
@@ -163,7 +166,7 @@ def estimate_groups(
     for row, (group, names) in enumerate(groups.items()):
         mine = {n: moments.parameters[n] for n in names} if diagonals else {}
         found[group] = Estimate(
-            **{name: _number(column[row]) for name, column in values.items()},
+            **row_of(values, row),
             pair_variance=pairs[row],
             diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
             diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
@@ -196,9 +199,10 @@ def _mean_error(each: Tensor) -> Tensor | None:
     return each.std(-1) / size**0.5 if size > 1 else None
 
 
-def _number(x: float | None) -> float | None:
-    """None in place of NaN."""
-    return None if x is None or x != x else x
+def row_of(values: Mapping[str, Sequence[float | None]], row: int) -> dict[str, Any]:
+    """One group's values, None in place of NaN."""
+    column = {name: of[row] for name, of in values.items()}
+    return {name: None if x is None or x != x else x for name, x in column.items()}
 
 
 def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
@@ -225,6 +229,8 @@ def _diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dic
             return None
         found[name] = across
         if moments.draws is not None:  # less what the draws vary by: that of w g², not of g²
+            assert m.r is not None
             within = label_variance(m.r, m.q, m.r, moments.batch_size, moments.draws)
+            assert within is not None
             found[name] = across - within / moments.draws
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators.groups import Groups, Members
-from fimprobe.estimators.i1 import InputSums, effective_inputs, relative_error
+from fimprobe.estimators.i1 import InputSums, effective_inputs, relative_error, row_of
 from fimprobe.estimators.pair_variance import pair_variances
 from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
 
@@ -128,7 +128,7 @@ def estimate_groups(
     found = {}
     for row, (group, names) in enumerate(groups.items()):
         found[group] = Estimate(
-            **{name: _known(column[row]) for name, column in values.items()},
+            **row_of(values, row),
             pair_variance=pairs[row] if common.square is not None else None,
             diagonal=_diagonal(measured, names) if diagonals else None,
             diagonal_label_variance=_squares(curvature, names, size) if diagonals else None,
@@ -173,10 +173,6 @@ def _joint_error(squares: Tensor, random: Tensor | None) -> Tensor | None:
     """Standard error of V2: its spread over inputs [G, B] holds that of labels and probes."""
     size = squares.shape[-1]
     return squares.std(-1) / size**0.5 if size > 1 else random
-
-
-def _known(x: float | None) -> float | None:
-    return None if x is None or x != x else x
 
 
 def _diagonal(measured: Measured, names: Sequence[str]) -> dict[str, Tensor]:

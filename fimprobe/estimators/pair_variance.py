@@ -65,7 +65,9 @@ def pair_variances(
     rows = torch.stack([fourth, torch.zeros_like(fourth) if square is None else square, moved], 1)
     size = rows.shape[-1]
     centred = rows - rows.mean(-1, keepdim=True)
-    covariance = centred @ centred.mT / (size - 1) / size if size > 1 else centred @ centred.mT * torch.nan
+    covariance = (
+        centred @ centred.mT / (size - 1) / size if size > 1 else centred @ centred.mT * torch.nan
+    )
     means = rows.mean(-1).tolist()
     return [
         PairVariance(

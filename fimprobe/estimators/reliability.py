@@ -47,8 +47,9 @@ def seen_mass_reason(seen_mass: float | None) -> str:
     """
     if seen_mass is None or MIN_SEEN_MASS <= seen_mass <= MAX_SEEN_MASS:
         return ""
+    share = f"{100 * seen_mass:.2g} % of" if seen_mass < 1 else f"{seen_mass:.2g} times"
     return (
-        f"the drawn labels carry {100 * seen_mass:.2g} % of the expected score; pass "
+        f"the drawn labels carry {share} the expected score; pass "
         "label_sampling='size_biased' or draws='exact'"
     )
 
@@ -111,7 +112,7 @@ def _few_inputs(e: Estimate, batch_size: int) -> str:
         return "no gradient reaches it at these inputs"
     heavy = effective < FEW_EFFECTIVE_INPUTS and effective < HEAVY_TAIL * batch_size
     if effective < MIN_EFFECTIVE_INPUTS or heavy:
-        return f"{effective:.2g} of the {batch_size} inputs carry the trace; take more inputs"
+        return f"too few inputs carry the trace ({effective:.2g} of {batch_size}); take more inputs"
     return ""
 
 
@@ -148,9 +149,13 @@ def _lost_in_noise(e: Estimate) -> dict[str, str]:
         value = getattr(e, name)
         if value is not None and value < 0:
             found[name] = noise(value, None)
-    if e.diagonal_bound is not None and e.label_variance is not None and e.bound_error is not None:
-        if e.diagonal_bound < e.label_variance:
-            found["diagonal_bound"] = "its noise takes it below what it bounds"
+    if (
+        e.diagonal_bound is not None
+        and e.label_variance is not None
+        and e.bound_error is not None
+        and e.diagonal_bound < e.label_variance
+    ):
+        found["diagonal_bound"] = "its noise takes it below what it bounds"
     if e.norm == 0 and e.trace:
         found |= dict.fromkeys(("norm", "rel_error", "pairs"), "the norm of F is lost in its noise")
     elif e.pair_variance is not None and e._relative(1) is None:

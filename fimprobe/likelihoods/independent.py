@@ -10,7 +10,6 @@ from torch import Tensor
 from fimprobe.likelihoods.norms import combine, position_mask
 from fimprobe.types import FimprobeError, OutputNorms, Pass
 
-
 REMAINDER = 1e-9
 """The share of E score² that the probabilities of a family may leave out."""
 

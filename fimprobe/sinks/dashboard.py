@@ -51,8 +51,7 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
 
     totals: list[Margin | Lines] = []
     compared = ("i1", "i2", "ih")
-    exact = "fim/i1/one_label_error" in written
-    error, size = ("one_label_error", ", 1 label each") if exact else ("rel_error", "")
+    error, size = "one_label_error", ", 1 label from the model for each input"
 
     def known(value: str) -> str:
         there = [kind for kind in compared if f"fim/{kind}/{value}" in written]
@@ -62,8 +61,10 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
         f"Relative error{size} (0.1 good, 1 noise): {known(error)}",
         [f"fim/{k}/{error}" for k in compared],
     )
-    if exact:  # the same for all of them
-        totals += lines("Relative error of F, labels integrated over", ["fim/i1/rel_error"])
+    totals += lines(
+        f"Relative error of this report's F: {known('rel_error')}",
+        [f"fim/{k}/rel_error" for k in compared],
+    )
     need = "pairs_for_10_percent"
     totals += lines(
         f"(input, label) pairs needed for 10 % error: {known(need)}",
@@ -96,6 +97,9 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
     for layer in layers:
         for kind in ("i1", "i2"):
             each += margins(f"{layer}: trace by {KINDS[kind]}, ± 2 standard errors", kind, layer)
+    outputs = lines("tr I(h): the model is confident where it is small", ["fim_outputs/fisher_trace"])
+    outputs += lines("‖M‖_F, the fourth moment of the outputs", ["fim_outputs/moment_norm"])
+    totals += outputs
     cost = lines("Share of the wall time that the probe took", ["fim_probe/overhead"])
     cost += lines("Seconds of each measurement", ["fim_probe/seconds"])
     found = [

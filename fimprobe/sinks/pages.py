@@ -10,15 +10,16 @@ import yaml
 from fimprobe.origin import tell_run
 from fimprobe.report import Report
 from fimprobe.sinks.tags import KINDS, MEANING
-from fimprobe.table import LEAST, make_rows, told_of_errors
+from fimprobe.table import LEAST, footnotes, inputs_of, labels_of, make_rows
 
 _FORMULAS = {
     "trace": "Σᵢ F̂ᵢᵢ",
     "std_error": "√Var(Σᵢ F̂ᵢᵢ)",
-    "rel_error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖",
+    "rel_error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖",
+    "one_label_error": "√(Σᵢ(V_label + V_input) / inputs) / ‖diag F‖",
     "label_variance": "Σᵢ E_x Var_y(F̂ᵢᵢ)",
     "input_variance": "Σᵢ Var_x(F_ii(x))",
-    "pairs_for_10_percent": "Σᵢ(V_label + V_input) / (0.1 ‖diag F̂‖)²",
+    "pairs_for_10_percent": "Σᵢ(V_label + V_input) / (0.1 ‖diag F‖)²",
     "total_label_variance": "Σᵢⱼ E_x Var_y(F̂ᵢⱼ)",
     "covariance_norm": "‖Cov_y(F̂)‖_F",
     "bound": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
@@ -37,11 +38,12 @@ def make_about(
     report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
 ) -> str:
     """What was measured, how, and how to read it, in Markdown."""
-    size = f"{report.batch_size} inputs, labels integrated over"
-    if report.draws is not None:
-        size = (
-            f"{report.batch_size} inputs, {report.draws} drawn label{'s' * (report.draws > 1)} each"
-        )
+    record = {
+        "batch_size": report.batch_size,
+        "draws": "exact" if report.draws is None else report.draws,
+        "label_sampling": report.label_sampling,
+    }
+    size = f"{inputs_of(record)}, {labels_of(record)}"
     kinds = [k for k in KINDS if getattr(report.total, k) is not None]
     ways: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
@@ -70,8 +72,10 @@ def make_about(
                 for name, formula in _FORMULAS.items()
             ],
         ),
-        "Variances are those of one (input, label) pair; `std_error` and `rel_error` are at the "
-        "inputs and draws measured.",
+        "`std_error` and `rel_error` tell how far off the numbers of a report are; `one_label_error` "
+        "and `pairs_for_10_percent` how far off an estimator is with labels drawn from the model, "
+        "whatever labels it was measured with. Variances are those of one (input, label) pair. What "
+        "cannot be known is left out; *fimprobe/advice* says why.",
         "## Coverage",
         _table(
             ("measured by", "parameters", "which"),
@@ -90,7 +94,7 @@ def make_page(record: dict[str, Any], most: int = 8) -> str:
     rows = make_rows(record, most)
     shown = [i for i, head in enumerate(rows[0]) if head not in LEAST]  # more cells break words
     (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
-    told = "\n\n".join(["", *told_of_errors(record)])
+    told = "\n\n".join(["", *footnotes(record)])
     left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"

@@ -23,14 +23,14 @@ WHAT = {
 MEANING = {
     "trace": "Estimated trace of F: Σᵢ F̂ᵢᵢ.",
     "std_error": "Standard error of the trace, over inputs and draws.",
-    "rel_error": "How far off the estimated diagonal is, as a share of it: √(Σᵢ Var F̂ᵢᵢ) / ‖diag F̂‖ "
-    "at the probe's inputs and draws. 0.1 is good; near 1 the estimate is mostly noise.",
-    "one_label_error": "The relative error with one drawn label for each of the probe's inputs. "
-    "(Labels were integrated over, so that rel_error is the same for all estimators.) 0.1 is good, "
-    "1 is noise.",
+    "rel_error": "How far off this report's diagonal is, as a share of it: √(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖, "
+    "over its inputs and all that was drawn for them. 0.1 is good; from 1 on it is noise.",
+    "one_label_error": "The relative error of the estimator with one label from the model for each "
+    "of the probe's inputs, whatever labels it was measured with. 0.1 is good; 1 is noise.",
     "label_variance": "Variance of one pair's diagonal from the choice of the label, Σᵢ.",
     "input_variance": "Variance of one pair's diagonal from the choice of the input, Σᵢ.",
-    "pairs_for_10_percent": "(input, label) pairs that a relative error of 10 % takes.",
+    "pairs_for_10_percent": "(input, label) pairs, labels from the model, that a relative error of "
+    "10 % takes.",
     "cosine": "Cosine between the diagonals of the empirical Fisher and of F: 1 if proportional.",
     "trace_ratio": "Trace of the empirical Fisher over that of F: 1 if they agree.",
     "total_label_variance": "Variance from labels over the whole matrix, not the diagonal only.",
@@ -67,6 +67,11 @@ _LARGEST = 3.4028234e38  # scalars are stored in single precision
 
 _OTHERS = {
     "fim_probe/seconds": "Seconds that this measurement took.",
+    "fim_outputs/fisher_trace": "tr I(h) of the outputs, mean over inputs: it goes to 0 as the model "
+    "grows confident, and Î₁ with it.",
+    "fim_outputs/fisher_norm": "‖I(h)‖_F of the outputs, mean over inputs.",
+    "fim_outputs/moment_norm": "‖M‖_F, the fourth central moment of the outputs less I⊗I, mean over "
+    "inputs.",
     "fim_probe/overhead": "Share of the wall time since attach() that measuring and writing took.",
     "fimprobe/about": "What was measured and how to read it.",
     "fimprobe/advice": "What the numbers say and what to do about it.",
@@ -85,6 +90,8 @@ _PICTURES = {
     "3_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
     "4_bound_of_the_matrix": "Labels' covariance of the whole matrix, measured, and its bound.",
     "5_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
+    "6_error_by_confidence": "Relative error with one label for each input, against tr I(h).",
+    "7_convergence": "Error of the trace against the number of inputs, measured and predicted.",
 }
 
 
@@ -140,7 +147,7 @@ def make_scalars(report: Report, layers: Iterable[str], banded: Iterable[str]) -
             bands += [(band(k, layer), e) for k, e in _estimates(report.layers[layer])]
     found = {tag: float(v) for tag, v in values.items() if v is not None and _fits(v)}
     for tags, estimate in bands:  # all three or none, for a chart drops a band with a gap
-        if estimate.std_error is not None:
+        if estimate.std_error is not None and estimate.trace is not None:
             wide = 2 * estimate.std_error
             trio = (estimate.trace, estimate.trace - wide, estimate.trace + wide)
             if all(map(_fits, trio)):
@@ -155,7 +162,7 @@ def make_spreads(report: Report) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
         estimates: list[Estimate] = [getattr(g, kind) for g in groups]
         for name, found in {
             "rel_error": [e.rel_error for e in estimates],
-            "log10_pairs_for_10_percent": [_log10(e.draws_for(0.1)) for e in estimates],
+            "log10_pairs_for_10_percent": [_log10(e.pairs_for(0.1)) for e in estimates],
         }.items():
             values = np.array([v for v in found if v is not None and _fits(v)])
             if values.size:
@@ -180,7 +187,7 @@ def diagonal_values(report: Report, kind: str) -> tuple[np.ndarray, np.ndarray]:
                 positive = entries[entries > 0].double().cpu().numpy()
                 values.append(np.log10(positive))
                 weights.append(np.ones_like(positive))
-        elif estimate.trace > 0 and math.isfinite(estimate.trace):
+        elif estimate.trace is not None and estimate.trace > 0 and math.isfinite(estimate.trace):
             values.append(np.log10([estimate.trace / group.numel]))
             weights.append(np.array([float(group.numel)]))
     empty = np.zeros(0)

@@ -200,7 +200,7 @@ class TensorboardSink:
 
     def _choose(self, report: Report) -> list[str]:
         def need(item: tuple[str, GroupEstimates]) -> float:
-            return -(item[1].i1.draws_for(0.1) or 0.0)
+            return -(item[1].i1.pairs_for(0.1) or 0.0)
 
         wanted = [
             (name, group)

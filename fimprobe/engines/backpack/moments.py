@@ -181,9 +181,7 @@ def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
     length = x2.sum(1).view(-1, *[1] * (gram.dim() - 1))
     sums = Sums(
         a2=f.t() @ x2,
-        powers=_powers_in_batch(
-            job, [x.sum(1) * each for x in (quartic, f.square(), blocks)], whole
-        ),
+        powers=_powers_in_batch(job, [x.sum(1) * each for x in (quartic, f.square(), blocks)], whole),
         gram=_in_batch(job, gram * length, whole),
         total=delta.sum(0).t() @ x,
     )
@@ -201,6 +199,7 @@ def _powers(job: Job, square: Tensor, part: slice) -> tuple[Tensor, Tensor, Tens
             quartic = own * job.weights.rows(part).fourth.t().unsqueeze(-1)
         return square.sum(0), quartic.sum(0), own.sum(0)
     weights = job.weights.rows(part)
+    assert weights.second is not None
     blocks = torch.tensor(weights.blocks, device=square.device)
     member = nn.functional.one_hot(blocks).to(square)
     by_block = torch.einsum("sk,ns,snp->knp", member, weights.second.to(square), square)
