@@ -170,7 +170,7 @@ def estimate_groups(
             pair_variance=pairs[row],
             diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
             diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
-            diagonal_input_variance=_diagonal_inputs(moments, mine) if diagonals else None,
+            diagonal_input_variance=diagonal_inputs(moments, mine) if diagonals else None,
         )
     return found
 
@@ -216,7 +216,7 @@ def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dic
     return found
 
 
-def _diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
+def diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
     labels = _diagonal_labels(moments, group)
     if labels is None:
         return None

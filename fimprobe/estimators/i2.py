@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators.groups import Groups, Members
-from fimprobe.estimators.i1 import InputSums, effective_inputs, relative_error, row_of
+from fimprobe.estimators.i1 import (
+    InputSums,
+    diagonal_inputs,
+    effective_inputs,
+    relative_error,
+    row_of,
+)
 from fimprobe.estimators.pair_variance import pair_variances
 from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
 
@@ -132,6 +138,11 @@ def estimate_groups(
             pair_variance=pairs[row] if common.square is not None else None,
             diagonal=_diagonal(measured, names) if diagonals else None,
             diagonal_label_variance=_squares(curvature, names, size) if diagonals else None,
+            diagonal_input_variance=diagonal_inputs(
+                measured.moments["i1"], {n: measured.moments["i1"].parameters[n] for n in names}
+            )
+            if diagonals
+            else None,
         )
     return found
 

@@ -20,7 +20,7 @@ from fimprobe.likelihoods.size_biased import (
     expected_squares,
     has_size_biased_draws,
 )
-from fimprobe.types import Draws
+from fimprobe.types import Draws, Likelihood
 
 F64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -328,13 +328,15 @@ def check(s: Setting, rtol=1e-12, coarse=0.0):
     torch.testing.assert_close(drawn.inverse, truth.square[of] / truth.tau, rtol=1e-12, atol=0)
     root = drawn.inverse.sqrt().unsqueeze(1)
     scores = drawn.scores.flatten(1)
+    length, some = scores.square().sum(1), truth.square[of] > 0
+    torch.testing.assert_close(length[some], drawn.expected[some], rtol=1e-12, atol=0)
     torch.testing.assert_close(scores * root, truth.delta[of], rtol=1e-12, atol=0)
 
     def same(of_q, of_p):
         """E_q of values at the cells [N, n] is E_p of values at the labels [M, n]."""
         have, want = drawn.volume @ of_q, truth.p @ of_p
-        size = max(float((truth.p @ of_p.abs()).max()), truth.tau)
-        bound = (drawn.volume * error) @ of_q.abs() + coarse * size
+        largest = max(float((truth.p @ of_p.abs()).max()), truth.tau)
+        bound = (drawn.volume * error) @ of_q.abs() + coarse * largest
         assert bool(((have - want).abs() <= bound).all()), (have, want, bound)
 
     def pairs(x):
@@ -362,13 +364,18 @@ def test_one_class_label_is_drawn_from_q(classes, e, dtype):
 
 
 LAYOUTS = {
-    "two positions": dict(shape=(2,), classes=3),
-    "three positions": dict(shape=(3,), classes=3),
-    "five classes": dict(shape=(2,), classes=5),
-    "a map": dict(shape=(1, 2), classes=4, axis=1),
-    "a masked map": dict(shape=(2, 2), classes=3, axis=1, mask=[True, False, True, False]),
-    "the last of three": dict(shape=(3,), classes=3, mask=[False, False, True]),
-    "classes before positions": dict(shape=(3,), classes=3, axis=-2, mask=[True, True, False]),
+    "two positions": {"shape": (2,), "classes": 3},
+    "three positions": {"shape": (3,), "classes": 3},
+    "five classes": {"shape": (2,), "classes": 5},
+    "a map": {"shape": (1, 2), "classes": 4, "axis": 1},
+    "a masked map": {"shape": (2, 2), "classes": 3, "axis": 1, "mask": [True, False, True, False]},
+    "the last of three": {"shape": (3,), "classes": 3, "mask": [False, False, True]},
+    "classes before positions": {
+        "shape": (3,),
+        "classes": 3,
+        "axis": -2,
+        "mask": [True, True, False],
+    },
 }
 
 
@@ -425,3 +432,408 @@ def test_labels_of_an_own_family_are_drawn_from_q(size, e, dtype):
     h = [math.log((1 - e) / e) * x for x in (1, -0.9, 1.1)][:size]
     mask = None if size < 3 else [True, False, True]
     check(elementwise_setting(Binomial(), h, binomial_table, dtype, mask))
+
+
+def test_labels_of_cut_probabilities_are_drawn_from_q():
+    check(elementwise_setting(Cut(40), [math.log(0.7)], poisson_table, F64))
+    check(elementwise_setting(Cut(40), [math.log(0.7), math.log(1e-5)], poisson_table, F64))
+
+
+def filled(*shape, u=0.5):
+    """All uniforms alike."""
+    return torch.full(shape, u, dtype=F64)
+
+
+def batch(kind, dtype, size=64):
+    """A family, outputs from unsure to 1 − p_max = 1e-13, and a mask with an empty input."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        scale = torch.logspace(-1, 1.5, size).view(-1, *[1] * (len(shape) - 1))
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    family, h, label_shape = {
+        "class": (Categorical(), normal(size, 4), (size,)),
+        "tokens": (Categorical(), normal(size, 5, 4), (size, 5)),
+        "map": (Categorical(class_dim=1), normal(size, 4, 2, 3), (size, 2, 3)),
+        "binary": (Bernoulli(), normal(size, 6), (size, 6)),
+        "flat": (Bernoulli(), normal(size), (size,)),
+        "counts": (Poisson(), normal(size, 3).clamp(-20, 2), (size, 3)),
+        "own": (Binomial(), normal(size, 2, 2), (size, 2, 2)),
+    }[kind]
+    mask = torch.rand(label_shape, generator=generator) < 0.6
+    mask[3] = False
+    return family, h, mask
+
+
+KINDS = ["class", "tokens", "map", "binary", "flat", "counts", "own"]
+
+
+def tau_of(family, h, mask):
+    """τ of each input from the tables."""
+    table = {
+        "bernoulli": bernoulli_table,
+        "poisson": poisson_table,
+        "binomial": binomial_table,
+    }.get(family.name)
+    if table is None:
+        rows = h.movedim(family.class_dim, -1).reshape(-1, h.shape[family.class_dim]).tolist()
+        tables = [softmax_table(row) for row in rows]
+    else:
+        tables = [table(x) for x in h.flatten().tolist()]
+    each = torch.stack([p @ delta.square().sum(1) for p, delta in tables])
+    return (each.view(len(h), -1) * mask.view(len(h), -1)).sum(1)
+
+
+def uniforms_of(mask, seed=0):
+    draws = Draws(1, seed, size_biased=True)
+    rows = slice(0, len(mask))
+    return draws.uniforms_for(rows, len(mask), mask.shape)[:, 0], draws.positions_for(
+        rows, len(mask)
+    )[:, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_score_has_the_length_root_tau(kind, masked, dtype):
+    family, h, mask = batch(kind, dtype, 32)
+    keep = mask if masked else torch.ones_like(mask)
+    tau = tau_of(family, h, keep)
+    for seed in range(3):
+        u, positions = uniforms_of(mask, seed)
+        found = draw_size_biased(family, h, u, positions, mask if masked else None)
+        assert found.scores.shape == h.shape and found.inverse_weights.shape == (32,)
+        assert found.inverse_weights.dtype == found.expected.dtype == F64
+        torch.testing.assert_close(found.expected, tau, rtol=1e-12, atol=0)
+        length = found.scores.double().square().flatten(1).sum(1) if h.dim() > 1 else found.scores**2
+        torch.testing.assert_close(length, tau, rtol=1e-12, atol=0)
+        assert bool((found.inverse_weights[tau > 0] > 0).all())
+    if masked:
+        assert tau[3] == 0 and found.inverse_weights[3] == 0 and not found.scores[3].any()
+    told = expected_squares(family, h, mask if masked else None)
+    torch.testing.assert_close(told, tau, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_do_not_meet(kind, masked):
+    family, h, mask = batch(kind, torch.float32)
+    u, positions = uniforms_of(mask)
+    whole = draw_size_biased(family, h, u, positions, mask if masked else None)
+    order = torch.arange(len(h)).flip(0)
+    turned = draw_size_biased(
+        family, h[order], u[order], positions[order], mask[order] if masked else None
+    )
+    for have, want in zip(turned, whole, strict=True):
+        torch.testing.assert_close(have[order], want, rtol=1e-13, atol=0)
+    for part in (slice(0, 1), slice(1, 20), slice(20, 64)):
+        keep = mask[part] if masked else None
+        for have, want in zip(
+            draw_size_biased(family, h[part], u[part], positions[part], keep), whole, strict=True
+        ):
+            torch.testing.assert_close(have, want[part], rtol=1e-13, atol=0)
+
+
+def test_arguments_are_left_as_they_were():
+    for kind in KINDS:
+        family, h, mask = batch(kind, torch.float64)
+        u, positions = uniforms_of(mask)
+        given = (h, u, positions, mask)
+        before = [x.clone() for x in given]
+        draw_size_biased(family, *given)
+        assert all(torch.equal(a, b) for a, b in zip(before, given, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_saturated_outputs_have_no_score(dtype):
+    sure = torch.tensor([1e4, -1e4, 0.0]).to(dtype)
+    cases = [
+        (Categorical(), torch.stack([sure, sure.flip(0), -sure]), (3,)),
+        (Categorical(), torch.stack([sure, -sure]).unsqueeze(0).repeat(3, 1, 1), (3, 2)),
+        (Categorical(class_dim=1), torch.stack([sure, -sure], 1).repeat(3, 1, 1), (3, 2)),
+        (Bernoulli(), torch.tensor([1e4, -1e4, 800.0]).to(dtype), (3,)),
+        (Bernoulli(), torch.tensor([[1e4, -1e4]] * 3).to(dtype), (3, 2)),
+        (Poisson(), torch.full((3, 1), -1e4).to(dtype), (3, 1)),
+        (Poisson(), torch.full((3, 2), -1e4).to(dtype), (3, 2)),
+        (Binomial(), torch.tensor([[1e4], [-1e4], [800.0]]).to(dtype), (3, 1)),
+    ]
+    for family, h, shape in cases:
+        for u in (2.0**-54, 0.5, LAST):
+            found = draw_size_biased(family, h, filled(*shape, u=u), filled(3, u=u))
+            for x in found:
+                assert bool((x == 0).all()), (family, h, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saturated_label_beside_an_unsure_one(dtype):
+    cases = [
+        (Categorical(), [[[1e4, 0.0, -1e4], [0.5, 0.0, 1.0]]], 1, 3),
+        (Categorical(), [[[0.5, 0.0, 1.0], [-1e4, 1e4, 0.0]]], 0, 3),
+        (Bernoulli(), [[1e4, 0.5, -1e4]], 1, 1),
+        (Poisson(), [[-1e4, 0.5]], 1, 1),
+    ]
+    for family, h, unsure, width in cases:
+        h = torch.tensor(h).to(dtype)
+        shape = family.label_shape(h)
+        for u in (2.0**-54, 0.2, 0.6, LAST):
+            found = draw_size_biased(family, h, filled(*shape, u=u), filled(1, u=u))
+            scores = found.scores.view(-1, width)
+            others = torch.arange(len(scores)) != unsure
+            tau = tau_of(family, h[:, unsure : unsure + 1], torch.ones(1, 1))
+            assert not scores[others].any()
+            torch.testing.assert_close(scores[unsure].square().sum()[None], tau, rtol=1e-12, atol=0)
+            assert 0 < found.inverse_weights < torch.inf
+
+
+def test_an_impossible_class_is_not_drawn():
+    h = torch.tensor([[0.3, -torch.inf, 1.0, -torch.inf], [-torch.inf, 30.0, -torch.inf, 0.0]])
+    for u in (2.0**-54, 0.3, 0.7, LAST):
+        for rows in (h, h.unsqueeze(1).expand(2, 3, 4)):
+            shape = rows.shape[:-1]
+            found = draw_size_biased(Categorical(), rows, filled(*shape, u=u), filled(2, u=u))
+            assert bool(torch.isfinite(found.scores).all()) and bool(
+                (found.inverse_weights > 0).all()
+            )
+            assert not found.scores[torch.isinf(rows)].any()
+
+
+@pytest.mark.xfail(strict=True, reason="1/w = ‖δ‖²/τ overflows where τ is below 1e-308")
+@pytest.mark.parametrize("gap", [712.0, 740.0])
+def test_scores_below_the_range_have_finite_weights(gap):
+    found = draw_size_biased(Categorical(), torch.tensor([[gap, 0.0, 0.0]]), filled(1), filled(1))
+    assert bool(torch.isfinite(found.inverse_weights).all())
+
+
+def sure_tokens(size, positions, classes=3):
+    """Logits whose plain label at u = ½ is 0, and whose size-biased one is another."""
+    generator = torch.Generator().manual_seed(2)
+    h = torch.randn(size, positions, classes, generator=generator)
+    h[..., 0] = 6 + 6 * torch.rand(size, positions, generator=generator)
+    return h
+
+
+MASKS = {
+    "the last": lambda m: m[:, -4:].fill_(False),
+    "the first": lambda m: m[:, :4].fill_(False),
+    "but one": lambda m: m.fill_(False)[:, 3].fill_(True),
+    "some": lambda m: m.copy_(torch.rand(m.shape, generator=torch.Generator().manual_seed(1)) < 0.5),
+}
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("which", MASKS)
+def test_masked_positions_are_never_picked(which, axis):
+    inner = torch.linspace(0.01, 0.99, 60).tolist()
+    positions = torch.tensor([2.0**-54, 1e-9, *inner, 1 - 1e-9, LAST], dtype=F64)
+    size, length = len(positions), 9
+    h, mask = sure_tokens(size, length), torch.ones(size, length, dtype=torch.bool)
+    MASKS[which](mask)
+    found = draw_size_biased(
+        Categorical(class_dim=axis), h.movedim(-1, axis), filled(size, length), positions, mask
+    )
+    scores = found.scores.movedim(axis, -1)
+    assert not scores[~mask].any()
+    drawn = scores.argmax(-1) * mask
+    there = mask.any(1)
+    assert (drawn != 0).sum(1)[there].tolist() == [1] * int(there.sum())
+    picked = (drawn != 0).int().argmax(1)
+    place = torch.arange(length).expand(size, length)
+    ends = place.masked_fill(~mask, length).min(1)[0], place.masked_fill(~mask, -1).max(1)[0]
+    assert int(picked[0]) == int(ends[0][0]) and int(picked[-1]) == int(ends[1][-1])
+    # where the positions' uniform falls into the shares of τ
+    share = torch.stack(
+        [tau_of(Categorical(), h[:, t], mask[:, t : t + 1]) for t in range(length)], 1
+    )
+    before = (share.cumsum(1) - share) / share.sum(1, keepdim=True)
+    inside = (before < positions.unsqueeze(1)).logical_and(mask)
+    assert torch.equal(picked[there], place.masked_fill(~inside, -1).max(1)[0][there])
+
+
+def test_masked_binary_labels_are_never_picked():
+    h = torch.tensor([[-9.0, -7.0, -8.0, -30.0, 0.0, 40.0]]).repeat(3, 1)
+    mask = torch.tensor([[True, True, True, True, False, False]] * 3)
+    positions = torch.tensor([LAST, 0.5, 2.0**-54], dtype=F64)
+    found = draw_size_biased(Bernoulli(), h, filled(3, 6), positions, mask)
+    # τ of the fourth is 1e-13 of the whole: the last uniform's share of it
+    assert (found.scores > 0).int().argmax(1).tolist() == [3, 1, 0]
+    assert not found.scores[:, 4:].any() and bool((found.scores[:, :4] != 0).all())
+
+
+def test_rounded_shares_do_not_reach_into_the_mask():
+    """The sum of many shares, cumulated one by one, may be above or below each input's own sum."""
+    generator = torch.Generator().manual_seed(9)
+    h = torch.randn(64, 700, generator=generator) - 8
+    mask = torch.rand(64, 700, generator=generator) < 0.5
+    mask[:, 350:] = False
+    found = draw_size_biased(Bernoulli(), h, filled(64, 700), filled(64, u=LAST), mask)
+    last = (torch.arange(700) * mask).max(1)[0]
+    assert torch.equal((found.scores > 0).int().argmax(1), last)
+    assert not found.scores[~mask].any()
+
+
+N = 20000
+
+
+@pytest.mark.parametrize("e", [0.3, 1e-4, 1e-9])
+@pytest.mark.parametrize("kind", ["classes", "tokens", "masked map", "binary", "counts", "own"])
+def test_means_of_draws_are_those_of_the_model(kind, e):
+    setting = {
+        "classes": lambda: categorical_setting((), 5, e, torch.float32, 2),
+        "tokens": lambda: categorical_setting((3,), 3, e, torch.float32, 0),
+        "masked map": lambda: categorical_setting(
+            (2, 2), 3, e, torch.float32, 1, axis=1, mask=[True, False, True, False]
+        ),
+        "binary": lambda: elementwise_setting(
+            Bernoulli(),
+            [math.log(e), -math.log(3 * e), 0.9 * math.log(e)],
+            bernoulli_table,
+            torch.float32,
+        ),
+        "counts": lambda: elementwise_setting(
+            Poisson(), [math.log(e), math.log(2.1 * e)], poisson_table, torch.float32
+        ),
+        "own": lambda: elementwise_setting(
+            Binomial(), [math.log(e), -math.log(3 * e)], binomial_table, torch.float32
+        ),
+    }[kind]()
+    truth, h = enumerate_labels(setting), setting.outputs.expand(N, *setting.outputs.shape[1:])
+    shape = setting.family.label_shape(h)
+    draws = Draws(1, 11, size_biased=True)
+    u, positions = (
+        draws.uniforms_for(slice(None), N, shape)[:, 0],
+        draws.positions_for(slice(None), N)[:, 0],
+    )
+    mask = None if setting.mask is None else setting.mask.expand(shape)
+    found = draw_size_biased(setting.family, h, u, positions, mask)
+    scores = setting.split(found.scores).flatten(1)
+
+    def within(values, at_labels):
+        """Means of values [N, n] within 4 standard errors of E_p of f [M, n], both enumerated."""
+        mean, weights = truth.p @ at_labels, (truth.tau / truth.square).nan_to_num(posinf=0)
+        variance = (truth.p * weights) @ at_labels**2 - mean**2
+        error = (variance.clamp(min=0) / N).sqrt()
+        have, rounding = values.mean(0), 1e-12 * values.abs().mean(0)
+        assert bool(((have - mean).abs() <= 4 * error + rounding).all()), (have, mean, error)
+        return error
+
+    def pairs(x):
+        return (x.unsqueeze(2) * x.unsqueeze(1)).flatten(1)
+
+    error = within(pairs(scores), pairs(truth.delta))
+    fisher = truth.p @ truth.delta**2
+    large = fisher > 1e-3 * fisher.max()
+    error = error.view(len(fisher), -1).diagonal()
+    assert bool((error < 0.25 * fisher)[large].all())  # few draws are enough to see a bias
+    within(scores**4 * found.inverse_weights.unsqueeze(1), truth.delta**4)
+    within(1 / found.inverse_weights.unsqueeze(1), (truth.square > 0).double().unsqueeze(1))
+
+
+class Protocol:
+    """What :class:`fimprobe.types.Likelihood` asks for and no more."""
+
+    def __init__(self, family):
+        for name in dir(Likelihood):
+            if not name.startswith("_"):
+                setattr(self, name, getattr(family, name))
+
+
+class Own(Gaussian):
+    """A Gaussian by another name that tells probabilities, of which it has none."""
+
+    def probabilities(self, outputs):
+        return torch.ones(*outputs.shape, 1, dtype=F64)
+
+    def size_biased_quantile(self, outputs, uniforms):
+        return uniforms
+
+
+def test_which_families_have_size_biased_draws():
+    h = torch.randn(3, 4)
+    for family in (Categorical(), Bernoulli(), Poisson(), Binomial(), Cut(60)):
+        assert has_size_biased_draws(family, h) is True
+    assert has_size_biased_draws(Categorical(class_dim=1), torch.randn(2, 3, 4, 5)) is True
+    assert has_size_biased_draws(Categorical(), torch.randn(2, 3, 4).bfloat16()) is True
+    assert has_size_biased_draws(Bernoulli(), torch.randn(5)) is True
+    for family in (Gaussian(), Gaussian(0.3), Own(), Cut(None)):
+        assert has_size_biased_draws(family, h) is False
+    for inner in (Categorical(), Bernoulli(), Binomial()):
+        family = Protocol(inner)
+        assert isinstance(family, Likelihood)
+        assert has_size_biased_draws(family, h) is False
+        assert expected_squares(family, h) is None
+    for empty in (torch.zeros(0, 4), torch.zeros(3, 0), torch.zeros(0)):
+        assert has_size_biased_draws(Bernoulli(), empty) is False
+    assert has_size_biased_draws(Categorical(), torch.zeros(2, 0, 3)) is False
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.3, 6.4])
+def test_probabilities_may_leave_out_no_more_than_the_remainder(rate):
+    h = torch.tensor([[math.log(rate)]], dtype=F64)
+    exact = mp.exp(mp.mpf(float(h)))
+
+    def left_out(count):
+        """The share of E δ² in the labels count, count + 1, ..."""
+        p = [mp.exp(k * mp.log(exact) - exact - mp.loggamma(k + 1)) for k in range(count, count + 60)]
+        return float(mp.fsum(x * (k - exact) ** 2 for k, x in enumerate(p, count)) / exact)
+
+    enough = next(count for count in range(1, 200) if left_out(count) < REMAINDER)
+    for count in range(1, enough + 3):
+        assert abs(left_out(count) / REMAINDER - 1) > 1e-3
+        assert has_size_biased_draws(Cut(count), h) is (count >= enough), count
+        labels = Cut(count).size_biased_quantile(h, filled(1, 1))
+        assert (labels is not None) is (count >= enough)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="only the first input's probabilities are looked at",
+    raises=(TypeError, AttributeError),
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_input_whose_probabilities_are_cut_is_no_crash(size):
+    h = torch.tensor([0.0, 4.0]).unsqueeze(1).expand(2, size)
+    assert has_size_biased_draws(Cut(40), h[:1]) and not has_size_biased_draws(Cut(40), h[1:])
+    if has_size_biased_draws(Cut(40), h):
+        found = draw_size_biased(Cut(40), h, filled(2, size), filled(2))
+        torch.testing.assert_close(found.scores.square().sum(1), found.expected)
+
+
+SHAPE = torch.Size([10, 4, 2])
+
+
+def test_processes_that_share_a_batch_draw_the_same():
+    whole = Draws(3, 7, size_biased=True)
+    u, positions = whole.uniforms_for(slice(0, 10), 10, SHAPE), whole.positions_for(slice(0, 10), 10)
+    assert u.shape == (10, 3, 4, 2) and positions.shape == (10, 3)
+    assert u.dtype == positions.dtype == F64
+    for first, size in ((0, 6), (6, 4)):
+        part = Draws(3, 7, first=first, total=10, size_biased=True)
+        mine = slice(first, first + size)
+        # the order in which they are asked for does not matter
+        assert torch.equal(part.positions_for(slice(0, size), size), positions[mine])
+        assert torch.equal(part.uniforms_for(slice(0, size), size, SHAPE), u[mine])
+        again = Draws(3, 7, first=first, total=10, size_biased=True)
+        chunks = [slice(0, 1), slice(1, 3), slice(3, size)]
+        chunked = [again.positions_for(rows, size) for rows in chunks]
+        assert torch.equal(torch.cat(chunked), positions[mine])
+        chunked = [again.uniforms_for(rows, size, SHAPE) for rows in chunks]
+        assert torch.equal(torch.cat(chunked), u[mine])
+
+
+def test_positions_are_a_stream_of_their_own():
+    draws, plain = Draws(5, 3, size_biased=True), Draws(5, 3)
+    shape = torch.Size([1000])
+    u, positions = (
+        draws.uniforms_for(slice(None), 1000, shape),
+        draws.positions_for(slice(None), 1000),
+    )
+    assert torch.equal(u, plain.uniforms_for(slice(None), 1000, shape))
+    assert torch.equal(u, draws.uniforms_for(slice(None), 1000, shape))
+    both = torch.stack([u.flatten(), positions.flatten()])
+    assert abs(float(torch.corrcoef(both)[0, 1])) < 4 / 5000**0.5
+    for x in both:
+        assert float(x.min()) > 0 and float(x.max()) < 1 and len(x.unique()) == 5000
+        assert abs(float(x.mean()) - 0.5) < 4 / (12 * 5000) ** 0.5
+    other = Draws(5, 4, size_biased=True).positions_for(slice(None), 1000)
+    assert not bool((other == positions).any())
