@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fimprobe.table import count, inputs_of, labels_of, number, pairs, percent
+from fimprobe.table import (
+    count,
+    inputs_of,
+    labels_of,
+    number,
+    pairs,
+    percent,
+    shared_reason,
+    some,
+    times,
+    without_numbers,
+)
 from fimprobe.types import Estimate, GroupEstimates
 
 if TYPE_CHECKING:
@@ -12,6 +23,9 @@ if TYPE_CHECKING:
 
 CLEAR = 1.1
 """Estimators whose errors differ by less are called equal."""
+
+MOST = 8
+"""Layers, parameters and so on that a sentence names."""
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 
@@ -27,7 +41,7 @@ def make_advice(report: Report) -> list[str]:
         )
     left = [f"{n} ({why[10:]})" for n, why in report.coverage.items() if why.startswith("left")]
     if left:
-        lines.append(f"Left out: {_some(left)}.")
+        lines.append(f"Left out: {some(left, MOST)}.")
     return lines
 
 
@@ -89,12 +103,20 @@ def verdict(group: GroupEstimates, batch_size: int) -> str:
     if e.norm == 0 and e.trace == 0:
         return "zero"
     if e.rel_error is None:
-        why = e.unknown.get("rel_error") or e.unknown.get("norm") or "its error was not measured"
-        return f"unknown ({why})"
+        return f"unknown ({_why(e)})"
     if e.rel_error <= TRUSTED:
         return f"trusted ({percent(e.rel_error)})"
-    need = batch_size * (e.rel_error / TRUSTED) ** 2
-    return f"needs {count(need)} inputs ({percent(e.rel_error)} now)"
+    return f"needs {count(_inputs_needed(e, batch_size))} inputs ({percent(e.rel_error)} now)"
+
+
+def _inputs_needed(e: Estimate, batch_size: int) -> float:
+    """Inputs for a relative error of 10 %, measured as these were."""
+    assert e.rel_error is not None
+    return batch_size * (e.rel_error / TRUSTED) ** 2
+
+
+def _why(e: Estimate) -> str:
+    return e.unknown.get("rel_error") or e.unknown.get("norm") or "it was not measured"
 
 
 def _errors(report: Report) -> list[str]:
@@ -106,43 +128,84 @@ def _errors(report: Report) -> list[str]:
             f"Nothing is known of F by Î₁: {total.unknown['trace']}. Labels that carry F are too "
             "rare to be drawn from the model."
         ]
-    lines = []
     how = f"{inputs_of(record)}, {labels_of(record)}"
+    verdicts = {name: verdict(g, report.batch_size) for name, g in report.layers.items()}
+    unknown = {n: _why(report.layers[n].i1) for n, v in verdicts.items() if v.startswith("unknown")}
     if total.rel_error is None:
-        why = total.unknown.get("rel_error", "not measured")
-        lines.append(f"How far off F of the whole model is at {how}, is unknown: {why}.")
+        why, where = _why(total), "the whole model"
+        cause = without_numbers(why)
+        if set(unknown) == set(verdicts) and {without_numbers(w) for w in unknown.values()} == {
+            cause
+        }:
+            where, unknown = "the whole model and of each layer", {}
+        lines = [f"How far off F of {where} is at {how}, is unknown: {why}."]
     else:
         line = f"F of the whole model is off by {percent(total.rel_error)} at {how}"
         if total.rel_error > TRUSTED:
-            need = count(report.batch_size * (total.rel_error / TRUSTED) ** 2)
-            line += f"; 10 % takes {need} inputs measured like this"
-        lines.append(f"{line}.")
-    each = [(NAMES[k], getattr(report.total, k)) for k in NAMES]
-    known = [(name, e) for name, e in each if e is not None and e.pairs_for(TRUSTED) is not None]
-    if known:
-        off = " and ".join(
-            f"{name} would be off by {percent(e.error_of(inputs=report.batch_size))}"
-            for name, e in known
-        )
-        needs = ", ".join(f"{pairs(_pairs_record(e))} with {name}" for name, e in known)
-        lines.append(
-            f"With one label from the model for each of {inputs_of(record)}, {off}; an error of 10 % "
-            f"takes {needs} of (input, label) pairs."
-        )
-    groups: dict[str, list[str]] = {}
-    for name, group in report.layers.items():
-        told = verdict(group, report.batch_size)
-        groups.setdefault(told.partition(" ")[0], []).append(
-            f"{name!r} {told.partition(' ')[2]}".strip()
-        )
-    words = {"trusted": "Trusted to 10 %", "needs": "More inputs are needed", "unknown": "Unknown"}
+            need = count(_inputs_needed(total, report.batch_size))
+            line += f"; 10 % takes about {need} inputs measured like this"
+        lines = [f"{line}."]
     if len(report.layers) > 1:
-        lines += [f"{words[k]}: {_some(groups[k], 6)}." for k in words if k in groups]
-    if "zero" in groups:
+        lines += _of_layers(report, verdicts, unknown)
+    zero = [repr(n) for n, v in verdicts.items() if v == "zero"]
+    if zero:
         lines.append(
-            f"No gradient reaches {_some(groups['zero'])} at these inputs: its Fisher information is "
-            "zero there."
+            f"No gradient reaches {some(zero, MOST)} at these inputs: F is zero there, whatever the "
+            "label."
         )
+    return lines + _one_label(report, _why(total) if total.rel_error is None else "")
+
+
+def _of_layers(report: Report, verdicts: dict[str, str], unknown: dict[str, str]) -> list[str]:
+    """Which layers are trusted, which need more inputs, and of which nothing can be said."""
+    lines, layers = [], {n: g.i1 for n, g in report.layers.items()}
+    trusted = [
+        f"{n!r} ({percent(layers[n].rel_error)})"
+        for n, v in verdicts.items()
+        if v.startswith("trusted")
+    ]
+    needy = [
+        f"{n!r} takes {count(_inputs_needed(layers[n], report.batch_size))} "
+        f"({percent(layers[n].rel_error)} now)"
+        for n, v in verdicts.items()
+        if v.startswith("needs")
+    ]
+    if trusted:
+        lines.append(f"Trusted to 10 %: {some(trusted, 6)}.")
+    if needy:
+        lines.append(f"More inputs are needed for 10 %: {some(needy, 6)}.")
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for name, why in unknown.items():
+        causes.setdefault(without_numbers(why), []).append((repr(name), why))
+    for found in causes.values():
+        names = some([name for name, _ in found], 6)
+        lines.append(f"The error of {names} is unknown: {shared_reason(found)}.")
+    return lines
+
+
+def _one_label(report: Report, told: str) -> list[str]:
+    """How far off the estimators are with labels drawn from the model; ``told``: what was said."""
+    each = {k: e for k in NAMES if (e := getattr(report.total, k)) is not None}
+    known = {k: e for k, e in each.items() if e.pairs_for(TRUSTED) is not None}
+    at = f"With one label from the model for each of {inputs_of(_record(report))}"
+    lines = []
+    if known:
+        errors = [percent(e.error_of(inputs=report.batch_size)) for e in known.values()]
+        off = [f"{NAMES[k]} by {error}" for k, error in zip(known, errors, strict=True)]
+        off[0] = off[0].replace(" by ", " would be off by ", 1)
+        if "ih" in known:
+            off[-1] += " (with one random vector each)"
+        needs = [f"{pairs(_pairs_record(e))} with {NAMES[k]}" for k, e in known.items()]
+        needs[0] = needs[0].replace(" with", " (input, label) pairs with", 1)
+        lines.append(f"{at}, {_listed(off)}. An error of 10 % takes {', '.join(needs)}.")
+    causes: dict[str, list[tuple[str, str]]] = {}
+    for kind, e in each.items():
+        why = e.unknown.get("pairs", "")
+        if kind not in known and why and without_numbers(why) != without_numbers(told):
+            causes.setdefault(without_numbers(why), []).append((NAMES[kind], why))
+    for found in causes.values():
+        names = _listed([name for name, _ in found])
+        lines.append(f"{at} the error of {names} is unknown: {shared_reason(found)}.")
     return lines
 
 
@@ -159,7 +222,7 @@ def _pairs_record(e: Estimate) -> dict[str, Any]:
 
 
 def _zero(report: Report) -> str:
-    if report.draws is None:
+    if report.draws is None or report.label_sampling == "size_biased":
         return (
             "Î₁ of the whole model is zero, whatever the label: the outputs are saturated, or mask= "
             "leaves no label."
@@ -181,7 +244,7 @@ def _choice(report: Report) -> list[str]:
         found = best_estimator(group, seconds)
         known = known or found is not None
         if found is not None and found[1] >= CLEAR:
-            gain = "no error seen" if found[1] == float("inf") else f"{found[1]:.2g}×"
+            gain = "no error seen" if found[1] == float("inf") else times(found[1])
             wins[found[0]].append(f"{name!r} ({gain})")
     others = [k for k in ("i2", "ih") if k in seconds and getattr(report.total, k) is not None]
     told = " and ".join(
@@ -189,7 +252,7 @@ def _choice(report: Report) -> list[str]:
     )
     timed = f"Timed here: a diagonal {told} times as long as by Î₁."
     same = "For the same computing time"
-    parts = [f"{NAMES[kind]} in {_some(names)}" for kind, names in wins.items() if names]
+    parts = [f"{NAMES[kind]} in {some(names, MOST)}" for kind, names in wins.items() if names]
     if parts:
         than = "the other" if len(others) == 1 else "the next best"
         least = "; ".join(parts).replace(" in ", " errs least in ", 1)
@@ -203,9 +266,8 @@ def _choice(report: Report) -> list[str]:
         if g.i2 is not None and g.i2.label_variance == 0 and g.i1.norm
     ]
     if silent:
-        lines.append(
-            f"Labels add no variance to the diagonal of Î₂ in {_some(silent)}: it equals that of F."
-        )
+        names = some(silent, MOST)
+        lines.append(f"Labels add no variance to the diagonal of Î₂ in {names}: it equals that of F.")
     return lines
 
 
@@ -218,16 +280,28 @@ def _labels(report: Report) -> list[str]:
     share = labels / (labels + inputs)
     line = f"Labels cause {_share(share)} of the variance of one pair of Î₁"
     if share < 0.5:
-        return [f"{line}: more inputs lower its error, more labels for each do not."]
+        return [f"{line}: more inputs lower its error, more labels for each of them do little."]
+    line += ": more labels for each input lower its error, exact ones most"
+    size = report.batch_size
+    drawn = e.error_of(inputs=size, labels=report.draws) if report.draws is not None else None
+    if report.label_sampling == "size_biased" and e.rel_error is not None and drawn is not None:
+        if e.rel_error < drawn / CLEAR:
+            line += (
+                f"; the size-biased ones here leave {percent(e.rel_error)}, where as many from the "
+                f"model would leave {percent(drawn)}"
+            )
+    elif report.label_sampling == "model":
+        line += ", and size-biased ones do where the model is confident"
     others = [NAMES[k] for k in ("i2", "ih") if _much_better(report, k)]
     if others:
-        return [f"{line}: {' and '.join(others)} of as many inputs err less."]
-    remedy = "exact or size-biased labels of as many inputs err less"
-    return [f"{line}: {remedy}, as does any number of labels for each input."]
+        line += f"; {_listed(others)} {'errs' if len(others) == 1 else 'err'} less at as many pairs"
+    return [f"{line}."]
 
 
 def _share(x: float) -> str:
     """A share that is not rounded to all or nothing."""
+    if not 0.001 <= x <= 0.999:
+        return "over 99.9 %" if x > 0.5 else "under 0.1 %"
     return f"{100 * x:.0f} %" if 0.01 <= x <= 0.99 else f"{100 * x:.3g} %"
 
 
@@ -290,26 +364,41 @@ def _violations(report: Report) -> list[str]:
                 found.append(f"{name} ({told})")
     if not found:
         return []
-    return [f"VIOLATED BOUND in {_some(found)}: this cannot be; please report it with the model."]
+    return [
+        f"VIOLATED BOUND in {some(found, MOST)}: this cannot be; please report it with the model."
+    ]
 
 
 def _probes(report: Report) -> list[str]:
+    """Where random probes, of which more can be had, are what hides Î₂'s label variance."""
     e = report.total.i2
-    if e is None or not e.probe_error:
+    if e is None:
         return []
-    lost = [repr(n) for n, g in report.layers.items() if g.i2 and "label_variance" in g.i2.unknown]
-    if not lost and e.label_variance is not None and e.probe_error < 0.25 * e.label_variance:
-        return []
-    what = "Î₂'s label variance"
-    if e.label_variance is not None:
-        told = f"Random probes add {percent(e.probe_error / e.label_variance)} of noise to {what}"
-    else:
-        told = f"{what} of the whole model is lost in the noise of random probes"
+    lost = [repr(n) for n, g in report.layers.items() if g.i2 and _lost_to_probes(g.i2)]
+    if _lost_to_probes(e):
+        lost.insert(0, "the whole model")
+    told = []
+    if e.label_variance and e.probe_error and e.probe_error >= 0.25 * e.label_variance:
+        share = percent(e.probe_error / e.label_variance)
+        told.append(f"make Î₂'s label variance uncertain by {share}")
     if lost:
-        told += f", and lose that of {_some(lost)}"
-    return [f"{told}; second_order={{'probes': K}} with a larger K lowers it as 1/√K."]
+        what = "that" if told else "Î₂'s label variance"
+        told.append(f"hide {what} of {some(lost, MOST)}")
+    if not told:
+        return []
+    return [
+        f"Random probes {' and '.join(told)}; second_order={{'probes': K}} with a larger K lowers "
+        "their noise as 1/√K."
+    ]
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _lost_to_probes(e: Estimate) -> bool:
+    """Whether the label variance is lost in noise most of which is the probes'."""
+    error = e.label_variance_error
+    if e.label_variance is not None or not e.probe_error or error is None:
+        return False
+    return e.probe_error**2 >= error**2 / 2
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -103,10 +103,24 @@ def make_steps(axis: Axes, *, shares: bool = False) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     if shares:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        make_shares(axis)
+
+
+def make_shares(axis: Axes) -> None:
+    """Upright, in percent, on a logarithmic scale."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def make_falling(axis: Axes) -> None:
+    """To the right, from large to small on a logarithmic scale."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.invert_xaxis()
 
 
 def draw_grids(

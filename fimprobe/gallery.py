@@ -52,13 +52,14 @@ def make_pictures(
             "errors",
             "Relative error over the training",
             f"How far off the diagonal of the whole model's Fisher information is at {size}: the "
-            "lower the better; at 100 % (dashed) and above it is noise. Logarithmic.",
+            "lower the better; from 100 % (dashed) on it is noise. Gaps: not known. Logarithmic.",
             lambda: draw_errors(records),
         ),
         (
             "traces",
             "Trace of the Fisher information",
-            "Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors, over inputs and labels.",
+            "Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors. Hollow points: their errors are "
+            "not known.",
             lambda: draw_traces(records),
         ),
         (
@@ -79,8 +80,8 @@ def make_pictures(
         (
             "3_pairs_needed",
             "(input, label) pairs for 10 % error",
-            f"Pairs that a relative error of 10 % takes {at} with labels from the model. "
-            f"Logarithmic.{cut}",
+            f"Pairs that a relative error of 10 % takes {at} with labels from the model. No mark: "
+            f"not known. Logarithmic.{cut}",
             lambda: draw_needs(last),
         ),
         (
@@ -97,16 +98,18 @@ def make_pictures(
         ),
         (
             "6_error_by_confidence",
-            f"Relative error against tr I(h): {size}",
-            "As outputs grow confident tr I(h) goes to 0, and Î₁ sees the labels that carry F more "
-            "and more rarely. A point for each report. Logarithmic.",
+            "Relative error as the model grows confident",
+            f"A point for each report: how far off the diagonal is at {size}. As outputs grow "
+            "confident tr I(h) goes to 0, and labels from the model show what carries F ever more "
+            "rarely. Logarithmic.",
             lambda: draw_errors_by_confidence(records),
         ),
         (
             "7_convergence",
             "Error of the trace against the number of inputs",
-            f"Errors fall as 1/√inputs {at}, if inputs are independent: the spread of the means of "
-            "groups of this report's inputs, against the line through its standard error.",
+            f"How far off the trace is {at} with fewer or more inputs, measured like this: of groups "
+            "of the inputs, by their spread, and of all of them. Errors fall as 1/√inputs where "
+            "inputs are independent. Dotted: 10 %. Logarithmic.",
             lambda: draw_convergence(last),
         ),
     ]

@@ -15,11 +15,14 @@ from fimprobe.table import (
     labels_of,
     make_rows,
     make_trends,
+    need_of,
     number,
     one_label_error,
     pairs,
     percent,
     thin,
+    why_unknown,
+    without_numbers,
 )
 from fimprobe.types import FimprobeError
 
@@ -38,6 +41,7 @@ body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 64px; background: v
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 40px 0 4px }
 p { margin: 4px 0 12px; max-width: 75ch } .soft { color: var(--soft) }
+p.notes { max-width: none; font-size: 13px }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 }
 .tile { background: var(--card); border-radius: 8px; padding: 12px 16px; flex: 1 1 190px }
@@ -63,15 +67,19 @@ WORDS = {
     "Î₁, Î₂": "two unbiased estimates of F: the mean square of first derivatives, and minus the mean "
     "second derivative. They differ in variance.",
     "trace F, ± s.e.": "Σᵢ F̂ᵢᵢ and its standard error over inputs and drawn labels.",
-    "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖ of this report: how far off its numbers are.",
-    "1 label": "√((V inputs + V labels)/inputs) / ‖diag F‖: how far off an estimator is with one "
-    "label from the model for each of this report's inputs.",
+    "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖: how far off this report's F is, with its inputs and its "
+    "labels. 10 % is good; from 100 % on it is noise.",
+    "1 label": "√((V inputs + V labels)/inputs) / ‖diag F‖: how far off an estimator would be with "
+    "one label from the model for each of this report's inputs.",
+    "size-biased labels": "labels drawn more often where their score is large, and weighted back: F "
+    "stays the same, and labels that carry F are seen however rare they are.",
     "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
     "the label and of the input; divided by the number of pairs and of inputs they give the error.",
     "pairs for 10 %": "(input, label) pairs, labels from the model, that a relative error of 10 % "
     "takes; ± how well that is known.",
     "–": "not measured, not defined, or unknown: the reasons stand below the table.",
-    "tr I(h)": "trace of the outputs' Fisher information: it goes to 0 as the model grows confident.",
+    "tr I(h), ‖I(h)‖, ‖M‖": "trace and norm of the outputs' Fisher information, and norm of their "
+    "fourth moment, means over inputs: tr I(h) goes to 0 as the model grows confident.",
     "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight.",
 }
 
@@ -109,8 +117,8 @@ def make_page(records: Records) -> str:
         "</ul>",
         _pictures(reports),
         f"<h2>Layers at step {last['step']:,}</h2>",
-        *[f"<p class=soft>{escape(line)}</p>" for line in footnotes(last)],
         _table(make_rows(last), total_last=True),
+        f"<p class='soft notes'>{'<br>'.join(map(escape, footnotes(last)))}</p>",
     ]
     if len(reports) > 1:
         body += [
@@ -140,16 +148,31 @@ def _subject(records: Records, last: dict[str, Any]) -> str:
 def _tiles(report: dict[str, Any]) -> str:
     total = report["total"]
     e = total["i1"]
-    spread = "" if e["std_error"] is None else f" ± {number(e['std_error'])}"
-    tiles = [(number(e["trace"]) + spread, "trace of F (Î₁, standard error)")]
-    tiles.append((percent(e["rel_error"]), "relative error of this report's F"))
-    each = f"{inputs_of(report)}, 1 label from the model each"
+    spread, told = "", "trace of F by Î₁"
+    if e["std_error"] is not None:
+        spread, told = f" ± {number(e['std_error'])}", f"{told} and its standard error"
+    tiles: list[tuple[str, str]] = []
+    said: set[str] = set()
+
+    def add(kind: str, field: str, value: float | None, shown: str, told: str) -> None:
+        """A tile; the first that lacks its value for a cause tells it."""
+        why = "" if value is not None else why_unknown(report, total, kind, field)
+        cause = without_numbers(why)
+        tiles.append((shown, told if not why or cause in said else f"{told}. Unknown: {why}"))
+        said.add(cause)
+
+    add("i1", "trace", e["trace"], number(e["trace"]) + spread, told)
+    error, size = e["rel_error"], inputs_of(report)
+    told = f"relative error of this report's F: {size}, {labels_of(report)}"
+    add("i1", "rel_error", error, percent(error), told)
     for kind, name in KINDS.items():
         if kind in total and kind != "empirical":
-            error, told = one_label_error(total[kind]), f"relative error of {name}: {each}"
-            why = total[kind].get("unknown", {}).get("pairs")
-            tiles.append((percent(error), told if error is not None or not why else f"{told}: {why}"))
-    tiles.append((pairs(e), "(input, label) pairs for 10 % by Î₁"))
+            error = one_label_error(total[kind], report["batch_size"])
+            each = "1 random vector" if kind == "ih" else "1 label from the model"
+            told = f"relative error of {name}: {size}, {each} each"
+            add(kind, "one_label_error", error, percent(error), told)
+    need = need_of(e)
+    add("i1", "pairs_for_10_percent", need, pairs(e), "(input, label) pairs for 10 % by Î₁")
     outputs = report.get("outputs") or {}
     if outputs.get("fisher_trace") is not None:
         tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
@@ -199,13 +222,16 @@ def _over_steps(reports: list[dict[str, Any]]) -> list[Row]:
     kinds = [kind for kind in KINDS if kind in reports[-1]["total"]]
     rows: list[Row] = [("step",)]
     for kind in kinds:
-        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error", "1 label", "pairs for 10 %")
+        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error")
+        rows[0] += () if kind == "empirical" else ("1 label", "pairs for 10 %")
     for report in thin(reports, MOST_STEPS):
         row: Row = (f"{report['step']:,}",)
         for kind in kinds:
             e = report["total"].get(kind, {})
             row += (number(e.get("trace")), number(e.get("std_error")))
-            row += (percent(e.get("rel_error")), percent(one_label_error(e)), pairs(e))
+            row += (percent(e.get("rel_error")),)
+            if kind != "empirical":
+                row += (percent(one_label_error(e, report["batch_size"])), pairs(e))
         rows.append(row)
     return rows
 

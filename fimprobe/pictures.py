@@ -23,14 +23,16 @@ from fimprobe.drawing import (
     draw_grids,
     label_axis,
     make_chart,
+    make_falling,
     make_logarithmic,
     make_panels,
+    make_shares,
     make_steps,
     name_panels,
     name_rows,
 )
 from fimprobe.estimators.sizes import STEP
-from fimprobe.table import neediest, one_label_error, thin
+from fimprobe.table import need_of, neediest, one_label_error, thin
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
@@ -43,7 +45,7 @@ MOST_ROWS = 30
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
     """Relative errors of the whole model's estimators over steps, on a logarithmic scale."""
-    found = {kind: _series(records, kind, "one_label_error") for kind in NAMES}
+    found = {kind: _errors(records, kind) for kind in NAMES}
     found = {kind: values for kind, values in found.items() if (values > 0).any()}
     if not found:
         return None
@@ -56,17 +58,20 @@ def draw_errors(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_traces(records: Sequence[Record]) -> Figure | None:
-    """Traces over steps with ± 2 standard errors."""
+    """Traces over steps with ± 2 standard errors; hollow points where these are not known."""
     found = {kind: _series(records, kind, "trace") for kind in NAMES}
     found = {kind: values for kind, values in found.items() if np.isfinite(values).any()}
     if not found:
         return None
     figure, axis = make_chart()
     for kind, values in found.items():
-        _line(axis, records, values, kind)
         wide = 2 * _series(records, kind, "std_error")
-        steps = [r["step"] for r in records]
+        steps = np.array([r["step"] for r in records])
+        _line(axis, records, values, kind, marked=np.isfinite(wide))
         axis.fill_between(steps, values - wide, values + wide, color=COLORS[kind], alpha=0.18, lw=0)
+        vague = np.isfinite(values) & ~np.isfinite(wide)
+        if vague.any():
+            axis.plot(steps[vague], values[vague], "o", ms=5, mfc="none", color=COLORS[kind])
     label_axis(axis, "trace of F", upright=True)
     make_steps(axis)
     return add_legend(figure, axis)
@@ -79,7 +84,10 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
     found = {}
     for kind in ("i1", "i2"):
         rows = [
-            [one_label_error(record["layers"].get(name, {}).get(kind, {})) for record in shown]
+            [
+                one_label_error(record["layers"].get(name, {}).get(kind, {}), record["batch_size"])
+                for record in shown
+            ]
             for name in layers
         ]
         grid = np.array(rows, dtype=float).reshape(len(layers), len(shown))
@@ -151,7 +159,7 @@ def draw_bounds(record: Record) -> Figure | None:
     names = ("covariance_norm", "bound") if exact else ("total_label_variance", "trace_bound")
     layers = needy(record)
     found = {kind: [_column(layers, kind, name) for name in names] for kind in ("i1", "i2")}
-    found = {kind: ends for kind, ends in found.items() if np.isfinite(ends[1]).any()}
+    found = {k: ends for k, ends in found.items() if np.isfinite(ends).all(0).any()}
     if not found:
         return None
     figure, axes = make_panels(len(layers), len(found))
@@ -169,7 +177,7 @@ def draw_bounds(record: Record) -> Figure | None:
 def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
     """Relative errors with one label for each input, against tr I(h): both axes logarithmic."""
     sure = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
-    found = {kind: _series(records, kind, "one_label_error") for kind in NAMES}
+    found = {kind: _errors(records, kind) for kind in NAMES}
     found = {k: v for k, v in found.items() if ((v > 0) & (sure > 0)).sum() > 1}
     if not found:
         return None
@@ -179,16 +187,14 @@ def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
             sure, values, s=22, c=COLORS[kind], marker=MARKERS.get(kind, "^"), label=NAMES[kind]
         )
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
-    axis.set_yscale("log")
-    label_axis(axis, "relative error", upright=True)
-    make_logarithmic(axis)
-    axis.invert_xaxis()
+    make_shares(axis)
+    make_falling(axis)
     label_axis(axis, "tr I(h) of the outputs: confident to the right")
     return add_legend(figure, axis)
 
 
 def draw_convergence(record: Record) -> Figure | None:
-    """Error of the trace by Î₁ against the number of inputs, measured and predicted (slope −½)."""
+    """Error of the trace by Î₁ against the number of inputs, measured and predicted."""
     points = [(n, error) for n, error in record.get("convergence") or [] if error > 0]
     e = record["total"]["i1"]
     if len(points) < 2 or not e.get("std_error") or not e.get("trace"):
@@ -197,14 +203,11 @@ def draw_convergence(record: Record) -> Figure | None:
     sizes, errors = np.array(points, dtype=float).T
     size, final = record["batch_size"], e["std_error"] / e["trace"]
     line = np.array([1.0, 100.0 * size])
-    axis.plot(
-        line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="predicted, slope −½"
-    )
-    axis.scatter(sizes, errors, s=26, c=BLUE, label="measured, groups of this report's inputs")
-    axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="this report")
+    axis.scatter(sizes, errors, s=26, c=BLUE, label="groups of inputs", zorder=3)
+    axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="all of them", zorder=3)
+    axis.plot(line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="∝ 1/√inputs")
     axis.axhline(0.1, color=INK, ls=":", lw=1, alpha=0.6)
-    axis.set_yscale("log")
-    label_axis(axis, "relative error of the trace", upright=True)
+    make_shares(axis)
     make_logarithmic(axis)
     label_axis(axis, "inputs")
     return add_legend(figure, axis)
@@ -216,7 +219,7 @@ def draw_diagonal(record: Record) -> Figure | None:
     Of records without their sizes (old ones, sharded models): each parameter tensor's mean, counted
     by its size.
     """
-    if record.get("sizes"):
+    if record.get("sizes") and record["total"]["i1"]["trace"] is not None:
         figure, axis = make_chart()
         logs, numbers = np.array(record["sizes"], dtype=float).T
         lower, upper = 10.0**logs, 10.0 ** (logs + STEP)
@@ -249,9 +252,27 @@ def needy(record: Record) -> list[tuple[str, Record]]:
 # -- parts ---------------------------------------------------------------------------------
 
 
-def _line(axis: Axes, records: Sequence[Record], values: np.ndarray, kind: str) -> None:
+def _line(
+    axis: Axes,
+    records: Sequence[Record],
+    values: np.ndarray,
+    kind: str,
+    marked: np.ndarray | None = None,
+) -> None:
     steps = [record["step"] for record in records]
-    axis.plot(steps, values, STYLES[kind], marker="o", ms=3, color=COLORS[kind], label=NAMES[kind])
+    every = None if marked is None else list(np.flatnonzero(marked))
+    axis.plot(
+        steps, values, STYLES[kind], marker="o", ms=3, color=COLORS[kind], label=NAMES[kind],
+        markevery=every,
+    )  # fmt: skip
+
+
+def _errors(records: Sequence[Record], kind: str) -> np.ndarray:
+    """Relative errors of the whole model with one label for each input, NaN where not above 0."""
+    found = [one_label_error(r["total"].get(kind, {}), r["batch_size"]) for r in records]
+    errors = np.array(found, dtype=float)
+    errors[~(errors > 0)] = np.nan
+    return errors
 
 
 def _series(records: Sequence[Record], kind: str, name: str) -> np.ndarray:
@@ -261,7 +282,9 @@ def _series(records: Sequence[Record], kind: str, name: str) -> np.ndarray:
 
 def _column(layers: Sequence[tuple[str, Record]], kind: str, name: str) -> np.ndarray:
     """A value of every layer, NaN where there is none above zero."""
-    values = [group.get(kind, {}).get(name) for _, group in layers]
+    estimates = [group.get(kind, {}) for _, group in layers]
+    need = name == "pairs_for_10_percent"
+    values = [need_of(e) if need else e.get(name) for e in estimates]
     column = np.array(values, dtype=float)
     column[~(column > 0)] = np.nan
     return column

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 BARS = "▁▂▃▄▅▆▇█"
-
-TRENDS = ("one_label_error", "trace", "label_variance")
-"""What is shown over steps, of Î₁."""
 
 Row = tuple[str, ...]
 
@@ -26,34 +23,138 @@ LEAST = (
 """Columns that narrow places go without, the first of these first; then from the right."""
 
 
+class Column(NamedTuple):
+    """A column of the table: a value of one estimator, None where it is not known."""
+
+    head: str
+    kind: str
+    field: str
+    show: Callable[[float | None], str]
+
+    def value(self, record: dict[str, Any], group: dict[str, Any]) -> float | None:
+        """Of one row."""
+        estimate = group.get(self.kind, {})
+        if self.field == "one_label_error":
+            return one_label_error(estimate, record["batch_size"])
+        if self.field == "pairs_for_10_percent":
+            return need_of(estimate)
+        value: float | None = estimate.get(self.field)
+        return value
+
+    def cell(self, record: dict[str, Any], group: dict[str, Any]) -> str:
+        """As it is shown."""
+        if self.field == "pairs_for_10_percent":
+            return pairs(group.get(self.kind, {}))
+        return self.show(self.value(record, group))
+
+
 def format_table(record: dict[str, Any], top: int | None = None) -> str:
-    """The table of a report's ``to_dict``: layers by trace, relative error, variances, draws."""
+    """The table of a report's ``to_dict``: layers by trace, errors, pairs, variances, bounds."""
     table = align(make_rows(record, top))
     rule = "-" * max(map(len, table))
-    lines = [table[0], rule, *table[1:-1], rule, table[-1], *footnotes(record)]
+    lines = [table[0], rule, *table[1:-1], rule, table[-1], *footnotes(record, top)]
     return "\n".join([headline(record), *lines, "", *record["advice"]])
 
 
-def footnotes(record: dict[str, Any], most: int = 4) -> list[str]:
-    """What the two kinds of errors in the table are, and why numbers are missing."""
+def footnotes(
+    record: dict[str, Any], top: int | None = None, *, without: Sequence[str] = (), most: int = 6
+) -> list[str]:
+    """What the two kinds of errors in the table are, and why numbers in it are missing.
+
+    ``without``: columns that are not shown.
+    """
     lines = [
-        f"(rel. error: of this report's F, {labels_of(record)}; 1 label: of an estimator with one "
-        f"label from the model for each of {inputs_of(record)}; pairs: of Î₁)"
+        f"rel. error: how far off this report's F is, with {labels_of(record)}",
+        "1 label: how far off an estimator would be with one label from the model for each of "
+        f"{inputs_of(record)}",
+        "pairs for 10 %: (input, label) pairs, labels from the model, that Î₁ takes for an error of "
+        "10 %",
     ]
-    reasons: dict[str, tuple[str, list[str]]] = {}
-    for name, group in [("total", record["total"]), *record["layers"].items()]:
-        for kind in ("i1", "i2", "ih"):
-            for reason in dict.fromkeys(group.get(kind, {}).get("unknown", {}).values()):
-                # numbers stand in brackets: one line for all that lack the same thing
-                _, where = reasons.setdefault(re.sub(r" \([^()]*\)", "", reason), (reason, []))
-                if name not in where:
-                    where.append(name)
-    for reason, names in list(reasons.values())[:most]:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"(– unknown in {shown}: {reason})")
-    if len(reasons) > most:
-        lines.append(f"(– {len(reasons) - most} more reasons in the record, under 'unknown')")
+    columns = [column for column in make_columns(record) if column.head not in without]
+    rows = [("total", record["total"]), *neediest(record, top)]
+    # numbers stand in brackets: one line for all rows that lack the same columns for one cause
+    missing: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for column in columns:
+        for name, group in rows:
+            if column.value(record, group) is None:
+                reason = why_unknown(record, group, column.kind, column.field)
+                if reason:
+                    key = without_numbers(reason), column.head
+                    missing.setdefault(key, []).append((name, reason))
+    told: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (cause, head), found in missing.items():
+        told.setdefault((cause, tuple(name for name, _ in found)), []).append(head)
+    for (cause, names), heads in list(told.items())[:most]:
+        everything = len(heads) == len(columns)
+        what = "all numbers" if everything else ", ".join(heads)
+        where = "everywhere" if len(names) == len(rows) > 2 else f"in {some(names)}"
+        lines.append(f"– {what} {where}: {shared_reason(missing[cause, heads[0]])}")
+    more = len(told) - most
+    if more > 0:
+        lines.append(f"– {more} more reason{'s' * (more > 1)} in the record, under 'unknown'")
     return lines
+
+
+def why_unknown(record: dict[str, Any], group: dict[str, Any], kind: str, field: str) -> str:
+    """Why a value of the table is None, and what to do about it; empty where nobody knows.
+
+    >>> record = {"draws": 2, "batch_size": 8}
+    >>> group = {"i1": {"unknown": {"label_variance": "lost in its noise (1 ± 2)"}}}
+    >>> why_unknown(record, group, "i1", "label_variance")
+    "lost in its noise (1 ± 2); take more inputs, or draws='exact'"
+    """
+    estimate = group.get(kind, {})
+    told = estimate.get("unknown", {})
+    names = {
+        "one_label_error": ("pairs",),
+        "pairs_for_10_percent": ("pairs",),
+        "rel_error": ("rel_error", "norm"),
+        "tightness": ("covariance_norm", "bound"),
+    }.get(field, (field,))
+    reason: str = next((told[name] for name in names if name in told), "")
+    if reason:
+        if ";" in reason or "noise" not in reason:
+            return reason
+        if kind == "i2" and estimate.get("probe_error"):
+            return f"{reason}; take more inputs, or second_order={{'probes': ...}}"
+        return f"{reason}; take more inputs" + (
+            "" if record["draws"] == "exact" else ", or draws='exact'"
+        )
+    if "unknown" not in estimate or field in ("trace", "std_error", "rel_error"):
+        return ""
+    if field == "tightness":
+        none = estimate.get("covariance_norm") == 0
+        return "labels add no covariance that a bound could be compared with" if none else ""
+    if record["draws"] == 1:
+        return "one label for each input does not tell it; take draws=2 or more"
+    return "one input does not tell it; take more" if record["batch_size"] == 1 else ""
+
+
+def without_numbers(reason: str) -> str:
+    """A reason without what stands in brackets: the same for all that have the same cause."""
+    return re.sub(r" \([^()]*\)", "", reason)
+
+
+def shared_reason(found: Sequence[tuple[str, str]]) -> str:
+    """The reason of several (name, reason) with one cause; its numbers are those of the first.
+
+    >>> shared_reason([("fc", "too few (2 of 8); take more"), ("out", "too few (3 of 8); take more")])
+    'too few (2 of 8 in fc); take more'
+    """
+    (name, reason), *others = found
+    if all(other == reason for _, other in others):
+        return reason
+    return re.sub(r" \(([^()]*)\)", lambda found: f" ({found[1]} in {name})", reason, count=1)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are.
+
+    >>> some(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def labels_of(record: dict[str, Any]) -> str:
@@ -61,11 +162,20 @@ def labels_of(record: dict[str, Any]) -> str:
 
     >>> labels_of({"draws": 2, "label_sampling": "size_biased"})
     '2 size-biased labels for each input'
+    >>> labels_of({"draws": 1})
+    '1 label from the model for each input'
     """
     if record["draws"] == "exact":
-        return "labels integrated over"
-    kind = "size-biased label" if record.get("label_sampling") == "size_biased" else "drawn label"
-    return f"{record['draws']} {kind}{'' if record['draws'] == 1 else 's'} for each input"
+        return "exact labels"
+    what = "label" if record["draws"] == 1 else "labels"
+    kind = f"size-biased {what}" if sampling_of(record) == "size_biased" else f"{what} from the model"
+    return f"{record['draws']} {kind} for each input"
+
+
+def sampling_of(record: dict[str, Any]) -> str:
+    """Which labels a record was measured with; those of older versions were the model's."""
+    found = record.get("label_sampling")
+    return found or ("exact" if record["draws"] == "exact" else "model")
 
 
 def inputs_of(record: dict[str, Any]) -> str:
@@ -76,43 +186,51 @@ def inputs_of(record: dict[str, Any]) -> str:
 def headline(record: dict[str, Any]) -> str:
     """A line that says what was measured, and how."""
     outputs = record.get("outputs") or {}
-    told = "".join(
-        f" · {symbol} {number(outputs[name])}"
-        for name, symbol in (
-            ("fisher_trace", "tr I(h)"),
-            ("fisher_norm", "‖I(h)‖"),
-            ("moment_norm", "‖M‖"),
-        )
+    names = {"fisher_trace": "tr I(h)", "fisher_norm": "‖I(h)‖", "moment_norm": "‖M‖"}
+    told = [
+        f"{symbol} {number(outputs[name])}"
+        for name, symbol in names.items()
         if outputs.get(name) is not None
+    ]
+    return " · ".join(
+        [
+            f"fimprobe · step {record['step']:,}",
+            f"{inputs_of(record)}, {labels_of(record)}",
+            record["likelihood"],
+            *([f"outputs: {', '.join(told)}"] if told else []),
+            f"{record['seconds']:.3g} s",
+        ]
     )
-    return (
-        f"fimprobe · step {record['step']} · {inputs_of(record)} · {labels_of(record)} · "
-        f"{record['likelihood']}{told} · {record['seconds']:.3g} s"
-    )
+
+
+def make_columns(record: dict[str, Any]) -> list[Column]:
+    """What the table of a record shows of each layer; ‖Cov‖ is known for exact labels only."""
+    groups = [record["total"], *record["layers"].values()]
+    second = record["total"].get("i2") is not None
+    columns = [
+        Column("trace F", "i1", "trace", number),
+        Column("± s.e.", "i1", "std_error", number),
+        Column("rel. error", "i1", "rel_error", percent),
+        Column("Î₁: 1 label", "i1", "one_label_error", percent),
+        *[Column("Î₂: 1 label", "i2", "one_label_error", percent)] * second,
+        Column("pairs for 10 %", "i1", "pairs_for_10_percent", count),
+        Column("V labels", "i1", "label_variance", number),
+        Column("V inputs", "i1", "input_variance", number),
+        *[Column("Î₂: V labels", "i2", "label_variance", number)] * second,
+    ]
+    for kind, name in (("i1", "Î₁"), ("i2", "Î₂")):
+        if any(g.get(kind, {}).get("tightness") is not None for g in groups):
+            columns.append(Column(f"bound/Cov {name}", kind, "tightness", number))
+    return columns
 
 
 def make_rows(record: dict[str, Any], top: int | None = None) -> list[Row]:
     """The head, a row for each layer (the ``top`` that need most pairs), and the model's."""
-    second = record["total"].get("i2") is not None
-    layers = list(record["layers"].items())
-    bounded = [  # ‖Cov‖ is known for exact labels only
-        kind
-        for kind in ("i1", "i2")
-        if any(kind in g and g[kind]["tightness"] is not None for _, g in layers)
-    ]
-    head: Row = ("layer", "parameters", "trace F", "± s.e.", "rel. error", "Î₁: 1 label")
-    head += ("Î₂: 1 label",) * second + ("pairs for 10 %", "V labels", "V inputs")
-    head += ("Î₂: V labels",) * second
-    head += tuple({"i1": "bound/Cov Î₁", "i2": "bound/Cov Î₂"}[kind] for kind in bounded)
-    rows = [head]
+    columns = make_columns(record)
+    rows: list[Row] = [("layer", "parameters", *[column.head for column in columns])]
     for name, group in [*neediest(record, top), ("total", record["total"])]:
-        e, other = group["i1"], group.get("i2", {})
-        row: Row = (name, f"{group['numel']:,}", number(e["trace"]), number(e["std_error"]))
-        row += (percent(e["rel_error"]), percent(e.get("one_label_error")))
-        row += (percent(other.get("one_label_error")),) * second
-        row += (pairs(e), number(e["label_variance"]), number(e["input_variance"]))
-        row += (number(other.get("label_variance")),) * second
-        rows.append(row + tuple(number(group[kind]["tightness"]) for kind in bounded))
+        cells = [column.cell(record, group) for column in columns]
+        rows.append((name, f"{group['numel']:,}", *cells))
     return rows
 
 
@@ -121,12 +239,26 @@ def neediest(record: dict[str, Any], top: int | None) -> list[tuple[str, dict[st
     layers = list(record["layers"].items())
     if top is None or len(layers) <= top:
         return layers
-    return sorted(layers, key=lambda x: -(x[1]["i1"]["pairs_for_10_percent"] or 0))[:top]
+    return sorted(layers, key=lambda x: -(need_of(x[1]["i1"]) or 0))[:top]
 
 
-def one_label_error(estimate: dict[str, Any]) -> float | None:
-    """The relative error of an estimator with one label from the model for each input."""
-    return estimate.get("one_label_error")
+def need_of(estimate: dict[str, Any]) -> float | None:
+    """(input, label) pairs for 10 %, also of files that older versions wrote."""
+    found: float | None = estimate.get("pairs_for_10_percent", estimate.get("draws_for_10_percent"))
+    return found
+
+
+def one_label_error(estimate: dict[str, Any], inputs: int) -> float | None:
+    """The relative error of an estimator with one label from the model for each input.
+
+    >>> one_label_error({"draws_for_10_percent": 800.0}, 8)  # of a file that an older version wrote
+    1.0
+    """
+    if "one_label_error" in estimate:
+        found: float | None = estimate["one_label_error"]
+        return found
+    need = need_of(estimate)
+    return None if need is None else 0.1 * (max(need, 0.0) / inputs) ** 0.5
 
 
 def align(rows: Sequence[Row]) -> list[str]:
@@ -147,20 +279,19 @@ def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
     for record in thin(records, rows):
         e = record["total"]["i1"]
         row: Row = (f"{record['step']:,}", number(e["trace"]), percent(e["rel_error"]))
-        table.append((*row, percent(one_label_error(e)), count(e["pairs_for_10_percent"])))
+        error = one_label_error(e, record["batch_size"])
+        table.append((*row, percent(error), count(need_of(e))))
     return "\n".join(align([tuple(cell.rjust(8) for cell in row) for row in table]))
 
 
 def make_trends(records: list[dict[str, Any]], top: int = 8) -> list[Row]:
     """The head, and for the model and its neediest layers the trends of Î₁'s values."""
-    rows: list[Row] = [("layer", "Î₁: 1 label", "trace F", "V labels")]
+    rows: list[Row] = [("layer", *[column.head for column in TRENDS])]
     names = [name for name, _ in neediest(records[-1], top)]
     for name in ("total", *names):
-        cells = []
-        found = [r["total"] if name == "total" else r["layers"].get(name) for r in records]
-        for value in TRENDS:
-            values = [None if g is None else g["i1"].get(value) for g in found]
-            cells.append(trend(values, value))
+        found = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
+        series = [[None if g is None else c.value(r, g) for r, g in found] for c in TRENDS]
+        cells = [trend(v, c.show) for v, c in zip(series, TRENDS, strict=True)]
         rows.append((name, *cells))
     return rows
 
@@ -169,17 +300,21 @@ def format_trends(records: list[dict[str, Any]], top: int = 8) -> str:
     """``make_trends`` as lines."""
     rows = make_trends(records, top)
     first, last = records[0]["step"], records[-1]["step"]
-    lines = [f"Î₁ from step {first} to {last} (a row's bars: from its least to its greatest, log)"]
+    lines = [
+        f"Î₁ from step {first:,} to {last:,} (a row's bars: from its least to its greatest, log)"
+    ]
     return "\n".join(lines + align(rows))
 
 
-def trend(values: Sequence[float | None], name: str) -> str:
-    """First value, bars, last value."""
-    known = [v for v in values if v is not None]
-    if not known:
+def trend(values: Sequence[float | None], show: Callable[[float | None], str]) -> str:
+    """First value, bars, last value; a dash where that is not known.
+
+    >>> trend([0.01, 0.1, None], percent)
+    '     1 % ▁█         –'
+    """
+    if all(v is None for v in values):
         return "–"
-    show = percent if name.endswith("error") else number
-    return f"{show(known[0]):>8} {sparkline(values)} {show(known[-1]):>8}"
+    return f"{show(values[0]):>8} {sparkline(values)} {show(values[-1]):>8}"
 
 
 def sparkline(values: Sequence[float | None], width: int = 16) -> str:
@@ -219,24 +354,18 @@ def thin(items: Sequence[Any], most: int) -> list[Any]:
 
 def make_comparison(a: dict[str, Any], b: dict[str, Any], top: int | None = None) -> list[Row]:
     """Î₁ of two reports by layer: A, B and B/A of trace, relative error, label variance, pairs."""
-    columns = {
-        "trace": ("trace F", number),
-        "rel_error": ("rel. error", percent),
-        "label_variance": ("V labels", number),
-        "pairs_for_10_percent": ("pairs for 10 %", count),
-    }
     rows: list[Row] = [("layer",)]
-    for label, _ in columns.values():
-        rows[0] += (f"{label}: A", "B", "B/A")
+    for column in COMPARED:
+        rows[0] += (f"{column.head}: A", "B", "B/A")
     names = [name for name, _ in neediest(a, top)]
     names += [name for name in b["layers"] if name not in a["layers"]][:top]
-    pairs = [(name, a["layers"].get(name), b["layers"].get(name)) for name in names]
-    for name, one, other in [*pairs, ("total", a["total"], b["total"])]:
+    both = [(name, a["layers"].get(name), b["layers"].get(name)) for name in names]
+    for name, one, other in [*both, ("total", a["total"], b["total"])]:
         row: Row = (name,)
-        for value, (_, show) in columns.items():
-            x = None if one is None else one["i1"][value]
-            y = None if other is None else other["i1"][value]
-            row += (show(x), show(y), _ratio(y, x))
+        for column in COMPARED:
+            x = None if one is None else column.value(a, one)
+            y = None if other is None else column.value(b, other)
+            row += (column.show(x), column.show(y), _ratio(y, x))
         rows.append(row)
     return rows
 
@@ -251,7 +380,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
     noise = "errors are at these numbers, variances and pairs are per pair"
     differ("draws", a["draws"], b["draws"], noise)
-    differ("label sampling", a.get("label_sampling"), b.get("label_sampling"), noise)
+    x, y = sampling_of(a), sampling_of(b)
+    if "exact" not in (x, y):  # else the draws tell it
+        differ("label sampling", x, y, "rel. errors are at these labels")
     differ("inputs", a["batch_size"], b["batch_size"], noise)
     differ(
         "likelihood", a["likelihood"], b["likelihood"], "these are Fisher informations of two models"
@@ -271,42 +402,85 @@ def _ratio(y: float | None, x: float | None) -> str:
     """A quotient, where both are above 0."""
     if x is None or y is None or x <= 0 or y <= 0:
         return "–"
-    ratio = y / x
-    return f"{ratio:.2g}×" if ratio < 100 or ratio >= 1e5 else f"{ratio:,.0f}×"
+    return times(y / x)
 
 
 def number(x: float | None) -> str:
     """Three digits, or a dash.
 
-    >>> number(1234.5), number(None)
-    ('1.23e+03', '–')
+    >>> number(1234.5), number(0.00012345), number(None)
+    ('1,230', '0.000123', '–')
     """
-    return "–" if x is None else f"{x:.3g}"
+    if x is None:
+        return "–"
+    short = float(f"{x:.3g}")
+    return f"{short:,.0f}" if 1e3 <= abs(short) < 1e6 else f"{short:.3g}"
 
 
 def percent(x: float | None) -> str:
     """A share in percent.
 
-    >>> percent(0.1234), percent(12.345)
-    ('12.3 %', '1,234 %')
+    >>> percent(0.1234), percent(12.345), percent(123456.7), percent(1e-9)
+    ('12.3 %', '1,234 %', '12.3 million %', '< 0.001 %')
     """
     if x is None:
         return "–"
-    return f"{100 * x:,.0f} %" if 10 <= x < 1e6 else f"{100 * x:.3g} %"
+    share = 100 * x
+    if 0 < share < 1e-3:
+        return "< 0.001 %"
+    return f"{count(share) if float(f'{share:.3g}') >= 1e3 else f'{share:.3g}'} %"
+
+
+def times(ratio: float) -> str:
+    """How many times as much.
+
+    >>> times(0.123), times(99.9), times(2e6)
+    ('0.12×', '100×', '2 million×')
+    """
+    short = float(f"{ratio:.2g}")
+    return f"{count(ratio)}×" if short >= 100 else f"{short:.2g}×"
 
 
 def pairs(estimate: dict[str, Any]) -> str:
     """The pairs for 10 %, with how well they are known.
 
-    >>> pairs({"pairs_for_10_percent": 1622.0, "pairs_error": 0.12})
+    >>> pairs({"pairs_for_10_percent": 1622.0, "pairs_error": 0.1234})
     '1,622 ± 12 %'
     """
-    need, error = estimate.get("pairs_for_10_percent"), estimate.get("pairs_error")
-    return count(need) if need is None or error is None else f"{count(need)} ± {percent(error)}"
+    need, error = need_of(estimate), estimate.get("pairs_error")
+    if need is None or error is None:
+        return count(need)
+    return f"{count(need)} ± {percent(float(f'{error:.2g}'))}"
 
 
 def count(x: float | None) -> str:
-    """A number of pairs, at least one."""
+    """A number of pairs or inputs, at least one.
+
+    >>> count(0.2), count(123456), count(5.48e6), count(1e20)
+    ('1', '123,456', '5.48 million', '> 1,000 trillion')
+    """
     if x is None:
         return "–"
-    return f"{max(x, 1):,.0f}" if x < 1e6 else f"{x:.2g}"
+    short = float(f"{x:.3g}")
+    if short < 1e6:
+        return f"{max(x, 1):,.0f}"
+    for size, word in ((1e9, "million"), (1e12, "billion"), (1e15, "trillion")):
+        if short < size:
+            return f"{short / size * 1e3:.3g} {word}"
+    return "> 1,000 trillion"
+
+
+TRENDS = (
+    Column("Î₁: 1 label", "i1", "one_label_error", percent),
+    Column("trace F", "i1", "trace", number),
+    Column("V labels", "i1", "label_variance", number),
+)
+"""What is shown over steps."""
+
+COMPARED = (
+    Column("trace F", "i1", "trace", number),
+    Column("rel. error", "i1", "rel_error", percent),
+    Column("V labels", "i1", "label_variance", number),
+    Column("pairs for 10 %", "i1", "pairs_for_10_percent", count),
+)
+"""What is shown of two runs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -41,7 +43,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
     else:
         _head(console, headline(last))
         _table(console, make_rows(last, top), total_last=True)
-        for line in footnotes(last):
+        for line in footnotes(last, top):
             console.print(_plain(line))
         _advice(console, last["advice"])
     left = len(last["layers"]) - top
@@ -88,7 +90,7 @@ def show_comparison(
 
 def show_list(folder: str, files: list[Path]) -> None:
     """The runs in a folder, newest first, and how to look at one or two of them."""
-    rows: list[Row] = [("run", "reports", "last step", "error of Î₁", "written")]
+    rows: list[Row] = [("run", "reports", "last step", "Î₁: 1 label", "written")]
     for file in files[:MOST_RUNS]:
         try:
             records = read(file)
@@ -97,7 +99,7 @@ def show_list(folder: str, files: list[Path]) -> None:
         else:
             last = records.reports[-1]
             row = (f"{len(records.reports):,}", f"{last['step']:,}")
-            row += (percent(one_label_error(last["total"]["i1"])),)
+            row += (percent(one_label_error(last["total"]["i1"], last["batch_size"])),)
         at = datetime.fromtimestamp(file.stat().st_mtime)
         rows.append((str(file.parent), *row, f"{at:%Y-%m-%d %H:%M}"))
     print(f"{folder} holds {len(files)} runs, newest first:\n")
@@ -162,10 +164,10 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
 
 def _colour(cell: str) -> str:
     """A share in percent, green to 10, yellow to 50, red above."""
-    try:
-        share = float(cell.removesuffix(" %"))
-    except ValueError:  # a dash, or a trend
+    found = re.fullmatch(r"(?:< )?([\d.,]+)( \w+)? %|> .* %", cell)
+    if found is None:  # a dash, or a trend
         return _plain(cell)
+    share = float(found[1].replace(",", "")) if found[1] and not found[2] else math.inf
     color = "green" if share <= 10 else "yellow" if share <= 50 else "red"
     return f"[{color}]{cell}[/{color}]"
 

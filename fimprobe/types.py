@@ -311,6 +311,9 @@ class Estimate:
     """Standard error of ``trace`` over the inputs and all that was drawn for them."""
     rel_error: float | None = None
     """√(Σ_i Var F̂_ii) / ‖diag F‖₂ of this report's F̂."""
+    skewness: float | None = None
+    """Of the inputs' shares of the trace. ``std_error`` is widened for it: few inputs that carry much
+    of F make intervals too short (see :mod:`fimprobe.estimators.reliability`)."""
     effective_inputs: float | None = None
     """(Σa)²/Σa² of the inputs' shares a of the trace: how many inputs the estimate comes from."""
     total_label_variance: float | None = None

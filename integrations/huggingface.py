@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -32,6 +31,8 @@ logger = logging.getLogger("fimprobe")
 NOTE = "fimprobe.json"
 """The file in a checkpoint that tells a resumed training where its reports are."""
 
+_HEADLINES = ("trace", "rel_error", "one_label_error")
+
 _callbacks: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FimProbeCallback]] = (
     weakref.WeakKeyDictionary()
 )
@@ -42,10 +43,11 @@ class FimProbeCallback(TrainerCallback):
     """Watch a ``Trainer``'s training; steps are ``state.global_step``.
 
     Reports go to ``<the Trainer's TensorBoard run>/fimprobe`` (without one to
-    ``<output_dir>/runs/<time>_<host>/fimprobe``), headline values to the Trainer's own log: errors
-    of Î₁ and Î₂, the trace of F, and ``fim_probe/overhead``, the share of the wall time that probing
-    took so far. A training that resumes from a checkpoint continues the files of the one that wrote
-    it; one that starts anew where reports are gets a folder ``fimprobe-2``.
+    ``<output_dir>/runs/<time>_<host>/fimprobe``), headline values to the Trainer's own log: of Î₁
+    and Î₂ the trace, ``rel_error`` (of the report) and ``one_label_error`` (of the estimator with
+    one label for each input) where they are known, and ``fim_probe/overhead``, the share of the wall
+    time that probing took so far. A training that resumes from a checkpoint continues the files of
+    the one that wrote it; one that starts anew where reports are gets a folder ``fimprobe-2``.
 
     Args:
         config: YAML path, mapping or :class:`fimprobe.Config`; by default the file that the
@@ -291,13 +293,7 @@ def _read_note(checkpoint: Path) -> Path | None:
 
 
 def _headlines(report: Report) -> dict[str, float]:
-    """Finite numbers only: they are saved as JSON and plotted."""
-    i1, i2 = report.total.i1, report.total.i2
-    values = {"fim/i1/trace": i1.trace, "fim/i1/rel_error": i1.rel_error}
-    if i2 is not None:
-        values["fim/i2/rel_error"] = i2.rel_error
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if value is not None and math.isfinite(value)
-    }
+    """What is known of them, finite: they are saved as JSON and plotted."""
+    values = report.scalars(layers=())
+    tags = [f"fim/{kind}/{name}" for kind in ("i1", "i2") for name in _HEADLINES]
+    return {tag: values[tag] for tag in tags if tag in values}

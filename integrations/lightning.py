@@ -29,6 +29,7 @@ for _name in _NAMES:
 else:
     raise FimprobeError("PyTorch Lightning is not installed; pip install 'fimprobe[lightning]'")
 
+_HEADLINES = ("trace", "rel_error", "one_label_error", "label_variance")
 _OF_ATTACH = ("likelihood", "log_dir", "mask", "labels", "output", "sinks")
 
 
@@ -45,7 +46,9 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         config: as for :func:`fimprobe.attach`, and so are the ``options``.
         module: name of the sub-module whose forward ``training_step`` calls (``"model"`` for
             ``self.model(x)``); by default the LightningModule itself, ``self(x)``.
-        log: also send the model's headline values to the Trainer's loggers, as ``fim/...``.
+        log: also send the model's headline values to the Trainer's loggers, as ``fim/...``: of Î₁ and
+            Î₂ the trace, ``rel_error`` (of the report), ``one_label_error`` (of the estimator with
+            one label for each input) and ``label_variance``, where they are known.
 
     Raises:
         FimprobeError: for a configuration with mistakes, or a ``module`` that does not exist.
@@ -185,15 +188,11 @@ class _Loggers:
         self.loggers = loggers
 
     def write(self, report: Report) -> None:
-        """The model's traces and relative errors."""
-        values = {}
-        for kind in ("i1", "i2"):
-            estimate = getattr(report.total, kind)
-            for name in ("trace", "rel_error", "label_variance"):
-                value = None if estimate is None else getattr(estimate, name)
-                if value is not None:
-                    values[f"fim/{kind}/{name}"] = value
-        for each in self.loggers:
+        """The model's, where they are known."""
+        known = report.scalars(layers=())
+        tags = [f"fim/{kind}/{name}" for kind in ("i1", "i2") for name in _HEADLINES]
+        values = {tag: known[tag] for tag in tags if tag in known}
+        for each in self.loggers if values else ():
             each.log_metrics(values, step=report.step)
 
     def close(self) -> None:

@@ -101,6 +101,18 @@ def summarise(diag, var, l1, name):
     return out
 
 
+def debiased_norm(f: Tensor) -> float:
+    """‖diag F‖₂ from F_ii of inputs [B, P]: the mean product of two different inputs, not below 0.
+
+    The square of the mean is larger by the variance of the mean. One input has its own norm.
+    """
+    size = len(f)
+    if size == 1:
+        return float(f.norm())
+    products = f @ f.T
+    return max(float(products.sum() - products.trace()) / (size * (size - 1)), 0.0) ** 0.5
+
+
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 

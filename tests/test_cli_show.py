@@ -14,16 +14,31 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli import main
-from fimprobe.table import count, make_comparison, make_rows, make_trends, number, percent, sparkline
+from fimprobe.table import (
+    count,
+    footnotes,
+    make_comparison,
+    make_rows,
+    make_trends,
+    number,
+    percent,
+    sparkline,
+)
+
+sys.path.insert(0, str(Path(__file__).parent / "sinks"))
+from reports import make_report  # noqa: E402
 
 
-def train(folder, *, layers=2, reports=3, seed=0, scale=1.1, **options):
+def train(folder, *, layers=2, reports=3, seed=0, scale=1.1, size=8, bias=0.0, **options):
+    """A probed training; ``bias`` makes the model sure of its first class."""
     torch.manual_seed(seed)
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
+    with torch.no_grad():
+        net[-1].bias[0] += bias
     options = {"draws": 2, "tensorboard": False, "jsonl": str(folder / "fimprobe.jsonl")} | options
     with fimprobe.attach(net, **({"likelihood": "categorical"} | options)) as probe:
         for _ in range(reports):
-            probe.step(torch.randn(8, 4))
+            probe.step(torch.randn(size, 4))
             with torch.no_grad():
                 net[0].weight *= scale
     return probe.history
@@ -50,9 +65,12 @@ def test_table_and_trends_hold_the_reports_values(runs, capsys):
     table = out.split("\n\n")[0]
     for name, group in {**last.layers, "total": last.total}.items():
         row = next(x for x in table.splitlines() if x.startswith(name + " "))
-        for value in (number(group.i1.trace), percent(group.i1.rel_error)):
+        values = [number(group.i1.trace), number(group.i1.std_error), percent(group.i1.rel_error)]
+        values += [percent(e.error_of(inputs=8)) for e in (group.i1, group.i2)]
+        values += [number(e.label_variance) for e in (group.i1, group.i2)]
+        values += [count(group.i1.pairs_for(0.1)), number(group.i1.input_variance)]
+        for value in values:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", row), (value, row)
-        assert percent(group.i2.rel_error) in row
     for sentence in last.advice:
         assert sentence in out
     trend = lines["total"]  # the last line that starts so: the trends'
@@ -65,8 +83,23 @@ def test_trends_are_the_series(runs):
     reports = [r.to_dict() for r in runs[0][1]]
     rows = make_trends(reports)
     assert [row[0] for row in rows] == ["layer", "total", "0", "1"]
-    series = [r.layers["0"].i1.label_variance for r in runs[0][1]]
-    assert rows[2][3].split() == [number(series[0]), sparkline(series), number(series[-1])]
+    for column, show, series in (
+        (1, percent, [r.layers["0"].i1.error_of(inputs=8) for r in runs[0][1]]),
+        (2, number, [r.layers["0"].i1.trace for r in runs[0][1]]),
+        (3, number, [r.layers["0"].i1.label_variance for r in runs[0][1]]),
+    ):
+        want = f"{show(series[0])} {sparkline(series)} {show(series[-1])}"
+        assert rows[2][column].split() == want.split()
+
+
+def test_a_trend_ends_in_what_the_last_report_says():
+    records = [make_report(3, 1000 * i, known=i < 2).to_dict() for i in range(3)]
+    for record, row in zip(["total", "0", "1", "2"], make_trends(records)[1:], strict=True):
+        group = records[0]["total"] if record == "total" else records[0]["layers"][record]
+        assert row[1].split()[:2] == percent(group["i1"]["one_label_error"]).split()
+        assert row[1].split()[-1] == "–"
+        assert row[2].split()[-1] != "–"
+    assert all(row[1] == "–" for row in make_trends(records[2:])[1:])
 
 
 def test_with_exact_labels_both_errors_stand_in_the_table(tmp_path, capsys):
@@ -83,9 +116,129 @@ def test_with_exact_labels_both_errors_stand_in_the_table(tmp_path, capsys):
         assert list(rows[name][4:7]) == want
         for value in want:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", out)
-    assert f"off by {rows['total'][4]} at 8 inputs with labels integrated over" in out
-    assert f"it is off by {rows['total'][5]} (Î₁) and {rows['total'][6]} (Î₂)" in out
-    assert "1 label: of an estimator with one drawn label for each" in out
+    assert f"F of the whole model is off by {rows['total'][4]} at 8 inputs, exact labels" in out
+    off = f"Î₁ would be off by {rows['total'][5]} and Î₂ by {rows['total'][6]}."
+    assert f"With one label from the model for each of 8 inputs, {off}" in out
+    assert "rel. error: how far off this report's F is, with exact labels" in out
+    one = "with one label from the model for each of 8 inputs"
+    assert f"1 label: how far off an estimator would be {one}" in out
+
+
+def group(trace=1.0, **values):
+    """A group of a record of which an estimator knows what is given."""
+    names = ("std_error", "rel_error", "one_label_error", "pairs_for_10_percent", "pairs_error")
+    names += ("label_variance", "input_variance", "tightness")
+    estimate = {"trace": trace, **dict.fromkeys(names), "unknown": {}, **values}
+    return {"numel": 5, "i1": estimate}
+
+
+def record(**groups):
+    return {
+        "step": 0, "batch_size": 40, "draws": 2, "label_sampling": "size_biased", "seconds": 0.1,
+        "likelihood": "categorical", "total": groups.pop("total"), "layers": groups, "advice": [],
+    }  # fmt: skip
+
+
+FEW = "too few inputs carry the trace ({} of 40); take more inputs"
+KNOWN = {
+    "std_error": 0.1, "rel_error": 0.2, "one_label_error": 0.4, "pairs_for_10_percent": 640.0,
+    "pairs_error": 0.12, "label_variance": 3.0, "input_variance": 2.0,
+}  # fmt: skip
+
+
+def lacking(**reasons):
+    """What is known but for some numbers, with the reasons for these."""
+    names = {"pairs": ("one_label_error", "pairs_for_10_percent", "pairs_error")}
+    gone = [name for key in reasons for name in names.get(key, (key,))]
+    return KNOWN | dict.fromkeys(gone) | {"unknown": reasons}
+
+
+def reasons_of(given, **options):
+    return [line for line in footnotes(given, **options) if line.startswith("–")]
+
+
+def test_the_footnotes_tell_the_reason_of_every_dash():
+    few = {name: FEW.format(2.1) for name in ("std_error", "rel_error", "pairs")}
+    also = {name: FEW.format(3) for name in ("std_error", "rel_error", "pairs")}
+    given = record(
+        total=group(**lacking(**few)),
+        a=group(**lacking(**also, input_variance="lost in its noise (-1 ± 2)")),
+        b=group(**KNOWN),
+    )
+    errors = "± s.e., rel. error, Î₁: 1 label, pairs for 10 %"
+    assert reasons_of(given) == [
+        f"– {errors} in total, a: {FEW.format('2.1')[: -len(' of 40); take more inputs')]} of 40 in "
+        "total); take more inputs",
+        "– V inputs in a: lost in its noise (-1 ± 2); take more inputs, or draws='exact'",
+    ]
+    # of the columns and the rows that are shown only
+    assert len(reasons_of(given, without=("V inputs",))) == 1
+    assert reasons_of(record(total=group(**KNOWN), a=group(**KNOWN))) == []
+    only = record(total=group(**KNOWN), a=group(**KNOWN), b=group(**lacking(**few)))
+    assert len(reasons_of(only)) == 1 and reasons_of(only, top=1) == []
+
+
+def test_the_footnotes_hold_the_remedy():
+    lost = "lost in its noise (1 ± 2)"
+    for draws, remedy in ((2, "take more inputs, or draws='exact'"), ("exact", "take more inputs")):
+        given = record(total=group(**lacking(label_variance=lost))) | {"draws": draws}
+        assert reasons_of(given) == [f"– V labels in total: {lost}; {remedy}"]
+    second = {**lacking(label_variance=lost), "probe_error": 2.0, "trace": 1.0}
+    given = record(total=group(**KNOWN) | {"i2": second})
+    (told,) = reasons_of(given)
+    assert told == (
+        f"– Î₂: V labels in total: {lost}; take more inputs, or second_order={{'probes': ...}}"
+    )
+    one = record(total=group(**KNOWN | {"label_variance": None, "input_variance": None}))
+    assert reasons_of(one | {"draws": 1}) == [
+        "– V labels, V inputs in total: one label for each input does not tell it; take draws=2 or more"
+    ]
+    unseen = "the drawn labels carry 0.3 % of the expected score; pass draws='exact'"
+    nothing = dict.fromkeys(("trace", *KNOWN)) | {
+        "unknown": dict.fromkeys(("trace", *KNOWN, "pairs"), unseen)
+    }
+    whole = record(total=group(**nothing), a=group(**nothing), b=group(**nothing))
+    assert reasons_of(whole) == [f"– all numbers everywhere: {unseen}"]
+
+
+def test_many_causes_are_counted():
+    layers = {
+        f"l{i}": group(**lacking(label_variance=f"cause {'abcdefgh'[i]}; do this")) for i in range(8)
+    }
+    told = reasons_of(record(total=group(**KNOWN), **layers))
+    assert len(told) == 7
+    assert told[-1] == "– 2 more reasons in the record, under 'unknown'"
+    same = {f"l{i}": group(**lacking(label_variance="one cause; do this")) for i in range(8)}
+    (told,) = reasons_of(record(total=group(**KNOWN), **same))
+    assert told == "– V labels in l0, l1, l2 and 5 more: one cause; do this"
+
+
+@pytest.mark.parametrize("name", ["few", "confident", "unseen", "one draw"])
+def test_every_dash_of_a_real_table_has_a_reason_and_no_number_is_odd(name):
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+    with torch.no_grad():
+        net[2].bias[0] += 9.0 if name in ("confident", "unseen") else 0.0
+    options = {"unseen": {"label_sampling": "model"}, "one draw": {"draws": 1}}.get(name, {})
+    report = fimprobe.measure(
+        net, torch.randn(3 if name == "few" else 40, 4), likelihood="categorical", **options
+    )
+    given = report.to_dict()
+    head, *rows = make_rows(given)
+    told = [re.fullmatch(r"– (.*?) (?:in (.*?)|everywhere): (.{20,})", x) for x in reasons_of(given)]
+    for row in rows:
+        for column, cell in zip(head[2:], row[2:], strict=True):
+            assert not re.search(r"nan|inf|None|e\+", cell), cell
+            named = [
+                found
+                for found in told
+                if {column, "all numbers"} & set(found[1].split(", "))
+                and (found[2] is None or row[0] in found[2].split(", "))
+            ]
+            assert len(named) == (cell == "–"), (column, row[0], told)
+    assert any(cell == "–" for row in rows for cell in row) == (name != "confident")
+    if name == "few":
+        assert "3 inputs are too few to tell an error; take 5 or more" in str(report)
 
 
 def test_show_tells_how_it_was_measured(runs, tmp_path, capsys):
@@ -128,7 +281,7 @@ def test_a_folder_of_several_runs_is_listed(tmp_path, capsys):
     for name in ("a", "b"):
         (row,) = (x for x in out.splitlines() if x.startswith(f"{folder / name} "))
         assert row.split(str(folder / name))[1].split()[:2] == ["3", "2"]
-        assert f"  {percent(last[name].total.i1.rel_error)}  " in row
+        assert f"  {percent(last[name].total.i1.error_of(inputs=8))}  " in row
     (told,) = (x for x in out.splitlines() if x.startswith("Two side by side: fimprobe "))
     assert main(shlex.split(told)[5:]) == 0  # what it says can be run
     assert main(["show", str(folder), "--html", str(tmp_path / "x.html")]) == 1
@@ -153,7 +306,7 @@ def test_the_neediest_layers_are_shown_and_the_rest_is_counted(runs, capsys):
     folder, reports = runs[2]
     assert main(["show", folder, "--top", "3"]) == 0
     out = capsys.readouterr().out
-    need = sorted(reports[0].layers, key=lambda n: -reports[0].layers[n].i1.draws_for(0.1))
+    need = sorted(reports[0].layers, key=lambda n: -(reports[0].layers[n].i1.pairs_for(0.1) or 0))
     rows = [row[0] for row in make_rows(reports[0].to_dict(), top=3)]
     assert rows == ["layer", *need[:3], "total"]
     assert "(27 layers that need fewer pairs are not shown: --top 30)" in out
@@ -172,6 +325,7 @@ def test_two_runs_side_by_side(runs, capsys):
             y.trace / x.trace, rel=0.06, abs=0
         )
         assert rows[name][4:6] == (percent(x.rel_error), percent(y.rel_error))
+        assert rows[name][10:12] == (count(x.pairs_for(0.1)), count(y.pairs_for(0.1)))
     told = [line for line in out.splitlines() if line.startswith("Careful: ")]
     for difference in ("draws differ: A 2, B 3", "inputs differ: A 8, B 4"):
         assert any(difference in line for line in told)
@@ -215,7 +369,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("columns", [60, 100, 200])
+@pytest.mark.parametrize("columns", [60, 100, 140])
 def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
     pytest.importorskip("rich", reason="rich is not installed")
     for name, value in {"COLUMNS": str(columns), "TERM": "xterm"}.items():
@@ -230,10 +384,11 @@ def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
     table = plain[: plain.index("•")]
     for group in runs[0][1][-1].layers.values():
         assert number(group.i1.trace) in table
-        for value in (percent(group.i1.rel_error), count(group.i1.draws_for(0.1))):
+        shown = [percent(group.i1.error_of(inputs=8)), count(group.i1.pairs_for(0.1))]
+        for value in [percent(group.i1.rel_error), *shown]:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", table)
     assert max(map(len, table.splitlines())) <= columns
-    assert ("a wider terminal also shows" in table) == (columns == 60)
+    assert ("a wider terminal also shows" in table) == (columns < 140)
 
 
 def test_without_rich_a_terminal_gets_plain_lines(runs, monkeypatch):

@@ -43,6 +43,14 @@ def test_keywords_win_over_the_file(tmp_path):
     assert (config.draws, config.batch) == ("exact", 5)
 
 
+def test_how_labels_come_about(tmp_path):
+    assert (load_config(None).draws, load_config(None).label_sampling) == (2, "size_biased")
+    path = write(tmp_path / "f.yaml", "draws: auto\nlabel_sampling: model\n")
+    config = load_config(path)
+    assert (config.draws, config.label_sampling) == ("auto", "model")
+    assert load_config(path, label_sampling="size_biased").label_sampling == "size_biased"
+
+
 def test_all_mistakes_at_once_with_file_and_line(tmp_path):
     path = write(
         tmp_path / "f.yaml",
@@ -66,7 +74,8 @@ def messages(path: Path, text: str) -> list[str]:
     return str(error.value).splitlines()
 
 
-DRAWS = "use a whole number of labels from 1, or exact"
+DRAWS = "use a whole number of labels from 1, exact or auto"
+SAMPLING = "use size_biased or model"
 SECOND = "use {probes: 2} (random probes), exact or off"
 BOARD = (
     "use {log_dir: ..., histograms: ..., figures: ...} or some of these keys, or false; without the "
@@ -80,6 +89,10 @@ BOARD = (
         ("draws: exct", f"draws='exct': {DRAWS}; did you mean 'exact'?"),
         ("draws: EXACT", f"draws='EXACT': {DRAWS}; did you mean 'exact'?"),
         ("draws: [1]", f"draws=[1]: {DRAWS}"),
+        ("draws: Auto", f"draws='Auto': {DRAWS}; did you mean 'auto'?"),
+        ("label_sampling: modle", f"label_sampling='modle': {SAMPLING}; did you mean 'model'?"),
+        ("label_sampling: 2", f"label_sampling=2: {SAMPLING}"),
+        ("label_samplng: model", "unknown key 'label_samplng'; did you mean 'label_sampling'?"),
         ("second_order: of", f"second_order='of': {SECOND}; did you mean 'off'?"),
         ("second_order: 4", f"second_order=4: {SECOND}"),
         ("second_order: {probe: 2}", "unknown key 'second_order.probe'; did you mean 'probes'?"),

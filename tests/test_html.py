@@ -14,7 +14,7 @@ from test_cli_show import train
 import fimprobe
 from fimprobe.cli import main
 from fimprobe.page import make_page
-from fimprobe.table import count, make_rows, number, percent
+from fimprobe.table import count, footnotes, make_rows, number, percent
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -43,15 +43,20 @@ def test_the_page_holds_the_reports_values(run):
         row = next(r for r in rows if r[0] == name)
         assert row[2:4] == [number(group.i1.trace), number(group.i1.std_error)]
         assert row[4] == percent(group.i1.rel_error)
-        assert row[7] == count(group.i1.draws_for(0.1))
+        assert row[5] == percent(group.i1.error_of(inputs=8))
+        assert row[7].partition(" ± ")[0] == count(group.i1.pairs_for(0.1))
     for report in run[1]:
-        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 13)
-        for start, estimate in ((1, report.total.i1), (5, report.total.i2), (9, report.total.ih)):
-            assert row[start] == number(estimate.trace)
+        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 16)
+        for start, estimate in ((1, report.total.i1), (6, report.total.i2), (11, report.total.ih)):
+            assert row[start : start + 2] == [number(estimate.trace), number(estimate.std_error)]
             assert row[start + 2] == percent(estimate.rel_error)
+            assert row[start + 3] == percent(estimate.error_of(inputs=8))
+            assert row[start + 4].partition(" ± ")[0] == count(estimate.pairs_for(0.1))
     for sentence in last.advice:
         assert f"<li>{sentence}</li>" in unescape(text)
     assert f"<b>{percent(last.total.i1.rel_error)}</b>" in text
+    for line in footnotes(last.to_dict()):
+        assert line in unescape(text)
     assert dict(r for r in rows if len(r) == 2)["1.bias"] == last.coverage["1.bias"]
 
 
@@ -69,14 +74,39 @@ def test_with_exact_labels_page_and_table_hold_the_same_errors(tmp_path):
     (last,) = train(tmp_path, reports=1, draws="exact")
     page = make_page(fimprobe.read(tmp_path))
     (total,) = (row for row in cells(page) if row[0] == "total")
-    assert total[:8] == list(make_rows(last.to_dict())[-1][:8])
-    tiles = re.findall(r"<b>([\d.,e+-]+ %)</b><span>([^<]*)</span>", page)
+    assert total == list(make_rows(last.to_dict())[-1])
+    tiles = re.findall(r"<b>([\d.,]+ %)</b><span>([^<]*)</span>", unescape(page))
     assert tiles == [
-        (total[4], "relative error of F: 8 inputs, labels integrated over"),
-        (total[5], "relative error of Î₁: 8 inputs, 1 drawn label each"),
-        (total[6], "relative error of Î₂: 8 inputs, 1 drawn label each"),
+        (total[4], "relative error of this report's F: 8 inputs, exact labels"),
+        (total[5], "relative error of Î₁: 8 inputs, 1 label from the model each"),
+        (total[6], "relative error of Î₂: 8 inputs, 1 label from the model each"),
     ]
-    assert all(value in advice for value in total[4:7] for advice in last.advice[:1])
+    assert all(any(value in advice for advice in last.advice[:4]) for value in total[4:7])
+
+
+def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
+    """Three inputs: no error can be told; the reason stands once in the tiles, and below the table."""
+    (last,) = train(tmp_path, reports=1, size=3)
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    why = last.total.i1.unknown["rel_error"]
+    assert why.startswith("3 inputs are too few")
+    tiles = re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)
+    assert tiles[0] == (number(last.total.i1.trace), "trace of F by Î₁")
+    dashes = [told for shown, told in tiles if shown == "–"]
+    assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
+    assert re.search(rf"– ± s.e., rel. error, .* everywhere: {re.escape(why)}", page)
+    assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
+
+
+def test_the_page_of_labels_that_were_not_seen(tmp_path):
+    """Every number of F is a dash, none is drawn, and the page says what to do."""
+    (last,) = train(tmp_path, reports=1, size=40, bias=9.0, label_sampling="model")
+    assert last.seen_mass < 0.5
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    for row in make_rows(last.to_dict())[1:]:
+        assert set(row[2:]) == {"–"} and list(row) in cells(page)
+    assert "<svg" not in page
+    assert page.count("pass label_sampling='size_biased' or draws='exact'") == 3
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run):
@@ -100,7 +130,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(run):
 def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
     text = run[2].read_text()
     pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 7
+    assert len(pictures) == 9
     defined, used = [], set()
     for picture in pictures:
         root = ElementTree.fromstring(picture)
@@ -119,6 +149,7 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
 
     reports = train(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"])
     assert reports[0].total.i1.label_variance is None
+    assert reports[0].total.i1.unknown == {} or "label_variance" not in reports[0].total.i1.unknown
     titles = [p.title for p in make_pictures([reports[0].to_dict()])]
     assert "Trace of the Fisher information" in titles
     assert "Labels' covariance of the whole matrix, and its bound" not in titles
@@ -164,6 +195,6 @@ def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
         )
         dom, console, asked = browse(page, tmp_path)
         assert "How wrong is the Fisher information?" in dom
-        assert dom.count("<svg") == 7
+        assert dom.count("<svg") == 9
         assert asked == expected  # the second page does ask: the check would see it
         assert console == []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import sys
 import time
 from datetime import datetime
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 import fimprobe
+from fimprobe.cli import main
 from fimprobe.records import latest_training
+from fimprobe.table import format_table, make_rows
 
 
 def train(folder, *, steps=3, **options):
@@ -54,10 +57,16 @@ def test_every_row_holds_what_was_measured(run):
             if not field.name.startswith("diagonal_") and field.name not in (
                 "diagonal",
                 "trace_range",
+                "pair_variance",
             ):
                 assert row[field.name] == getattr(estimate, field.name), (row, field.name)
         if row["estimator"] != "geometry":
-            assert row["draws_for_10_percent"] == estimate.draws_for(0.1)
+            assert row["pairs_for_10_percent"] == estimate.pairs_for(0.1)
+            assert row["pairs_error"] == estimate.pairs_error
+            assert row["one_label_error"] == estimate.error_of(inputs=report.batch_size, labels=1)
+            assert "pair_variance" not in row
+            unknown = {"pairs_for_10_percent" if n == "pairs" else n for n in row["unknown"]}
+            assert all(row[name] is None for name in unknown)
     assert {r["group"] for r in rows} == {"total", "layer", "parameter"}
     assert rows.notes == []
 
@@ -172,6 +181,57 @@ def test_files_without_that_line_are_read(run, tmp_path):
     rows = fimprobe.read(tmp_path)
     assert rows == fimprobe.read(run[0]) and rows.notes == []
     assert rows.run == {} and rows.runs == []
+
+
+def old(thing):
+    """A record as version 0.1.0 wrote it before errors were told apart."""
+    if not isinstance(thing, dict):
+        return thing
+    gone = ("label_sampling", "seen_mass", "outputs", "convergence", "unknown", "pairs_error")
+    gone += ("one_label_error", "effective_inputs", "skewness", "label_variance_error")
+    gone += ("total_label_variance_error", "total_variance")
+    names = {"pairs_for_10_percent": "draws_for_10_percent"}
+    return {names.get(key, key): old(value) for key, value in thing.items() if key not in gone}
+
+
+@pytest.mark.parametrize("draws", [2, "exact"])
+def test_files_of_older_versions_are_read_shown_and_compared(tmp_path, capsys, draws):
+    """Their numbers stand where the new ones do; what they lack is a dash or left out."""
+    new, before = tmp_path / "new", tmp_path / "before"
+    train(new, draws=draws)
+    lines = (new / "fimprobe.jsonl").read_text().splitlines()
+    before.mkdir()
+    text = "\n".join([lines[0], *(json.dumps(old(json.loads(line))) for line in lines[1:])])
+    (before / "fimprobe.jsonl").write_text(text + "\n")
+    rows, expected = fimprobe.read(before), fimprobe.read(new)
+    assert rows.notes == [] and rows.run == expected.run and len(rows) == len(expected)
+    for row, want in zip(rows, expected, strict=True):
+        assert (
+            row.items() <= {**want, "draws_for_10_percent": want.get("pairs_for_10_percent")}.items()
+        )
+    sampling = "exact labels" if draws == "exact" else "2 labels from the model for each input"
+    for record, want in zip(rows.reports, expected.reports, strict=True):
+        assert sampling in format_table(record)
+        for row, wanted in zip(make_rows(record), make_rows(want), strict=True):
+            assert [cell.split(" ±")[0] for cell in row] == [c.split(" ±")[0] for c in wanted]
+    for arguments in ([before], [before, new], [new, before]):
+        assert main(["show", *map(str, arguments)]) == 0
+    titles = []
+    for run in (before, new):
+        assert main(["show", str(run), "--html", str(run / "x.html")]) == 0
+        titles.append(
+            re.findall(r'<svg role="img" aria-label="([^"]*)"', (run / "x.html").read_text())
+        )
+    lost = {
+        "Relative error as the model grows confident",
+        "Error of the trace against the number of inputs",
+    }
+    assert titles[0] == [x for x in titles[1] if x not in lost] and len(titles[0]) >= 6
+    told = capsys.readouterr().out
+    assert ("label sampling differs: A model, B size_biased" in told) == (draws == 2)
+    page = (before / "x.html").read_text()
+    assert "Layers over the training" in page
+    assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
 
 
 def test_a_training_that_resumes_tells_itself_again(tmp_path):

@@ -38,7 +38,8 @@ def moments(
     x_b, x_t, x_i, d_b, d_t, d_o, k_b, k_t, r_b, r_t, r_i, a_p, a_o, a_i, bucket,
     S: tl.constexpr, DENSE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHTED: tl.constexpr,
     QUARTIC_WEIGHTED: tl.constexpr, DIAGONALS: tl.constexpr,
-    PRECISION: tl.constexpr, RAISE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Moments of g_s[o, i] = Σ_t DELTA_s[t, o] X[t, i] + Σ_t [TOKENS[t] = o] ROWS_s[t, i]."""
     across = tl.cdiv(ins, BI)
@@ -52,7 +53,7 @@ def moments(
     if DIAGONALS:
         a4 = tl.zeros((BO, BI), tl.float64)
         q = tl.zeros((BO, BI), tl.float64)
-        r = tl.zeros((BO, BI), tl.float64)
+        squares = tl.zeros((BO, BI), tl.float64)
     PAIRS: tl.constexpr = S * (S + 1) // 2
     COLUMNS: tl.constexpr = PAIRS + S + 3
     first = part.to(tl.int64) * share
@@ -131,7 +132,7 @@ def moments(
                 wide = wide * wide
                 fourth = wide * wide
                 if not WEIGHTED:
-                    r += fourth
+                    squares += fourth
                 if QUARTIC_WEIGHTED:
                     fourth = fourth * tl.load(FOURTH + b * S + s)
                 a4 += fourth
@@ -150,7 +151,7 @@ def moments(
         tl.store(A4 + place, a4, mask=inside)
         tl.store(Q + place, q, mask=inside)
         if not WEIGHTED:
-            tl.store(R + place, r, mask=inside)
+            tl.store(R + place, squares, mask=inside)
 
 
 tuned = triton.autotune(

@@ -14,10 +14,9 @@ from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
 from fimprobe.likelihoods.size_biased import (
-    SizeBiasedScores,
-    draw_size_biased,
     expected_squares,
     has_size_biased_draws,
+    make_sampler,
 )
 from fimprobe.types import FimprobeError, OutputNorms, Pass
 
@@ -35,11 +34,11 @@ class Seeds:
 
     seeds: list[Tensor]
     weights: Weights | None
-    seen: Tensor | None = None
-    """Of labels: Σ‖δ‖² over the samples, as the mean over draws, and its expectation, [2]."""
     mix: Tensor | None = None
     """[B, n, m]: Gram matrices are wanted of these n combinations of the m seeds, of which the first
     are the seeds that have a weight."""
+    seen: Tensor | None = None
+    """Of labels: Σ‖δ‖² over the samples, as the mean over draws, and its expectation, [2]."""
 
 
 def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
@@ -49,37 +48,35 @@ def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
         passes = _passes(problem.likelihood.exact_passes(h.double(), mask_of(problem, rows, h)), h)
         # masked labels weigh nothing, but Î₂'s bounds see the seeds themselves
         scores = [_masked(problem, rows, h, s) for s in passes.seeds]
-        return Seeds(scores, passes.weights, _seen_mass(problem, rows, h, None))
+        return Seeds(scores, passes.weights, seen=_seen_mass(problem, rows, h, None))
     draws, family = problem.draws, problem.likelihood
-    uniforms = _uniforms(problem, rows, h).unbind(1)
+    uniforms = _uniforms(problem, rows, h)
     if draws.size_biased and has_size_biased_draws(family, h):
-        positions = upload(draws.positions_for(rows, problem.batch.size), h.device).unbind(1)
-        mask = mask_of(problem, rows, h)
-        parts = [
-            _size_biased_scores(problem, h, mask, *u) for u in zip(uniforms, positions, strict=True)
-        ]
-        inverse = torch.stack([part.inverse_weights for part in parts], 1)
-        weights = Weights(None, inverse, list(range(len(parts))))
-        # √w δ has the length √τ, whatever the label
-        seen = torch.stack([part.expected.sum() for part in parts]).mean()
-        return Seeds([part.scores for part in parts], weights, torch.stack([seen, seen]))
-    found = [_masked(problem, rows, h, _drawn_scores(problem, h, u)) for u in uniforms]
-    return Seeds(found, None, _seen_mass(problem, rows, h, found))
+        positions = upload(draws.positions_for(rows, problem.batch.size), h.device)
+        return _size_biased_seeds(problem, h, mask_of(problem, rows, h), uniforms, positions)
+    found = [_masked(problem, rows, h, _drawn_scores(problem, h, u)) for u in uniforms.unbind(1)]
+    return Seeds(found, None, seen=_seen_mass(problem, rows, h, found))
 
 
-def _size_biased_scores(
+def _size_biased_seeds(
     problem: Problem, h: Tensor, mask: Tensor | None, uniforms: Tensor, positions: Tensor
-) -> SizeBiasedScores:
-    """One size-biased label of each sample; samples do not meet in it."""
-    scores, inverse = torch.empty_like(h), h.new_empty(len(h), dtype=torch.float64)
-    expected = torch.empty_like(inverse)
+) -> Seeds:
+    """Size-biased labels of each sample; samples do not meet in it."""
+    count = positions.shape[1]
+    scores = [torch.empty_like(h) for _ in range(count)]
+    inverse, square, expected = (torch.empty_like(positions) for _ in range(3))
     step = drawn_at_once(h) // max(1, h[0].numel())
     for start in range(0, len(h), step):
         part = slice(start, start + step)
         keep = None if mask is None else mask[part]
-        found = draw_size_biased(problem.likelihood, h[part], uniforms[part], positions[part], keep)
-        scores[part], inverse[part], expected[part] = found
-    return SizeBiasedScores(scores, inverse, expected)
+        sampler = make_sampler(problem.likelihood, h[part], keep)
+        for s in range(count):
+            drawn = sampler.draw(uniforms[part, s], positions[part, s])
+            scores[s][part] = drawn.scores
+            inverse[part, s], square[part, s] = drawn.inverse_weights, drawn.square
+            expected[part, s] = drawn.expected
+    seen = torch.stack([square.sum(), expected.sum()]) / count
+    return Seeds(scores, Weights(None, inverse, list(range(count))), seen=seen)
 
 
 def _seen_mass(

@@ -125,8 +125,6 @@ class Sums:
             kind, problem.draws.count if problem.ask.ih else 1
         )
         labelled = kind == "i1"
-        plain = problem.draws.count is not None and not self.inverse_weights
-        plain = plain and not isinstance(problem.likelihood, Gaussian)  # has no rare labels
         seen = host["seen"].tolist() if labelled and self.seen else None
         return MomentsBatch(
             parameters=ledger.finish(totals, second, unused),
@@ -136,11 +134,23 @@ class Sums:
             fourth=fourth,
             blocks=torch.tensor(exact[0].blocks) if exact else None,
             inverse_weights=host["inverse_weights"] if labelled else None,
-            seen_mass=seen[0] / seen[1] if seen and plain and seen[1] > 0 else None,
+            seen_mass=seen_mass(problem, seen),
             fisher_trace=seen[1] if seen else None,
             coverage=told,
             classes=self.classes,
         )
+
+
+def seen_mass(problem: Problem, seen: list[float] | None) -> float | None:
+    """Σ‖δ‖² of labels drawn from the model over its expectation; None where it cannot be far off.
+
+    That is with exact and with size-biased labels, and of a Gaussian, which has no rare labels.
+    """
+    if problem.draws.count is None or isinstance(problem.likelihood, Gaussian):
+        return None
+    if seen is None or seen[1] <= 0 or seen[0] == seen[1]:
+        return None
+    return seen[0] / seen[1]
 
 
 def _columns(norms: list[OutputNorms]) -> list[tuple[Tensor, ...]]:

@@ -143,8 +143,8 @@ def estimate_groups(
     whole = None if gram is None else total_label_variance(moments, gram)
     errors = None if whole is None or draws is None else _mean_error(whole)
     labels, label_errors = None, None
-    if best.square is not None:
-        each = sums.fourth - best.square
+    if sums.square is not None:  # the same draws' fourth powers and squares vary together
+        each = sums.fourth - sums.square
         labels, label_errors = each.mean(-1), None if draws is None else _mean_error(each)
     columns = {
         "trace": sums.trace.mean(-1),
@@ -158,6 +158,7 @@ def estimate_groups(
         "std_error": _mean_error(sums.trace),
         "rel_error": relative_error(sums.error_square, best.norm_square),
         "effective_inputs": effective_inputs(sums.trace),
+        "skewness": skewness(sums.trace),
         "total_label_variance": None if whole is None else whole.mean(-1),
         "total_label_variance_error": errors,
     }
@@ -183,6 +184,20 @@ def effective_inputs(trace: Tensor) -> Tensor:
     """
     square = trace.square().sum(-1)
     return torch.where(square > 0, trace.sum(-1).square() / square.where(square > 0, 1), 0)
+
+
+def skewness(trace: Tensor) -> Tensor | None:
+    """The third standardised moment of the inputs' shares [G, B]; None for one input.
+
+    >>> skewness(torch.tensor([[0.0, 0.0, 0.0, 2.0]])).item()
+    1.1547006368637085
+    """
+    if trace.shape[-1] < 2:
+        return None
+    centred = trace - trace.mean(-1, keepdim=True)
+    spread = centred.square().mean(-1).sqrt()
+    cube = centred.pow(3).mean(-1)
+    return torch.where(spread > 0, cube / spread.where(spread > 0, 1).pow(3), 0)
 
 
 def relative_error(error_square: Tensor | None, norm_square: Tensor) -> Tensor | None:

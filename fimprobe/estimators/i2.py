@@ -18,6 +18,7 @@ from fimprobe.estimators.i1 import (
     effective_inputs,
     relative_error,
     row_of,
+    skewness,
 )
 from fimprobe.estimators.pair_variance import pair_variances
 from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
@@ -126,6 +127,7 @@ def estimate_groups(
         "std_error": trace.std(-1) / size**0.5 if size > 1 else None,
         "rel_error": relative_error(error_square, common.norm_square),
         "effective_inputs": effective_inputs(own.trace),
+        "skewness": skewness(trace),
         "total_label_variance": whole.mean((0, -1)),
         "total_label_variance_error": block_error(whole, curvature.exact),
         "probe_error": random,

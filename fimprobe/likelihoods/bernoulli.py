@@ -23,7 +23,7 @@ class Bernoulli(Independent):
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """1 where the uniform exceeds P(y = 0) = sigmoid(−h)."""
-        return (uniforms > torch.sigmoid(-precise(outputs)).double()).to(precise(outputs).dtype)
+        return (uniforms > torch.sigmoid(-outputs.double())).to(precise(outputs).dtype)
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """1 with probability 1 − p: each label is drawn as often as the other one should be."""

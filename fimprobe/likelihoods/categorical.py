@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from fimprobe.likelihoods.norms import combine, position_mask
+from fimprobe.likelihoods.size_biased import SizeBiasedSampler
 from fimprobe.types import FimprobeError, OutputNorms, Pass
 
 IGNORED = -100
 """The label of a position that has none, as in torch's cross-entropy."""
 
 _EXACT_WORK = 2**18  # positions × classes³ per input: at most about 2 ms on one core
+_DOUBLE_OUTPUTS = 2**12  # of one input: size-biased draws of so many are taken in float64
 _CHUNK = 2**20  # numbers in each of the some twenty arrays alive at once
 
 
@@ -132,6 +134,10 @@ class Categorical:
         target = uniforms.unsqueeze(-1) * cdf[..., -1:]
         index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
         return index.clamp_(max=cdf.shape[-1] - 1)
+
+    def size_biased_sampler(self, outputs: Tensor, mask: Tensor | None) -> SizeBiasedSampler:
+        """Size-biased draws that share one softmax."""
+        return _Sampler(self, outputs, mask)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """onehot(y) − softmax(h), with 1 − p_y summed from the other classes."""
@@ -274,6 +280,53 @@ def _squared_scores(s: _Split) -> Tensor:
     rest = others.sum(-1, keepdim=True)
     square = (1 - s.p).square() + s.p_max.square().unsqueeze(-1) + (rest - others)
     return square.scatter(-1, s.top, s.e.square().unsqueeze(-1) + rest)
+
+
+class _Sampler(SizeBiasedSampler):
+    """One softmax for all draws: in float64, but of inputs with many outputs in their precision.
+
+    There 1/w has the rounding of float32's probabilities, 1e-7; sums over classes are float64's.
+    """
+
+    def __init__(self, family: Categorical, outputs: Tensor, mask: Tensor | None) -> None:
+        last = outputs.movedim(family.class_dim, -1)
+        h = last.double() if last[:1].numel() <= _DOUBLE_OUTPUTS else last
+        self.p = torch.softmax(h, -1, dtype=_precise(h))
+        p_max, self.top = self.p.max(-1)
+        self.p_max = p_max.double()
+        square = torch.linalg.vecdot(self.p, self.p).double()
+        rest = self.p.scatter(-1, self.top.unsqueeze(-1), 0.0)
+        self.e = rest.sum(-1, dtype=torch.float64)
+        sure = p_max > 0.5  # there Σp² − p_max² would cancel
+        self.rest_square = torch.where(
+            sure, torch.linalg.vecdot(rest, rest).double(), square - self.p_max.square()
+        )
+        expected = self.p_max * self.e + self.e - self.rest_square
+        super().__init__(family, outputs, expected, mask)
+        self.cdf: Tensor | None = None
+
+    def plain_labels(self, uniforms: Tensor) -> Tensor:
+        """Labels from the model, of one cumulated sum."""
+        if self.cdf is None:
+            self.cdf = self.p.double().cumsum(-1)
+        target = uniforms.unsqueeze(-1) * self.cdf[..., -1:]
+        labels = torch.searchsorted(self.cdf, target, right=True).squeeze(-1)
+        return labels.clamp_(max=self.p.shape[-1] - 1)
+
+    def scores_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """onehot(y) − p, and ‖δ_y‖² without a sum over the classes."""
+        index = labels.unsqueeze(-1)
+        mine = self.p.gather(-1, index).squeeze(-1).double()
+        is_top = labels == self.top
+        own = torch.where(is_top, self.e, 1 - mine)
+        others = torch.where(is_top, 0, self.p_max.square() - mine.square()) + self.rest_square
+        square = own.square() + others
+        scores = (-self.p).scatter_(-1, index, own.to(self.p.dtype).unsqueeze(-1))
+        if self.mask is not None:
+            square = square * self.mask
+            scores.masked_fill_(~self.mask.unsqueeze(-1), 0)
+        scores = scores.movedim(-1, self.family.class_dim)
+        return scores, square.reshape(self.size, -1).sum(1)
 
 
 def _fisher(s: _Split) -> Tensor:

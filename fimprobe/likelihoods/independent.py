@@ -52,7 +52,8 @@ class Independent:
         """p(y | h) of the labels 0, 1, ..., K − 1 [..., K] in float64; None where there are none.
 
         Optional: a family whose labels are whole numbers gives it to be measured with size-biased
-        labels. What K leaves out of E score² must be below ``REMAINDER`` of it.
+        labels. Where K leaves more than ``REMAINDER`` of E score² out, that input's labels are drawn
+        from the model.
         """
         return None
 
@@ -62,20 +63,30 @@ class Independent:
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor | None:
         """Labels at the uniforms, of q(y) ∝ p(y) score²; None where the family has no such draws."""
+        mass = self._masses(outputs)
+        if mass is None:
+            return None
+        cdf = mass.cumsum(-1)
+        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
+        index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+        return index.clamp_(max=cdf.shape[-1] - 1).to(cdf.dtype)
+
+    def cut_off(self, outputs: Tensor) -> Tensor | None:
+        """Labels of which ``probabilities`` leave out too much of E score²; None: none of them."""
+        mass = self._masses(outputs)
+        if mass is None:
+            return None
+        total = self.variance(outputs.double())
+        return (total - mass.sum(-1)).abs() > REMAINDER * total
+
+    def _masses(self, outputs: Tensor) -> Tensor | None:
+        """p(y) score² of the labels 0, 1, ... [..., K]."""
         h = outputs.double()
         p = self.probabilities(h)
         if p is None:
             return None
-        count = p.shape[-1]
-        labels = torch.arange(count, device=h.device, dtype=h.dtype)
-        scores = self.score(h.unsqueeze(-1), labels.expand(*h.shape, count))
-        mass = p * scores.square()
-        total, cdf = self.variance(h), mass.cumsum(-1)
-        if bool(((total - cdf[..., -1]).abs() > REMAINDER * total).any()):
-            return None
-        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
-        index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-        return index.clamp_(max=count - 1).to(h.dtype)
+        labels = torch.arange(p.shape[-1], device=h.device, dtype=h.dtype)
+        return p * self.score(h.unsqueeze(-1), labels.expand(p.shape)).square()
 
     def in_support(self, labels: Tensor) -> Tensor:
         """Where a label is possible under the family (elementwise, bool)."""

@@ -94,7 +94,7 @@ def make_page(record: dict[str, Any], most: int = 8) -> str:
     rows = make_rows(record, most)
     shown = [i for i, head in enumerate(rows[0]) if head not in LEAST]  # more cells break words
     (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
-    told = "\n\n".join(["", *footnotes(record)])
+    told = "\n\n".join(["", *footnotes(record, most, without=LEAST)])
     left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"

@@ -174,6 +174,9 @@ def make_spreads(report: Report) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
 
 def diagonal_values(report: Report, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """log10 of the positive entries of diag F̂ and their counts; else of each parameter's mean."""
+    total: Estimate | None = getattr(report.total, kind)
+    if total is None or total.trace is None:  # nothing is known of its diagonal either
+        return np.zeros(0), np.zeros(0)
     if kind == "i1" and report.sizes:
         middles, counts = np.array(report.sizes).T
         return middles + STEP / 2, counts

@@ -47,12 +47,13 @@ def by_loops(model, inputs, draws, classes=3):
                 w = weights.view(-1, *[1] * (g.dim() - 1))
                 f = (w * g**2).sum(0)
                 flat = g.flatten(1)
-                each = f, (w * g**4).sum(0), f**2, flat @ flat.T
+                r = f**2 if draws is None else (g**4).sum(0)  # each drawn label is a block
+                each = f, (w * g**4).sum(0), f**2, r, flat @ flat.T
                 found.setdefault(name, []).append(each)
     out = {}
     for name, rows in found.items():
-        a2, a4, q, gram = (torch.stack(x) for x in zip(*rows, strict=True))
-        out[name] = {"a2": a2.sum(0), "a4": a4.sum(0), "q": q.sum(0), "r": q.sum(0), "gram": gram}
+        a2, a4, q, r, gram = (torch.stack(x) for x in zip(*rows, strict=True))
+        out[name] = {"a2": a2.sum(0), "a4": a4.sum(0), "q": q.sum(0), "r": r.sum(0), "gram": gram}
     return out
 
 

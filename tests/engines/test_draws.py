@@ -11,6 +11,8 @@ from torch import nn
 import fimprobe
 from fimprobe.likelihoods import Gaussian
 
+pytestmark = pytest.mark.usefixtures("raw_numbers")
+
 FIRST = {"estimators": ("i1",), "bounds": False}
 """Nothing beside Î₁ is measured."""
 

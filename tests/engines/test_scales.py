@@ -15,6 +15,9 @@ from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import Gaussian
 
 
+pytestmark = pytest.mark.usefixtures("raw_numbers")
+
+
 class Sequence(nn.Module):
     """A lookup, LayerNorm, Linear at every position, PReLU, a head tied to nothing."""
 

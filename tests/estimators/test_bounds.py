@@ -14,6 +14,8 @@ from fimprobe.estimators.tightness import bound_hessians
 from fimprobe.likelihoods import Categorical, get_likelihood
 from fimprobe.types import CurvatureBatch, Estimate, OutputNorms
 
+pytestmark = pytest.mark.usefixtures("raw_numbers")
+
 FIRST = ("bound", "sharp_bound", "trace_bound", "diagonal_bound", "diagonal_range_bound")
 ABOVE = {
     "sharp_bound": "covariance_norm",
@@ -279,7 +281,7 @@ def test_dense_curvature_gives_the_dense_bounds(name, exact, double):
         torch.tensor([t.i_range[1] for t in truth]),
         *[zero] * 4,
     )
-    blank, found = Estimate(*[0.0] * 8), []
+    blank, found = Estimate(trace=0.0, norm=0.0), []
     all_flips = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * setting.positions)
     for flips in all_flips.view(-1, setting.positions):
         curvature, grams = dense_curvature(setting, truth, groups, exact, flips)

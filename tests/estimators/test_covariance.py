@@ -19,6 +19,8 @@ from fimprobe.estimators.bounds import (
 )
 from fimprobe.likelihoods import Gaussian, get_likelihood
 
+pytestmark = pytest.mark.usefixtures("raw_numbers")
+
 KINDS = (
     "covariance_norm",
     "covariance_spectral_norm",

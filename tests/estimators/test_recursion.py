@@ -12,6 +12,8 @@ import fimprobe
 from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import Gaussian
 
+pytestmark = pytest.mark.usefixtures("raw_numbers")
+
 CATEGORICAL = "categorical", dense.categorical(1, 3)
 BERNOULLI = "bernoulli", oracles.bernoulli_labels
 POISSON = "poisson", lambda h: oracles.poisson_labels(h, 30)
@@ -250,13 +252,14 @@ def test_activations_of_exact_labels(name, likelihood, double):
         for e in (report.layers[path].activation, in_chunks.layers[path].activation):
             trace, spread = f.sum(1), f.var(0).sum()
             assert e.trace == pytest.approx(float(trace.mean()), rel=1e-9)
-            assert e.norm == pytest.approx(float(f.mean(0).norm()), rel=1e-9)
+            norm = oracles.debiased_norm(f)
+            assert e.norm == pytest.approx(norm, rel=1e-9) and norm > 0
             assert e.label_variance == pytest.approx(float(v.sum(1).mean()), rel=1e-8)
             assert e.input_variance == pytest.approx(float(spread), rel=1e-8)
             total = float(spread + v.sum(1).mean())
             assert e.total_variance == pytest.approx(total, rel=1e-8)
             assert e.std_error == pytest.approx(float(trace.std()) / size**0.5, rel=1e-8)
-            relative = float((spread / size).sqrt() / f.mean(0).norm())
+            relative = float((spread / size).sqrt()) / norm
             assert e.rel_error == pytest.approx(relative, rel=1e-8)
             assert e.total_label_variance == pytest.approx(float(l1.mean()), rel=1e-8)
             assert e.diagonal is None and e.bound is None
@@ -268,7 +271,7 @@ def test_activations_of_drawn_labels_are_unbiased(name, draws, double):
     net, x, positions = NETS[name]()
     truth = truths(net, x, labels_of("categorical", positions))
     plan, seen, seeds = Plan(), {}, 150
-    kinds = ("trace", "label_variance", "input_variance", "total_label_variance")
+    kinds = ("trace", "label_variance", "input_variance", "total_variance", "total_label_variance")
     for seed in range(seeds):
         report = fimprobe.measure(
             net,
@@ -288,10 +291,11 @@ def test_activations_of_drawn_labels_are_unbiased(name, draws, double):
             "trace": f.sum(1).mean(),
             "label_variance": v.sum(1).mean(),
             "input_variance": f.var(0).sum(),
+            "total_variance": f.var(0).sum() + v.sum(1).mean(),
             "total_label_variance": l1.mean(),
         }
         for kind, value in want.items():
-            if draws == 1 and kind != "trace":
+            if draws == 1 and kind not in ("trace", "total_variance"):
                 assert set(seen[path, kind]) == {None}
                 continue
             have = torch.tensor(seen[path, kind])

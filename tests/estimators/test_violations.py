@@ -263,7 +263,8 @@ def with_total(report, kind, **values):
 @pytest.mark.parametrize("kind", ["i1", "i2"])
 def test_advice_shouts_at_a_value_above_its_bound(kind, double):
     setting, _ = dense.setting("categorical")
-    report = fimprobe.measure(setting.model, setting.args, likelihood="categorical", draws="exact")
+    options = {"likelihood": "categorical", "draws": "exact", "second_order": {"probes": 40}}
+    report = fimprobe.measure(setting.model, setting.args, **options)
     assert not shouts(report)
     e = getattr(report.total, kind)
     most = max(e.bound + 4 * (e.bound_error or 0.0), e.sharp_bound)
@@ -282,27 +283,61 @@ def test_advice_shouts_at_a_value_above_its_bound(kind, double):
     layers = {**report.layers, "0": dataclasses.replace(layer, **{kind: wrong})}
     (line,) = shouts(dataclasses.replace(report, layers=layers))
     assert "in 0 (" in line and "the model (" not in line
+    # a bound that is not known is above nothing
+    unknown = dataclasses.replace(getattr(layer, kind), covariance_norm=math.inf, bound=None)
+    layers = {**report.layers, "0": dataclasses.replace(layer, **{kind: unknown})}
+    assert not shouts(dataclasses.replace(report, layers=layers))
 
 
-@pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("probes", [2, 4])
-def test_advice_keeps_quiet_where_a_bound_is_noise(outputs, probes, double):
-    """The probes' noise takes a block's (18) below its norm, and below zero; no error of ours."""
+def noisy(outputs, probes):
+    """Reports of one input with few probes, and the groups of its net."""
     torch.manual_seed(0)
     net = dense.lively(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh()))
     net.append(dense.lively(nn.Linear(3, outputs)))
     family = "categorical" if outputs > 1 else "bernoulli"
     options = {"likelihood": family, "draws": "exact", "second_order": {"probes": probes}}
-    x, plan, low = torch.randn(1, 2), Plan(), 0
-    for seed in range(30):
-        report = fimprobe.measure(net, x, seed=seed, plan=plan, **options)
+    x, plan = torch.randn(1, 2), Plan()
+    return oracles.groups(net), [
+        fimprobe.measure(net, x, seed=seed, plan=plan, **options) for seed in range(30)
+    ]
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("probes", [2, 4])
+def test_advice_keeps_quiet_where_a_bound_is_noise(outputs, probes, double, raw_numbers):
+    """The probes' noise takes a block's (18) below its norm, and below zero; no error of ours."""
+    groups, reports = noisy(outputs, probes)
+    low = 0
+    for report in reports:
         assert not shouts(report)
-        for key in oracles.groups(net):
+        for key in groups:
             e = oracles.group_of(report, key).i2
             if outputs > 1:
                 assert e.covariance_norm <= e.sharp_bound * (1 + 1e-9) + 1e-18
             low += e.bound < e.covariance_norm / 2
     assert low > 0
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("probes", [2, 4])
+def test_a_bound_that_is_noise_is_not_shown(outputs, probes, double):
+    """Of Î₂ a bound stands at twice its own error at least, or is None with the reason."""
+    groups, reports = noisy(outputs, probes)
+    shown = gone = 0
+    for report in reports:
+        assert not shouts(report)
+        for key in groups:
+            e = oracles.group_of(report, key).i2
+            for kind in ("bound", "trace_bound"):
+                value = getattr(e, kind)
+                if value is None:
+                    assert "noise" in e.unknown[kind], kind
+                    gone += 1
+                else:
+                    assert value >= 0 and kind not in e.unknown
+                    assert kind != "bound" or value >= 2 * (e.bound_error or 0.0)
+                    shown += 1
+    assert shown > 0 and gone > 0
 
 
 @pytest.mark.parametrize("scale", [1e-1, 3e-3, 1e-4, 1e-5, 1e-6, 0.0])

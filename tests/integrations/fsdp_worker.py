@@ -1,4 +1,7 @@
-"""Run by test_fsdp.py in each of two processes: trainings of a sharded model, with and without."""
+"""Run by test_fsdp.py in each of two processes: trainings of a sharded model, with and without.
+
+Also reports of a model that is sure of its labels, sharded and under DDP.
+"""
 
 import os
 import sys
@@ -9,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
 
 import fimprobe
 from fimprobe import FimprobeError, ranks, sharded
 
-SIZE, STEPS = 5, 3
+SIZE, STEPS = 12, 3
 OPTIONS = {"estimators": ("i1",), "bounds": False, "tensorboard": False}
 
 
@@ -38,6 +42,19 @@ class Tokens(nn.Module):
             h = block(h)
         h = self.frozen(self.norm(h)).tanh()
         return self.head(h.mean(1)) * (1 + self.narrow(h.mean(1)))
+
+
+class Sure(Tokens):
+    """A label for each position, of which the model's own are always class 0."""
+
+    def forward(self, tokens):
+        h = self.embed(tokens)
+        for block in self.blocks:
+            h = block(h)
+        h = self.frozen(self.norm(h)).tanh()
+        sure = torch.zeros(7, dtype=h.dtype)
+        sure[0] = 16
+        return self.head(h) * (1 + self.narrow(h).tanh() / 2) + sure
 
 
 class Scaled(nn.Module):
@@ -135,12 +152,75 @@ def values(report):
             e.trace,
             e.norm,
             e.label_variance,
+            e.label_variance_error,
             e.input_variance,
+            e.total_variance,
             e.std_error,
             e.rel_error,
+            e.effective_inputs,
             e.total_label_variance,
+            e.total_label_variance_error,
+            e.error_of(inputs=9),
+            e.error_of(inputs=9, labels=3),
+            e.pairs_for(0.1),
+            e.pairs_error,
             float(group.numel),
         ]
+        # what is withheld is withheld for the same reason
+        found[name, "unknown"] = sorted(e.unknown)
+    found["", "unknown"] += [report.label_sampling, str(report.draws)]
+    found["", "seen"] = [report.seen_mass, *sum(report.convergence, ())]
+    found["", "seen"] += [report.outputs.fisher_trace]
+    return found
+
+
+def numbers(tree, path=""):
+    """All numbers of a report's dictionary but the time it took; of what is unknown the names."""
+    if isinstance(tree, dict):
+        if path.endswith("/unknown"):
+            return {path: sorted(tree)}
+        return {k: v for key, x in tree.items() for k, v in numbers(x, f"{path}/{key}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {k: v for i, x in enumerate(tree) for k, v in numbers(x, f"{path}/{i}").items()}
+    return {path: tree} if path != "/seconds" and not path.startswith("/advice") else {}
+
+
+def sure(rank):
+    """Both processes' reports, and what one process finds in the whole batch; labels from q and p."""
+    torch.manual_seed(0)
+    state = Sure().double().state_dict()
+
+    def made():
+        model = Sure().double()
+        model.load_state_dict(state)
+        return model
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(7, (2 * SIZE, 4), generator=generator)
+    keep = torch.rand(2 * SIZE, 4, generator=generator) > 0.3
+    rows = slice(rank * SIZE, (rank + 1) * SIZE)
+    found = {"exact": fimprobe.measure(
+        made(), x, likelihood="categorical", draws="exact", estimators="i1", bounds=False, mask=keep
+    ).total.i1.trace}  # fmt: skip
+    for sampling in (None, "model"):
+        more = {} if sampling is None else {"label_sampling": sampling}
+        for way in ("ddp", "fsdp"):
+            lean = OPTIONS if way == "fsdp" else {"tensorboard": False}
+            model = shard(made()) if way == "fsdp" else DistributedDataParallel(made())
+            options = {**lean, **more, "likelihood": "categorical", "on_error": "raise"}
+            options["schedule"] = {"every": 1}
+            if way == "fsdp":
+                options["draws"] = "auto"  # never exact of a sharded model
+            with fimprobe.attach(model, mask=lambda a, k: keep[rows], **options) as probe:
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                model(x[rows]).square().mean().backward()
+                optimizer.step()
+                shared = probe.last
+            alone = {k: v for k, v in lean.items() if k != "tensorboard"}
+            whole = fimprobe.measure(
+                made(), x, likelihood="categorical", mask=keep, **alone, **more
+            )
+            found[way, sampling] = [numbers(report.to_dict()) for report in (shared, whole)]
     return found
 
 
@@ -227,6 +307,7 @@ def main(rank, port, out):
             for step, model in enumerate(models)
         ]
     results["held"] = max(most), sum(p.numel() for p in net().parameters())
+    results["sure"] = sure(rank)
     for name, options in {
         "estimators": {"bounds": False},
         "bounds": {"estimators": ("i1",)},

@@ -19,12 +19,22 @@ EVERY = {"schedule": {"every": 1}, "tensorboard": False, "on_error": "raise", "e
 FIELDS = ("trace", "std_error", "rel_error", "label_variance", "input_variance",
           "total_label_variance", "bound", "sharp_bound", "trace_bound", "diagonal_bound",
           "covariance_norm", "covariance_spectral_norm", "tightness", "probe_error", "cosine",
-          "trace_ratio")  # fmt: skip
+          "trace_ratio", "pairs_for_10_percent", "one_label_error")  # fmt: skip
+LAYER_FIELDS = ("trace", "rel_error", "one_label_error", "label_variance", "pairs_for_10_percent",
+                "tightness")  # fmt: skip
 
 
-def all_equal(report, want):
+def value_of(report, estimate, name):
+    if name == "pairs_for_10_percent":
+        return estimate.pairs_for(0.1)
+    if name == "one_label_error":
+        return estimate.error_of(inputs=report.batch_size, labels=1)
+    return getattr(estimate, name)
+
+
+def all_equal(report, want, *, known=True):
     """Both reports hold the same numbers of every estimator, up to rounding."""
-    equal(report, want)
+    equal(report, want, known=known)
     for one, other in zip(
         [*report.parameters.values(), *report.layers.values(), report.total],
         [*want.parameters.values(), *want.layers.values(), want.total],
@@ -60,7 +70,7 @@ def together(out, y):
 @pytest.mark.parametrize("draws", [2, "exact"])
 def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog):
     net = mlp()
-    options = {"likelihood": likelihood, "draws": draws, "schedule": {"every": 2}, "batch": 4}
+    options = {"likelihood": likelihood, "draws": draws, "schedule": {"every": 2}, "batch": 8}
     optimizer, wants = sgd(net), []
     with fimprobe.attach(net, log_dir=tmp_path, estimators=ALL, **options) as probe:
         for step in range(5):
@@ -70,7 +80,7 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
             F.cross_entropy(net(x), y).backward()
             optimizer.step()
             if step % 2 == 0:
-                rows = torch.randperm(6, generator=torch.Generator().manual_seed(7919 * step))[:4]
+                rows = torch.randperm(12, generator=torch.Generator().manual_seed(7919 * step))[:8]
                 rows = rows.sort()[0]
                 more = {"estimators": ALL, "bounds": True, "draws": draws, "labels": y[rows]}
                 wants.append(expected(before, x[rows], step, **more))
@@ -88,45 +98,68 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
     for kind in ALL:
         present = set()
         for name in FIELDS:
-            values = [getattr(getattr(w.total, kind), name) for w in wants]
-            if None in values:
-                assert values == [None] * 3
-                continue
-            (tag,) = {f"fim/{kind}/{name}", f"fim_bounds/{kind}/{name}"} & written
-            present.add(tag)
-            shown = events.Scalars(tag)
-            assert [e.step for e in shown] == [0, 2, 4]
-            for event, report in zip(shown, probe.history, strict=True):
-                mine = getattr(getattr(report.total, kind), name)
-                assert event.value == pytest.approx(mine, rel=1e-6, abs=1e-30)
-        assert {f"fim/{kind}/trace", f"fim/{kind}/rel_error"} <= present <= written
-        extra = {t for t in written if t.startswith(f"fim/{kind}/")} - present
-        pairs, label = (f"fim/{kind}/{x}" for x in ("pairs_for_10_percent", "one_label_error"))
-        assert extra <= {pairs, label}
-        assert (pairs in extra) == (getattr(wants[0].total, kind).draws_for(0.1) is not None)
-        assert (label in extra) == (draws == "exact" and kind != "empirical")
+            # the empirical Fisher is no estimator that takes labels from the model
+            drawn = kind != "empirical" or name not in ("pairs_for_10_percent", "one_label_error")
+            known = {
+                r.step: value
+                for r in probe.history
+                if drawn and (value := value_of(r, getattr(r.total, kind), name)) is not None
+            }
+            tags = {f"fim/{kind}/{name}", f"fim_bounds/{kind}/{name}"} & written
+            assert len(tags) == (len(known) > 0), (kind, name)
+            if known:
+                (tag,) = tags
+                present.add(tag)
+                shown = {e.step: e.value for e in events.Scalars(tag)}
+                assert shown == pytest.approx(known, rel=1e-6, abs=1e-30), tag
+                assert len(events.Scalars(tag)) == len(known)
+        assert {f"fim/{kind}/{name}" for name in ("trace", "std_error", "rel_error")} <= present
+        assert present == {t for t in written if t.split("/")[:2] in (["fim", kind], ["fim_bounds", kind])}
+        if kind != "empirical":
+            assert {f"fim/{kind}/pairs_for_10_percent", f"fim/{kind}/one_label_error"} <= present
     assert "fim/empirical/cosine" in written and "fim/empirical/trace_ratio" in written
     tight = {t for t in written if t.startswith("fim_bounds/") and t.endswith("/tightness")}
     assert tight == (
         {f"fim_bounds/{k}/tightness" for k in ("i1", "i2")} if draws == "exact" else set()
     )
     for layer in ("0", "2"):
-        assert {f"fim_layers/{layer}/{k}_trace" for k in ("i1", "i2")} <= written
+        for kind in ("i1", "i2"):
+            for name in LAYER_FIELDS:
+                known = {
+                    r.step: value
+                    for r in probe.history
+                    if (value := value_of(r, getattr(r.layers[layer], kind), name)) is not None
+                }
+                tag = f"fim_layers/{layer}/{kind}_{name}"
+                assert (tag in written) == (len(known) > 0)
+                if known:
+                    shown = {e.step: e.value for e in events.Scalars(tag)}
+                    assert shown == pytest.approx(known, rel=1e-6, abs=1e-30), tag
+            assert f"fim_layers/{layer}/{kind}_trace" in written
+    for name in ("fisher_trace", "fisher_norm", "moment_norm"):
+        shown = {e.step: e.value for e in events.Scalars(f"fim_outputs/{name}")}
+        known = {r.step: getattr(r.outputs, name) for r in probe.history}
+        assert shown == pytest.approx(known, rel=1e-6) and min(known.values()) > 0
 
     for record, report in zip(fimprobe.read(tmp_path).reports, probe.history, strict=True):
         for group in [record["total"], *record["layers"].values(), *record["parameters"].values()]:
             assert set(ALL) <= set(group)
         for kind in ALL:
-            for f in dataclasses.fields(getattr(report.total, kind)):
-                if not f.name.startswith("diagonal") or f.name.endswith("bound"):
-                    value = getattr(getattr(report.total, kind), f.name)
-                    shown = record["total"][kind][f.name]
-                    assert shown == (list(value) if isinstance(value, tuple) else value)
+            estimate, shown = getattr(report.total, kind), record["total"][kind]
+            for f in dataclasses.fields(estimate):
+                value = getattr(estimate, f.name)
+                if f.name == "pair_variance":
+                    assert f.name not in shown  # what is made of it is there
+                elif not f.name.startswith("diagonal") or f.name.endswith("bound"):
+                    assert shown[f.name] == (list(value) if isinstance(value, tuple) else value)
+            for name in ("pairs_for_10_percent", "one_label_error"):
+                assert shown[name] == value_of(report, estimate, name)
+            assert shown["pairs_error"] == estimate.pairs_error
 
 
 def test_labels_of_positions_come_from_the_loop():
     net = Tagger(False)
-    tokens, targets = torch.randint(11, (6, 7)), torch.randint(5, (6, 7))
+    tokens, targets = torch.randint(11, (12, 7)), torch.randint(5, (12, 7))
     for row in range(5):
         targets[row, 6 - row :] = -100
     with fimprobe.attach(net, **EVERY, bounds=False) as probe:
@@ -170,9 +203,16 @@ def test_a_model_that_is_sure_of_its_labels():
     with fimprobe.attach(net, likelihood="categorical", **EVERY, bounds=False) as probe:
         F.cross_entropy(net(x), y).backward()
         report = probe.step()
-    all_equal(report, expected(net, x, 0, estimators=ALL, labels=y))
+    all_equal(report, expected(net, x, 0, estimators=ALL, labels=y), known=False)
     trace = own_empirical(net, x, y, together)
     assert report.total.empirical.trace == pytest.approx(trace, rel=1e-4) and trace > 1
+    # F itself is one input's: it is seen, by whatever labels, and no error of it is claimed
+    h = net.double()(x.double())
+    p = h.softmax(1)
+    fisher = (p.mul(1 - p).sum(1) * (x.double().square().sum(1) + 1)).mean().item()
+    assert report.total.i1.trace == pytest.approx(fisher, rel=1e-5) and 0 < fisher < 1e-5
+    assert "too few inputs carry the trace (1.2 of 32)" in report.total.i1.unknown["rel_error"]
+    assert report.total.i1.effective_inputs < 1.5 and report.error_of("i1") is None
 
 
 def test_the_last_batch_of_an_accumulation_and_a_scaled_loss():
@@ -239,7 +279,7 @@ def test_labels_that_cannot_be_read_are_told_once_and_the_rest_is_measured(only,
 def test_a_family_whose_labels_cannot_be_read_needs_them_given(caplog):
     net = mlp()
     x, _ = data()
-    y = torch.randn(6, 3)
+    y = torch.randn(12, 3)
     family = fimprobe.likelihoods.Gaussian(sigma=0.5)
     options = {**EVERY, "likelihood": family, "bounds": False}
     with fimprobe.attach(net, options) as probe:

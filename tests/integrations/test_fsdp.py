@@ -34,6 +34,14 @@ def results(tmp_path_factory):
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+def all_close(have, want, rel):
+    """Numbers up to rounding; None for None."""
+    return len(have) == len(want) and all(
+        a == b if b is None else a == pytest.approx(b, rel=rel, abs=0)
+        for a, b in zip(have, want, strict=True)
+    )
+
+
 @pytest.mark.parametrize("options", ["auto", "chunks"])
 def test_the_report_is_that_of_one_process_on_the_whole_batch(results, options):
     for found in results:
@@ -41,10 +49,43 @@ def test_the_report_is_that_of_one_process_on_the_whole_batch(results, options):
         for mine, want in zip(found[options, "mine"], found[options, "want"], strict=True):
             assert mine.keys() == want.keys() and "narrow.weight" in want
             for name in want:
-                assert mine[name] == pytest.approx(want[name], rel=1e-10, abs=0), name
+                if name[-1:] == ("unknown",):
+                    assert mine[name] == want[name], name
+                else:
+                    assert all_close(mine[name], want[name], 1e-8 if "seen" in name else 1e-10), name
+            assert want["", "unknown"] == ["size_biased", str(2 if options == "auto" else 3)]
+            assert None not in want[""] and want["narrow.weight", "unknown"] is not None
         assert found["chunks", "chunk"] in range(1, 5)
         left_out = {n for n, how in found[options, "coverage"].items() if how.startswith("left out")}
         assert left_out == {"frozen.weight", "frozen.bias"}
+
+
+@pytest.mark.parametrize("sampling", [None, "model"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_model_that_is_sure_of_its_labels(results, way, sampling):
+    """Labels, weights and positions are those that one process draws for the whole batch."""
+    for found in results:
+        shared, whole = found["sure"][way, sampling]
+        assert shared.keys() == whole.keys() and len(whole) > 100
+        for name, value in whole.items():
+            if isinstance(value, float):
+                assert shared[name] == pytest.approx(value, rel=1e-8, abs=0), name
+            else:
+                assert shared[name] == value, name
+        assert (whole["/batch_size"], whole["/draws"]) == (24, 2)
+        assert whole["/label_sampling"] == (sampling or "size_biased")
+        unknown = whole["/total/i1/unknown"]
+        if sampling is None:  # no label is rare
+            exact, trace, error = (
+                found["sure"]["exact"], whole["/total/i1/trace"], whole["/total/i1/std_error"]
+            )  # fmt: skip
+            assert 0 < exact < 1e-3 and abs(trace - exact) < 3 * error < exact
+            assert whole["/seen_mass"] is None and "trace" not in unknown
+            assert whole["/total/i1/one_label_error"] > 10
+        else:  # all labels are class 0, which tells nothing: it is known, and said
+            assert whole["/seen_mass"] < 1e-3 and whole["/total/i1/trace"] is None
+            assert {"trace", "rel_error", "label_variance"} <= set(unknown)
+        assert ("/total/i2/trace" in whole) == (way == "ddp")
 
 
 @pytest.mark.parametrize("options", ["auto", "chunks"])

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,6 +328,16 @@ def test_import_fimprobe_imports_no_transformers():
 # where it goes
 
 
+HEADLINES = ("trace", "rel_error", "one_label_error")
+
+
+def headline_of(report, name):
+    _, kind, value = name.split("/")
+    if value == "one_label_error":
+        return report.error_of(kind, labels=1)
+    return getattr(getattr(report.total, kind), value)
+
+
 class Log(TrainerCallback):
     def __init__(self):
         self.entries = []
@@ -347,7 +357,9 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
     if where == "environment":
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
     report_to = "tensorboard" if where in ("report_to", "environment") else "none"
-    trainer = trainer_of(tmp_path, *callbacks, report_to=report_to, max_steps=5)
+    trainer = trainer_of(
+        tmp_path, *callbacks, report_to=report_to, max_steps=5, per_device_train_batch_size=8
+    )
     trainer.train()
     (folder,) = tmp_path.glob("**/fimprobe.jsonl")
     run = folder.parent.parent
@@ -357,32 +369,74 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
     assert capsys.readouterr().out.count(f"fimprobe: tensorboard --logdir {run}\n") == 1
     reports = probing.probe.history
     assert scalars(folder.parent, "fim/i1/trace")[1] == [0, 2, 4]
-    for name in ("fim/i1/trace", "fim/i1/rel_error", "fim_probe/overhead"):
+    headlines = [f"fim/{k}/{n}" for k in ("i1", "i2") for n in HEADLINES]
+    for name in (*headlines, "fim_probe/overhead"):
         history = [(x["step"], x[name]) for x in trainer.state.log_history if name in x]
-        assert [step for step, _ in history] == [0, 2, 4]
         assert history == [(step, logs[name]) for step, logs in log.entries if name in logs]
-        if name == "fim/i1/trace":
-            assert [v for _, v in history] == [r.total.i1.trace for r in reports]
+        if name == "fim_probe/overhead":
+            assert [step for step, _ in history] == [0, 2, 4]
+            assert all(0 < v < 1 for _, v in history)
         else:
-            assert all(v > 0 and (name != "fim_probe/overhead" or v < 1) for _, v in history)
+            wanted = [(r.step, headline_of(r, name)) for r in reports]
+            assert history == [(step, value) for step, value in wanted if value is not None]
+            assert history and all(v > 0 for _, v in history), name
         if where != "none":
             values, steps = scalars(run, f"train/{name}")
-            assert steps == [0, 2, 4]
+            assert steps == [step for step, _ in history]
             assert list(values.values()) == pytest.approx([v for _, v in history], rel=1e-6)
+    every = {x["step"] for x in trainer.state.log_history if "fim/i1/rel_error" in x}
+    assert every == {0, 2, 4} and all(r.batch_size == 8 for r in reports)
     assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [2, 4]
+    fim = {key for x in trainer.state.log_history for key in x if key.startswith("fim")}
+    assert fim == {*headlines, "fim_probe/overhead"}
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
-def test_headlines_are_finite():
-    def of(rel_error, trace=2.0):
-        i1 = SimpleNamespace(trace=trace, rel_error=None)
-        i2 = SimpleNamespace(rel_error=rel_error)
-        return _headlines(SimpleNamespace(total=SimpleNamespace(i1=i1, i2=i2)))
+def test_headlines_are_finite_and_leave_out_what_is_not_known():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(16, 4)
+    report = fimprobe.measure(net, x, likelihood="categorical")
+    names = [f"fim/{k}/{n}" for k in ("i1", "i2") for n in HEADLINES]
+    assert _headlines(report) == {name: headline_of(report, name) for name in names}
+    # four inputs tell a trace, and no error
+    few = fimprobe.measure(net, x[:4], likelihood="categorical")
+    traces = {"fim/i1/trace": few.total.i1.trace, "fim/i2/trace": few.total.i2.trace}
+    assert _headlines(few) == traces
+    alone = fimprobe.measure(net, x, likelihood="categorical", estimators="i1", bounds=False)
+    assert set(_headlines(alone)) == set(names[:3])
 
-    assert of(0.5) == {"fim/i1/trace": 2.0, "fim/i2/rel_error": 0.5}
-    assert of(None) == {"fim/i1/trace": 2.0}  # hidden by the probes' noise
-    assert of(0.0) == {"fim/i1/trace": 2.0, "fim/i2/rel_error": 0.0}
-    assert of(float("nan"), trace=float("inf")) == {}
+    def of(i1, i2):
+        total = replace(
+            report.total, i1=replace(report.total.i1, **i1), i2=replace(report.total.i2, **i2)
+        )
+        return _headlines(replace(report, total=total))
+
+    whole = _headlines(report)
+    assert of({"rel_error": None}, {"rel_error": 0.5}) == {
+        **{n: v for n, v in whole.items() if n != "fim/i1/rel_error"}, "fim/i2/rel_error": 0.5
+    }  # fmt: skip
+    assert of({}, {"rel_error": 0.0})["fim/i2/rel_error"] == 0.0
+    assert of({"pair_variance": None}, {}).keys() == whole.keys() - {"fim/i1/one_label_error"}
+    nothing = {"trace": float("inf"), "rel_error": float("nan"), "pair_variance": None}
+    assert of(nothing, nothing) == {}
+
+
+def test_how_labels_are_had_reaches_the_measurement(tmp_path):
+    """By keyword and by YAML; a language model's labels are too many to be exact."""
+    path = tmp_path / "f.yaml"
+    path.write_text("label_sampling: model\ndraws: auto\nestimators: i1\nbounds: false\n")
+    more = {"schedule": {"every": 1}}
+    for number, (probing, sampling) in enumerate(
+        [
+            (FimProbeCallback(path, **more), "model"),
+            (FimProbeCallback(**I1, draws="auto"), "size_biased"),
+            (FimProbeCallback(**I1), "size_biased"),
+        ]
+    ):
+        trainer_of(tmp_path / str(number), probing, max_steps=1).train()
+        report = probing.probe.last
+        assert (report.draws, report.label_sampling) == (2, sampling)
+        assert (report.seen_mass is None) == (sampling == "size_biased")
 
 
 def test_trainers_that_override_log_keep_their_metrics(tmp_path):
@@ -458,7 +512,10 @@ def next_second():
         time.sleep(0.02)
 
 
-RESUME = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+RESUME = {
+    "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1,
+    "per_device_train_batch_size": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("same_trainer", [False, True])
@@ -486,7 +543,17 @@ def test_an_interrupted_run_reads_as_one(tmp_path, same_trainer):
     tags = events.Tags()["scalars"]
     charted = [t for t in tags if t.startswith("fim_layers/") and t.endswith("/i1_trace")]
     assert len(charted) == 2
-    for tag in tags:
+    wholes = EventAccumulator(str(whole.probe.log_dir), size_guidance={"scalars": 0})
+    wholes.Reload()
+    assert set(tags) == set(wholes.Tags()["scalars"]) > {"fim/i1/trace", "fim/i1/rel_error"}
+    for tag in tags:  # where a number is not known the uninterrupted run has the same gap
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == [event.step for event in wholes.Scalars(tag)] == sorted(set(steps)), tag
+        if not tag.startswith("fim_probe/"):
+            values = [event.value for event in events.Scalars(tag)]
+            wholes_values = [event.value for event in wholes.Scalars(tag)]
+            assert values == pytest.approx(wholes_values, rel=1e-6, abs=0), tag
+    for tag in ("fim/i1/trace", "fim/i1/rel_error", "fim_probe/seconds", *charted):
         assert [event.step for event in events.Scalars(tag)] == list(range(8)), tag
     traces = [event.value for event in events.Scalars("fim/i1/trace")]
     assert traces == pytest.approx(wanted, rel=1e-6, abs=0)

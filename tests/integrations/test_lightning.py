@@ -250,8 +250,51 @@ def test_where_files_go_and_what_loggers_get(tmp_path, monkeypatch):
     probe = fit(logger=pl.loggers.CSVLogger(tmp_path / "csv"), log=True)
     names, row = (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text().splitlines()
     logged = dict(zip(names.split(","), row.split(","), strict=True))
-    assert float(logged["fim/i1/trace"]) == pytest.approx(probe.last.total.i1.trace)
-    assert logged["step"] == "0" and "fim/i2/trace" not in logged
+    i1 = probe.last.total.i1
+    wanted = {
+        "trace": i1.trace,
+        "rel_error": i1.rel_error,
+        "one_label_error": probe.last.error_of("i1"),
+        "label_variance": i1.label_variance,
+    }
+    assert {k for k in logged if k.startswith("fim/")} == {f"fim/i1/{name}" for name in wanted}
+    for name, value in wanted.items():
+        assert float(logged[f"fim/i1/{name}"]) == pytest.approx(value), name
+    assert logged["step"] == "0"
+
+
+def test_loggers_get_what_is_known_only(tmp_path):
+    """Of both estimators; from four inputs no error is known, by labels of a sure model nothing."""
+
+    class Sure(Net):
+        def __init__(self, bias):
+            super().__init__()
+            with torch.no_grad():
+                self.model[3].bias[0] += bias
+
+    def fit(name, bias=0.0, size=12, **options):
+        callback = FimProbeCallback(log=True, **{**QUIET, "estimators": ["i1", "i2"], **options})
+        logger = pl.loggers.CSVLogger(tmp_path / name)
+        trainer(tmp_path, callback, logger=logger).fit(Sure(bias), loader(size, size))
+        path = tmp_path / name / "lightning_logs/version_0/metrics.csv"
+        names, row = path.read_text().splitlines() if path.exists() else ("", "")
+        logged = dict(zip(names.split(","), row.split(","), strict=True))
+        return callback.probe.last, {k: float(v) for k, v in logged.items() if k.startswith("fim/")}
+
+    report, logged = fit("known")
+    for kind in ("i1", "i2"):
+        estimate = getattr(report.total, kind)
+        assert estimate.rel_error == pytest.approx(logged[f"fim/{kind}/rel_error"])
+        assert estimate.trace == pytest.approx(logged[f"fim/{kind}/trace"])
+        assert report.error_of(kind) == pytest.approx(logged[f"fim/{kind}/one_label_error"])
+    few, logged = fit("few", size=4)
+    assert few.batch_size == 4 and few.total.i1.rel_error is None
+    assert {"fim/i1/trace", "fim/i2/trace"} <= set(logged)
+    assert not any(name.endswith("error") for name in logged)
+    options = {"label_sampling": "model", "likelihood": "categorical"}
+    blind, logged = fit("blind", bias=20.0, **options)
+    assert blind.total.i1.trace is None and "carry" in blind.total.i1.unknown["trace"]
+    assert logged == {}
 
 
 def test_a_wrapper_that_passes_training_step_through_forward(tmp_path):

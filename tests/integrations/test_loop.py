@@ -1,6 +1,7 @@
 """The plain-loop adapter: steps counted right, the right batch at the right parameters."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe import FimprobeError
+from fimprobe.engines import seeds
 
 EVERY = {
     "schedule": {"every": 1},
@@ -24,7 +26,7 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def data(step=0, count=6, classes=3):
+def data(step=0, count=12, classes=3):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(count, 4, generator=generator)
     return x, torch.randint(classes, (count,), generator=generator)
@@ -53,20 +55,48 @@ def told(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "fimprobe" and r.levelno >= 30]
 
 
-def equal(report, want):
-    """Same step, same parameters, same numbers (up to rounding)."""
+FIELDS = ("trace", "norm", "label_variance", "label_variance_error", "input_variance",
+          "total_variance", "std_error", "rel_error", "effective_inputs", "total_label_variance",
+          "total_label_variance_error")  # fmt: skip
+
+
+def equal(report, want, *, known=True):
+    """Same step, same parameters, same numbers (up to rounding), the same left out for one reason.
+
+    ``known``: an error is claimed for the whole model, so that it was compared.
+    """
     assert (report.step, report.batch_size, report.draws) == (want.step, want.batch_size, want.draws)
+    assert (report.label_sampling, report.seen_mass) == (want.label_sampling, want.seen_mass)
     assert list(report.parameters) == list(want.parameters)
-    for name, group in report.parameters.items():
+    groups = [(n, g, want.parameters[n]) for n, g in report.parameters.items()]
+    for name, group, its_group in [*groups, ("total", report.total, want.total)]:
         for kind in ("i1", "i2"):
-            one, other = getattr(group, kind), getattr(want.parameters[name], kind)
+            one, other = getattr(group, kind), getattr(its_group, kind)
             assert (one is None) == (other is None)
-            if one is None:
-                continue
-            for field in ("trace", "norm", "label_variance", "input_variance", "std_error"):
-                mine, its = getattr(one, field), getattr(other, field)
-                rel = 1e-3 if field == "input_variance" else 1e-4  # a difference of float32 sums
-                assert mine == pytest.approx(its, rel=rel, abs=1e-9), (name, kind, field)
+            if one is not None:
+                equal_estimates(one, other, (name, kind))
+    errors = (report.total.i1.std_error, report.total.i1.rel_error)
+    assert (None not in errors) == known
+
+
+def equal_estimates(one, other, where):
+    assert words(one) == words(other), where
+    assert (one.pair_variance is None) == (other.pair_variance is None), where
+    pairs = [] if one.pair_variance is None else ["fourth", "square", "norm_square"]
+    for field in (*FIELDS, *pairs):
+        mine, its = (getattr(e.pair_variance if field in pairs else e, field) for e in (one, other))
+        assert (mine is None) == (its is None), (where, field)
+        rel = 1e-3 if field == "input_variance" else 1e-4  # a difference of float32 sums
+        assert mine is None or mine == pytest.approx(its, rel=rel, abs=1e-9), (where, field)
+    for labels in (1, 3, None):
+        mine, its = (e.error_of(inputs=9, labels=labels) for e in (one, other))
+        assert (mine is None) == (its is None), (where, labels)
+        assert mine is None or mine == pytest.approx(its, rel=1e-3, abs=1e-9), (where, labels)
+
+
+def words(estimate):
+    """Why numbers are not known, but for the numbers in it."""
+    return {name: re.sub(r"[-+.\d]+(e[-+]?\d+)?", "#", why) for name, why in estimate.unknown.items()}
 
 
 def expected(model, inputs, step, **options):
@@ -89,6 +119,7 @@ def test_a_plain_loop(more):
         equal(probe.last, expected(before, data(step)[0], step, **more))
         assert probe.steps == len(probe.history) == step + 1
         assert (probe.last.total.i2 is not None) == bool(more)
+        assert probe.last.error_of("i1") > 0 and probe.last.pairs_for("i1") > 100
         with pytest.raises(AssertionError):  # the comparison sees one optimizer step
             equal(probe.last, expected(net, data(step)[0], step, **more))
     assert probe.likelihood.name == "categorical" and "softmax" in probe.decision
@@ -261,14 +292,15 @@ def test_manual_steps():
         assert probe.step() is None and probe.steps == 4
 
 
+@pytest.mark.parametrize("sampling", ["size_biased", "model"])
 @pytest.mark.parametrize("draws", [3, "exact"])
-def test_labels_do_not_depend_on_memory(draws):
+def test_labels_do_not_depend_on_memory(draws, sampling):
     reports = []
     for memory_mb in (512, 0.05):
         torch.manual_seed(0)
         net = mlp()
         options = {**KNOWN, "memory_mb": memory_mb, "draws": draws, "batch": 200}
-        with fimprobe.attach(net, options) as probe:
+        with fimprobe.attach(net, options, label_sampling=sampling) as probe:
             optimizer = sgd(net)
             for step in range(2):
                 x, y = data(step, count=200)
@@ -277,6 +309,55 @@ def test_labels_do_not_depend_on_memory(draws):
         reports.append(probe.history)
     for one, other in zip(*reports, strict=True):
         equal(one, other)
+
+
+class Sure(nn.Module):
+    """Seven labels for each input, of which the model's own are always class 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 5)
+        with torch.no_grad():
+            self.head.bias.copy_(torch.tensor([16.0, 0, 0, 0, 0]))
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.embed(tokens)))
+
+
+def test_size_biased_labels_are_the_same_in_any_chunks(monkeypatch):
+    """Every label and its weight, of a model so sure that labels from it would all be one class."""
+    draw, calls = seeds.draw_size_biased, []
+
+    def drawn(family, outputs, uniforms, positions, mask=None):
+        found = draw(family, outputs, uniforms, positions, mask)
+        calls.append((uniforms, positions, mask, found))
+        return found
+
+    monkeypatch.setattr(seeds, "draw_size_biased", drawn)
+    net, tokens = Sure(), torch.randint(11, (48, 7), generator=torch.Generator().manual_seed(1))
+    keep = (torch.arange(7) < 7 - torch.arange(48)[:, None] % 5)[torch.randperm(48)]
+    labels, reports = [], []
+    for memory_mb in (512, 0.05):
+        calls.clear()
+        options = {**KNOWN, "memory_mb": memory_mb, "draws": 3, "batch": 48}
+        with fimprobe.attach(net, options, mask=lambda args, kwargs: keep) as probe:
+            reports.append(probe.step(tokens))
+        found, sizes = {}, set()
+        for uniforms, positions, mask, drawn_ones in calls:
+            sizes.add(len(uniforms))
+            given = torch.cat([uniforms.flatten(1), positions.unsqueeze(1)], 1)
+            label = drawn_ones.scores.argmax(-1).masked_fill(~mask, -1)
+            rows = (given.tolist(), label.tolist(), drawn_ones.inverse_weights.tolist())
+            for key, row, inverse in zip(*rows, strict=True):
+                assert found.setdefault(tuple(key), (row, inverse))[0] == row
+        labels.append((found, sizes))
+    (whole, one_size), (parts, many) = labels
+    assert max(one_size) == 48 > max(many)  # they were taken in chunks, and in one
+    assert whole.keys() == parts.keys() and len(whole) == 3 * 48
+    for key, (row, inverse) in whole.items():
+        assert parts[key][0] == row and parts[key][1] == pytest.approx(inverse, rel=1e-5)
+        assert sum(label > 0 for label in row) == 1  # the one that is drawn where its score is large
+    equal(*reports)
 
 
 def test_detach_is_idempotent_and_with_detaches_on_an_error():

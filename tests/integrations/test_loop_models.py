@@ -111,7 +111,7 @@ def test_distributed_data_parallel(tmp_path):
 def test_ways_to_call(takes, returns, likelihood):
     model = Calls(takes, returns)
     optimizer = sgd(model)
-    with fimprobe.attach(model, {**EVERY, "likelihood": likelihood, "batch": 4}) as probe:
+    with fimprobe.attach(model, {**EVERY, "likelihood": likelihood, "batch": 8}) as probe:
         for step in range(2):
             x, y = data(step)
             before = {f"net.{k}": v.clone() for k, v in model.net.state_dict().items()}
@@ -126,10 +126,10 @@ def test_ways_to_call(takes, returns, likelihood):
                  "object": lambda o: o.logits}[returns](out)  # fmt: skip
             F.cross_entropy(h, y).backward()
             optimizer.step()
-            assert probe.last.batch_size == 4
+            assert probe.last.batch_size == 8
             plain = Calls("two", "tensor")
             plain.load_state_dict(before)
-            rows = torch.randperm(6, generator=torch.Generator().manual_seed(7919 * step))[:4]
+            rows = torch.randperm(12, generator=torch.Generator().manual_seed(7919 * step))[:8]
             equal(probe.last, expected(plain, 2 * x[rows.sort()[0]], step))
 
 
@@ -184,7 +184,7 @@ class Tagger(nn.Module):
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_ignored_positions_are_left_out(channels_first):
     net = Tagger(channels_first)
-    tokens, targets = torch.randint(11, (6, 7)), torch.randint(5, (6, 7))
+    tokens, targets = torch.randint(11, (12, 7)), torch.randint(5, (12, 7))
     for row in range(5):
         targets[row, 6 - row :] = -100
     optimizer = sgd(net)
@@ -204,10 +204,10 @@ def test_ignored_positions_are_left_out(channels_first):
 
 def test_a_mask_of_ones_own():
     net = Tagger(False)
-    tokens = torch.randint(11, (6, 7))
-    options = {**KNOWN, "batch": 4}
+    tokens = torch.randint(11, (12, 7))
+    options = {**KNOWN, "batch": 8}
     with fimprobe.attach(net, options, mask=lambda args, kwargs: args[0] > 3) as probe:
         net(tokens).sum().backward()
         report = probe.step()
-        rows = torch.randperm(6, generator=torch.Generator().manual_seed(0))[:4].sort()[0]
+        rows = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:8].sort()[0]
         equal(report, expected(net, tokens[rows], 0, mask=tokens[rows] > 3))

@@ -1,6 +1,7 @@
 """Options of attach and YAML: bad ones are explained, good ones measure what measure does."""
 
 import pytest
+import torch
 import yaml
 from test_options import LABELS, inputs, measure, mlp, numbers
 
@@ -33,11 +34,15 @@ BAD_SETTINGS = [
     ("engine: BackPACK", "engine='BackPACK'", "use auto, autograd or backpack"),
     ("engine: null", "engine=None", "use auto, autograd or backpack"),
     ("engine: {a: 1}", "engine", "use auto, autograd or backpack"),
-    ("draws: 0", "draws=0", "use 1, 2, ... or exact"),
-    ("draws: 1.0", "draws=1.0", "use a whole number of labels from 1, or exact"),
-    ("draws: true", "draws=True", "use a whole number of labels from 1, or exact"),
-    ("draws: many", "draws='many'", "use a whole number of labels from 1, or exact"),
-    ("draws: null", "draws=None", "use a whole number of labels from 1, or exact"),
+    ("draws: 0", "draws=0", "use 1, 2, ..., exact or auto"),
+    ("draws: 1.0", "draws=1.0", "use a whole number of labels from 1, exact or auto"),
+    ("draws: true", "draws=True", "use a whole number of labels from 1, exact or auto"),
+    ("draws: many", "draws='many'", "use a whole number of labels from 1, exact or auto"),
+    ("draws: null", "draws=None", "use a whole number of labels from 1, exact or auto"),
+    ("label_sampling: exact", "label_sampling='exact'", "use size_biased or model"),
+    ("label_sampling: true", "label_sampling=True", "use size_biased or model"),
+    ("label_sampling: null", "label_sampling=None", "use size_biased or model"),
+    ("label_samplng: model", "label_samplng", "did you mean 'label_sampling'?"),
 ]
 
 
@@ -85,6 +90,10 @@ GOOD = [
     {"estimators": ["i2", "ih"], "second_order": "off"},
     {"engine": "backpack"},
     {"engine": "autograd", "bounds": False, "draws": 4},
+    {"draws": "auto"},
+    {"label_sampling": "model"},
+    {"label_sampling": "size_biased", "draws": 3},
+    {"label_sampling": "model", "draws": "exact"},
     {"second_order": {}},
 ]
 
@@ -105,3 +114,72 @@ def test_attach_measures_what_measure_does(options, tmp_path):
     path.write_text(yaml.safe_dump(plain | {k: more[k] for k in more}))
     with fimprobe.attach(net, path) as probe:
         assert numbers(probe.step(inputs())) == want
+
+
+@pytest.mark.parametrize("by", ["attach", "mapping", "file"])
+def test_the_way_labels_are_drawn_reaches_the_measurement(by, tmp_path):
+    """A net so sure of its labels that those of the model never show what carries F."""
+    net = mlp()
+    with torch.no_grad():
+        net[2].bias.copy_(torch.tensor([14.0, 0.0, 0.0]))
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    truth = fimprobe.measure(net, x, likelihood="categorical", draws="exact").total.i1.trace
+    more = {"likelihood": "categorical", "tensorboard": False, "on_error": "raise"}
+    path = tmp_path / "f.yaml"
+    found = {}
+    for given in ({}, {"label_sampling": "size_biased"}, {"label_sampling": "model"}):
+        path.write_text(yaml.safe_dump(more | given))
+        args, options = {
+            "attach": ((), more | given), "mapping": ((more | given,), {}), "file": ((path,), {})
+        }[by]  # fmt: skip
+        with fimprobe.attach(net, *args, **options) as probe:
+            report = probe.step(x)
+        want = fimprobe.measure(net, x, likelihood="categorical", **given)
+        assert numbers(report) == numbers(want)
+        found[given.get("label_sampling")] = report
+    default, biased, plain = found.values()
+    assert numbers(default) == numbers(biased)
+    assert (biased.label_sampling, plain.label_sampling) == ("size_biased", "model")
+    i1 = biased.total.i1
+    assert i1.rel_error < 0.5 and abs(i1.trace - truth) < 3 * i1.std_error
+    assert biased.error_of("i1") > 10  # one label of the model's would tell nothing: it is said
+    assert plain.seen_mass < 1e-3
+    assert plain.total.i1.trace is None and plain.total.i2.trace is None
+    assert "pass label_sampling='size_biased'" in plain.total.i1.unknown["trace"]
+
+
+@pytest.mark.parametrize("by", ["attach", "file"])
+def test_labels_are_exact_where_that_is_cheap(by, tmp_path):
+    class Sequences(torch.nn.Module):
+        """A language model: 10 labels to predict take 70 passes, more than 10."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7)
+
+        def forward(self, tokens):
+            return self.head(torch.tanh(self.embed(tokens)))
+
+    tokens = torch.randint(7, (16, 10), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    more = {"likelihood": "categorical", "tensorboard": False, "on_error": "raise", "draws": "auto"}
+    path = tmp_path / "f.yaml"
+    path.write_text(yaml.safe_dump(more))
+    args, options = ((), more) if by == "attach" else ((path,), {})
+    for model, batch, draws in ((mlp(), x, None), (Sequences(), tokens, 2)):
+        with fimprobe.attach(model, *args, **options) as probe:
+            report = probe.step(batch)
+        assert (report.draws, report.label_sampling) == (
+            (None, "exact") if draws is None else (2, "size_biased")
+        )
+        asked = "exact" if draws is None else draws
+        want = fimprobe.measure(model, batch, likelihood="categorical", draws=asked)
+        assert numbers(report) == numbers(want)
+
+
+@pytest.mark.parametrize(("classes", "draws"), [(10, None), (11, 2)])
+def test_ten_classes_are_the_most_that_auto_takes_exactly(classes, draws):
+    net = torch.nn.Linear(4, classes)
+    options = {"likelihood": "categorical", "tensorboard": False, "estimators": "i1", "bounds": False}
+    with fimprobe.attach(net, draws="auto", on_error="raise", **options) as probe:
+        assert probe.step(inputs()).draws == draws

@@ -15,7 +15,7 @@ from fimprobe.engines.backpack.moments import Collect, Job, Sums
 from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.seeds import check_passes, label_seeds
-from fimprobe.likelihoods import Gaussian
+from fimprobe.engines.sums import seen_mass
 from fimprobe.types import FimprobeError, MomentsBatch
 
 
@@ -45,8 +45,7 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
             exact.append(job.weights)
         if job.seen is not None:
             seen.append(job.seen)
-    observed, expected = torch.stack(seen).sum(0).tolist() if seen else (0.0, 0.0)
-    plain = not exact and not inverse and not isinstance(problem.likelihood, Gaussian)
+    mass = torch.stack(seen).sum(0).tolist() if seen else None
     return MomentsBatch(
         parameters={n: sums[n].finish(p) for n, p in problem.parameters.items() if n in sums},
         batch_size=size,
@@ -55,8 +54,8 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
         fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
         blocks=torch.tensor(exact[0].blocks) if exact else None,
         inverse_weights=torch.cat(inverse).cpu() if inverse else None,
-        seen_mass=observed / expected if plain and expected > 0 else None,
-        fisher_trace=expected if seen else None,
+        seen_mass=seen_mass(problem, mass),
+        fisher_trace=None if mass is None else mass[1],
         coverage=_coverage(problem, set(sums)),
     )
 
