@@ -36,6 +36,14 @@ class NegativeBinomial(Independent):
             count = torch.where(short, count + 1, count)
         return count
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """P(Y = k) of the counts k below 512: with them labels are drawn where the score is large."""
+        k = torch.arange(512, dtype=torch.float64, device=outputs.device)
+        mean = outputs.double().exp().unsqueeze(-1)
+        r = torch.full_like(mean, self.r)
+        ways = torch.lgamma(k + r) - torch.lgamma(r) - torch.lgamma(k + 1)
+        return (ways - r * torch.log1p(mean / r) + k * (mean / (r + mean)).log()).exp()
+
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """(y − μ) r/(r + μ)."""
         mean = outputs.double().exp()

@@ -151,12 +151,15 @@ def measure(model: nn.Module, inputs: Tensor) -> list[Layer]:
         draws="exact",
         second_order="exact",
         bounds=True,
+        diagonals=True,
         estimators=("i1", "i2"),
     )
     layers = []
     for group in report.layers.values():
         first, second = group.i1, group.i2
-        values: list[Any] = [first.trace, first.norm, first.label_variance]
+        # of these inputs: first.norm is that of all inputs like them
+        norm = float(torch.cat([d.flatten() for d in first.diagonal.values()]).norm())
+        values: list[Any] = [first.trace, norm, first.label_variance]
         values += [first.diagonal_bound, first.diagonal_range_bound]
         values += [second.label_variance, second.diagonal_bound]
         layers.append(Layer(*values))

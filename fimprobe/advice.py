@@ -300,6 +300,8 @@ def _labels(report: Report) -> list[str]:
 
 def _share(x: float) -> str:
     """A share that is not rounded to all or nothing."""
+    if not 0 < x < 1:
+        return "all" if x >= 1 else "none"
     if not 0.001 <= x <= 0.999:
         return "over 99.9 %" if x > 0.5 else "under 0.1 %"
     return f"{100 * x:.0f} %" if 0.01 <= x <= 0.99 else f"{100 * x:.3g} %"
@@ -378,8 +380,9 @@ def _probes(report: Report) -> list[str]:
     if _lost_to_probes(e):
         lost.insert(0, "the whole model")
     told = []
-    if e.label_variance and e.probe_error and e.probe_error >= 0.25 * e.label_variance:
-        share = percent(e.probe_error / e.label_variance)
+    error = e.label_variance_error
+    if e.label_variance and e.probe_error and error and error >= 0.25 * e.label_variance:
+        share = percent(error / e.label_variance)
         told.append(f"make Î₂'s label variance uncertain by {share}")
     if lost:
         what = "that" if told else "Î₂'s label variance"

@@ -266,9 +266,7 @@ def make_report(
         if ask_ih:
             moments = measured.moments["ih"]
             measured_ih |= i1.estimate_groups(moments, part, diagonals=diagonals, common=common)
-    estimates, second, hutchinson = _believed(
-        scores.batch_size, unseen, measured_i1, measured_i2, measured_ih
-    )
+    estimates, second, hutchinson = _believed(scores, unseen, measured_i1, measured_i2, measured_ih)
     if scores.draws is not None and measured.curvature is not None and unseen:
         # the residual was subtracted with labels that are not those that carry it
         second = {key: _without_residual(e, unseen) for key, e in second.items()}
@@ -319,7 +317,7 @@ def make_report(
         coverage=scores.coverage,
         kinks=measured.kinks,
         notes=measured.notes,
-        sizes=count_sizes(entries, 1 / count),
+        sizes=[] if unseen else count_sizes(entries, 1 / count),
         seconds_by_part=measured.seconds,
         label_sampling=_label_sampling(scores),
         seen_mass=scores.seen_mass,
@@ -368,30 +366,25 @@ def _common(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
 
 
 def _believed(
-    batch_size: int,
+    scores: MomentsBatch,
     unseen: str,
     i1_estimates: dict[str, Estimate],
     i2_estimates: dict[str, Estimate],
     ih_estimates: dict[str, Estimate],
 ) -> tuple[dict[str, Estimate], dict[str, Estimate], dict[str, Estimate]]:
     """Without what cannot be believed, in every group."""
+    how: dict[str, Any] = {"batch_size": scores.batch_size, "exact_labels": scores.draws is None}
     first, second, third = {}, {}, {}
     for key, one in i1_estimates.items():
         other = i2_estimates.get(key)
         apart = "" if unseen else reliability.disagreement_reason(one, other)
-        first[key] = reliability.withhold(
-            one, batch_size=batch_size, labels_unseen=unseen, disagreement=apart
-        )
+        first[key] = reliability.withhold(one, labels_unseen=unseen, disagreement=apart, **how)
         if other is not None:
             second[key] = reliability.withhold(
-                other,
-                batch_size=batch_size,
-                labels_unseen=unseen,
-                only_labels=True,
-                disagreement=apart,
+                other, labels_unseen=unseen, only_labels=True, disagreement=apart, **how
             )
         if key in ih_estimates:
-            third[key] = reliability.withhold(ih_estimates[key], batch_size=batch_size)
+            third[key] = reliability.withhold(ih_estimates[key], **how)
     return first, second, third
 
 

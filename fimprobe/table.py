@@ -115,6 +115,8 @@ def why_unknown(record: dict[str, Any], group: dict[str, Any], kind: str, field:
     if reason:
         if ";" in reason or "noise" not in reason:
             return reason
+        if "random probes" in reason:
+            return f"{reason}; take second_order={{'probes': ...}} with more of them"
         if kind == "i2" and estimate.get("probe_error"):
             return f"{reason}; take more inputs, or second_order={{'probes': ...}}"
         return f"{reason}; take more inputs" + (
@@ -456,14 +458,14 @@ def pairs(estimate: dict[str, Any]) -> str:
 def count(x: float | None) -> str:
     """A number of pairs or inputs, at least one.
 
-    >>> count(0.2), count(123456), count(5.48e6), count(1e20)
-    ('1', '123,456', '5.48 million', '> 1,000 trillion')
+    >>> count(0.2), count(12345.6), count(123456), count(5.48e6), count(1e20)
+    ('1', '12,346', '123,000', '5.48 million', '> 1,000 trillion')
     """
     if x is None:
         return "–"
     short = float(f"{x:.3g}")
     if short < 1e6:
-        return f"{max(x, 1):,.0f}"
+        return f"{max(x if x < 1e5 else short, 1):,.0f}"
     for size, word in ((1e9, "million"), (1e12, "billion"), (1e15, "trillion")):
         if short < size:
             return f"{short / size * 1e3:.3g} {word}"

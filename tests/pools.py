@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -72,7 +73,7 @@ def make_pool(name: str) -> Pool:
     torch.manual_seed(0)
     if name == "GPT-2":
         kinds = [string.ascii_lowercase, string.ascii_uppercase + string.digits, "_", " \n"]
-        text = open(string.__file__, encoding="utf-8").read()[2000:]
+        text = Path(string.__file__).read_text(encoding="utf-8")[2000:]
         codes = [next((i for i, kind in enumerate(kinds) if c in kind), 4) for c in text]
         tokens = torch.tensor(codes[: 240 * 5]).view(240, 5)
         return Pool(Tokens().double(), tokens[:, :4], tokens[:, 1:], "categorical")
@@ -156,9 +157,7 @@ def _by_position(
         g = slope - (p * slope).sum(-1, keepdim=True)  # of label y: slope_y − mean
         r = bend - (p * bend).sum(-1, keepdim=True)
         root = p.sqrt() * g  # Lᵀ slope
-        return tuple(
-            x.sum(-1) for x in (p * g.square(), p * g.pow(4), p * r.square(), root.pow(4))
-        )  # type: ignore[return-value]
+        return tuple(x.sum(-1) for x in (p * g.square(), p * g.pow(4), p * r.square(), root.pow(4)))  # type: ignore[return-value]
     p = torch.sigmoid(h)
     v = p * (1 - p)
     g4 = v * (p.pow(3) + (1 - p).pow(3)) * slope.pow(4)

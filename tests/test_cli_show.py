@@ -24,6 +24,7 @@ from fimprobe.table import (
     percent,
     sparkline,
 )
+from fimprobe.terminal import _colour
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
 from reports import make_report  # noqa: E402
@@ -389,6 +390,18 @@ def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", table)
     assert max(map(len, table.splitlines())) <= columns
     assert ("a wider terminal also shows" in table) == (columns < 140)
+
+
+@pytest.mark.parametrize(
+    ("cell", "colour"),
+    [
+        ("< 0.001 %", "green"), ("10 %", "green"), ("10.1 %", "yellow"), ("50 %", "yellow"),
+        ("50.1 %", "red"), ("1,465 %", "red"), ("12.3 million %", "red"),
+        ("> 1,000 trillion %", "red"), ("–", None), ("31 % ▁█ 45 %", None), ("1,622 ± 12 %", None),
+    ],
+)  # fmt: skip
+def test_errors_are_coloured_by_how_bad_they_are(cell, colour):
+    assert _colour(cell) == (f"[{colour}]{cell}[/{colour}]" if colour else cell)
 
 
 def test_without_rich_a_terminal_gets_plain_lines(runs, monkeypatch):

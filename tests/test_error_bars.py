@@ -22,6 +22,9 @@ STAGES = {
 KINDS = ("i1", "i2", "ih")
 RUNS = 60
 
+MOST_WRONG = 0.1 * RUNS + 2 * (0.1 * 0.9 * RUNS) ** 0.5
+"""10 %, and two standard errors of a count of ``RUNS``."""
+
 
 def claims(pool, truth, batch, seed):
     """For each estimator: was the trace covered, the claimed error over the true one, the pairs."""
@@ -56,19 +59,22 @@ def check(found, where):
     for kind, mine in found.items():
         known = len(mine["covered"])
         wrong = known - sum(mine["covered"])
-        assert wrong <= 0.1 * RUNS, (where, kind, wrong)
+        assert wrong <= MOST_WRONG, (where, kind, wrong)
         if known >= RUNS / 4:
             assert wrong <= 0.2 * known, (where, kind, wrong, known)
             claimed = torch.tensor(mine["claimed"]).square().mean().sqrt()
             true = torch.tensor(mine["off"]).square().mean().sqrt()
             assert 1 / 1.5 < claimed / true < 1.5, (where, kind, float(claimed), float(true))
         if len(mine["pairs"]) >= RUNS / 4:
-            middle = torch.tensor(mine["pairs"]).median()
-            assert 0.5 < middle < 2, (where, kind, float(middle))
+            pairs = torch.tensor(mine["pairs"])
+            # where few of many inputs carry the fourth moments, most samples miss them: what is right
+            # on average is below it in most
+            assert 0.5 < pairs.mean() < 2, (where, kind, float(pairs.mean()))
+            assert 0.4 < pairs.median() < 2, (where, kind, float(pairs.median()))
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_claims_are_true_or_unknown_at_every_confidence(name, request):
+def test_claims_are_true_or_unknown_at_every_confidence(name):
     pool = make_pool(name)
     epochs, known = 0, []
     for stage, until in enumerate(STAGES[name]):

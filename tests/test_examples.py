@@ -271,7 +271,8 @@ def test_times_medians_and_what_has_no_variance(variance_along_training):
 def test_a_plain_loop_is_probed(tmp_path, capsys):
     load("plain_loop").main(["--epochs", "2", "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "2 reports" in out and "Î₁ of the whole model is off by" in out
+    assert "2 reports" in out and "F of the whole model is off by" in out
+    assert "With one label from the model for each of 32 inputs, Î₁ would be off by" in out
     assert (tmp_path / "fimprobe.jsonl").is_file()
 
 
@@ -281,7 +282,7 @@ def test_a_vision_transformer_is_trained_probed_and_shown(tmp_path, capsys):
     sizes = ["--layers", "1", "--width", "8"]
     load("vit_on_digits").main(["--steps", "12", *sizes, "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "6 reports" in out and "draws exact" in out and "classifier" in out
+    assert "6 reports" in out and "16 inputs, exact labels" in out and "classifier" in out
     assert 0 < float(re.search(r"accuracy (\S+) %", out)[1]) < 100
 
 

@@ -124,8 +124,18 @@ def without():
         {**EVERY, "estimators": ALL, "second_order": "exact", "engine": "backpack"},
         {**LEAN, "likelihood": "categorical"},
         {**LEAN, "draws": "exact"},
+        {**EVERY, "label_sampling": "model"},
+        {**LEAN, "draws": "auto"},
     ],
-    ids=["defaults", "everything", "everything, BackPACK", "known likelihood", "exact labels"],
+    ids=[
+        "defaults",
+        "everything",
+        "everything, BackPACK",
+        "known likelihood",
+        "exact labels",
+        "labels from the model",
+        "exact labels where cheap",
+    ],
 )
 def test_training_is_bit_identical(options, without):
     assert same(run(options), without)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.batch import Batch
+from fimprobe.estimators import reliability
 from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
 from fimprobe.estimators.tightness import _of_outputs
 from fimprobe.merge import common_shapes, merge, merge_bounds, shapes_of, take_sums, without_sums
 from fimprobe.types import Draws
 
-pytestmark = pytest.mark.usefixtures("double")
+pytestmark = pytest.mark.usefixtures("double", "raw_numbers")
+WITHHOLD = reliability.withhold
 ALL = ("i1", "i2", "ih", "empirical")
 DIAGONALS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
 
@@ -174,6 +176,29 @@ def test_families_and_draws(likelihood, draws):
     assert_same(shared(model, split(inputs, [2, 3]), **options), whole)
 
 
+@pytest.mark.parametrize("sure", [False, True])
+@pytest.mark.parametrize("label_sampling", ["size_biased", "model", "exact"])
+def test_what_cannot_be_believed_is_withheld_alike(label_sampling, sure, monkeypatch):
+    """The share of the score that was seen is that of all processes' labels."""
+    monkeypatch.setattr(reliability, "withhold", WITHHOLD)
+    model, _ = case("mlp")
+    inputs = torch.randn(12, 4)
+    if sure:
+        with torch.no_grad():
+            model[4].bias[1] += 9
+    draws = "exact" if label_sampling == "exact" else 2
+    options = {"likelihood": "categorical", "estimators": ("i1", "i2", "ih"), "draws": draws}
+    if draws != "exact":
+        options["label_sampling"] = label_sampling
+    whole = fimprobe.measure(model, inputs, **options)
+    report = shared(model, split(inputs, [4, 5, 3]), **options)
+    assert whole.label_sampling == label_sampling and whole.outputs.fisher_trace > 0
+    assert (whole.seen_mass is None) == (label_sampling != "model")
+    assert (whole.total.i1.trace is None) == (sure and label_sampling == "model")
+    assert (whole.total.i1.std_error is None) == (whole.total.i1.trace is None)
+    assert_same(report, whole)
+
+
 @pytest.mark.parametrize("engine", ["auto", "backpack"])
 def test_all_estimators_with_backpack(engine):
     model, inputs = case("mlp")
@@ -281,21 +306,33 @@ def test_sequences_of_other_lengths(lengths):
     shared(model, parts, likelihood="categorical", draws=3)  # sampled labels: no passes to match
 
 
-def test_other_lengths_draw_from_streams_of_their_own():
+def test_other_lengths_draw_from_streams_of_their_own(monkeypatch):
     """Rows of 4·2 and of 2·2 numbers from one stream would overlap."""
     torch.manual_seed(0)
-    seen = []
+    seen, made = [], []
 
     class Watched(fimprobe.likelihoods.Categorical):
         def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
             seen.append(uniforms.flatten().tolist())
             return super().quantile(outputs, uniforms)
 
-    options = {"likelihood": Watched(), "estimators": ("i1",), "bounds": False}
-    model = Positions()
-    shared(model, [torch.randn(3, 4, 4), torch.randn(3, 2, 4)], **options)
+    options = {"estimators": ("i1",), "bounds": False}
+    model, parts = Positions(), [torch.randn(3, 4, 4), torch.randn(3, 2, 4)]
+    shared(model, parts, likelihood=Watched(), label_sampling="model", **options)
     numbers = [n for each in seen for n in each]
     assert len(numbers) == 2 * (3 * 4 + 3 * 2) == len(set(numbers))
+    # size-biased labels have a further number for each input, the position
+    original = Draws._uniforms
+
+    def watched(self, *args):
+        drawn = original(self, *args)
+        made.extend([drawn] * (self.count == 2))  # a plan takes a label of its own
+        return drawn
+
+    monkeypatch.setattr(Draws, "_uniforms", watched)
+    shared(model, parts, likelihood="categorical", **options)
+    numbers = [n for each in made for n in each.flatten().tolist()]
+    assert len(numbers) == 2 * (3 * 4 + 3 * 2) + 2 * (3 + 3) == len(set(numbers))
 
 
 def test_a_layer_that_only_one_process_uses_twice():

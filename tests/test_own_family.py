@@ -81,6 +81,16 @@ def test_quantile_is_the_smallest_sufficient_count(example, r, double):
         assert torch.equal(y[:, j], torch.searchsorted(cdf, u).to(y.dtype))
 
 
+@pytest.mark.parametrize("r", [0.7, 2.0])
+def test_probabilities_are_those_of_the_counts(example, r, double):
+    h = torch.tensor([[-2.0, 0.0], [1.5, 2.0]])
+    p = example.NegativeBinomial(r).probabilities(h)
+    assert p.shape == (2, 2, 512) and p.dtype == torch.float64
+    for a, mine in zip(h.flatten().tolist(), p.flatten(0, 1), strict=True):
+        want = torch.tensor(pmf(math.exp(a), r, 512))
+        assert torch.allclose(mine, want, rtol=1e-9, atol=1e-300)
+
+
 def small():
     """A net with two means near 0.3, so that 30 counts hold all the probability."""
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -104,23 +114,36 @@ def test_exact_draws_equal_enumeration(example, double):
         assert have.total_label_variance == pytest.approx(want["l1"], rel=1e-8)
 
 
-def test_sampled_traces_are_unbiased(example, double):
+@pytest.mark.parametrize("label_sampling", ["size_biased", "model"])
+def test_sampled_traces_are_unbiased(label_sampling, example, double, raw_numbers):
     net, x = small()
     family = example.NegativeBinomial(2.0)
     exact = fimprobe.measure(net, x, likelihood=family, draws="exact").total.i1
-    for kind in ("trace", "label_variance"):
-        seen = torch.tensor(
-            [
-                getattr(fimprobe.measure(net, x, likelihood=family, draws=4, seed=s).total.i1, kind)
-                for s in range(200)
-            ]
-        )
+    options = {"likelihood": family, "draws": 4, "label_sampling": label_sampling}
+    reports = [fimprobe.measure(net, x, seed=s, **options) for s in range(200)]
+    assert {r.label_sampling for r in reports} == {label_sampling}
+    for kind in ("trace", "label_variance", "total_variance", "total_label_variance"):
+        seen = torch.tensor([getattr(r.total.i1, kind) for r in reports])
         error = float(seen.std()) / len(seen) ** 0.5
-        assert abs(float(seen.mean()) - getattr(exact, kind)) < 4 * error
-        assert error < 0.2 * getattr(exact, kind)
+        assert abs(float(seen.mean()) - getattr(exact, kind)) < 4 * error, kind
+        assert error < 0.2 * getattr(exact, kind), kind
+
+
+def test_rare_counts_are_drawn_where_the_score_is_large(example, double, raw_numbers):
+    """With means near e⁻⁹ counts above zero carry all of F, and draws from the model miss them."""
+    net, x = small()
+    with torch.no_grad():
+        net[2].bias -= 8
+    family = example.NegativeBinomial(2.0)
+    exact = fimprobe.measure(net, x, likelihood=family, draws="exact").total.i1
+    options = {"likelihood": family, "draws": 4, "bounds": False}
+    report = fimprobe.measure(net, x, **options)
+    assert abs(report.total.i1.trace - exact.trace) < 0.2 * exact.trace
+    plain = fimprobe.measure(net, x, label_sampling="model", **options)
+    assert plain.total.i1.trace < 0.01 * exact.trace and plain.seen_mass < 0.01
 
 
 def test_the_example_prints_its_report(example, capsys):
     example.main()
     out = capsys.readouterr().out
-    assert "negative binomial" in out and "64 inputs" in out
+    assert "negative binomial" in out and "64 inputs" in out and "4 size-biased labels" in out

@@ -128,9 +128,41 @@ def test_batch_of_one(caplog):
     probe.detach()
     with fimprobe.attach(net, likelihood="categorical", draws=2, **EVERY) as probe:
         train(net, 1, *data(1, 4))
-        assert probe.last.batch_size == 1 and probe.last.total.i1.trace > 0
+        i1 = probe.last.total.i1
+        assert probe.last.batch_size == 1 and i1.trace > 0
+        assert i1.std_error is None and i1.rel_error is None and i1.pairs_for(0.1) is None
+        for name in ("std_error", "rel_error", "pairs"):
+            assert i1.unknown[name] == "one input is too few to tell an error; take 5 or more"
     with pytest.raises(BatchError):
         fimprobe.measure(net, torch.ones(1, 4), likelihood="categorical", draws=1)
+
+
+def test_labels_that_tell_nothing(caplog):
+    """No failure: the report holds no number of theirs and says why, training goes on."""
+    net, plain = mlp(), mlp()
+    with torch.no_grad():
+        net[2].bias[0] += 30
+    plain.load_state_dict(net.state_dict())
+    x, _ = data(12, 4)
+    y = torch.zeros(12, dtype=torch.long)
+    options = {**EVERY, "estimators": ["i1", "i2"], "likelihood": "categorical"}
+    with fimprobe.attach(net, label_sampling="model", on_error="raise", **options) as probe:
+        train(net, 3, x, y)
+    train(plain, 3, x, y)
+    assert same(dict(net.state_dict()), dict(plain.state_dict()))
+    assert [r.step for r in probe.history] == [0, 1, 2] and not told(caplog)
+    for report in probe.history:
+        assert report.seen_mass < 0.5
+        for estimate in (report.total.i1, report.total.i2):
+            assert estimate.trace is None and estimate.rel_error is None
+            assert (
+                "of the expected score; pass label_sampling='size_biased'"
+                in estimate.unknown["trace"]
+            )
+        assert any("label_sampling='size_biased'" in line for line in report.advice)
+    with fimprobe.attach(net, on_error="raise", **options) as probe:
+        train(net, 1, x, y)
+    assert 0 < probe.last.total.i1.trace < 1e-9 and probe.last.total.i1.rel_error > 0
 
 
 @pytest.mark.parametrize("likelihood", ["auto", "categorical"])

@@ -232,6 +232,7 @@ def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dic
 
 
 def diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
+    """V_x of every entry; None for one input or a single drawn label."""
     labels = _diagonal_labels(moments, group)
     if labels is None:
         return None

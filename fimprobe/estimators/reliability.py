@@ -35,7 +35,8 @@ _LABELS = (
     "total_label_variance",
     "total_label_variance_error",
 )
-_ALL = ("trace", "norm", "input_variance", "effective_inputs", *_LABELS, *_ERRORS)
+_DIAGONALS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
+_ALL = ("trace", "norm", "input_variance", "effective_inputs", *_LABELS, *_ERRORS, *_DIAGONALS)
 _BOUNDS = ("bound", "sharp_bound", "trace_bound")
 
 
@@ -90,6 +91,7 @@ def withhold(
     estimate: Estimate,
     *,
     batch_size: int,
+    exact_labels: bool = False,
     labels_unseen: str = "",
     only_labels: bool = False,
     disagreement: str = "",
@@ -99,6 +101,7 @@ def withhold(
     Args:
         estimate: as measured.
         batch_size: B.
+        exact_labels: labels were integrated over, so that the inputs' part has no noise.
         labels_unseen: why the drawn labels tell nothing.
         only_labels: F itself was not made of labels (Î₂): only what they vary by is withheld.
         disagreement: why its errors cannot be right.
@@ -114,7 +117,7 @@ def withhold(
     for reason in (disagreement, few):
         if reason:
             reasons = dict.fromkeys(_ERRORS, reason) | reasons
-    reasons |= {n: r for n, r in _lost_in_noise(estimate).items() if n not in reasons}
+    reasons |= {n: r for n, r in _lost_in_noise(estimate, exact_labels).items() if n not in reasons}
     return _without(estimate, reasons)
 
 
@@ -133,7 +136,7 @@ def _few_inputs(e: Estimate, batch_size: int) -> str:
     return ""
 
 
-def _lost_in_noise(e: Estimate) -> dict[str, str]:
+def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
     """One rule: below twice its own error a variance, norm, bound or L is not known."""
     found = {}
 
@@ -141,17 +144,17 @@ def _lost_in_noise(e: Estimate) -> dict[str, str]:
         return value is not None and (value < 0 or (error is not None and value < 2 * error))
 
     def noise(value: float | None, error: float | None) -> str:
-        return f"lost in its noise ({value:.2g} ± {error or 0:.2g})"
+        told = f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.3g}"
+        return f"lost in its noise ({told}); take more inputs"
 
     for name in ("label_variance", "total_label_variance"):
         value, error = getattr(e, name), getattr(e, f"{name}_error")
         if lost(value, error):
             found[name] = noise(value, error)
-    drawn = e.label_variance_error is not None
     if e.pair_variance is not None and e.input_variance is not None:
         inputs = e.pair_variance.relative(None)
         scale = e.pair_variance.norm_square
-        if inputs is None or (drawn and inputs[0] < 2 * inputs[1]) or inputs[0] < 0:
+        if inputs is None or (not exact_labels and inputs[0] < 2 * inputs[1]) or inputs[0] < 0:
             error = None if inputs is None else inputs[1] * scale
             found["input_variance"] = noise(e.input_variance, error)
     if lost(e.bound, e.bound_error):
@@ -177,7 +180,7 @@ def _lost_in_noise(e: Estimate) -> dict[str, str]:
         found |= dict.fromkeys(("norm", "rel_error", "pairs"), "the norm of F is lost in its noise")
     elif e.pair_variance is not None and e._relative(1) is None:
         value = e.pair_variance.relative(1)
-        told = "" if value is None else f" ({value[0]:.2g} ± {value[1]:.2g} times ‖diag F‖²)"
+        told = "" if value is None else f" ({value[0]:.3g} ± {value[1]:.3g} times ‖diag F‖²)"
         found["pairs"] = f"the variance of a pair is lost in its noise{told}; take more inputs"
     return found
 

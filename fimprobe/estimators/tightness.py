@@ -99,7 +99,11 @@ def bound_hessians(
         low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
         columns["sharp_bound"] = (top * norms.fisher_norm).mean(-1)
         inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
-        columns["covariance_norm"] = inner.clamp(min=0).sqrt().mean(-1)
+        norm = inner.clamp(min=0).sqrt().mean(-1)
+        if gram.shape[0] > 1 and inner.shape[-1] > 1:
+            error = inner.std(-1) / inner.shape[-1] ** 0.5
+            norm = norm.masked_fill(inner.mean(-1) < 2 * error, torch.nan)
+        columns["covariance_norm"] = norm
         root = curvature.weights.clamp(min=0).sqrt()
         weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
         columns["covariance_spectral_norm"] = largest_eigenvalue(weighed).mean(-1)
@@ -118,12 +122,17 @@ def _replaced(
     **lists: list[Any],
 ) -> dict[str, Estimate]:
     """The groups' estimates with further fields, each a tensor [G] or a list."""
-    told: dict[str, list[Any]] = {n: c.tolist() for n, c in columns.items() if c is not None}
-    told |= lists
-    return {
-        group: dataclasses.replace(estimates[group], **{n: told[n][row] for n in told})
-        for row, group in enumerate(groups)
-    }
+    values: dict[str, list[Any]] = {n: c.tolist() for n, c in columns.items() if c is not None}
+    values |= lists
+    found = {}
+    for row, group in enumerate(groups):
+        mine = {name: of[row] for name, of in values.items()}
+        lost = [name for name, x in mine.items() if isinstance(x, float) and x != x]
+        mine |= dict.fromkeys(lost)
+        reasons = dict.fromkeys(lost, "lost in the noise of random probes")
+        unknown = {**estimates[group].unknown, **reasons}
+        found[group] = dataclasses.replace(estimates[group], **mine, unknown=unknown)
+    return found
 
 
 def _covariance(

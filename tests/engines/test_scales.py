@@ -14,7 +14,6 @@ import fimprobe
 from fimprobe.engines.problem import Plan
 from fimprobe.likelihoods import Gaussian
 
-
 pytestmark = pytest.mark.usefixtures("raw_numbers")
 
 

@@ -5,6 +5,7 @@ Also reports of a model that is sure of its labels, sharded and under DDP.
 
 import os
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fimprobe
 from fimprobe import FimprobeError, ranks, sharded
+from fimprobe.estimators import reliability
 
 SIZE, STEPS = 12, 3
 OPTIONS = {"estimators": ("i1",), "bounds": False, "tensorboard": False}
@@ -145,6 +147,7 @@ def same(a, b):
 
 
 def values(report):
+    """Numbers as they were computed: ``raw`` has none of them withheld."""
     found = {}
     for name, group in [("", report.total), *report.parameters.items()]:
         e = group.i1
@@ -160,18 +163,22 @@ def values(report):
             e.effective_inputs,
             e.total_label_variance,
             e.total_label_variance_error,
-            e.error_of(inputs=9),
-            e.error_of(inputs=9, labels=3),
-            e.pairs_for(0.1),
-            e.pairs_error,
+            e.pair_variance.fourth,
+            e.pair_variance.square,
+            e.pair_variance.norm_square,
             float(group.numel),
         ]
-        # what is withheld is withheld for the same reason
-        found[name, "unknown"] = sorted(e.unknown)
-    found["", "unknown"] += [report.label_sampling, str(report.draws)]
-    found["", "seen"] = [report.seen_mass, *sum(report.convergence, ())]
-    found["", "seen"] += [report.outputs.fisher_trace]
+    found["means"] = [report.outputs.fisher_trace, *(x for pair in report.convergence for x in pair)]
+    found["how"] = [report.draws, report.label_sampling, report.seen_mass]
     return found
+
+
+@contextmanager
+def raw():
+    withhold = reliability.withhold
+    reliability.withhold = lambda estimate, **_: estimate
+    yield
+    reliability.withhold = withhold
 
 
 def numbers(tree, path=""):
@@ -217,11 +224,23 @@ def sure(rank):
                 optimizer.step()
                 shared = probe.last
             alone = {k: v for k, v in lean.items() if k != "tensorboard"}
-            whole = fimprobe.measure(
-                made(), x, likelihood="categorical", mask=keep, **alone, **more
-            )
+            whole = fimprobe.measure(made(), x, likelihood="categorical", mask=keep, **alone, **more)
             found[way, sampling] = [numbers(report.to_dict()) for report in (shared, whole)]
+    found["lengths"] = other_lengths(rank, made())
     return found
+
+
+def other_lengths(rank, model):
+    """Texts of 4 tokens on one process, of 3 on the other: what each would find in its own."""
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(7, (SIZE, 4 - r), generator=generator) for r in range(2)]
+    options = {"likelihood": "categorical", "estimators": "i1", "bounds": False}
+    with fimprobe.attach(
+        DistributedDataParallel(model), tensorboard=False, on_error="raise", draws="auto", **options
+    ) as probe:
+        report = probe.step(texts[rank])
+    alone = [fimprobe.measure(model, x, seed=15_485_863 * r, **options) for r, x in enumerate(texts)]
+    return report.batch_size, report.draws, report.total.i1.trace, [r.total.i1.trace for r in alone]
 
 
 def probe_once(model, x):
@@ -286,26 +305,28 @@ def main(rank, port, out):
         "auto": {"schedule": {"every": 1}},
         "chunks": {"schedule": {"every": 1}, "draws": 3, "memory_mb": 0.03, "batch": 64},
     }.items():
-        with_probe, models, probe = train(rank, {**OPTIONS, **options})
+        with raw():
+            with_probe, models, probe = train(rank, {**OPTIONS, **options})
         results[name, "identical"] = all(same(a, b) for a, b in zip(with_probe, without, strict=True))
         results[name, "mine"] = [values(r) for r in probe.history]
         results[name, "coverage"] = probe.coverage
         results[name, "chunk"] = probe._plan.chunk
-        results[name, "want"] = [
-            values(
-                fimprobe.measure(
-                    model,
-                    batch(step)[0],
-                    likelihood="categorical",
-                    estimators=("i1",),
-                    bounds=False,
-                    seed=1_000_003 * step,
-                    step=step,
-                    draws=options.get("draws", 2),
+        with raw():
+            results[name, "want"] = [
+                values(
+                    fimprobe.measure(
+                        model,
+                        batch(step)[0],
+                        likelihood="categorical",
+                        estimators=("i1",),
+                        bounds=False,
+                        seed=1_000_003 * step,
+                        step=step,
+                        draws=options.get("draws", 2),
+                    )
                 )
-            )
-            for step, model in enumerate(models)
-        ]
+                for step, model in enumerate(models)
+            ]
     results["held"] = max(most), sum(p.numel() for p in net().parameters())
     results["sure"] = sure(rank)
     for name, options in {
@@ -318,9 +339,9 @@ def main(rank, port, out):
         except FimprobeError as error:
             results["refused", name] = str(error)
     results["uneven"] = probe_once(shard(net()), batch(0)[0][: 3 + rank])
-    raw = net()
-    raw.narrow = Scaled()
-    results["raw"] = probe_once(shard(raw), batch(0)[0])
+    odd = net()
+    odd.narrow = Scaled()
+    results["raw"] = probe_once(shard(odd), batch(0)[0])
     ranks.WEIGHTS_TIMEOUT = 2.0
     results["one fails"] = fails_alone(rank)
     torch.save(results, out)

@@ -114,7 +114,9 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
                 assert shown == pytest.approx(known, rel=1e-6, abs=1e-30), tag
                 assert len(events.Scalars(tag)) == len(known)
         assert {f"fim/{kind}/{name}" for name in ("trace", "std_error", "rel_error")} <= present
-        assert present == {t for t in written if t.split("/")[:2] in (["fim", kind], ["fim_bounds", kind])}
+        assert present == {
+            t for t in written if t.split("/")[:2] in (["fim", kind], ["fim_bounds", kind])
+        }
         if kind != "empirical":
             assert {f"fim/{kind}/pairs_for_10_percent", f"fim/{kind}/one_label_error"} <= present
     assert "fim/empirical/cosine" in written and "fim/empirical/trace_ratio" in written

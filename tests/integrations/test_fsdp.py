@@ -49,12 +49,12 @@ def test_the_report_is_that_of_one_process_on_the_whole_batch(results, options):
         for mine, want in zip(found[options, "mine"], found[options, "want"], strict=True):
             assert mine.keys() == want.keys() and "narrow.weight" in want
             for name in want:
-                if name[-1:] == ("unknown",):
-                    assert mine[name] == want[name], name
+                if name == "how":
+                    assert mine[name] == want[name]
                 else:
-                    assert all_close(mine[name], want[name], 1e-8 if "seen" in name else 1e-10), name
-            assert want["", "unknown"] == ["size_biased", str(2 if options == "auto" else 3)]
-            assert None not in want[""] and want["narrow.weight", "unknown"] is not None
+                    assert all_close(mine[name], want[name], 1e-10), name
+            assert want["how"] == [2 if options == "auto" else 3, "size_biased", None]
+            assert None not in want[""] and len(want["means"]) > 6
         assert found["chunks", "chunk"] in range(1, 5)
         left_out = {n for n, how in found[options, "coverage"].items() if how.startswith("left out")}
         assert left_out == {"frozen.weight", "frozen.bias"}
@@ -66,7 +66,10 @@ def test_a_model_that_is_sure_of_its_labels(results, way, sampling):
     """Labels, weights and positions are those that one process draws for the whole batch."""
     for found in results:
         shared, whole = found["sure"][way, sampling]
-        assert shared.keys() == whole.keys() and len(whole) > 100
+        if way == "fsdp":  # a process knows the entries of its own rows only
+            assert not any(name.startswith("/sizes") for name in shared)
+            whole = {k: v for k, v in whole.items() if not k.startswith("/sizes")}
+        assert shared.keys() == whole.keys() and len(whole) > 400
         for name, value in whole.items():
             if isinstance(value, float):
                 assert shared[name] == pytest.approx(value, rel=1e-8, abs=0), name
@@ -86,6 +89,14 @@ def test_a_model_that_is_sure_of_its_labels(results, way, sampling):
             assert whole["/seen_mass"] < 1e-3 and whole["/total/i1/trace"] is None
             assert {"trace", "rel_error", "label_variance"} <= set(unknown)
         assert ("/total/i2/trace" in whole) == (way == "ddp")
+
+
+def test_texts_of_other_lengths_are_drawn_for_apart(results):
+    """Each process has labels of its own; all of them count alike, and none takes exact ones."""
+    for found in results:
+        size, draws, trace, (first, second) = found["sure"]["lengths"]
+        assert (size, draws) == (24, 2) and first != second
+        assert trace == pytest.approx((first + second) / 2, rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("options", ["auto", "chunks"])

@@ -326,14 +326,21 @@ class Sure(nn.Module):
 
 def test_size_biased_labels_are_the_same_in_any_chunks(monkeypatch):
     """Every label and its weight, of a model so sure that labels from it would all be one class."""
-    draw, calls = seeds.draw_size_biased, []
+    make, calls = seeds.make_sampler, []
 
-    def drawn(family, outputs, uniforms, positions, mask=None):
-        found = draw(family, outputs, uniforms, positions, mask)
-        calls.append((uniforms, positions, mask, found))
-        return found
+    def made(family, outputs, mask=None):
+        sampler = make(family, outputs, mask)
+        draw = sampler.draw
 
-    monkeypatch.setattr(seeds, "draw_size_biased", drawn)
+        def drawn(uniforms, positions):
+            found = draw(uniforms, positions)
+            calls.append((uniforms, positions, mask, found))
+            return found
+
+        sampler.draw = drawn
+        return sampler
+
+    monkeypatch.setattr(seeds, "make_sampler", made)
     net, tokens = Sure(), torch.randint(11, (48, 7), generator=torch.Generator().manual_seed(1))
     keep = (torch.arange(7) < 7 - torch.arange(48)[:, None] % 5)[torch.randperm(48)]
     labels, reports = [], []

@@ -129,8 +129,9 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
         "Trace of F by Î₁, ± 2 standard errors",
         "Trace of F by Î₂, ± 2 standard errors",
     ]
-    assert query(browser, line, value=title)[:2] == [
-        "Relative error (0.1 good, 1 noise): Î₁, Î₂",
+    assert query(browser, line, value=title)[:3] == [
+        "Relative error, 1 label from the model for each input (0.1 good, 1 noise): Î₁, Î₂",
+        "Relative error of this report's F: Î₁, Î₂",
         "(input, label) pairs needed for 10 % error: Î₁, Î₂",
     ]
     assert query(browser, band, value="e._missingTags.length") == [0, 0]
@@ -140,8 +141,8 @@ def test_the_dashboard_is_drawn_in_order_without_an_error(browser, server):
 
 def test_pictures_and_text_are_shown(browser, server):
     path, value = ["tf-image-loader", "img"], "e.naturalWidth"
-    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 5 and all(n))
-    assert widths == [728] * 5
+    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 7 and all(n))
+    assert widths == [728] * 7
     path, value = ["tf-markdown-view"], "(e.shadowRoot || e).textContent"
     texts = open_tab(browser, server, "text", path, value, lambda n: "Step 7000" in "".join(n))
     told = "".join(texts)

@@ -58,13 +58,21 @@ def test_trackers_get_what_tensorboard_shows(net, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     board = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    names = {tag for tag in board if tag.startswith(("fim/", "fim_bounds/", "fim_layers/"))}
+    groups = ("fim/", "fim_bounds/", "fim_layers/", "fim_outputs/")
+    names = {tag for tag in board if tag.startswith(groups)}
     assert {"fim/i1/rel_error", "fim_layers/2/i2_rel_error", "fim_probe/seconds"} <= set(board)
+    assert {"fim/i1/one_label_error", "fim_layers/0/i2_one_label_error"} <= set(board)
+    assert {t for t in board if t.startswith("fim_outputs/")} == {
+        f"fim_outputs/{name}" for name in ("fisher_trace", "fisher_norm", "moment_norm")
+    }
     for report in probe.history:
         scalars = report.scalars()
         for tag in names:
             values = [e.value for e in board[tag] if e.step == report.step]
-            assert values == [pytest.approx(scalars[tag], rel=1e-6, abs=0)], tag
+            known = [scalars[tag]] if tag in scalars else []  # what is unknown is in neither
+            assert values == [pytest.approx(value, rel=1e-6, abs=0) for value in known], tag
+        charted = {tag for tag in scalars if tag.startswith(("fim/", "fim_bounds/", "fim_outputs/"))}
+        assert charted <= names
         assert wandb.rows[report.step] == mlflow.rows[report.step] == scalars
 
 
@@ -78,9 +86,56 @@ def test_scalars_are_finite_and_of_the_layers_asked_for(net):
     assert not any(t.startswith("fim_layers") for t in report.scalars(layers=[]))
     layers = {t.split("/")[1] for t in report.scalars() if t.startswith("fim_layers")}
     assert layers == {"0", "2"}
-    infinite = type(report.total.i1)(math.inf, *[math.nan] * 3, *[None] * 4)
+    values = dict.fromkeys(("norm", "label_variance", "input_variance", "rel_error"), math.nan)
+    infinite = type(report.total.i1)(trace=math.inf, **values)
     broken = fimprobe.Report(0, 1, 1, 0.5, "", {}, {}, fimprobe.GroupEstimates(1, infinite))
     assert set(broken.scalars()) == {"fim_probe/seconds"}
+
+
+def test_scalars_of_the_outputs_are_those_of_enumeration(net, double):
+    net, x = net.double(), torch.randn(9, 4)
+    scalars = fimprobe.measure(net, x, likelihood="categorical").scalars()
+    found = {"fisher_trace": [], "fisher_norm": [], "moment_norm": []}
+    for p in torch.softmax(net(x).detach(), 1):
+        delta = torch.eye(2) - p  # a row for each label
+        fisher = torch.einsum("y,ya,yb->ab", p, delta, delta)
+        fourth = torch.einsum("y,ya,yb,yc,yd->abcd", p, *[delta] * 4)
+        moment = fourth - torch.einsum("ab,cd->abcd", fisher, fisher)
+        found["fisher_trace"].append(fisher.trace())
+        found["fisher_norm"].append(fisher.norm())
+        found["moment_norm"].append(moment.norm())
+    for name, values in found.items():
+        assert scalars[f"fim_outputs/{name}"] == pytest.approx(float(torch.stack(values).mean()))
+    # without bounds only what every measurement knows; a Gaussian's is that of its sigma
+    options = {"bounds": False, "estimators": ("i1",)}
+    scalars = fimprobe.measure(net, x, likelihood="categorical", **options).scalars()
+    names = {tag for tag in scalars if tag.startswith("fim_outputs/")}
+    assert names <= {"fim_outputs/fisher_trace"}
+
+
+@pytest.mark.parametrize("name", ["three inputs", "unseen"])
+def test_what_is_unknown_is_no_scalar(net, name):
+    """Tags of numbers that are None are missing: neither 0 nor nan is written in their place."""
+    with torch.no_grad():
+        net[2].bias[0] += 12.0 if name == "unseen" else 0.0
+    options = {"label_sampling": "model"} if name == "unseen" else {}
+    x = torch.randn(40 if name == "unseen" else 3, 4)
+    report = fimprobe.measure(net, x, likelihood="categorical", **options)
+    scalars, unknown = report.scalars(), 0
+    for kind in ("i1", "i2"):
+        for prefix, group in [
+            (f"fim/{kind}/", report.total),
+            *[(f"fim_layers/{n}/{kind}_", g) for n, g in report.layers.items()],
+        ]:
+            e = getattr(group, kind)
+            shown = {n: getattr(e, n) for n in ("trace", "rel_error", "label_variance")}
+            shown["one_label_error"] = e.error_of(inputs=len(x))
+            shown["pairs_for_10_percent"] = e.pairs_for(0.1)
+            for field, value in shown.items():
+                assert scalars.get(prefix + field) == value, (prefix, field)
+                unknown += value is None
+    assert unknown >= (30 if name == "unseen" else 18)
+    assert all(type(v) is float and math.isfinite(v) for v in scalars.values())
 
 
 def test_names_of_layers_that_trackers_refuse(tmp_path):

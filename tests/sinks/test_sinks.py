@@ -20,7 +20,7 @@ def run(tmp_path):
     with fimprobe.attach(net, log_dir=log_dir, schedule={"every": 10}, draws=2) as probe:
         for _ in range(40):
             optimizer.zero_grad()
-            x, y = torch.randn(16, 6), torch.randint(3, (16,))
+            x, y = torch.randn(32, 6), torch.randint(3, (32,))
             nn.functional.cross_entropy(net(x), y).backward()
             optimizer.step()
     return log_dir, probe

@@ -22,7 +22,7 @@ from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
 from fimprobe.types import FimprobeError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reports import make_report  # noqa: E402
+from reports import FEW, make_report  # noqa: E402
 
 RUN = describe_run(
     nn.Linear(3, 2),
@@ -74,7 +74,13 @@ def test_every_tag_is_read_with_rising_steps_and_finite_values(run):
     assert [e.step for e in events.Scalars("fim/i1/trace")] == steps
     assert [e.step for e in events.Scalars("fim/i1/rel_error")] == [0, 10, 30, 40, 50]
     groups = {tag.split("/")[0] for tag in scalars}
-    assert groups == {"fim", "fim_bounds", "fim_bands", "fim_layers", "fim_log10", "fim_probe"}
+    assert groups == {
+        "fim", "fim_bounds", "fim_bands", "fim_layers", "fim_log10", "fim_outputs", "fim_probe",
+    }  # fmt: skip
+    assert [e.step for e in events.Scalars("fim/i2/one_label_error")] == [0, 10, 30, 40, 50]
+    for name in ("fisher_trace", "fisher_norm", "moment_norm"):
+        for event, report in zip(events.Scalars(f"fim_outputs/{name}"), reports, strict=True):
+            assert event.value == pytest.approx(getattr(report.outputs, name), rel=1e-6)
     assert all(0 < e.value <= 1 for e in events.Scalars("fim_probe/overhead"))
     for event, report in zip(events.Scalars("fim_log10/i1/trace_bound"), reports[:2], strict=False):
         assert event.value == pytest.approx(math.log10(report.total.i1.trace_bound), rel=1e-5)
@@ -114,6 +120,21 @@ def test_the_dashboard_names_tags_that_exist(run):
     tags = events.Tags()["scalars"]
     margins = 0
     categories = layout_of(events).category
+    titles = [c.title for c in categories[0].chart]
+    one, mine = (
+        "Relative error, 1 label from the model for each input (0.1 good, 1 noise)",
+        "this report's F",
+    )
+    assert titles[:3] == [
+        f"{one}: Î₁, Î₂",
+        f"Relative error of {mine}: Î₁, Î₂",
+        "(input, label) pairs needed for 10 % error: Î₁, Î₂",
+    ]
+    outputs = {c.title: list(c.multiline.tag) for c in categories[0].chart if "outputs" in str(c)}
+    assert outputs == {
+        "tr I(h): the model is confident where it is small": ["fim_outputs/fisher_trace$"],
+        "‖M‖_F, the fourth moment of the outputs": ["fim_outputs/moment_norm$"],
+    }
     assert [c.title[:1] for c in categories] == ["1", "2", "3", "4", "5"]
     for category in categories:
         for chart in category.chart:
@@ -125,20 +146,61 @@ def test_the_dashboard_names_tags_that_exist(run):
     assert margins == 28
 
 
-def test_the_dashboard_of_exact_labels_is_of_one_drawn_label(tmp_path):
-    reports = [dataclasses.replace(make_report(3, n), draws=None) for n in range(2)]
+@pytest.mark.parametrize("draws", [2, None])
+def test_the_dashboard_is_of_one_drawn_label_however_it_was_measured(tmp_path, draws):
+    how = "size_biased" if draws else "exact"
+    reports = [
+        dataclasses.replace(make_report(3, n), draws=draws, label_sampling=how) for n in range(2)
+    ]
     write(tmp_path, reports, figures=False)
     events = load(tmp_path)
     good, worst = layout_of(events).category[:2]
     assert [c.title for c in good.chart][:2] == [
-        "Relative error, 1 label each (0.1 good, 1 noise): Î₁, Î₂",
-        "Relative error of F, labels integrated over",
+        "Relative error, 1 label from the model for each input (0.1 good, 1 noise): Î₁, Î₂",
+        "Relative error of this report's F: Î₁, Î₂",
     ]
     assert list(worst.chart[0].multiline.tag) == ["fim_layers/.*/i1_one_label_error$"]
     for event, report in zip(events.Scalars("fim/i2/one_label_error"), reports, strict=True):
         e = report.total.i2
         pair = (e.label_variance + e.input_variance) / report.batch_size
         assert event.value == pytest.approx(pair**0.5 / e.norm, rel=1e-6)
+
+
+def test_the_dashboard_has_no_chart_of_what_was_never_known(tmp_path):
+    lost = [dataclasses.replace(make_report(3, n, known=False), outputs=None) for n in range(2)]
+    write(tmp_path, lost, figures=False)
+    events = load(tmp_path)
+    tags = events.Tags()["scalars"]
+    assert not [
+        t for t in tags if "error" in t or "pairs" in t or t.startswith(("fim_bands", "fim_outputs"))
+    ]
+    assert [c.title for c in layout_of(events).category] == ["5 · What the probe costs"]
+    page = events.Tensors("fimprobe/advice")[0].tensor_proto.string_val[0].decode()
+    assert FEW in page and not re.search(r"\b(nan|None|inf)\b", page)
+
+
+def test_labels_that_were_not_seen_leave_no_number_of_f(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    with torch.no_grad():
+        net[2].bias[0] += 9.0
+    options = {"likelihood": "categorical", "label_sampling": "model"}
+    report = fimprobe.measure(net, torch.randn(40, 4), **options)
+    assert report.total.i1.trace is None and report.sizes
+    write(tmp_path, [report], run=lambda: RUN)
+    events = load(tmp_path)
+    tags = events.Tags()
+    bounds = ("bound", "sharp_bound", "trace_bound", "diagonal_bound", "probe_error")
+    geometry = {"fim_outputs", "fim_probe"}
+    left = [t for t in tags["scalars"] if t.split("/")[0] not in geometry]
+    assert all(t.rpartition("/")[2] in bounds for t in left), left
+    assert not [t for t in tags["tensors"] if t.startswith("fim_spread/i1")]
+    assert not [
+        t for t in tags["images"] if t.endswith(("5_diagonal", "3_pairs_needed", "7_convergence"))
+    ]
+    page = events.Tensors("fimprobe/advice")[0].tensor_proto.string_val[0].decode()
+    assert "pass label_sampling='size_biased' or draws='exact'" in page
+    (about,) = events.Tensors("fimprobe/about")
+    assert "2 labels from the model for each input" in about.tensor_proto.string_val[0].decode()
 
 
 def test_runs_of_other_layers_share_the_charts_of_layers(tmp_path):
@@ -183,6 +245,8 @@ def test_text_tells_the_run_and_the_advice(run):
         "categorical",
         "| contracted | 40 |",
         "√(Σᵢ Var F̂ᵢᵢ)",
+        "32 inputs, 2 size-biased labels for each input",
+        "`one_label_error`",
         "reports 4, 8, 16",
     ):
         assert told in about
@@ -196,7 +260,7 @@ def test_pictures_come_at_a_growing_rule_and_at_the_end(run):
     events, _ = run
     assert [e.step for e in events.Images("fim_pictures/3_pairs_needed")] == [30, 50]
     names = {"1_relative_error", "2_variance_and_bound", "3_pairs_needed"}
-    names |= {"4_bound_of_the_matrix", "5_diagonal"}
+    names |= {"4_bound_of_the_matrix", "5_diagonal", "6_error_by_confidence", "7_convergence"}
     assert set(events.Tags()["images"]) == {f"fim_pictures/{n}" for n in names}
 
 
@@ -230,9 +294,9 @@ def _floats(event):
 def test_layers_are_those_of_the_first_report_also_when_resumed(tmp_path):
     reports = [make_report(40, 10 * i) for i in range(4)]
     before = write(tmp_path, reports[:3], top=4, figures=False)
-    need = {n: g.i1.draws_for(0.1) for n, g in reports[0].layers.items()}
+    need = {n: g.i1.pairs_for(0.1) for n, g in reports[0].layers.items()}
     assert sorted(before.layers) == sorted(sorted(need, key=need.get)[-4:])
-    late = {n: g.i1.draws_for(0.1) for n, g in reports[2].layers.items()}
+    late = {n: g.i1.pairs_for(0.1) for n, g in reports[2].layers.items()}
     assert set(sorted(late, key=late.get)[-4:]) != set(before.layers)
     after = write(tmp_path, [reports[2], reports[3]], top=7, figures=False, purge_step=20)
     assert after.layers == before.layers
