@@ -374,6 +374,7 @@ def _believed(
 ) -> tuple[dict[str, Estimate], dict[str, Estimate], dict[str, Estimate]]:
     """Without what cannot be believed, in every group."""
     how: dict[str, Any] = {"batch_size": scores.batch_size, "exact_labels": scores.draws is None}
+    how["single_label"] = scores.draws == 1
     first, second, third = {}, {}, {}
     for key, one in i1_estimates.items():
         other = i2_estimates.get(key)

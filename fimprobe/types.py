@@ -319,7 +319,8 @@ class Estimate:
     total_label_variance: float | None = None
     """L1, L2: Σ_ij Var over labels of the whole block's matrix entries, mean over inputs."""
     total_label_variance_error: float | None = None
-    """Its standard error from draws and probes."""
+    """Its standard error from draws and probes; of Î₂ with drawn labels without the part of the
+    parameters' direction, which is a single one for all inputs."""
     probe_error: float | None = None
     """Standard error that random probes add to ``label_variance``; None where there are none."""
     covariance_norm: float | None = None

@@ -117,7 +117,7 @@ def estimate_groups(
         "trace": trace.mean(-1),
         "norm": common.norm_square.clamp(min=0).sqrt(),
         "label_variance": squares.mean(-1),
-        "label_variance_error": random if curvature.exact else _joint_error(squares, random),
+        "label_variance_error": _variance_error(squares, random, curvature.exact),
         "input_variance": None
         if common.square is None or size < 2
         else common.square.mean(-1) - common.norm_square,
@@ -182,10 +182,19 @@ def _residual_error_square(members: Members, curvature: CurvatureBatch) -> Tenso
     return square.mean(-1).clamp(min=0).mean(-1) / draws / size
 
 
-def _joint_error(squares: Tensor, random: Tensor | None) -> Tensor | None:
-    """Standard error of V2: its spread over inputs [G, B] holds that of labels and probes."""
+def _variance_error(squares: Tensor, random: Tensor | None, exact: bool) -> Tensor | None:
+    """Standard error of V2 [G] from draws and probes.
+
+    The spread over inputs of ``squares`` [G, B] holds both, and how the inputs differ: with exact
+    labels it bounds the probes' part from above, as ``random`` does.
+    """
     size = squares.shape[-1]
-    return squares.std(-1) / size**0.5 if size > 1 else random
+    if exact and (random is None or size < 5):
+        return random
+    spread = squares.std(-1) / size**0.5 if size > 1 else random
+    if exact and random is not None and spread is not None:
+        return torch.minimum(random, spread)
+    return spread
 
 
 def _diagonal(measured: Measured, names: Sequence[str]) -> dict[str, Tensor]:

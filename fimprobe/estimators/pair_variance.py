@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-5
+"""Relative variances so little below zero are zero: float32's sums are no better."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairVariance:
@@ -37,6 +40,8 @@ class PairVariance:
             return None
         second = share * self.fourth + (1 - share) * (self.square or 0.0)
         value = second / self.norm_square - 1
+        if -ROUNDING < value < 0:
+            value = 0.0
         slopes = (share, 1 - share, -second / self.norm_square)
         variance = sum(
             a * b * c

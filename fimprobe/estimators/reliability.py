@@ -37,6 +37,9 @@ _LABELS = (
 )
 _DIAGONALS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
 _ALL = ("trace", "norm", "input_variance", "effective_inputs", *_LABELS, *_ERRORS, *_DIAGONALS)
+_OF_TWO_LABELS = ("label_variance", "input_variance", "total_variance", "total_label_variance")
+_SINGLE = "one label for each input does not tell labels from inputs; take draws=2"
+_ZERO = "zero to rounding"
 _BOUNDS = ("bound", "sharp_bound", "trace_bound")
 
 
@@ -92,6 +95,7 @@ def withhold(
     *,
     batch_size: int,
     exact_labels: bool = False,
+    single_label: bool = False,
     labels_unseen: str = "",
     only_labels: bool = False,
     disagreement: str = "",
@@ -102,6 +106,7 @@ def withhold(
         estimate: as measured.
         batch_size: B.
         exact_labels: labels were integrated over, so that the inputs' part has no noise.
+        single_label: one label was drawn for each input.
         labels_unseen: why the drawn labels tell nothing.
         only_labels: F itself was not made of labels (Î₂): only what they vary by is withheld.
         disagreement: why its errors cannot be right.
@@ -117,6 +122,11 @@ def withhold(
     for reason in (disagreement, few):
         if reason:
             reasons = dict.fromkeys(_ERRORS, reason) | reasons
+    if single_label:
+        missing = [n for n in _OF_TWO_LABELS if getattr(estimate, n) is None]
+        if estimate.pair_variance is None:
+            missing += ["pairs"]
+        reasons = dict.fromkeys(missing, _SINGLE) | reasons
     reasons |= {n: r for n, r in _lost_in_noise(estimate, exact_labels).items() if n not in reasons}
     return _without(estimate, reasons)
 
@@ -131,7 +141,7 @@ def _few_inputs(e: Estimate, batch_size: int) -> str:
     if effective == 0:
         return "no gradient reaches it at these inputs"
     heavy = effective < FEW_EFFECTIVE_INPUTS and effective < HEAVY_TAIL * batch_size
-    if effective < MIN_EFFECTIVE_INPUTS or heavy:
+    if effective < MIN_EFFECTIVE_INPUTS - 1e-3 or heavy:
         return f"too few inputs carry the trace ({effective:.2g} of {batch_size}); take more inputs"
     return ""
 
@@ -157,6 +167,8 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
         if inputs is None or (not exact_labels and inputs[0] < 2 * inputs[1]) or inputs[0] < 0:
             error = None if inputs is None else inputs[1] * scale
             found["input_variance"] = noise(e.input_variance, error)
+        elif e.input_variance < 0:  # rounding
+            found["input_variance"] = _ZERO
     if lost(e.bound, e.bound_error):
         found |= {n: noise(e.bound, e.bound_error) for n in _BOUNDS if getattr(e, n) is not None}
     elif e.trace_bound is not None and e.total_label_variance is not None:
@@ -186,9 +198,13 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
 
 
 def _without(estimate: Estimate, reasons: Mapping[str, str]) -> Estimate:
-    if not reasons:
-        return estimate
     changes: dict[str, Any] = {name: None for name in reasons if name != "pairs"}
     if "pairs" in reasons:
+        reasons = {"total_variance": reasons["pairs"], **reasons}
         changes |= {"pair_variance": None, "total_variance": None}
+    if reasons.get("input_variance") == _ZERO:
+        changes["input_variance"] = 0.0
+        reasons = {n: r for n, r in reasons.items() if n != "input_variance"}
+    if not changes:
+        return estimate
     return replace(estimate, **changes, unknown={**estimate.unknown, **reasons})

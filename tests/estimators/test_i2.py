@@ -150,15 +150,23 @@ def test_probes_of_exact_labels_are_unbiased(name, double):
     agree(found, truths(dense(net, (x,), labels), groups, kinds), 12)
 
 
+@pytest.mark.parametrize("label_sampling", ["size_biased", "model"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sampled_labels_of_every_family_are_unbiased(name, double):
+def test_sampled_labels_of_every_family_are_unbiased(name, label_sampling, double):
     likelihood, labels, outputs = FAMILIES[name]
     net, x = bent_net(outputs)
     groups, kinds = oracles.groups(net), ("trace", "label_variance", "total_label_variance")
     copies = torch.cat([x] * 12)
     found = averages(
         lambda seed, plan: fimprobe.measure(
-            net, copies, likelihood=likelihood, draws=2, bounds=False, seed=seed, plan=plan
+            net,
+            copies,
+            likelihood=likelihood,
+            draws=2,
+            label_sampling=label_sampling,
+            bounds=False,
+            seed=seed,
+            plan=plan,
         ),
         20,
         kinds,
@@ -182,10 +190,13 @@ def tokens_net():
     return model, torch.tensor([[0, 2], [1, 1], [2, 1]])
 
 
-@pytest.mark.parametrize("draws", [1, 2, 3, "exact"])
+@pytest.mark.parametrize(
+    ("draws", "label_sampling"),
+    [*((d, "size_biased") for d in (1, 2, 3, "exact")), *((d, "model") for d in (1, 3))],
+)
 @pytest.mark.parametrize("name", ["mlp", "mlp by BackPACK", "sequence", "masked sequence"])
-def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
-    """V2, the trace of F − R and L2 of parameters, layers and the whole."""
+def test_sampled_labels_and_probes_are_unbiased(name, draws, label_sampling, double):
+    """V2, the trace of F or of F − R and L2 of parameters, layers and the whole."""
     mask = None
     if name.startswith("mlp"):
         net, x = bent_net(3)
@@ -209,6 +220,7 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
             copies,
             likelihood="categorical",
             draws=draws,
+            label_sampling=label_sampling,
             second_order="exact" if "BackPACK" in name else {"probes": 2},
             estimators=("i2",),
             mask=mask,
@@ -221,6 +233,77 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, double):
         groups,
     )
     agree(found, truths(truth, groups, kinds), 2 * len(groups))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("name", ["categorical", "bernoulli", "poisson"])
+def test_the_residual_is_taken_off_where_labels_come_from_the_model(name, draws, double):
+    """R of drawn labels has a mean that varies; size-biased and exact ones leave out what is 0."""
+    likelihood, labels, outputs = FAMILIES[name]
+    net, x = bent_net(outputs)
+    spans, copies = oracles.spans(net), torch.cat([x] * 8)
+    truth = dense(net, (x,), labels)
+    options = {"likelihood": likelihood, "diagonals": True, "estimators": ("i1", "i2", "ih")}
+    options |= {"bounds": False, "second_order": {"probes": 4}}
+    plan, residuals = Plan(), {n: [] for n in spans}
+    for seed in range(60):
+        biased, model = (
+            fimprobe.measure(
+                net, copies, draws=draws, label_sampling=how, seed=seed, plan=plan, **options
+            )
+            for how in ("size_biased", "model")
+        )
+        for n in spans:
+            pair = biased.parameters[n], model.parameters[n]
+            fisher = pair[0].ih.diagonal[n]
+            assert torch.equal(pair[0].i2.diagonal[n], fisher)
+            assert pair[0].i2.trace == pytest.approx(pair[0].ih.trace, rel=1e-12)
+            # the same vectors make F: the rest is R
+            assert torch.equal(pair[1].ih.diagonal[n], fisher)
+            residuals[n].append((fisher - pair[1].i2.diagonal[n]).flatten())
+            total = float(pair[1].i2.diagonal[n].sum())
+            assert pair[1].i2.trace == pytest.approx(total, rel=1e-9, abs=1e-12)
+    for n, span in spans.items():
+        r = torch.stack(residuals[n])
+        error = r.std(0) / len(r) ** 0.5
+        assert bool((r.mean(0).abs() <= 4 * error + 1e-14).all()), n
+        # its variance is V2 of the inputs over draws, and that of the probes of ‖·‖ = R_ii
+        least = torch.stack([t.v2[span] for t in truth]).mean(0) / (len(copies) * draws)
+        if n.startswith("4"):  # h is linear in the last layer
+            assert float(r.abs().max()) == 0 == float(least.max())
+        else:
+            assert float(r.var(0).sum()) > 0.7 * float(least.sum()) > 0
+    exact = fimprobe.measure(net, copies, draws="exact", **options)
+    for n in spans:
+        assert torch.equal(exact.parameters[n].i2.diagonal[n], exact.parameters[n].i1.diagonal[n])
+
+
+@pytest.mark.parametrize("label_sampling", ["size_biased", "model"])
+def test_the_standard_error_of_i2_is_that_of_its_own_vectors(label_sampling, double):
+    """Inputs drawn anew: the spread of the traces over the errors that each told."""
+    net, _ = bent_net(3)
+    torch.manual_seed(5)
+    pool, plan = torch.randn(400, 3), Plan()
+    found = []
+    for seed in range(150):
+        rows = torch.randint(len(pool), (40,))
+        report = fimprobe.measure(
+            net,
+            pool[rows],
+            likelihood="categorical",
+            draws=1,
+            label_sampling=label_sampling,
+            bounds=False,
+            seed=seed,
+            plan=plan,
+        )
+        for where in ("0", "2", "4", "total"):
+            e = (report.total if where == "total" else report.layers[where]).i2
+            found.append((where, e.trace, e.std_error))
+    for where in ("0", "2", "4", "total"):
+        trace, error = torch.tensor([(t, e) for w, t, e in found if w == where]).T
+        ratio = float(error.square().mean().sqrt() / trace.std())
+        assert 0.8 < ratio < 1.25, (where, ratio)
 
 
 def masked_labels(h, keep):
