@@ -75,7 +75,7 @@ def make_pool(name: str) -> Pool:
         kinds = [string.ascii_lowercase, string.ascii_uppercase + string.digits, "_", " \n"]
         text = Path(string.__file__).read_text(encoding="utf-8")[2000:]
         codes = [next((i for i, kind in enumerate(kinds) if c in kind), 4) for c in text]
-        tokens = torch.tensor(codes[: 240 * 5]).view(240, 5)
+        tokens = torch.tensor(codes[: 160 * 5]).view(160, 5)
         return Pool(Tokens().double(), tokens[:, :4], tokens[:, 1:], "categorical")
     images, digits = load_digits(return_X_y=True)
     x, y = torch.tensor(images[:600]) / 16, torch.tensor(digits[:600])
@@ -84,8 +84,8 @@ def make_pool(name: str) -> Pool:
         return Pool(model.double(), x, y, "categorical")
     if name == "CNN":
         model = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 6, 3, padding=1), nn.GELU(), nn.AvgPool2d(2),
-            nn.Flatten(), nn.Linear(96, 10),
+            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 6, 3, padding=1), nn.GELU(), nn.AvgPool2d(4),
+            nn.Flatten(), nn.Linear(24, 10),
         )  # fmt: skip
         return Pool(model.double(), x, y, "categorical")
     even, high, round_ = y % 2 == 0, y > 4, (y == 0) | (y == 6) | (y == 8) | (y == 9)

@@ -284,7 +284,7 @@ def confident():
 def test_labels_that_were_not_seen_leave_no_picture_of_f():
     net, x = confident()
     report = fimprobe.measure(net, x, likelihood="categorical", label_sampling="model")
-    assert report.seen_mass < 0.5 and report.total.i1.trace is None and report.sizes
+    assert report.seen_mass < 0.5 and report.total.i1.trace is None and not report.sizes
     record = report.to_dict()
     assert list(make_pictures([record])) == []
     # beside a report that knows them, only that one is drawn

@@ -185,7 +185,7 @@ def test_labels_that_were_not_seen_leave_no_number_of_f(tmp_path):
         net[2].bias[0] += 9.0
     options = {"likelihood": "categorical", "label_sampling": "model"}
     report = fimprobe.measure(net, torch.randn(40, 4), **options)
-    assert report.total.i1.trace is None and report.sizes
+    assert report.total.i1.trace is None and not report.sizes
     write(tmp_path, [report], run=lambda: RUN)
     events = load(tmp_path)
     tags = events.Tags()
