@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fimprobe.advice import make_advice
 from fimprobe.estimators import i1, i2, reliability
 from fimprobe.estimators.empirical import compare
@@ -248,7 +250,9 @@ def make_report(
     geometry: dict[str, Geometry] = {}
     for part in slabs(groups, _numbers(scores)):
         common = _common(measured, part, unseen=bool(unseen))
-        found = i1.estimate_groups(scores, part, diagonals=diagonals)
+        own = common if not unseen else InputSums.of(scores, part)
+        found = i1.estimate_groups(scores, part, diagonals=diagonals, sums=own)
+        trace = own.trace[-1]  # the last group is the model
         if measured.norms is not None:
             found, shapes = bound_scores(measured, part, found)
             geometry |= shapes
@@ -322,13 +326,12 @@ def make_report(
         label_sampling=_label_sampling(scores),
         seen_mass=scores.seen_mass,
         outputs=_summarise_outputs(measured),
-        convergence=_converge(scores) if estimates["total"].std_error is not None else [],
+        convergence=_converge(trace) if estimates["total"].std_error is not None else [],
     )
 
 
-def _converge(scores: MomentsBatch) -> list[tuple[int, float]]:
+def _converge(trace: Tensor) -> list[tuple[int, float]]:
     """The spread of the trace's mean over n inputs, from disjoint groups, at least four of them."""
-    trace = InputSums.of(scores, {"total": list(scores.parameters)}).trace[0]
     mean, found, size = float(trace.mean()), [], 1
     while mean > 0 and 4 * size <= len(trace):
         groups = trace[: len(trace) // size * size].view(-1, size).mean(1)

@@ -128,15 +128,21 @@ def estimate_groups(
     groups: Groups,
     *,
     diagonals: bool,
+    sums: InputSums | None = None,
     common: InputSums | None = None,
 ) -> dict[str, Estimate]:
     """Î₁, or another mean of g gᵀ, of each group of parameters, all groups at once.
 
-    ``common``: the sums that tell F's variance over inputs and its norm best, where these are others.
+    Args:
+        moments: of the cotangents that the estimator is made of.
+        groups: the parameters of each group.
+        diagonals: keep the diagonals and their variances.
+        sums: of these moments and groups, where they are known already.
+        common: the sums that tell F's variance over inputs and its norm best, where these are others.
     """
     size, draws = moments.batch_size, moments.draws
     count = size * (draws or 1)
-    sums = InputSums.of(moments, groups)
+    sums = sums or InputSums.of(moments, groups)
     best = common or sums
     pairs = pair_variances(sums.fourth, best.square, best.trace, best.norm_square)
     gram = Members(groups).sum_known(moments.parameters, "gram")

@@ -42,13 +42,12 @@ class PairVariance:
         value = second / self.norm_square - 1
         if -ROUNDING < value < 0:
             value = 0.0
-        slopes = (share, 1 - share, -second / self.norm_square)
-        variance = sum(
-            a * b * c
-            for a, row in zip(slopes, self.covariance, strict=True)
-            for b, c in zip(slopes, row, strict=True)
-            if a != 0 and b != 0
-        )
+        # the gradient of the quotient, times the covariance from both sides
+        a, b, c = share, 1 - share, -second / self.norm_square
+        (aa, ab, ac), (_, bb, bc), (_, _, cc) = self.covariance
+        variance = a * a * aa + c * c * cc + 2 * a * c * ac
+        if b != 0:  # else E₂ may not be known
+            variance += b * b * bb + 2 * b * (a * ab + c * bc)
         return value, max(variance, 0.0) ** 0.5 / self.norm_square
 
 

@@ -112,9 +112,6 @@ def withhold(
         disagreement: why its errors cannot be right.
     """
     reasons: dict[str, str] = {}
-    if estimate.std_error is not None and estimate.skewness is not None:
-        wider = estimate.std_error * widening(estimate.skewness, batch_size)
-        estimate = replace(estimate, std_error=wider)
     if labels_unseen:
         names = (*_LABELS, *_ERRORS) if only_labels else _ALL
         reasons |= dict.fromkeys(names, labels_unseen)
@@ -127,8 +124,11 @@ def withhold(
         if estimate.pair_variance is None:
             missing += ["pairs"]
         reasons = dict.fromkeys(missing, _SINGLE) | reasons
-    reasons |= {n: r for n, r in _lost_in_noise(estimate, exact_labels).items() if n not in reasons}
-    return _without(estimate, reasons)
+    reasons = _lost_in_noise(estimate, exact_labels) | reasons
+    changes: dict[str, Any] = {}
+    if estimate.std_error is not None and estimate.skewness is not None:
+        changes["std_error"] = estimate.std_error * widening(estimate.skewness, batch_size)
+    return _without(estimate, changes, reasons)
 
 
 def _few_inputs(e: Estimate, batch_size: int) -> str:
@@ -197,8 +197,9 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
     return found
 
 
-def _without(estimate: Estimate, reasons: Mapping[str, str]) -> Estimate:
-    changes: dict[str, Any] = {name: None for name in reasons if name != "pairs"}
+def _without(estimate: Estimate, changes: dict[str, Any], reasons: Mapping[str, str]) -> Estimate:
+    """The estimate with ``changes``, and None for what has a reason."""
+    changes |= {name: None for name in reasons if name != "pairs"}
     if "pairs" in reasons:
         reasons = {"total_variance": reasons["pairs"], **reasons}
         changes |= {"pair_variance": None, "total_variance": None}

@@ -45,6 +45,8 @@ def has_size_biased_draws(likelihood: Likelihood, outputs: Tensor) -> bool:
     draw = getattr(likelihood, "size_biased_quantile", None)
     if draw is None or isinstance(likelihood, Gaussian) or outputs.numel() == 0:
         return False
+    if hasattr(likelihood, "size_biased_sampler"):
+        return True
     some = outputs[:1]
     shape = likelihood.label_shape(some)
     middle = torch.full(shape, 0.5, dtype=torch.float64, device=outputs.device)
