@@ -92,6 +92,18 @@ def _seen_mass(
     return torch.stack([torch.stack([s.double().square().sum() for s in scores]).mean(), total])
 
 
+def seen_mass(problem: Problem, seen: list[float] | None) -> float | None:
+    """Σ‖δ‖² of labels drawn from the model over its expectation; None where it cannot be far off.
+
+    That is with exact and with size-biased labels, and of a Gaussian, which has no rare labels.
+    """
+    if problem.draws.count is None or isinstance(problem.likelihood, Gaussian):
+        return None
+    if seen is None or seen[1] <= 0 or seen[0] == seen[1]:
+        return None
+    return seen[0] / seen[1]
+
+
 DRAWN_AT_ONCE = 2**26
 """Outputs whose labels are drawn together, in float64: of a language model, a few samples'."""
 

@@ -14,7 +14,7 @@ from fimprobe.engines.fetch import fetch
 from fimprobe.engines.ledger import Ledger, Totals
 from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Plan, Problem, check_finite, coverage
-from fimprobe.likelihoods import Gaussian
+from fimprobe.engines.seeds import seen_mass
 from fimprobe.types import CurvatureBatch, Measured, MomentsBatch, OutputNorms
 
 
@@ -139,18 +139,6 @@ class Sums:
             coverage=told,
             classes=self.classes,
         )
-
-
-def seen_mass(problem: Problem, seen: list[float] | None) -> float | None:
-    """Σ‖δ‖² of labels drawn from the model over its expectation; None where it cannot be far off.
-
-    That is with exact and with size-biased labels, and of a Gaussian, which has no rare labels.
-    """
-    if problem.draws.count is None or isinstance(problem.likelihood, Gaussian):
-        return None
-    if seen is None or seen[1] <= 0 or seen[0] == seen[1]:
-        return None
-    return seen[0] / seen[1]
 
 
 def _columns(norms: list[OutputNorms]) -> list[tuple[Tensor, ...]]:

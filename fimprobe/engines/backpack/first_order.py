@@ -14,8 +14,7 @@ from fimprobe.engines.backpack.modules import own_trainable
 from fimprobe.engines.backpack.moments import Collect, Job, Sums
 from fimprobe.engines.powers import Weights
 from fimprobe.engines.problem import Problem
-from fimprobe.engines.seeds import check_passes, label_seeds
-from fimprobe.engines.sums import seen_mass
+from fimprobe.engines.seeds import check_passes, label_seeds, seen_mass
 from fimprobe.types import FimprobeError, MomentsBatch
 
 
