@@ -13,6 +13,7 @@ from fimprobe.engines.fetch import upload
 from fimprobe.engines.powers import GRAM_LIMIT, Weights
 from fimprobe.engines.problem import Problem
 from fimprobe.engines.signs import signs
+from fimprobe.likelihoods import Gaussian
 from fimprobe.likelihoods.size_biased import (
     expected_squares,
     has_size_biased_draws,
