@@ -1,26 +1,20 @@
 """Know how wrong your Fisher information is: estimators, their variance, live in TensorBoard."""
 
-from fimprobe import torchvision_guard as _torchvision_guard  # noqa: I001 - before transformers
+from fimprobe import torchvision_compat as _torchvision_compat  # noqa: I001 - before transformers
 
 from fimprobe import likelihoods, penalties
-from fimprobe.config import Config, load_config
-from fimprobe.measurement import measure
-from fimprobe.probe import Probe
-from fimprobe.records import Records, read
-from fimprobe.report import Report
-from fimprobe.types import (
-    BatchError,
-    Estimate,
-    FimprobeError,
-    Geometry,
-    GroupEstimates,
-    Likelihood,
-    Sink,
-)
+from fimprobe._version import __version__
+from fimprobe.config.config import Config, load_config
+from fimprobe.errors import BatchError, FimprobeError
+from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
+from fimprobe.likelihoods.base import Likelihood
+from fimprobe.measurement.measure import measure
+from fimprobe.probe.attach import attach
+from fimprobe.probe.probe import Probe
+from fimprobe.report.report import Report
+from fimprobe.runs.reader import Records, read
+from fimprobe.sinks.base import Sink
 
-from fimprobe.integrations.loop import attach  # noqa: I001 - uses all of the above
-
-__version__ = "0.1.0"
 __all__ = [
     "BatchError",
     "Config",
@@ -33,6 +27,7 @@ __all__ = [
     "Records",
     "Report",
     "Sink",
+    "__version__",
     "attach",
     "likelihoods",
     "load_config",
@@ -40,4 +35,4 @@ __all__ = [
     "penalties",
     "read",
 ]
-del _torchvision_guard
+del _torchvision_compat

@@ -2,6 +2,6 @@
 
 import sys
 
-from fimprobe.cli import main
+from fimprobe.cli.commands import main
 
 sys.exit(main())

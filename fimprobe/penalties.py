@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fimprobe.twin import unwrap
-from fimprobe.types import FimprobeError
+from fimprobe.errors import FimprobeError
+from fimprobe.model.twin import unwrap
 
 BLOCK = 8
 """Vectors for each weight. A penalty brings the largest singular values together and makes them

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.advice import verdict
+from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
 from fimprobe.estimators.pair_variance import PairVariance
-from fimprobe.report import Report
-from fimprobe.types import Estimate, Geometry, GroupEstimates
+from fimprobe.report.advice import make_advice, verdict
+from fimprobe.report.report import Report
 
 NUMBER = r"(\d[\d.,]*(?:e[+-]\d+)?)"
 
@@ -65,7 +65,8 @@ def report(total=None, layers=None, **more):
         "layers": layers or {},
         "total": total,
     }
-    return Report(**{**fields, **more})
+    made = Report(**{**fields, **more})
+    return dataclasses.replace(made, advise=make_advice)
 
 
 def line(given, start):

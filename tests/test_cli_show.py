@@ -13,18 +13,10 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.cli import main
-from fimprobe.table import (
-    count,
-    footnotes,
-    make_comparison,
-    make_rows,
-    make_trends,
-    number,
-    percent,
-    sparkline,
-)
-from fimprobe.terminal import _colour
+from fimprobe.cli.commands import main
+from fimprobe.report.format import count, number, percent, sparkline
+from fimprobe.report.table import footnotes, make_comparison, make_rows, make_trends
+from fimprobe.runs.terminal import _colour
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
 from reports import make_report  # noqa: E402

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import fimprobe
-from fimprobe.config import json_schema, load_config
-from fimprobe.schedule import At, Budget, Every
+from fimprobe.config.config import json_schema, load_config
+from fimprobe.training.schedule import At, Budget, Every
 
 
 def write(path: Path, text: str) -> Path:
@@ -144,7 +144,7 @@ def test_a_keyword_is_no_line_of_the_file(tmp_path):
 
 
 def test_every_option_says_what_it_takes():
-    from fimprobe.config import ALLOWED, SECTIONS
+    from fimprobe.config.config import ALLOWED, SECTIONS
 
     keys = {
         f"{section}.{key}".lstrip(".")

@@ -12,9 +12,10 @@ import pytest
 from test_cli_show import train
 
 import fimprobe
-from fimprobe.cli import main
-from fimprobe.page import make_page
-from fimprobe.table import count, footnotes, make_rows, number, percent
+from fimprobe.cli.commands import main
+from fimprobe.report.format import count, number, percent
+from fimprobe.report.table import footnotes, make_rows
+from fimprobe.runs.html import make_page
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -145,7 +146,7 @@ def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
 
 
 def test_values_that_are_missing_leave_their_picture_out(tmp_path):
-    from fimprobe.gallery import make_pictures
+    from fimprobe.plots.gallery import make_pictures
 
     reports = train(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"])
     assert reports[0].total.i1.label_variance is None
@@ -158,7 +159,7 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
 
 
 def test_without_matplotlib_there_are_tables_and_the_remedy(run, monkeypatch):
-    for name in ("fimprobe.drawing", "fimprobe.pictures", "fimprobe.gallery"):
+    for name in ("fimprobe.plots.style", "fimprobe.plots.figures", "fimprobe.plots.gallery"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     text = make_page(fimprobe.read(run[0]))

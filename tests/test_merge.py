@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 import fimprobe
 from fimprobe import FimprobeError
-from fimprobe.batch import Batch
+from fimprobe.distributed.merge import (
+    common_shapes,
+    merge,
+    merge_bounds,
+    shapes_of,
+    take_sums,
+    without_sums,
+)
 from fimprobe.estimators import reliability
 from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
-from fimprobe.estimators.tightness import _of_outputs
-from fimprobe.merge import common_shapes, merge, merge_bounds, shapes_of, take_sums, without_sums
-from fimprobe.types import Draws
+from fimprobe.estimators.variance_bounds import _of_outputs
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
 
 pytestmark = pytest.mark.usefixtures("double", "raw_numbers")
 WITHHOLD = reliability.withhold

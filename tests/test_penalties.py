@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fimprobe import penalties
+from fimprobe.errors import FimprobeError
 from fimprobe.penalties import frobenius, spectral
-from fimprobe.types import FimprobeError
 
 
 def mlp():

@@ -13,11 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import nn
 
 import fimprobe
-from fimprobe import pictures
-from fimprobe.album import MOST_COLUMNS, Album, condense
-from fimprobe.drawing import shorten, to_png, to_svg
-from fimprobe.gallery import make_pictures
-from fimprobe.pictures import MOST_ROWS
+from fimprobe.plots import figures as pictures
+from fimprobe.plots.figures import MOST_ROWS
+from fimprobe.plots.gallery import make_pictures
+from fimprobe.plots.history import MOST_COLUMNS, Album, condense
+from fimprobe.plots.style import shorten, to_png, to_svg
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
 from reports import make_report  # noqa: E402

@@ -24,9 +24,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fimprobe
-from fimprobe import probe as probe_module
-from fimprobe import ranks
+from fimprobe.distributed import processes as ranks
 from fimprobe.estimators import reliability
+from fimprobe.probe import probe as probe_module
 
 LEAN = {"likelihood": "categorical", "tensorboard": False, "estimators": ["i1"], "bounds": False}
 
@@ -203,7 +203,7 @@ def fail(error, where, culprit):
     """One process fails at step 1, in the measurement or before it; training goes on."""
 
     def check(rank, size, out):
-        from fimprobe import measurement
+        from fimprobe.measurement import measure as measurement
 
         def act():
             model = net()

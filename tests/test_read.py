@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.cli import main
-from fimprobe.records import latest_training
-from fimprobe.table import format_table, make_rows
+from fimprobe.cli.commands import main
+from fimprobe.report.table import format_table, make_rows
+from fimprobe.runs.reader import latest_training
 
 
 def train(folder, *, steps=3, **options):

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fimprobe
-from fimprobe.schedule import At, Budget, Every
+from fimprobe.training.schedule import At, Budget, Every
 
 
 def test_every_and_at():

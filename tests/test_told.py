@@ -16,7 +16,7 @@ from torch import nn
 import fimprobe
 from fimprobe import BatchError, FimprobeError
 
-probe_module = sys.modules["fimprobe.probe"]
+probe_module = sys.modules["fimprobe.probe.probe"]
 
 
 def told(caplog):
@@ -83,7 +83,7 @@ def test_an_error_while_capturing(part, monkeypatch, caplog):
 
     net, plain = mlp(), mlp()
     plain.load_state_dict(net.state_dict())
-    monkeypatch.setattr(sys.modules["fimprobe.capture"], part, fail)
+    monkeypatch.setattr(sys.modules["fimprobe.training.capture"], part, fail)
     x, y = data(6, 4)
     with fimprobe.attach(net, likelihood="categorical", **EVERY):
         train(net, 4, x, y)

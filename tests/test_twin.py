@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from fimprobe import FimprobeError, measure
-from fimprobe.twin import make_twin, trainable, unwrap
+from fimprobe.model.twin import make_twin, trainable, unwrap
 
 
 class Tied(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fimprobe.types import MomentsBatch
+from fimprobe.statistics import MomentsBatch
 
 
 def compare(

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.groups import Groups, Members
 from fimprobe.estimators.pair_variance import pair_variances
-from fimprobe.types import Estimate, Moments, MomentsBatch
+from fimprobe.statistics import Moments, MomentsBatch
 
 Value = TypeVar("Value", float, Tensor)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.groups import Groups, Members
 from fimprobe.estimators.i1 import (
     InputSums,
@@ -21,7 +22,7 @@ from fimprobe.estimators.i1 import (
     skewness,
 )
 from fimprobe.estimators.pair_variance import pair_variances
-from fimprobe.types import CurvatureBatch, Estimate, Measured, MomentsBatch
+from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch
 
 
 def label_variance(squares: Tensor, weights: Tensor) -> Tensor:

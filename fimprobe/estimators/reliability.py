@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fimprobe.types import Estimate
+from fimprobe.estimators.estimate import Estimate
 
 MIN_EFFECTIVE_INPUTS = 5
 """Below so many effective inputs no error is claimed."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fimprobe.errors import FimprobeError
+from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.bernoulli import Bernoulli
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.likelihoods.gaussian import Gaussian
 from fimprobe.likelihoods.independent import Independent
 from fimprobe.likelihoods.poisson import Poisson
-from fimprobe.types import FimprobeError, Likelihood
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
@@ -47,7 +48,7 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):
         raise FimprobeError(
             f"likelihood={likelihood!r} is no likelihood; pass one of {sorted(LIKELIHOODS)} or an "
-            "instance with the methods of fimprobe.types.Likelihood"
+            "instance with the methods of fimprobe.likelihoods.base.Likelihood"
         )
     return likelihood
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimprobe.likelihoods.norms import combine, position_mask
+from fimprobe.errors import FimprobeError
+from fimprobe.likelihoods.base import OutputNorms, Pass
+from fimprobe.likelihoods.output_norms import combine, position_mask
 from fimprobe.likelihoods.size_biased import SizeBiasedSampler
-from fimprobe.types import FimprobeError, OutputNorms, Pass
 
 IGNORED = -100
 """The label of a position that has none, as in torch's cross-entropy."""

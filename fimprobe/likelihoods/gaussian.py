@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.independent import Independent, precise
-from fimprobe.types import FimprobeError
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fimprobe.likelihoods.norms import combine, position_mask
-from fimprobe.types import FimprobeError, OutputNorms, Pass
+from fimprobe.errors import FimprobeError
+from fimprobe.likelihoods.base import OutputNorms, Pass
+from fimprobe.likelihoods.output_norms import combine, position_mask
 
 REMAINDER = 1e-9
 """The share of E score² that the probabilities of a family may leave out."""

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.gaussian import Gaussian
-from fimprobe.types import Likelihood
 
 
 class SizeBiasedScores(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fimprobe.report import Report
+from fimprobe.report.report import Report
 
 FILE_NAME = "fimprobe.jsonl"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from fimprobe.report import Report
+from fimprobe.report.report import Report
 
 
 class MemorySink:

@@ -111,7 +111,7 @@ def main() -> int:
     sizes, device = (TINY, Device("cpu")) if options.cpu else (FULL, Device("cuda"))
     if options.cpu:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
-        from fimprobe.engines import fused
+        from fimprobe.engines.moments import fused
 
         fused.INTERPRET = True
     torch.manual_seed(0)
@@ -156,7 +156,7 @@ def plain(model: nn.Module, tokens: Tensor, autocast: bool = False) -> Callable[
 def probe(model: nn.Module, tokens: Tensor, **options: Any) -> Callable[[], Any]:
     """Î₁ of all parameters: A2, A4, Q and Gram matrices; the plan is made in the first call."""
     import fimprobe
-    from fimprobe.engines.problem import Plan
+    from fimprobe.engines.tracing.plan import Plan
 
     settings = {"estimators": ["i1"], "bounds": False, "memory_mb": CEILING, "plan": Plan()}
     settings |= {"likelihood": "categorical", "draws": 1} | options
@@ -223,8 +223,8 @@ def memory(sizes: Sizes, device: Device) -> list[Row]:
 
 def rates(sizes: Sizes, device: Device) -> list[Row]:
     """The kernel against torch.bmm on the same product Δᵀ X, for the small decoder's layers."""
-    from fimprobe.engines.fused import Operands, add_fused
-    from fimprobe.engines.ledger import Ledger
+    from fimprobe.engines.moments.accumulators import Ledger
+    from fimprobe.engines.moments.fused import Operands, add_fused
 
     width = sizes.small[1]
     rows = []

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from truth import reason
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 
 SLACK = 0.15
 """What a slope may exceed its bar by: the scatter of a fit to three or four points."""

@@ -162,8 +162,9 @@ def _flat() -> nn.Module:
 
 def trainer_steps(kind: int) -> float:
     """µs a step of Hugging Face's Trainer: without, with an empty callback, with the probe's."""
-    from fimprobe.integrations.huggingface import FimProbeCallback
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from fimprobe.integrations.huggingface import FimProbeCallback
 
     marks: list[float] = []
 

@@ -12,7 +12,7 @@ from problems import Problem
 from torch import Tensor
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 
 Diagonal = dict[str, Tensor]
 """Parameter -> estimate of the diagonal of F, summed over the batch unless the row says otherwise."""

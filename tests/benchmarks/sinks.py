@@ -12,10 +12,13 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
 from reports import make_report  # noqa: E402
 
-from fimprobe.album import Album
-from fimprobe.drawing import to_png
-from fimprobe.gallery import OVER_STEPS, make_pictures  # noqa: E402
-from fimprobe.sinks.tensorboard import TensorboardSink  # noqa: E402
+from fimprobe.plots.gallery import (
+    OVER_STEPS,  # noqa: E402
+    make_pictures,
+)
+from fimprobe.plots.history import Album
+from fimprobe.plots.style import to_png
+from fimprobe.sinks.tensorboard.sink import TensorboardSink  # noqa: E402
 
 
 def draw(album, report):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fimprobe
-from fimprobe.demo import _cnn, _mlp
+from fimprobe.cli.demo import _cnn, _mlp
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
@@ -139,9 +139,10 @@ def plain_loop(make: Callable[[], nn.Module], shape: tuple[int, ...], batch: int
 
 def gpt2_example(steps: int, options: dict[str, Any] | None) -> Taken:
     """examples/gpt2_on_source.py with the options in place of its file."""
-    from fimprobe.integrations.huggingface import FimProbeCallback
     from gpt2_on_source import Source, make_gpt2
     from transformers import Trainer, TrainingArguments
+
+    from fimprobe.integrations.huggingface import FimProbeCallback
 
     torch.manual_seed(0)
     probing = None if options is None else FimProbeCallback(**options)

@@ -2,13 +2,13 @@
 
 import torch
 
-from fimprobe.batch import Batch
-from fimprobe.engines.plan import make_plan, measure_planned
-from fimprobe.engines.problem import Problem
+from fimprobe.engines.autograd.verification import make_plan, measure_planned
+from fimprobe.engines.problem.problem import Problem
 from fimprobe.likelihoods import get_likelihood
-from fimprobe.options import select_outputs
-from fimprobe.twin import make_twin
-from fimprobe.types import Draws
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
 
 
 def make_problem(model, inputs, *, likelihood="categorical", draws=None, mask=None, memory_mb=512):

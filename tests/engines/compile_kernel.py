@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fimprobe.engines.kernel import CONFIGURATIONS, moments
+from fimprobe.engines.moments.triton_kernel import CONFIGURATIONS, moments
 
 POINTERS = {
     "TOKENS": "*i64",

@@ -9,7 +9,7 @@ from cases import CASES
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")
 

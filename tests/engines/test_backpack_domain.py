@@ -13,7 +13,7 @@ from cases import CASES, Lambda, gpt2
 from torch import nn
 
 from fimprobe.engines.backpack import hessian_diagonals, measure_moments, offending_modules
-from fimprobe.types import FimprobeError
+from fimprobe.errors import FimprobeError
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:Using padding", "ignore:.*weight_norm")
 
@@ -273,7 +273,7 @@ def test_a_wrong_hessian_is_seen_and_its_module_named(double, monkeypatch):
         return found | {"2.weight": found["2.weight"] * 1.001}
 
     assert offending_modules(problem, second_order=True) == {}
-    monkeypatch.setattr("fimprobe.engines.backpack.comparison.hessian_in_domain", wrong)
+    monkeypatch.setattr("fimprobe.engines.backpack.verification.hessian_in_domain", wrong)
     found = offending_modules(problem, second_order=True)
     assert found == {"2": "guard: its Hessian differs from that of double backward"}
 

@@ -9,10 +9,11 @@ from agreement import by_autograd, close, make_problem, same
 from cases import Lambda, lively, net
 from torch import nn
 
+from fimprobe.engines.autograd.verification import make_plan, measure_planned
 from fimprobe.engines.backpack import measure_moments, offending_modules
-from fimprobe.engines.plan import make_plan, measure_planned
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Categorical, Gaussian
-from fimprobe.types import Draws, FimprobeError
+from fimprobe.likelihoods.draws import Draws
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:Using padding", "ignore:.*weight_norm")
 

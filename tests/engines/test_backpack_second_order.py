@@ -7,15 +7,15 @@ from agreement import by_autograd, close, make_problem
 from cases import Lambda, head, lively
 from torch import nn
 
-from fimprobe.batch import Batch
 from fimprobe.engines.backpack import (
     ggn_diagonals,
     hessian_diagonals,
     measure_moments,
     offending_modules,
 )
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Categorical, Gaussian
-from fimprobe.types import FimprobeError
+from fimprobe.model.batch import Batch
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:Using padding", "ignore:.*weight_norm")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fimprobe.engines.backward import pull_back, push_forward
+from fimprobe.engines.primitives.products import pull_back, push_forward
 
 
 def graph():

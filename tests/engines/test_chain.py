@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from cases import CASES, Lambda
 from torch import nn
 
-import fimprobe.engines.operators as operators
-import fimprobe.engines.patches as patches
-import fimprobe.engines.spectral as spectral
-from fimprobe.batch import Batch
-from fimprobe.engines.chain import chain_bounds
-from fimprobe.engines.problem import Problem
-from fimprobe.engines.windows import Window
+import fimprobe.jacobian_bounds.input_norms as patches
+import fimprobe.jacobian_bounds.operator_norms as operators
+import fimprobe.jacobian_bounds.spectral_norm as spectral
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.errors import BatchError
+from fimprobe.jacobian_bounds.conv_geometry import Window
+from fimprobe.jacobian_bounds.layer_bounds import chain_bounds
 from fimprobe.likelihoods import Gaussian
-from fimprobe.options import select_outputs
-from fimprobe.twin import make_twin
-from fimprobe.types import BatchError, Draws
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
 
 SLACK, ATOL = 1 + 1e-9, 1e-13
 

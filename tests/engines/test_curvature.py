@@ -11,18 +11,20 @@ from cases import CASES, Lambda, head, lively
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fimprobe.batch import Batch
-from fimprobe.engines import curvature, curves
-from fimprobe.engines.curvature import direction_of
-from fimprobe.engines.plan import make_plan, measure_planned
-from fimprobe.engines.problem import Ask, Problem
-from fimprobe.engines.seeds import curvature_seeds, label_seeds
-from fimprobe.engines.signs import signs
+from fimprobe.engines.autograd.verification import make_plan, measure_planned
+from fimprobe.engines.curvature import accumulator as curves
+from fimprobe.engines.curvature import measure as curvature
+from fimprobe.engines.primitives import random_signs
+from fimprobe.engines.primitives.random_signs import direction_of, signs
+from fimprobe.engines.problem.cotangents import curvature_seeds, label_seeds
+from fimprobe.engines.problem.problem import Ask, Problem
 from fimprobe.estimators.i2 import block_gram, label_variance, probe_error, whole_gram
 from fimprobe.likelihoods import Gaussian, get_likelihood
-from fimprobe.options import select_outputs
-from fimprobe.twin import make_twin
-from fimprobe.types import Draws, Pass
+from fimprobe.likelihoods.base import Pass
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
 
 
 class Seeded(Gaussian):
@@ -311,6 +313,7 @@ def orthogonal_measurement(monkeypatch, problem, **sizes):
     array = Orthogonal(**sizes)
     monkeypatch.setattr(curvature, "signs", array)
     monkeypatch.setattr(curves, "signs", array)
+    monkeypatch.setattr(random_signs, "signs", array)
     measured = measure_planned(problem, make_plan(problem))
     assert measured.notes == []
     return measured.curvature

@@ -204,7 +204,7 @@ def test_agrees_with_backpack_on_the_same_scores(name, double):
     "name", ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", "shared deltas"]
 )
 def test_chunks_of_1_and_3_and_all_agree(name, draws, double):
-    from fimprobe.engines.problem import Plan
+    from fimprobe.engines.tracing.plan import Plan
 
     case = CASES[name]()
     reports = []
@@ -243,7 +243,7 @@ def test_float32_range_of_convolutions(factor):
 
 def test_labels_drawn_in_pieces_are_the_same(monkeypatch):
     """Outputs of language models do not fit several times in float64."""
-    from fimprobe.engines import seeds
+    from fimprobe.engines.problem import cotangents as seeds
 
     model, x = torch.nn.Linear(3, 5), torch.randn(7, 2, 3)
     options = {"likelihood": "categorical", "draws": 3, "estimators": ["i1"], "bounds": False}

@@ -13,12 +13,13 @@ import triton  # a CI without it fails: these tests are the kernel's only ones w
 from torch import nn
 
 import fimprobe
-from fimprobe.engines import fused, kernel
-from fimprobe.engines.gather import Contraction, met_uses
-from fimprobe.engines.ledger import Ledger
-from fimprobe.engines.powers import Weights
-from fimprobe.engines.rules import Call, rules_for
-from fimprobe.engines.tape import Use
+from fimprobe.engines.layers.rules import Call, rules_for
+from fimprobe.engines.moments import fused
+from fimprobe.engines.moments import triton_kernel as kernel
+from fimprobe.engines.moments.accumulators import Ledger
+from fimprobe.engines.moments.contraction import Contraction, met_uses
+from fimprobe.engines.problem.weights import Weights
+from fimprobe.engines.tracing.tape import Use
 
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -369,7 +370,7 @@ def test_the_guard_takes_the_fused_path_too(monkeypatch):
         original(accumulator, operands, weights)
         accumulator.a2 *= 1.5
 
-    from fimprobe.engines import gather
+    from fimprobe.engines.moments import contraction as gather
 
     monkeypatch.setattr(gather, "add_fused", wrong)
     report = fimprobe.measure(
@@ -379,7 +380,9 @@ def test_the_guard_takes_the_fused_path_too(monkeypatch):
 
 
 def test_importing_fimprobe_imports_no_triton():
-    code = "import sys, fimprobe, fimprobe.engines.gather; print('triton' in sys.modules)"
+    code = (
+        "import sys, fimprobe, fimprobe.engines.moments.contraction; print('triton' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

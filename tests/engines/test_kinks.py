@@ -9,7 +9,7 @@ from cases import Lambda
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.kinks import _MODULES, find_kinks
+from fimprobe.engines.tracing.smoothness import _MODULES, find_kinks
 
 OPTIONS = {
     "AdaptiveMaxPool1d": (2,), "AdaptiveMaxPool2d": (2,), "AdaptiveMaxPool3d": (2,),

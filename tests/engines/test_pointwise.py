@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import activations
 
-from fimprobe.engines.layouts import Layouts
-from fimprobe.engines.pointwise import curve_of, forward_of
-from fimprobe.engines.tape import record
+from fimprobe.engines.layers.activations import curve_of, forward_of
+from fimprobe.engines.tracing.batch_layout import Layouts
+from fimprobe.engines.tracing.tape import record
 
 MODULES = {
     "GELU": nn.GELU(),

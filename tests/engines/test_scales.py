@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")

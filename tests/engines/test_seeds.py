@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.batch import Batch
-from fimprobe.engines.problem import Ask, Problem
-from fimprobe.engines.seeds import curvature_seeds, label_seeds, output_seeds
+from fimprobe.engines.problem.cotangents import curvature_seeds, label_seeds, output_seeds
+from fimprobe.engines.problem.problem import Ask, Problem
 from fimprobe.estimators import groups
 from fimprobe.likelihoods import get_likelihood
-from fimprobe.options import select_outputs
-from fimprobe.twin import make_twin
-from fimprobe.types import Draws
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
 
 
 def seeds_of(net, x, *, mask=None, probes=3, family="categorical"):

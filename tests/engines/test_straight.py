@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from cases import Lambda
 from torch import nn
 
-from fimprobe.engines.layouts import Layouts
-from fimprobe.engines.straight import piecewise_linear
-from fimprobe.engines.tape import record
+from fimprobe.engines.tracing.batch_layout import Layouts
+from fimprobe.engines.tracing.smoothness import piecewise_linear
+from fimprobe.engines.tracing.tape import record
 
 SIZE = 3
 

@@ -8,12 +8,13 @@ from far import FAR, Far, on_host
 from torch import nn
 
 import fimprobe
-from fimprobe.engines import fused, kernel
-from fimprobe.engines.fetch import fetch, upload
-from fimprobe.engines.problem import Plan
-from fimprobe.types import BatchError
+from fimprobe.engines.moments import fused
+from fimprobe.engines.moments import triton_kernel as kernel
+from fimprobe.engines.primitives.device_transfer import fetch, upload
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.errors import BatchError
 
-ONE = {("fetch", "fetch.fetch < sums.finish"): 1}
+ONE = {("fetch", "device_transfer.fetch < results.finish"): 1}
 
 
 @pytest.fixture
@@ -103,18 +104,18 @@ def test_the_rest_waits_for_known_reasons(gpu):
     far = waited(*MODELS["tied language model"](), draws=2, estimators=["i1", "i2", "ih"])
     places = {where.split(" < ")[0] for _, where in far.waits}
     assert places == {
-        "fetch.fetch",
+        "device_transfer.fetch",
         "problem.forward",  # with bounds the outputs are looked at before LAPACK meets them
         "categorical.norms",
         "categorical._position_norms",
-        "between.normalised",
-        "paths.per_sample",
+        "tensor_functions.normalised",
+        "path.per_sample",
         "rules.embedding_tokens",
-        "operators._scaled",
-        "operators.linear_norms",
-        "patches.linear_input_norms",
-        "spectral.gram_bound",
-        "spectral.blocks_norm",
+        "operator_norms._scaled",
+        "operator_norms.linear_norms",
+        "input_norms.linear_input_norms",
+        "spectral_norm.gram_bound",
+        "spectral_norm.blocks_norm",
     }
 
 
@@ -143,7 +144,7 @@ def test_fetching_keeps_types_shapes_and_what_is_none():
         found = fetch(tree)
         assert torch.equal(fetch(found)["a"][0], found["a"][0])
         assert on_host(found["a"][1])
-    assert dict(far.waits) == {("fetch", "fetch.fetch"): 1}
+    assert dict(far.waits) == {("fetch", "device_transfer.fetch"): 1}
     assert found["b"][0] is None
     assert found["b"][2] == 7
     for have, want in ((found["a"], tree["a"]), (found["b"][1:2], tree["b"][1:2])):

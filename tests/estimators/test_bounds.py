@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import fimprobe
-from fimprobe.engines.problem import Plan
-from fimprobe.estimators.tightness import bound_hessians
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.estimators.estimate import Estimate
+from fimprobe.estimators.variance_bounds import bound_hessians
 from fimprobe.likelihoods import Categorical, get_likelihood
-from fimprobe.types import CurvatureBatch, Estimate, OutputNorms
+from fimprobe.likelihoods.base import OutputNorms
+from fimprobe.statistics import CurvatureBatch
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
-from fimprobe.estimators.bounds import (
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.estimators.covariance_norms import (
     SMALL,
     hessian_covariance_square,
     score_covariance_norm,

@@ -9,7 +9,7 @@ from cases import CASES, Lambda, lively
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian, get_likelihood
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")

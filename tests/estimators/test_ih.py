@@ -7,7 +7,7 @@ from cases import CASES, lively
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")

@@ -11,10 +11,10 @@ from torch import nn
 
 import fimprobe
 from fimprobe import FimprobeError
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.pair_variance import PairVariance, pair_variances
 from fimprobe.likelihoods import Gaussian
-from fimprobe.types import Estimate
 
 KINDS = ("i1", "i2", "ih")
 

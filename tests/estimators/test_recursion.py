@@ -9,7 +9,7 @@ from cases import Lambda, lively
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian
 
 pytestmark = pytest.mark.usefixtures("raw_numbers")

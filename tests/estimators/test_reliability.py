@@ -10,10 +10,10 @@ from torch import nn
 
 import fimprobe
 from fimprobe.estimators import reliability
+from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.pair_variance import PairVariance
 from fimprobe.likelihoods import Gaussian
-from fimprobe.table import format_table
-from fimprobe.types import Estimate
+from fimprobe.report.table import format_table
 
 KINDS = ("i1", "i2", "ih")
 DERIVED = {"pairs": ("one_label_error", "pairs_for_10_percent", "pairs_error", "total_variance")}

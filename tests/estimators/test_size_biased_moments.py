@@ -14,7 +14,7 @@ from cases import lively
 from torch import Tensor, nn
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("double", "raw_numbers")
 

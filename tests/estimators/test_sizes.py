@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.estimators.sizes import count_sizes
-from fimprobe.sampling import MOST, spread
+from fimprobe.estimators.diagonal_histogram import count_sizes
+from fimprobe.statistics import MOST, spread
 
 
 def count(tensors):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
 import fimprobe
-from fimprobe.engines.problem import Plan
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian
 
 ARCHITECTURES, EACH = 40, 25

@@ -16,8 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 import fimprobe
-from fimprobe import FimprobeError, ranks, sharded
+from fimprobe import FimprobeError
+from fimprobe.distributed import processes as ranks
 from fimprobe.estimators import reliability
+from fimprobe.model import fsdp as sharded
 
 SIZE, STEPS = 12, 3
 OPTIONS = {"estimators": ("i1",), "bounds": False, "tensorboard": False}

@@ -21,7 +21,6 @@ import fimprobe
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fimprobe.integrations.huggingface import FimProbeCallback, _headlines  # noqa: E402
 from transformers import (  # noqa: E402
     GPT2Config,
     GPT2LMHeadModel,
@@ -32,6 +31,8 @@ from transformers import (  # noqa: E402
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback  # noqa: E402
+
+from fimprobe.integrations.huggingface import FimProbeCallback, _headlines  # noqa: E402
 
 TOKENS, LENGTH = 11, 6
 I1 = {"schedule": {"every": 1}, "estimators": "i1", "bounds": False}

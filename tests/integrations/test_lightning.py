@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fimprobe.integrations.lightning import FimProbeCallback  # first: it hides a broken torchvision
 from torch import nn
 
 import fimprobe
 from fimprobe import FimprobeError
+from fimprobe.integrations.lightning import FimProbeCallback  # first: it hides a broken torchvision
 
 pl = pytest.importorskip("lightning.pytorch")
 

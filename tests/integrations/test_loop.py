@@ -10,7 +10,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe import FimprobeError
-from fimprobe.engines import seeds
+from fimprobe.engines.problem import cotangents as seeds
 
 EVERY = {
     "schedule": {"every": 1},

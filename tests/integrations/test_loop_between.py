@@ -7,14 +7,14 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from fimprobe.integrations.loop import Trains
 from test_loop import EVERY, KNOWN, data, equal, expected, mlp, sgd, train
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fimprobe
-from fimprobe.schedule import Budget
+from fimprobe.probe.optimizers import Trains
+from fimprobe.training.schedule import Budget
 
 
 class Dispatched(TorchDispatchMode):
@@ -86,7 +86,7 @@ def test_a_step_between_probes_adds_no_tensor_operation(mode, schedule, estimato
         for _ in range(3):
             tagger_step(net, ours)
         assert calls_of(mode, net, ours) == want and len(probe.history) == 1
-        probe.schedule = fimprobe.schedule.Every(1)
+        probe.schedule = fimprobe.training.schedule.Every(1)
         probed = calls_of(mode, net, ours)  # the comparison sees a probe
         assert len(probe.history) == 2 and len(probed) > 2 * len(want)
     assert probe.steps == 5
@@ -200,7 +200,7 @@ def test_nothing_of_a_step_outlives_it(when, estimators):
         if when in ("due", "between"):
             tagger_step(net, optimizer)
         if when in ("undecided", "between"):
-            probe.schedule = fimprobe.schedule.At([])
+            probe.schedule = fimprobe.training.schedule.At([])
         Recorded.arrived = []
         tokens = torch.randint(11, (6, 7))
         out = net(tokens)

@@ -27,15 +27,15 @@ from transformers_cases import (
 )
 
 import fimprobe
-from fimprobe.batch import Batch
-from fimprobe.engines.curvature import direction_of
-from fimprobe.engines.plan import check_curvature, make_plan, measure_planned
-from fimprobe.engines.problem import Problem
+from fimprobe.engines.autograd.verification import check_curvature, make_plan, measure_planned
+from fimprobe.engines.primitives.random_signs import direction_of
+from fimprobe.engines.problem.problem import Problem
 from fimprobe.likelihoods import Categorical, Gaussian
-from fimprobe.likelihoods.heads import mask_of
-from fimprobe.options import select_outputs
-from fimprobe.twin import make_twin
-from fimprobe.types import Draws
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
+from fimprobe.training.transformers_heads import mask_of
 
 DRAWS = 3
 

@@ -7,8 +7,8 @@ from decimal import Decimal, getcontext
 import pytest
 import torch
 
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian, Poisson, get_likelihood, sample
-from fimprobe.types import FimprobeError
 
 getcontext().prec = 60
 FAMILIES = {

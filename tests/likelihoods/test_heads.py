@@ -31,9 +31,9 @@ from transformers_cases import (
 )
 
 import fimprobe
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian
-from fimprobe.likelihoods.heads import find_head, infer_from_model, labels_of, mask_of
-from fimprobe.types import FimprobeError
+from fimprobe.training.transformers_heads import find_head, infer_from_model, labels_of, mask_of
 
 
 def log_likelihoods(likelihood, outputs, labels, mask):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fimprobe
-from fimprobe.likelihoods.infer import ignored_positions, infer_from_gradient
+from fimprobe.training.loss_inference import ignored_positions, infer_from_gradient
 
 
 def infer(h, loss, scale=1.0):

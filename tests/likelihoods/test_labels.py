@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from fimprobe.likelihoods.labels import labels_from_gradient
-from fimprobe.types import BatchError, FimprobeError
+from fimprobe.training.data_labels import labels_from_gradient
 
 
 def gradient(h, loss):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from fimprobe.likelihoods.norms import combine
-from fimprobe.types import FimprobeError, Likelihood, OutputNorms
+from fimprobe.likelihoods.base import Likelihood, OutputNorms
+from fimprobe.likelihoods.output_norms import combine
 
 getcontext().prec = 60
 FIELDS = list(OutputNorms.__dataclass_fields__)

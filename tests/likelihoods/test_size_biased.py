@@ -14,13 +14,10 @@ import pytest
 import torch
 
 from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian, Independent, Poisson, categorical
+from fimprobe.likelihoods.base import Likelihood
+from fimprobe.likelihoods.draws import Draws
 from fimprobe.likelihoods.independent import REMAINDER
-from fimprobe.likelihoods.size_biased import (
-    draw_size_biased,
-    expected_squares,
-    has_size_biased_draws,
-)
-from fimprobe.types import Draws, Likelihood
+from fimprobe.likelihoods.size_biased import draw_size_biased, expected_squares, has_size_biased_draws
 
 F64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -732,7 +729,7 @@ def test_means_of_draws_are_those_of_the_model(kind, e):
 
 
 class Protocol:
-    """What :class:`fimprobe.types.Likelihood` asks for and no more."""
+    """What :class:`fimprobe.likelihoods.base.Likelihood` asks for and no more."""
 
     def __init__(self, family):
         for name in dir(Likelihood):

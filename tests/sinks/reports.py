@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from fimprobe.estimators.estimate import Estimate, GroupEstimates, OutputSummary
 from fimprobe.estimators.pair_variance import PairVariance
-from fimprobe.report import Report
-from fimprobe.types import Estimate, GroupEstimates, OutputSummary
+from fimprobe.report.report import Report
 
 _BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -13,7 +13,7 @@ import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 
-from fimprobe.sinks.tensorboard import TensorboardSink  # noqa: E402
+from fimprobe.sinks.tensorboard.sink import TensorboardSink  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reports import make_report  # noqa: E402

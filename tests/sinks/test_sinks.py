@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fimprobe
-from fimprobe.cli import main
+from fimprobe.cli.commands import main
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 import fimprobe
-from fimprobe.origin import describe_run
-from fimprobe.schedule import Schedule
-from fimprobe.sinks.tensorboard import TensorboardSink, is_kept
-from fimprobe.types import FimprobeError
+from fimprobe.errors import FimprobeError
+from fimprobe.report.run_info import describe_run
+from fimprobe.sinks.tensorboard.sink import TensorboardSink, is_kept
+from fimprobe.training.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reports import FEW, make_report  # noqa: E402
@@ -320,7 +320,7 @@ def test_a_run_resumed_within_a_second_is_read_in_order(tmp_path, monkeypatch):
 
 def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_path, caplog):
     code = (
-        "import os, sys; from fimprobe.sinks.tensorboard import TensorboardSink\n"
+        "import os, sys; from fimprobe.sinks.tensorboard.sink import TensorboardSink\n"
         "sink = TensorboardSink(sys.argv[1], figures=False); print('open', flush=True)\n"
         "sys.stdin.read(); os._exit(1)"
     )
@@ -368,8 +368,8 @@ def test_a_report_is_on_disk_when_write_returns(tmp_path):
 def test_files_grow_by_the_rule(tmp_path, monkeypatch):
     kept = [n for n in range(1, 10_001) if is_kept(n, 100)]
     assert kept[:100] == list(range(1, 101)) and len(kept) <= 100 * (1 + math.log2(100))
-    monkeypatch.setattr("fimprobe.sinks.tensorboard.DENSE", 4)
-    monkeypatch.setattr("fimprobe.sinks.tensorboard.DENSE_PAGES", 2)
+    monkeypatch.setattr("fimprobe.sinks.tensorboard.sink.DENSE", 4)
+    monkeypatch.setattr("fimprobe.sinks.tensorboard.sink.DENSE_PAGES", 2)
     write(tmp_path, [make_report(3, n) for n in range(1, 12)], figures=False)
     events = load(tmp_path)
     assert [e.step for e in events.Scalars("fim/i1/trace")] == [1, 2, 3, 4, 6, 8, 11]
@@ -392,7 +392,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, caplog, monkeypatch):
 
 
 def test_neither_import_nor_measure_loads_matplotlib():
-    code = "import sys, fimprobe, fimprobe.sinks.tensorboard; print('matplotlib' in sys.modules)"
+    code = "import sys, fimprobe, fimprobe.sinks.tensorboard.sink; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fimprobe.batch import Batch
 from fimprobe.engines.backpack.domain import check_domain, offending_modules
 from fimprobe.engines.backpack.first_order import moments_in_domain
 from fimprobe.engines.backpack.second_order import ggn_in_domain, hessian_in_domain
-from fimprobe.engines.problem import Problem
-from fimprobe.types import MomentsBatch
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.model.batch import Batch
+from fimprobe.statistics import MomentsBatch
 
 __all__ = ["ggn_diagonals", "hessian_diagonals", "measure_moments", "offending_modules"]
 

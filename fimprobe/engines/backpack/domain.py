@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fimprobe.engines.backpack.calls import watch
-from fimprobe.engines.backpack.comparison import compare_curvature, compare_gradients
-from fimprobe.engines.backpack.modules import own_trainable
-from fimprobe.engines.backpack.options import module_reason
-from fimprobe.engines.problem import Problem
-from fimprobe.types import FimprobeError
+from fimprobe.engines.backpack.call_checks import watch
+from fimprobe.engines.backpack.derivatives import own_trainable
+from fimprobe.engines.backpack.module_options import module_reason
+from fimprobe.engines.backpack.verification import compare_curvature, compare_gradients
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.errors import FimprobeError
 
 
 def offending_modules(

@@ -8,14 +8,15 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from fimprobe.engines.backpack.guards import check_copies, check_total
+from fimprobe.engines.backpack.derivatives import own_trainable
+from fimprobe.engines.backpack.first_order_rules import Collect, Job, Sums
 from fimprobe.engines.backpack.hooks import extended
-from fimprobe.engines.backpack.modules import own_trainable
-from fimprobe.engines.backpack.moments import Collect, Job, Sums
-from fimprobe.engines.powers import Weights
-from fimprobe.engines.problem import Problem
-from fimprobe.engines.seeds import check_passes, label_seeds, seen_mass
-from fimprobe.types import FimprobeError, MomentsBatch
+from fimprobe.engines.backpack.sum_checks import check_copies, check_total
+from fimprobe.engines.problem.cotangents import check_passes, label_seeds, seen_mass
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.engines.problem.weights import Weights
+from fimprobe.errors import FimprobeError
+from fimprobe.statistics import MomentsBatch
 
 
 def moments_in_domain(problem: Problem) -> MomentsBatch:

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimprobe.batch import Batch
-from fimprobe.engines.backpack.curved_rules import (
+from fimprobe.engines.backpack.derivatives import derivatives_of
+from fimprobe.engines.backpack.hooks import extended
+from fimprobe.engines.backpack.second_order_rules import (
     Seeded,
     ggn_extension,
     hessian_extension,
     spread,
 )
-from fimprobe.engines.backpack.hooks import extended
-from fimprobe.engines.backpack.modules import derivatives_of
-from fimprobe.engines.problem import Problem
-from fimprobe.types import FimprobeError
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.errors import FimprobeError
+from fimprobe.model.batch import Batch
 
 Start = Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]
 """From a chunk's rows and outputs h: the gradient at the outputs, and factors of the curvature."""

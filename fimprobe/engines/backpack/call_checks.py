@@ -1,0 +1,147 @@
+"""What one forward pass shows of how the modules are called, and where that leaves the domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimprobe.engines.backpack.module_options import module_reason
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.errors import BatchError
+
+
+@dataclass
+class _Call:
+    """One call of a module, as its forward hook saw it."""
+
+    path: str
+    inputs: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Any
+    node: Any
+    version: int
+
+
+def watch(
+    problem: Problem, rows: Tensor, modules: dict[str, nn.Module], chain: bool
+) -> dict[str, str]:
+    """What one forward pass on the samples ``rows`` shows to be outside of the domain."""
+    calls: list[_Call] = []
+    try:
+        h = _forward(problem, rows, modules, calls)
+    except BatchError:
+        raise
+    except Exception as error:  # the model's own code raises anything
+        return {"": f"its forward fails on {len(rows)} samples: {error}"}
+    found: dict[str, str] = {}
+    uses, nodes = _uses(h)
+    for path, module in modules.items():
+        mine = [call for call in calls if call.path == path]
+        parameters = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        count = max((uses.get(id(p), 0) for p in parameters), default=0)
+        if not count and not (chain and mine):
+            continue  # the outputs do not depend on it
+        reason: str | None
+        if len(mine) != 1:
+            reason = f"called {len(mine)} times in a forward pass, not once"
+        elif count > 1 or (count and mine[0].node not in nodes):
+            reason = "a parameter is used outside of its forward"
+        else:
+            reason = module_reason(module, second_order=chain)
+            reason = reason or _call_reason(module, mine[0], len(rows))
+        if reason is not None:
+            found[path] = reason
+    if chain:
+        found = _chain_reasons(problem, rows, calls, h) | found
+    return found
+
+
+def _forward(
+    problem: Problem, rows: Tensor, modules: dict[str, nn.Module], calls: list[_Call]
+) -> Tensor:
+    """The outputs; adds the modules' calls."""
+
+    def note(path: str, module: Any, inputs: Any, keywords: Any, output: Any) -> None:
+        tensor = isinstance(output, Tensor)
+        node, version = (output.grad_fn, output._version) if tensor else (None, 0)
+        calls.append(_Call(path, inputs, keywords, output, node, version))
+
+    handles = [
+        m.register_forward_hook(partial(note, p), with_kwargs=True) for p, m in modules.items()
+    ]
+    try:
+        return problem.forward(problem.batch[rows])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call_reason(module: nn.Module, call: _Call, size: int) -> str | None:
+    if call.keywords or len(call.inputs) != 1 or not isinstance(call.inputs[0], Tensor):
+        return "called on something else than one tensor"
+    if not isinstance(call.output, Tensor):
+        return "gives something else than one tensor"
+    x, y = call.inputs[0], call.output
+    if not x.dim() or not y.dim() or x.shape[0] != size or y.shape[0] != size:
+        return f"{tuple(x.shape)} -> {tuple(y.shape)} does not have the {size} samples first"
+    if y._version != call.version:
+        return "its output is modified in place"
+    spatial = next((n for n in (1, 2, 3) if type(module).__name__.endswith(f"{n}d")), None)
+    if spatial is not None and x.dim() != spatial + 2 and type(module) is not nn.BatchNorm1d:
+        return f"called on {x.dim()} dimensions"
+    if type(module).__name__.startswith("AdaptiveAvgPool") and any(
+        a % b for a, b in zip(x.shape[2:], y.shape[2:], strict=True)
+    ):
+        return f"pools {tuple(x.shape[2:])} to {tuple(y.shape[2:])}, no divisor"
+    return None
+
+
+def _chain_reasons(problem: Problem, rows: Tensor, calls: list[_Call], h: Tensor) -> dict[str, str]:
+    """Second order: every module takes the very tensor that the one before gave."""
+    batch = problem.batch[rows]
+    inputs = [*batch.args, *batch.kwargs.values()]
+    found = {}
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        found[""] = "the inputs are not one tensor"
+    before = None
+    for call in calls:
+        x = call.inputs[0] if call.inputs else None
+        if before is not None:
+            same = x is before
+        elif isinstance(x, Tensor) and not found:
+            # the model got another slice, with the same numbers in it
+            same = x.grad_fn is None and x.shape == inputs[0].shape and torch.equal(x, inputs[0])
+        else:
+            same = bool(found)
+        if not same:
+            found[call.path] = (
+                "its input is not the output of the module before it (a functional operation, a "
+                "residual connection or a branch lies between)"
+            )
+        before = call.output
+    if h is not before:
+        found.setdefault("", "the outputs are not the last module's output")
+    return found
+
+
+def _uses(h: Tensor) -> tuple[dict[int, int], set[Any]]:
+    """How many edges of h's graph end in each leaf tensor, and all nodes."""
+    counts: dict[int, int] = {}
+    nodes: set[Any] = set()
+    stack = [h.grad_fn] if h.grad_fn is not None else []
+    nodes.update(stack)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is None:
+                continue
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                counts[id(variable)] = counts.get(id(variable), 0) + 1
+            if node not in nodes:
+                nodes.add(node)
+                stack.append(node)
+    return counts, nodes

@@ -1,0 +1,170 @@
+"""The Triton kernel behind :mod:`fimprobe.engines.moments.fused`: the only file that imports triton.
+
+A program owns one tile [BO, BI] of a weight's gradient and a share of the samples. For each sample
+the tile g_s of every draw s is summed over positions in registers, in float32, and its powers are
+taken there; per sample and tile a handful of sums leave the program, and Σ_b Σ_s w g² at the end.
+"""
+
+# mypy: ignore-errors
+# (what runs in a kernel is Triton's language, not Python)
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+SMALLEST = 64
+"""No configuration has a tile below this: the workspace has room for as many tiles."""
+
+CONFIGURATIONS = [
+    triton.Config({"BO": o, "BI": i, "BT": t}, num_warps=warps, num_stages=stages)
+    for o, i, t, warps, stages in (
+        (128, 128, 64, 8, 3),
+        (128, 128, 32, 8, 4),
+        (128, 64, 64, 8, 3),
+        (64, 128, 64, 8, 3),
+        (64, 64, 64, 4, 4),
+        (64, 64, 32, 4, 3),
+    )
+]
+
+
+@triton.jit
+def moments(
+    X, DELTA, TOKENS, ROWS, SECOND, FOURTH, A2, A4, Q, R, SUMS,
+    samples, positions, lookups, outs, ins, share, padding,
+    x_b, x_t, x_i, d_b, d_t, d_o, k_b, k_t, r_b, r_t, r_i, a_p, a_o, a_i, bucket,
+    S: tl.constexpr, DENSE: tl.constexpr, LOOKUP: tl.constexpr, WEIGHTED: tl.constexpr,
+    QUARTIC_WEIGHTED: tl.constexpr, DIAGONALS: tl.constexpr,
+    PRECISION: tl.constexpr, RAISE: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Moments of g_s[o, i] = Σ_t DELTA_s[t, o] X[t, i] + Σ_t [TOKENS[t] = o] ROWS_s[t, i]."""
+    across = tl.cdiv(ins, BI)
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    o = (tile // across) * BO + tl.arange(0, BO)
+    i = (tile % across) * BI + tl.arange(0, BI)
+    t = tl.arange(0, BT)
+    o_in, i_in = o < outs, i < ins
+    a2 = tl.zeros((BO, BI), tl.float32)
+    if DIAGONALS:
+        a4 = tl.zeros((BO, BI), tl.float64)
+        q = tl.zeros((BO, BI), tl.float64)
+        squares = tl.zeros((BO, BI), tl.float64)
+    PAIRS: tl.constexpr = S * (S + 1) // 2
+    COLUMNS: tl.constexpr = PAIRS + S + 3
+    first = part.to(tl.int64) * share
+    for sample in range(tl.minimum(share, samples - part * share)):
+        b = first + sample
+        g = ()
+        for _ in tl.static_range(S):
+            g = g + (tl.zeros((BO, BI), tl.float32),)
+        if DENSE:
+            for start in range(0, positions, BT):
+                at = start + t
+                t_in = at < positions
+                x = tl.load(
+                    X + b * x_b + at[:, None].to(tl.int64) * x_t + i[None, :] * x_i,
+                    mask=t_in[:, None] & i_in[None, :],
+                    other=0.0,
+                )
+                if RAISE:
+                    x = x.to(tl.float32)
+                new = ()
+                for s in tl.static_range(S):
+                    d = tl.load(
+                        DELTA[s] + b * d_b + at[:, None].to(tl.int64) * d_t + o[None, :] * d_o,
+                        mask=t_in[:, None] & o_in[None, :],
+                        other=0.0,
+                    )
+                    if RAISE:
+                        d = d.to(tl.float32)
+                    new = new + (tl.dot(tl.trans(d), x, g[s], input_precision=PRECISION),)
+                g = new
+        if LOOKUP:
+            for start in range(0, lookups, BT):
+                at = start + t
+                token = tl.load(TOKENS + b * k_b + at * k_t, mask=at < lookups, other=-1)
+                token = tl.where(token == padding, -1, token)
+                hit = token[:, None] == o[None, :]
+                if tl.max(tl.max(hit.to(tl.int32), 1), 0) > 0:
+                    new = ()
+                    for s in tl.static_range(S):
+                        r = tl.load(
+                            ROWS[s] + b * r_b + at[:, None].to(tl.int64) * r_t + i[None, :] * r_i,
+                            mask=(at < lookups)[:, None] & i_in[None, :],
+                            other=0.0,
+                        )
+                        if RAISE:
+                            r = r.to(tl.float32)
+                        one = tl.trans(hit.to(r.dtype))
+                        new = new + (tl.dot(one, r, g[s], input_precision=PRECISION),)
+                    g = new
+        # a power of two near the tile's largest entry: fourth powers stay inside float32's range
+        top = 0.0
+        for s in tl.static_range(S):
+            top = tl.maximum(top, tl.max(tl.max(tl.abs(g[s]), 1), 0))
+        exponent = top.to(tl.int32, bitcast=True) & 0x7F800000
+        exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 253 << 23)
+        scale = exponent.to(tl.float32, bitcast=True)
+        inverse = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+        out = SUMS + (tile * samples + b) * COLUMNS
+        f = tl.zeros((BO, BI), tl.float32)
+        peak = tl.zeros((BO, BI), tl.float32)
+        column = 0
+        for s in tl.static_range(S):
+            h = g[s] * inverse
+            square = h * h
+            for other in tl.static_range(s, S):
+                tl.store(out + column, tl.sum(tl.sum(h * (g[other] * inverse), 1), 0))
+                column += 1
+            tl.store(out + PAIRS + s, tl.sum(tl.sum(square * square, 1), 0))
+            if WEIGHTED:
+                f += square * tl.load(SECOND + b * S + s)
+                peak = tl.maximum(peak, square)
+            else:
+                f += square
+            if DIAGONALS:
+                wide = g[s].to(tl.float64)
+                wide = wide * wide
+                fourth = wide * wide
+                if not WEIGHTED:
+                    squares += fourth
+                if QUARTIC_WEIGHTED:
+                    fourth = fourth * tl.load(FOURTH + b * S + s)
+                a4 += fourth
+        tl.store(out + PAIRS + S, tl.sum(tl.sum(f * f, 1), 0))
+        if WEIGHTED:
+            tl.store(out + PAIRS + S + 1, tl.sum(tl.sum(f * peak, 1), 0))
+        tl.store(out + PAIRS + S + 2, scale)
+        a2 += f * scale * scale
+        if DIAGONALS:
+            own = f.to(tl.float64) * scale.to(tl.float64) * scale.to(tl.float64)
+            q += own * own
+    place = part.to(tl.int64) * a_p + o[:, None].to(tl.int64) * a_o + i[None, :] * a_i
+    inside = o_in[:, None] & i_in[None, :]
+    tl.store(A2 + place, a2, mask=inside)
+    if DIAGONALS:
+        tl.store(A4 + place, a4, mask=inside)
+        tl.store(Q + place, q, mask=inside)
+        if not WEIGHTED:
+            tl.store(R + place, squares, mask=inside)
+
+
+tuned = triton.autotune(
+    CONFIGURATIONS, key=["S", "bucket", "DENSE", "LOOKUP", "DIAGONALS"], reset_to_zero=["SUMS"]
+)(moments)
+"""Timed once for each number of draws, type and power of two of positions."""
+
+
+def launch(
+    grid: Callable[[dict[str, int]], tuple[int, ...]], *arguments: Any, **constants: Any
+) -> None:
+    """Run the kernel: tuned on a GPU, with the smallest tiles where Triton interprets it."""
+    if constants["RAISE"]:
+        moments[grid](*arguments, **constants, **CONFIGURATIONS[-1].kwargs)
+    else:
+        tuned[grid](*arguments, **constants)

@@ -1,0 +1,27 @@
+"""chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.engines.tracing.tape import Replayed, Tape
+from fimprobe.model.batch import Batch
+
+
+@dataclass
+class Chunk:
+    """One chunk's recorded forward."""
+
+    problem: Problem
+    plan: Plan
+    tape: Tape
+    calls: list[tuple[Replayed, dict[str, Tensor]]]
+    pieces: dict[str, list[tuple[Replayed, str]]]
+    names: dict[int, str]
+    batch: Batch
+    rows: slice
+    room: float

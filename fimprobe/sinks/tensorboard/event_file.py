@@ -1,0 +1,130 @@
+"""TensorBoard's event files: a report in one record, each tag described where it first comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar import metadata as custom_scalar
+from tensorboard.plugins.histogram import metadata as histogram
+from tensorboard.plugins.image import metadata as image
+from tensorboard.plugins.scalar import metadata as scalar
+from tensorboard.plugins.text import metadata as text
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
+
+from fimprobe.sinks.tensorboard.dashboard import Category, Lines, Margin
+
+
+class EventFile:
+    """Collects values and writes them as one record.
+
+    ``describe`` gives a tag's description, stored with the first value of the tag in this file.
+    ``purge_step``: readers drop what the folder holds of this step and later ones.
+    """
+
+    def __init__(
+        self, log_dir: Path, describe: Callable[[str], str], *, purge_step: int | None = None
+    ) -> None:
+        if purge_step is not None:
+            _await_order(log_dir)
+        self._writer = EventFileWriter(str(log_dir))
+        self._describe = describe
+        self._known: set[str] = set()
+        self._record = Summary()
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=purge_step, file_version="brain.Event:2"))
+            self._writer.add_event(Event(step=purge_step, session_log=start))
+
+    def add_scalar(self, tag: str, value: float) -> None:
+        """A finite number."""
+        made = scalar.create_summary_metadata
+        self._record.value.add(tag=tag, simple_value=value, metadata=self._meta(tag, made))
+
+    def add_text(self, tag: str, markdown: str) -> None:
+        """A page of Markdown."""
+        tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()])
+        tensor.tensor_shape.dim.add(size=1)
+        made = text.create_summary_metadata
+        self._record.value.add(tag=tag, tensor=tensor, metadata=self._meta(tag, made))
+
+    def add_histogram(self, tag: str, values: np.ndarray, weights: np.ndarray) -> None:
+        """Finite values [n], each counted ``weights`` [n] times."""
+        counts, edges = np.histogram(values, bins=30, weights=weights)
+        rows = np.stack([edges[:-1], edges[1:], counts], axis=1)
+        made = histogram.create_summary_metadata
+        tensor = make_tensor_proto(rows.astype(np.float64))
+        self._record.value.add(tag=tag, tensor=tensor, metadata=self._meta(tag, made))
+
+    def add_image(self, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        """A picture of ``size`` (width, height) in pixels."""
+        picture = Summary.Image(encoded_image_string=png, width=size[0], height=size[1], colorspace=4)
+        made = image.create_summary_metadata
+        self._record.value.add(tag=tag, image=picture, metadata=self._meta(tag, made))
+
+    def add_layout(self, categories: Sequence[Category]) -> None:
+        """The custom scalars dashboard; the newest one counts."""
+        layout = layout_pb2.Layout()
+        for category in categories:
+            box = layout.category.add(title=category.title, closed=category.closed)
+            # a category shows its lines first to last, then its bands last to first
+            lines = [c for c in category.charts if isinstance(c, Lines)]
+            bands = [c for c in category.charts if isinstance(c, Margin)]
+            ordered: list[Margin | Lines] = [*lines, *reversed(bands)]
+            for chart in ordered:
+                drawn = box.chart.add(title=chart.title)
+                if isinstance(chart, Margin):
+                    value, lower, upper = chart.tags
+                    drawn.margin.series.add(value=value, lower=lower, upper=upper)
+                else:  # patterns are matched from the start of a tag on
+                    drawn.multiline.tag.extend(f"{pattern}$" for pattern in chart.patterns)
+        self._record.value.add(
+            tag=custom_scalar.CONFIG_SUMMARY_TAG,
+            tensor=TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()]),
+            metadata=custom_scalar.create_summary_metadata(),
+        )
+
+    def write(self, step: int) -> None:
+        """Write what was added; it is in the file when this returns."""
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=self._record))
+        self._writer.flush()
+        self._record = Summary()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+    def _meta(self, tag: str, make: Callable[..., SummaryMetadata]) -> Any:
+        if tag in self._known:
+            return None
+        self._known.add(tag)
+        meta = make(display_name="", description=self._describe(tag))
+        # TensorBoard's fast reader drops descriptions of scalars and images without a class
+        meta.data_class = {"scalars": 1, "images": 3}.get(meta.plugin_data.plugin_name, 2)
+        return meta
+
+
+def _await_order(log_dir: Path) -> None:
+    """Wait until no file is of this second: names end in a counter, and 10 is read before 9."""
+    now = time.time()
+    if any(log_dir.glob(f"events.out.tfevents.{int(now):010d}.*")):
+        time.sleep(1 - now % 1)
+
+
+def first_tags(log_dir: Path, prefix: str) -> list[str] | None:
+    """The tags of the first record in a folder that has one with ``prefix``; None without any."""
+    for path in sorted(log_dir.glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            tags = [value.tag for value in event.summary.value]
+            if any(tag.startswith(prefix) for tag in tags):
+                return tags
+    return None
