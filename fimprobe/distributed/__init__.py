@@ -1,1 +1,1 @@
-"""distributed"""
+"""Several processes, one measurement: how they join, and how their statistics are merged."""

@@ -1,1 +1,1 @@
-"""measurement"""
+"""``measure``: from a model and inputs to a report, isolated from everything around it."""

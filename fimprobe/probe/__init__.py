@@ -1,1 +1,1 @@
-"""probe"""
+"""``attach`` and the probe: the one object with state, inside a training loop."""

@@ -1,1 +1,1 @@
-"""report"""
+"""From the engines' statistics to a report: estimates by group, advice, tables."""

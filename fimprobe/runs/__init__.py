@@ -1,1 +1,1 @@
-"""runs"""
+"""Runs read back: records, the terminal, one HTML page."""

@@ -1,1 +1,1 @@
-"""training"""
+"""Observing a training loop: its batches, its loss, its steps, and when to measure."""

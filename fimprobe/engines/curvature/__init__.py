@@ -1,1 +1,1 @@
-"""curvature"""
+"""Second order: double backwards along random directions, summed up by parameter."""

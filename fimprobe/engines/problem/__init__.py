@@ -1,1 +1,1 @@
-"""problem"""
+"""The question of one measurement: problem, output cotangents, weights, memory."""
