@@ -104,7 +104,19 @@ def centre_classes(gram: Tensor, classes: int | None) -> Tensor:
 
 def largest_eigenvalue(gram: Tensor) -> Tensor:
     """λ_max: the square of s_max(J) for Γ = JJᵀ."""
-    return torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
+    return eigenvalues(gram)[..., -1].clamp(min=0)
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Of symmetric matrices, ascending; NaN of those that LAPACK cannot tell: not finite, or tiny."""
+    size = matrix.abs().amax((-2, -1), keepdim=True)
+    known = torch.isfinite(size) & (size > 0)
+    scaled = torch.where(known, matrix / size.where(known, 1), 0)
+    try:
+        found = torch.linalg.eigvalsh(scaled)
+    except torch.linalg.LinAlgError:
+        found = torch.full_like(scaled[..., 0], torch.nan)
+    return (found * size.squeeze(-1)).masked_fill(~torch.isfinite(size.squeeze(-1)), torch.nan)
 
 
 def square_of_mean(values: Tensor) -> tuple[Tensor, Tensor]:

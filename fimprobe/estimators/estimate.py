@@ -189,7 +189,7 @@ class Geometry:
     """Why (20) and (21) do not apply."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OutputSummary:
     """The output Fisher information I(h) and fourth moment M, means over the inputs.
 

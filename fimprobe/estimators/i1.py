@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.groups import Groups, Members
-from fimprobe.estimators.pair_variance import pair_variances
+from fimprobe.estimators.pair_variance import ROUNDING, pair_variances
 from fimprobe.statistics import Moments, MomentsBatch
 
 Value = TypeVar("Value", float, Tensor)
@@ -115,12 +115,14 @@ class InputSums:
                 trace=trace, fourth=fourth, square=square, error_square=None, norm_square=alone
             )
         error = across.clamp(min=0) / size
+        norm = whole - error
+        norm = norm.masked_fill(norm.abs() < ROUNDING * whole, 0.0)
         return cls(
             trace=trace,
             fourth=fourth,
             square=square,
             error_square=error,
-            norm_square=whole - error,
+            norm_square=norm,
         )
 
 
@@ -164,7 +166,7 @@ def estimate_groups(
         "total_variance": sums.fourth.mean(-1) - best.norm_square,
         "std_error": _mean_error(sums.trace),
         "rel_error": relative_error(sums.error_square, best.norm_square),
-        "effective_inputs": effective_inputs(sums.trace),
+        "effective_inputs": effective_inputs(best.trace),
         "skewness": skewness(sums.trace),
         "total_label_variance": None if whole is None else whole.mean(-1),
         "total_label_variance_error": errors,

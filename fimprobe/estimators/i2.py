@@ -127,7 +127,7 @@ def estimate_groups(
         else common.square.mean(-1) + squares.mean(-1) - common.norm_square,
         "std_error": trace.std(-1) / size**0.5 if size > 1 else None,
         "rel_error": relative_error(error_square, common.norm_square),
-        "effective_inputs": effective_inputs(own.trace),
+        "effective_inputs": effective_inputs(common.trace),
         "skewness": skewness(trace),
         "total_label_variance": whole.mean((0, -1)),
         "total_label_variance_error": block_error(whole, curvature.exact),

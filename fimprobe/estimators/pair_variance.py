@@ -8,6 +8,7 @@ Source: Soen & Sun (2024) for the split; docs/theory.md, "Two questions, two num
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class PairVariance:
     """U, debiased: it may be below 0 where noise is all there is."""
     covariance: tuple[tuple[float, ...], ...]
     """Of the three, as means over the inputs; NaN for a single input."""
+
+    def is_finite(self) -> bool:
+        """Whether the three moments are; their covariance may be NaN, of a single input."""
+        return all(math.isfinite(x) for x in (self.fourth, self.square or 0.0, self.norm_square))
 
     def relative(self, labels: int | None = 1) -> tuple[float, float] | None:
         """(V_x + V_y/S)/U for S ``labels`` (None: exact), and its standard error.

@@ -6,7 +6,7 @@ not among the batch. What tells of them is checked here, in one place for all ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -40,10 +40,12 @@ _ALL = ("trace", "norm", "input_variance", "effective_inputs", *_LABELS, *_ERROR
 _OF_TWO_LABELS = ("label_variance", "input_variance", "total_variance", "total_label_variance")
 _SINGLE = "one label for each input does not tell labels from inputs; take draws=2"
 _ZERO = "zero to rounding"
+_NOT_FINITE = "not a finite number: gradients at these inputs, or their powers, leave float64's range"
+_NO_GRAM = "inner products of draws are kept up to 16 draws or passes only"
 _BOUNDS = ("bound", "sharp_bound", "trace_bound")
 
 
-def seen_mass_reason(seen_mass: float | None) -> str:
+def seen_mass_reason(seen_mass: float | None, *, size_biased: bool = False) -> str:
     """Why labels drawn from the model tell nothing; empty where they do.
 
     >>> seen_mass_reason(0.017)[:62]
@@ -52,14 +54,20 @@ def seen_mass_reason(seen_mass: float | None) -> str:
     if seen_mass is None or MIN_SEEN_MASS <= seen_mass <= MAX_SEEN_MASS:
         return ""
     share = f"{100 * seen_mass:.2g} % of" if seen_mass < 1 else f"{seen_mass:.2g} times"
-    return (
-        f"the drawn labels carry {share} the expected score; pass "
-        "label_sampling='size_biased' or draws='exact'"
-    )
+    remedy = "label_sampling='size_biased' or draws='exact'"
+    if size_biased:  # the family could not
+        remedy = "draws='exact', or a likelihood whose probabilities reach further"
+    return f"the drawn labels carry {share} the expected score; pass {remedy}"
 
 
-def disagreement_reason(one: Estimate | None, other: Estimate | None) -> str:
-    """Why the traces of Î₁ and Î₂, which estimate the same F, cannot both be right; else empty."""
+def disagreement_reason(
+    one: Estimate | None, other: Estimate | None, *, plain_labels: bool = False
+) -> str:
+    """Why the traces of Î₁ and Î₂, which estimate the same F, cannot both be right; else empty.
+
+    Of ``plain_labels``, drawn from the model, two joint standard errors and a factor of two are
+    enough: in a single layer labels that carry F may be missing, and their own spread does not tell.
+    """
     if one is None or other is None or one.trace is None or other.trace is None:
         return ""
     errors = (one.std_error, other.std_error)
@@ -68,7 +76,10 @@ def disagreement_reason(one: Estimate | None, other: Estimate | None) -> str:
     joint = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
     difference = abs(one.trace - other.trace)
     # exact zeros differ by rounding only
-    if difference <= JOINT_ERRORS * joint + 1e-6 * abs(one.trace) or joint == 0:
+    limit = JOINT_ERRORS
+    if plain_labels and one.trace < 0.5 * other.trace:
+        limit = 2
+    if difference <= limit * joint + 1e-6 * abs(one.trace) or joint == 0:
         return ""
     return (
         f"the traces of Î₁ and Î₂ estimate the same F and differ by {difference / joint:.2g} joint "
@@ -119,6 +130,12 @@ def withhold(
     for reason in (disagreement, few):
         if reason:
             reasons = dict.fromkeys(_ERRORS, reason) | reasons
+    if batch_size == 1 and estimate.input_variance is None:
+        reasons = {"input_variance": "one input has no variance over inputs"} | reasons
+    if estimate.total_label_variance is None and estimate.label_variance is not None:
+        reasons = {"total_label_variance": _NO_GRAM} | reasons
+    if estimate.trace is None and "trace" not in reasons:
+        reasons = dict.fromkeys(_ALL, _NOT_FINITE) | reasons
     if single_label:
         missing = [n for n in _OF_TWO_LABELS if getattr(estimate, n) is None]
         if estimate.pair_variance is None:
@@ -161,7 +178,7 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
         value, error = getattr(e, name), getattr(e, f"{name}_error")
         if lost(value, error):
             found[name] = noise(value, error)
-    if e.pair_variance is not None and e.input_variance is not None:
+    if e.pair_variance is not None and e.input_variance is not None and e.trace != 0:
         inputs = e.pair_variance.relative(None)
         scale = e.pair_variance.norm_square
         if inputs is None or (not exact_labels and inputs[0] < 2 * inputs[1]) or inputs[0] < 0:
@@ -197,9 +214,15 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
     return found
 
 
-def _without(estimate: Estimate, changes: dict[str, Any], reasons: Mapping[str, str]) -> Estimate:
+def _without(estimate: Estimate, changes: dict[str, Any], reasons: dict[str, str]) -> Estimate:
     """The estimate with ``changes``, and None for what has a reason."""
+    wild = [n for n, x in vars(estimate).items() if isinstance(x, float) and not math.isfinite(x)]
+    if estimate.pair_variance is not None and not estimate.pair_variance.is_finite():
+        wild.append("pairs")
+    reasons = dict.fromkeys(wild, _NOT_FINITE) | reasons
     changes |= {name: None for name in reasons if name != "pairs"}
+    if estimate.total_variance is not None and estimate.total_variance < 0:  # rounding, or lost
+        changes["total_variance"] = 0.0
     if "pairs" in reasons:
         reasons = {"total_variance": reasons["pairs"], **reasons}
         changes |= {"pair_variance": None, "total_variance": None}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fimprobe.estimators.covariance_norms import (
     centre_classes,
+    eigenvalues,
     hessian_covariance_square,
     largest_eigenvalue,
     score_covariance_norm,
@@ -96,7 +97,7 @@ def bound_hessians(
         centred = centre_classes(mean, classes)
         # by size: noise of the probes bends eigenvalues of a block below zero, and with them the
         # norm, taken from the same probes, never exceeds this bound
-        top = torch.linalg.eigvalsh(centred).abs().amax(-1)
+        top = eigenvalues(centred).abs().amax(-1)
         low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
         columns["sharp_bound"] = (top * norms.fisher_norm).mean(-1)
         inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)

@@ -1,4 +1,4 @@
-"""layer_bound."""
+"""The record of a layer's bound, and its concatenation over processes."""
 
 from __future__ import annotations
 

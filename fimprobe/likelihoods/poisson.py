@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fimprobe.likelihoods.independent import Independent, precise
 
+LARGEST_LOG_RATE = 27.0
+"""Size-biased labels of larger rates, 5e11, are drawn from the model."""
+
 Cumulated = Callable[[Tensor, Tensor], Tensor]
 """P(Y ≤ k) at whole numbers k and rates λ."""
 
@@ -41,6 +44,11 @@ class Poisson(Independent):
             return below + (rate - k) * own
 
         return _bisect(outputs, uniforms, cumulated)
+
+    def cut_off(self, outputs: Tensor) -> Tensor | None:
+        """Rates at which sums of float64 no longer tell labels apart; they have no rare labels."""
+        large = outputs.double() > LARGEST_LOG_RATE
+        return large if bool(large.any()) else None
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Y − λ."""

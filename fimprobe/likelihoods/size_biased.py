@@ -45,12 +45,22 @@ def has_size_biased_draws(likelihood: Likelihood, outputs: Tensor) -> bool:
     draw = getattr(likelihood, "size_biased_quantile", None)
     if draw is None or isinstance(likelihood, Gaussian) or outputs.numel() == 0:
         return False
+    if not _belongs(type(likelihood)):
+        return False
     if hasattr(likelihood, "size_biased_sampler"):
         return True
     some = outputs[:1]
     shape = likelihood.label_shape(some)
     middle = torch.full(shape, 0.5, dtype=torch.float64, device=outputs.device)
     return draw(some, middle) is not None
+
+
+def _belongs(family: type) -> bool:
+    """Whether the draws are those of this family, and not of a parent that it departs from."""
+    place = {n: i for i, c in reversed([*enumerate(family.__mro__)]) for n in vars(c)}
+    last = min(place.get(n, len(family.__mro__)) for n in ("score", "variance", "quantile"))
+    names = ("size_biased_sampler", "probabilities", "size_biased_quantile")
+    return min(place.get(n, len(family.__mro__)) for n in names) <= last
 
 
 def draw_size_biased(

@@ -1,4 +1,4 @@
-"""isolation."""
+"""A measurement leaves autograd, autocast and random streams as they were."""
 
 from __future__ import annotations
 

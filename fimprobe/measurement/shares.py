@@ -1,4 +1,4 @@
-"""shares."""
+"""What processes tell each other before they measure together."""
 
 from __future__ import annotations
 

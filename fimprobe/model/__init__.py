@@ -1,1 +1,1 @@
-"""The model under measurement: its storage-sharing copy, the batch, and the outputs in what it returns."""
+"""The model under measurement: its storage-sharing copy, the batch, the outputs it returns."""

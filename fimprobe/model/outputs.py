@@ -1,4 +1,4 @@
-"""outputs."""
+"""The outputs among what a forward returns."""
 
 from __future__ import annotations
 

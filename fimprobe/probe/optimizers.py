@@ -1,4 +1,4 @@
-"""optimizers."""
+"""Which optimizers train this model."""
 
 from __future__ import annotations
 

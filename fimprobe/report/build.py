@@ -1,8 +1,9 @@
-"""build."""
+"""From the engines' statistics to a report: groups, estimates, what can be believed."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ def make_report(
     groups = {f"parameter {n}": [n] for n in scores.parameters}
     groups |= {f"layer {n}": names for n, names in layers.items()}
     groups["total"] = list(scores.parameters)
-    unseen = reliability.seen_mass_reason(scores.seen_mass)
+    biased = scores.inverse_weights is not None
+    unseen = reliability.seen_mass_reason(scores.seen_mass, size_biased=biased)
     measured_i1: dict[str, Estimate] = {}
     measured_i2: dict[str, Estimate] = {}
     measured_ih: dict[str, Estimate] = {}
@@ -142,20 +144,24 @@ def _converge(trace: Tensor) -> list[tuple[int, float]]:
 def _label_sampling(scores: MomentsBatch) -> str:
     if scores.draws is None:
         return "exact"
-    return "model" if scores.inverse_weights is None else "size_biased"
+    if scores.inverse_weights is None or bool((scores.inverse_weights == 1).all()):
+        return "model"  # the family has no other draws, or not at these outputs
+    return "size_biased"
 
 
 def _summarise_outputs(measured: Measured) -> OutputSummary | None:
     scores, norms = measured.moments["i1"], measured.norms
     if norms is not None:
-        return OutputSummary(
-            fisher_trace=float(norms.fisher_trace.mean()),
-            fisher_norm=float(norms.fisher_norm.mean()),
-            moment_norm=float(norms.moment_norm.mean()),
-        )
-    if scores.fisher_trace is None:
+        values = [float(x.mean()) for x in (norms.fisher_trace, norms.fisher_norm, norms.moment_norm)]
+    elif scores.fisher_trace is not None:
+        values = [scores.fisher_trace / scores.batch_size]
+    else:
         return None
-    return OutputSummary(fisher_trace=scores.fisher_trace / scores.batch_size)
+    if not math.isfinite(values[0]):
+        return None
+    trace, *rest = [x if math.isfinite(x) else None for x in values]
+    assert trace is not None
+    return OutputSummary(trace, *rest)
 
 
 def _common(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
@@ -177,10 +183,11 @@ def _believed(
     """Without what cannot be believed, in every group."""
     how: dict[str, Any] = {"batch_size": scores.batch_size, "exact_labels": scores.draws is None}
     how["single_label"] = scores.draws == 1
+    plain = scores.seen_mass is not None
     first, second, third = {}, {}, {}
     for key, one in i1_estimates.items():
         other = i2_estimates.get(key)
-        apart = "" if unseen else reliability.disagreement_reason(one, other)
+        apart = "" if unseen else reliability.disagreement_reason(one, other, plain_labels=plain)
         first[key] = reliability.withhold(one, labels_unseen=unseen, disagreement=apart, **how)
         if other is not None:
             second[key] = reliability.withhold(

@@ -1,4 +1,4 @@
-"""format."""
+"""Numbers, percentages, bars and columns as text."""
 
 from __future__ import annotations
 

@@ -113,7 +113,10 @@ class Report:
                 if estimate is not None:
                     found[kind] = self._record(estimate)
             if g.geometry is not None:
-                found["geometry"] = dataclasses.asdict(g.geometry)
+                found["geometry"] = {
+                    name: None if isinstance(x, float) and not math.isfinite(x) else x
+                    for name, x in dataclasses.asdict(g.geometry).items()
+                }
             return found
 
         return {
@@ -181,7 +184,8 @@ class Report:
     def _record(self, e: Estimate) -> dict[str, Any]:
         values = {name: getattr(e, name) for name in _VALUES}
         if e.trace_range is not None:
-            values["trace_range"] = list(e.trace_range)
+            finite = all(map(math.isfinite, e.trace_range))
+            values["trace_range"] = list(e.trace_range) if finite else None
         derived = {
             "one_label_error": self._one_label_error(e),
             "pairs_for_10_percent": e.pairs_for(0.1),

@@ -1,4 +1,4 @@
-"""double_backward."""
+"""Cotangents with their graph, and their derivatives along directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""weights."""
+"""Factors of squares and fourth powers of draws and exact passes."""
 
 from __future__ import annotations
 

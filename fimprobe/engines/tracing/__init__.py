@@ -1,1 +1,1 @@
-"""One recorded forward: layers and their uses, the autograd graph, the plan to reach each parameter."""
+"""One recorded forward: uses of layers, the autograd graph, the plan to reach each parameter."""

@@ -1,4 +1,4 @@
-"""chunk."""
+"""A recorded forward of some samples, with all that belongs to it."""
 
 from __future__ import annotations
 

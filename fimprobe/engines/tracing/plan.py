@@ -1,4 +1,4 @@
-"""plan."""
+"""How each parameter is reached, and what contradicts that."""
 
 from __future__ import annotations
 
