@@ -84,8 +84,8 @@ def make_pool(name: str) -> Pool:
         return Pool(model.double(), x, y, "categorical")
     if name == "CNN":
         model = nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 6, 3, padding=1), nn.GELU(), nn.AvgPool2d(4),
-            nn.Flatten(), nn.Linear(24, 10),
+            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3, padding=1), nn.GELU(), nn.AvgPool2d(2),
+            nn.Flatten(), nn.Linear(64, 10),
         )  # fmt: skip
         return Pool(model.double(), x, y, "categorical")
     even, high, round_ = y % 2 == 0, y > 4, (y == 0) | (y == 6) | (y == 8) | (y == 9)

@@ -205,6 +205,8 @@ def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
         and e.diagonal_bound < e.label_variance
     ):
         found["diagonal_bound"] = "its noise takes it below what it bounds"
+    if e.covariance_norm == 0 and e.total_label_variance and e.probe_error is not None:
+        found["covariance_norm"] = "lost in the noise of random probes; take more of them"
     if e.norm == 0 and e.trace:
         found |= dict.fromkeys(("norm", "rel_error", "pairs"), "the norm of F is lost in its noise")
     elif e.pair_variance is not None and e._relative(1) is None:

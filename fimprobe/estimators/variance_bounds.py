@@ -101,10 +101,7 @@ def bound_hessians(
         low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
         columns["sharp_bound"] = (top * norms.fisher_norm).mean(-1)
         inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
-        norm = inner.clamp(min=0).sqrt().mean(-1)
-        # the square is a product of different probes: noise takes it below zero
-        norm = norm.masked_fill(inner.mean(-1) < 0, torch.nan)
-        columns["covariance_norm"] = norm
+        columns["covariance_norm"] = inner.clamp(min=0).sqrt().mean(-1)
         root = curvature.weights.clamp(min=0).sqrt()
         weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
         columns["covariance_spectral_norm"] = largest_eigenvalue(weighed).mean(-1)
@@ -130,7 +127,7 @@ def _replaced(
         mine = {name: of[row] for name, of in values.items()}
         lost = [name for name, x in mine.items() if isinstance(x, float) and x != x]
         mine |= dict.fromkeys(lost)
-        reasons = dict.fromkeys(lost, "lost in the noise of random probes")
+        reasons = dict.fromkeys(lost, "not a finite number: eigenvalues leave float64's range")
         unknown = {**estimates[group].unknown, **reasons}
         found[group] = dataclasses.replace(estimates[group], **mine, unknown=unknown)
     return found
