@@ -40,3 +40,14 @@ def test_the_examples_of_a_section_pass(heading):
     result = runner.run(section_doctests()[heading], out=output.append)
     assert result.attempted > 0
     assert result.failed == 0, "".join(output)
+
+
+def test_every_section_that_the_code_cites_is_there():
+    """``docs/theory.md, "Heading"`` in docstrings, across line breaks too."""
+    titles = set(re.findall(r"^#+ (?:\d+ )?(.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    cited = set()
+    for path in (PAGE.parents[1] / "fimprobe").rglob("*.py"):
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))
+        assert not re.search(r"theory(\.md)? §|\[P2\]|\bslide \d", text), path
+        cited |= set(re.findall(r'docs/theory\.md, "([^"]+)"', text))
+    assert cited and cited <= titles, cited - titles

@@ -1,8 +1,8 @@
 """Norms of the covariance tensors, and the bounds on them, from small Gram matrices per input.
 
 Nothing here is P×P: Γ_yz = g_y·g_z, S_yz = ⟨R_y, R_z⟩ and (JJᵀ)_ab hold all that is needed.
-Tensors have any leading dimensions (groups, inputs), then n×n for n seeds. Source: Soen & Sun 2021,
-eq. (12)–(18); Soen & Sun 2024 for the diagonal; theory.md §3, §4, §6.
+Tensors have any leading dimensions (groups, inputs), then n×n for n seeds. Source: Soen & Sun (2021),
+eq. 12 to 18; Soen & Sun (2024) for the diagonal; docs/theory.md, "Norms from Gram matrices".
 """
 
 from __future__ import annotations

@@ -68,9 +68,11 @@ class Estimate:
     trace_bound: float | None = None
     """s_max(J)⁴ tr M, λ_max(I)‖H‖_F²: on ``total_label_variance``."""
     diagonal_bound: float | None = None
-    """Σ_i ‖J_i‖⁴λ_max(M), Σ_i ‖∂²_ii h‖²λ_max(I) [P2]: on ``label_variance``; Î₂: exact labels."""
+    """Σ_i ‖J_i‖⁴λ_max(M), Σ_i ‖∂²_ii h‖²λ_max(I): on ``label_variance``; Î₂: exact labels.
+    Source: Soen & Sun (2024)."""
     diagonal_range_bound: float | None = None
-    """Σ_i F_ii(max_y g_yi² − F_ii) [P2], one class label: on Î₁'s ``label_variance``."""
+    """Σ_i F_ii(max_y g_yi² − F_ii), one class label: on Î₁'s ``label_variance``.
+    Source: Soen & Sun (2024)."""
     trace_range: tuple[float, float] | None = None
     """‖J‖_F²λ_min(I) ≤ tr F ≤ ‖J‖_F²λ_max(I), means over inputs."""
     cosine: float | None = None

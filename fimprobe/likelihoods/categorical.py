@@ -40,7 +40,7 @@ class Categorical:
     torch's cross-entropy does. Log-probabilities are valid logits; probabilities are not.
     ``mask`` (bool, the outputs' shape without ``class_dim``) leaves positions without a label out.
 
-    Norms per position (theory §5), correct down to 1 − p_max = 1e-12:
+    Norms per position, correct down to 1 − p_max = 1e-12:
     I(h) = diag p − ppᵀ and M = K − I⊗I, K the fourth central moment of the one-hot label.
 
     >>> Categorical().fisher_norm(torch.zeros(1, 2)).item()
@@ -400,7 +400,9 @@ def _position_norms(s: _Split, exact: bool) -> Tensor:
 
 
 def _moment_gram(s: _Split) -> Tensor:
-    """D^½ G̃ D^½ [n, C, C], whose nonzero eigenvalues are M's (theory §3 with J the identity).
+    """D^½ G̃ D^½ [n, C, C], whose nonzero eigenvalues are M's.
+
+    See docs/theory.md, "Norms from Gram matrices", with J the identity.
 
     Γ_yz = δ_y·δ_z, G = Γ∘Γ, G̃_yz = ⟨δ_yδ_yᵀ − I, δ_zδ_zᵀ − I⟩ = G_yz − (Gp)_y − (Gp)_z + pᵀGp.
     """

@@ -25,7 +25,7 @@ class Independent:
     ``support`` (its description) tell which data labels are possible. See
     ``examples/own_family.py``.
 
-    With components of variance v and fourth moment m (theory §5): ‖I‖_F² = Σv²,
+    With components of variance v and fourth moment m: ‖I‖_F² = Σv²,
     ‖M‖_F² = Σ(m−v²)² + 2[(Σv²)² − Σv⁴], tr M = Σ(m−v²) + (Σv)² − Σv²; per input, over all
     its components.
     """

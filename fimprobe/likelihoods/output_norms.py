@@ -10,7 +10,7 @@ from fimprobe.likelihoods.base import OutputNorms
 
 
 def combine(positions: OutputNorms, mask: Tensor | None = None) -> OutputNorms:
-    """Norms per input [B] from those of each of its positions [B, T] (theory §5, §6).
+    """Norms per input [B] from those of each of its positions [B, T]; docs/theory.md, "Sequences".
 
     δ = (δ_1, …, δ_T) has independent parts of mean zero. I is block diagonal:
     ‖I‖² = Σ‖I_t‖², tr I = Σ tr I_t, λ_max(I) = max λ_max(I_t), λ_min(I) = min λ_min(I_t).

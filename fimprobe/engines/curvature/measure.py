@@ -1,7 +1,8 @@
 """Second derivatives R = Σ_a seed_a ∂²h_a of every parameter, by Hessian-vector products.
 
 R's diagonal is probed at the layers' outputs z: with random signs v over all z, (Hv) at z is one
-double backward, and (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased ∂²/∂W_oi² (theory §2).
+double backward, and (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased ∂²/∂W_oi² (docs/theory.md,
+"Second derivatives by probes").
 R's norms are probed with directions u of the parameters. Within one call a layer's output is affine
 in its parameters, so that only z bends: directions ẑ = ẑ(x; u) held fixed give the blocks exactly
 where they are zero (piecewise-linear nets, last layers). ``whole`` moves all parameters at once.

@@ -45,7 +45,8 @@ class Rule:
     """How one parameter of a layer gets its per-sample gradient.
 
     ``tiles``: slicing δ's last dimension slices the parameter's first. ``outer``: without shared
-    positions the gradient is an outer product δ xᵀ, whose moments factor (theory §2).
+    positions the gradient is an outer product δ xᵀ, whose moments factor.
+    See docs/theory.md, "Sums without per-sample gradients".
     ``tokens``: the gradient has rows for the tokens of the sample only. ``shift``: the parameter is
     added to the output along its "last" dimensions or its "channel" dimension. ``linear``: the
     gradient is linear in the layer's input, as it is in δ. ``vector``: it is no larger than one

@@ -1,4 +1,4 @@
-"""Places where the network is not twice differentiable: Î₂ needs activations in C² (slide 13)."""
+"""Places where the network is not twice differentiable: Î₂ needs activations in C²."""
 
 from __future__ import annotations
 
