@@ -101,7 +101,8 @@ def measure(
 
     Source: Soen & Sun 2021, eq. (3)–(22); Soen & Sun 2024 (diagonals); Sun 2026 (Î_H).
 
-    >>> net = nn.Linear(3, 2)
+    >>> import torch
+    >>> net = torch.nn.Linear(3, 2)
     >>> report = measure(net, torch.ones(4, 3), likelihood="categorical", draws="exact")
     >>> report.total.numel, report.total.i1.trace > 0, report.total.i2.label_variance
     (8, True, 0.0)

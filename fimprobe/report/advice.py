@@ -85,7 +85,7 @@ TRUSTED = 0.1
 def verdict(group: GroupEstimates, batch_size: int) -> str:
     """What this report's F of a layer is good for, in a few words.
 
-    >>> from fimprobe.types import Estimate, GroupEstimates
+    >>> from fimprobe.estimators.estimate import Estimate, GroupEstimates
     >>> verdict(GroupEstimates(1, Estimate(trace=1.0, norm=1.0, rel_error=0.3)), 32)
     'needs 288 inputs (30 % now)'
     """

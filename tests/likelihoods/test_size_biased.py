@@ -67,6 +67,7 @@ class Cut(Poisson):
         object.__setattr__(self, "count", count)
 
     size_biased_quantile = Independent.size_biased_quantile
+    cut_off = Independent.cut_off
 
     def probabilities(self, outputs):
         if self.count is None:
