@@ -141,7 +141,7 @@ BASE = {"trace", "norm", "label_variance", "input_variance", "total_variance", "
 def present(estimate):
     fields = [f.name for f in dataclasses.fields(estimate)]
     fields = [n for n in fields if n not in ("unknown", "pair_variance")]
-    return {n for n in fields if getattr(estimate, n) is not None or n in estimate.unknown}
+    return {n for n in fields if getattr(estimate, n) is not None}
 
 
 def expected(kind, *, draws, bounds, second_order, diagonals):

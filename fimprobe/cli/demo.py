@@ -88,9 +88,15 @@ def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tens
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
     print("\n" + format_trend([r.to_dict() for r in reports]))
-    first, last = (percent(r.error_of("i1")) for r in (reports[0], reports[-1]))
+    known = [(r.step, r.error_of("i1")) for r in reports if r.error_of("i1") is not None]
+    (_, first), (step, last) = known[0], known[-1]
     print(
         f"\nWhat it found: as the {name} became confident, the relative error of Î₁ with one drawn "
-        f"label for each of {reports[0].batch_size} inputs went from {first} to {last}. Near 100 % "
-        "an estimate is noise."
+        f"label for each of {reports[0].batch_size} inputs went from {percent(first)} to "
+        f"{percent(last)}. Near 100 % an estimate is noise."
     )
+    if step != reports[-1].step:
+        print(
+            f"From step {step:,} on it is unknown: fewer and fewer of the inputs carry the Fisher "
+            "information."
+        )

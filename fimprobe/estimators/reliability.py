@@ -17,7 +17,7 @@ MIN_EFFECTIVE_INPUTS = 5
 FEW_EFFECTIVE_INPUTS = 10
 """Below so many none is claimed where they are less than ``HEAVY_TAIL`` of the inputs: then few of
 many inputs carry F, and others like them are likely not among the batch. Measured on digits trained
-to confidence (tests/integration of coverage): trace ± 2 standard errors covered the truth in 25 to
+to confidence (as in tests/test_error_bars.py): trace ± 2 standard errors covered the truth in 25 to
 87 % of the samples of 32 inputs with 5 to 8 effective ones, in 93 % of those above."""
 HEAVY_TAIL = 0.25
 
@@ -142,6 +142,9 @@ def withhold(
             missing += ["pairs"]
         reasons = dict.fromkeys(missing, _SINGLE) | reasons
     reasons = _lost_in_noise(estimate, exact_labels) | reasons
+    for name in ("norm", "std_error", "rel_error"):
+        if getattr(estimate, name) is None:
+            reasons.setdefault(name, _NOT_FINITE)
     changes: dict[str, Any] = {}
     if estimate.std_error is not None and estimate.skewness is not None:
         changes["std_error"] = estimate.std_error * widening(estimate.skewness, batch_size)

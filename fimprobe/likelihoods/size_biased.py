@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.gaussian import Gaussian
+from fimprobe.likelihoods.independent import Independent
 
 
 class SizeBiasedScores(NamedTuple):
@@ -58,9 +59,13 @@ def has_size_biased_draws(likelihood: Likelihood, outputs: Tensor) -> bool:
 def _belongs(family: type) -> bool:
     """Whether the draws are those of this family, and not of a parent that it departs from."""
     place = {n: i for i, c in reversed([*enumerate(family.__mro__)]) for n in vars(c)}
-    last = min(place.get(n, len(family.__mro__)) for n in ("score", "variance", "quantile"))
-    names = ("size_biased_sampler", "probabilities", "size_biased_quantile")
-    return min(place.get(n, len(family.__mro__)) for n in names) <= last
+    name = "size_biased_quantile"
+    if "size_biased_sampler" in place:
+        name = "size_biased_sampler"
+    elif family.__mro__[place[name]] is Independent:  # made of the family's own probabilities
+        name = "probabilities"
+    changed = min(place.get(n, len(family.__mro__)) for n in ("score", "variance", "quantile"))
+    return place[name] <= changed
 
 
 def draw_size_biased(

@@ -86,7 +86,7 @@ def make_report(
     if measured.activations is not None:
         paths = {f"layer {n}": [n] for n in measured.activations.parameters}
         hidden = {
-            key: reliability.withhold(e, batch_size=scores.batch_size, labels_unseen=unseen)
+            key: reliability.withhold(e, labels_unseen=unseen, **_how(scores))
             for key, e in i1.estimate_groups(measured.activations, paths, diagonals=False).items()
         }
 
@@ -173,6 +173,15 @@ def _common(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
     return InputSums.of(ih if unseen and ih is not None else measured.moments["i1"], groups)
 
 
+def _how(scores: MomentsBatch) -> dict[str, Any]:
+    """What the numbers were made of, as far as it tells which can be believed."""
+    return {
+        "batch_size": scores.batch_size,
+        "exact_labels": scores.draws is None,
+        "single_label": scores.draws == 1,
+    }
+
+
 def _believed(
     scores: MomentsBatch,
     unseen: str,
@@ -181,8 +190,7 @@ def _believed(
     ih_estimates: dict[str, Estimate],
 ) -> tuple[dict[str, Estimate], dict[str, Estimate], dict[str, Estimate]]:
     """Without what cannot be believed, in every group."""
-    how: dict[str, Any] = {"batch_size": scores.batch_size, "exact_labels": scores.draws is None}
-    how["single_label"] = scores.draws == 1
+    how = _how(scores)
     plain = scores.seen_mass is not None
     first, second, third = {}, {}, {}
     for key, one in i1_estimates.items():
