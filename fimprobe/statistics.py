@@ -12,21 +12,23 @@ from torch import Tensor
 
 from fimprobe.likelihoods.base import OutputNorms
 
-MOST = 1024
+MAX_ENTRIES = 1024
 """Entries that are taken of a larger tensor."""
 
 
 _GOLDEN = 0.6180339887498949
 
 
-def spread(x: Tensor) -> Tensor:
-    """All entries of a small tensor, ``MOST`` of a larger one, at steps that fit no row or column.
+def subsample_entries(x: Tensor) -> Tensor:
+    """All entries of a small tensor, ``MAX_ENTRIES`` of a larger one.
 
-    >>> len(spread(torch.ones(3, 5))), len(spread(torch.ones(300, 50)))
+    The steps between the entries taken divide no row or column length.
+
+    >>> len(subsample_entries(torch.ones(3, 5))), len(subsample_entries(torch.ones(300, 50)))
     (15, 1024)
     """
     entries = x.detach().reshape(-1)
-    return entries if len(entries) <= MOST else entries[_places(len(entries), entries.device)]
+    return entries if len(entries) <= MAX_ENTRIES else entries[_places(len(entries), entries.device)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -34,7 +36,7 @@ def _places(size: int, device: torch.device) -> Tensor:
     step = round(_GOLDEN * size)
     while math.gcd(step, size) > 1:
         step += 1
-    return torch.arange(MOST, device=device) * step % size
+    return torch.arange(MAX_ENTRIES, device=device) * step % size
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Moments:
     q: Tensor | None = None
     r: Tensor | None = None
     entries: Tensor | None = None
-    """Some of ``a2``, spread over it (:func:`fimprobe.statistics.spread`)."""
+    """Some of ``a2``, spread over it (:func:`fimprobe.statistics.subsample_entries`)."""
 
     @property
     def a4_sum(self) -> float:

@@ -28,7 +28,7 @@ from fimprobe import Config, FimprobeError, Likelihood, Probe, Report, Sink, loa
 
 logger = logging.getLogger("fimprobe")
 
-NOTE = "fimprobe.json"
+CHECKPOINT_NOTE = "fimprobe.json"
 """The file in a checkpoint that tells a resumed training where its reports are."""
 
 _HEADLINES = ("trace", "rel_error", "one_label_error")
@@ -158,7 +158,7 @@ class FimProbeCallback(TrainerCallback):
             return
         note = json.dumps({"log_dir": os.path.relpath(probe.log_dir, folder)})
         what = f"{folder} holds no note of where the reports are"
-        self._guarded(lambda: (folder / NOTE).write_text(note + "\n"), what)
+        self._guarded(lambda: (folder / CHECKPOINT_NOTE).write_text(note + "\n"), what)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,7 +286,9 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _read_note(checkpoint: Path) -> Path | None:
     """The folder of the training that wrote a checkpoint, where there is one still."""
     try:
-        folder = (checkpoint / json.loads((checkpoint / NOTE).read_text())["log_dir"]).resolve()
+        folder = (
+            checkpoint / json.loads((checkpoint / CHECKPOINT_NOTE).read_text())["log_dir"]
+        ).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return folder if folder.is_dir() else None

@@ -30,7 +30,7 @@ else:
     raise FimprobeError("PyTorch Lightning is not installed; pip install 'fimprobe[lightning]'")
 
 _HEADLINES = ("trace", "rel_error", "one_label_error", "label_variance")
-_OF_ATTACH = ("likelihood", "log_dir", "mask", "labels", "output", "sinks")
+_ATTACH_ARGUMENTS = ("likelihood", "log_dir", "mask", "labels", "output", "sinks")
 
 
 class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
@@ -68,7 +68,7 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         super().__init__()
         self.probe: Probe | None = None
         self.module, self._to_loggers = module, log
-        self._own = {name: options.pop(name) for name in _OF_ATTACH if name in options}
+        self._own = {name: options.pop(name) for name in _ATTACH_ARGUMENTS if name in options}
         self._settings = load_config(config, **options)
         self._called: list[str] = []
         self._batches = 0
@@ -77,7 +77,7 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach."""
         if getattr(pl_module, "_compiler_ctx", None) is not None:
-            self._refuse(
+            self._disable(
                 f"training_step of {type(pl_module).__name__} is compiled, which hides its calls; "
                 "compile a sub-module instead (self.model = torch.compile(self.model)) and pass "
                 "FimProbeCallback(module='model')"
@@ -160,9 +160,9 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             + f"pass FimProbeCallback(module={(others or ['...'])[0]!r})"
         )
         self._detach()
-        self._refuse(message)
+        self._disable(message)
 
-    def _refuse(self, message: str) -> None:
+    def _disable(self, message: str) -> None:
         if self._settings.on_error == "raise":
             raise FimprobeError(message)
         logger.warning("fimprobe: nothing is probed: %s", message)

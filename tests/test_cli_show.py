@@ -19,7 +19,7 @@ from fimprobe.report.table import footnotes, make_comparison, make_rows, make_tr
 from fimprobe.runs.terminal import _colour
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
-from reports import make_report  # noqa: E402
+from reports import build_report  # noqa: E402
 
 
 def train(folder, *, layers=2, reports=3, seed=0, scale=1.1, size=8, bias=0.0, **options):
@@ -86,7 +86,7 @@ def test_trends_are_the_series(runs):
 
 
 def test_a_trend_ends_in_what_the_last_report_says():
-    records = [make_report(3, 1000 * i, known=i < 2).to_dict() for i in range(3)]
+    records = [build_report(3, 1000 * i, known=i < 2).to_dict() for i in range(3)]
     for record, row in zip(["total", "0", "1", "2"], make_trends(records)[1:], strict=True):
         group = records[0]["total"] if record == "total" else records[0]["layers"][record]
         assert row[1].split()[:2] == percent(group["i1"]["one_label_error"]).split()

@@ -144,14 +144,14 @@ def test_a_keyword_is_no_line_of_the_file(tmp_path):
 
 
 def test_every_option_says_what_it_takes():
-    from fimprobe.config.config import ALLOWED, SECTIONS
+    from fimprobe.config.config import ALLOWED_VALUES, SECTIONS
 
     keys = {
         f"{section}.{key}".lstrip(".")
         for section, model in SECTIONS.items()
         for key in model.model_fields
     }
-    assert set(ALLOWED) == keys
+    assert set(ALLOWED_VALUES) == keys
 
 
 @pytest.mark.parametrize(

@@ -146,12 +146,12 @@ def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
 
 
 def test_values_that_are_missing_leave_their_picture_out(tmp_path):
-    from fimprobe.plots.gallery import make_pictures
+    from fimprobe.plots.gallery import make_figures
 
     reports = train(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"])
     assert reports[0].total.i1.label_variance is None
     assert "one label for each input" in reports[0].total.i1.unknown["label_variance"]
-    titles = [p.title for p in make_pictures([reports[0].to_dict()])]
+    titles = [p.title for p in make_figures([reports[0].to_dict()])]
     assert "Trace of the Fisher information" in titles
     assert "Labels' covariance of the whole matrix, and its bound" not in titles
     assert "Variance of one (input, label) pair" not in titles

@@ -13,11 +13,11 @@ import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.distributed.merge import (
     common_shapes,
+    drop_sums,
+    local_sums,
     merge,
     merge_bounds,
     shapes_of,
-    take_sums,
-    without_sums,
 )
 from fimprobe.estimators import reliability
 from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
@@ -54,9 +54,9 @@ class Turn:
             raise Done
         measured, bounds = zip(*self.found, strict=True)
         shapes = common_shapes([shapes_of(m) for m in measured])
-        each = [take_sums(m, shapes) for m in measured]
+        each = [local_sums(m, shapes) for m in measured]
         sums = {key: sum(x[key] for x in each) for key in shapes}
-        whole = merge([without_sums(m) for m in measured], sums)
+        whole = merge([drop_sums(m) for m in measured], sums)
         self.seen += [*measured, whole]
         return whole, merge_bounds(bounds)
 

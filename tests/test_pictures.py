@@ -15,20 +15,20 @@ from torch import nn
 import fimprobe
 from fimprobe.plots import figures as pictures
 from fimprobe.plots.figures import MOST_ROWS
-from fimprobe.plots.gallery import make_pictures
-from fimprobe.plots.history import MOST_COLUMNS, Album, condense
+from fimprobe.plots.gallery import make_figures
+from fimprobe.plots.history import MOST_COLUMNS, PlotHistory, compact
 from fimprobe.plots.style import shorten, to_png, to_svg
 
 sys.path.insert(0, str(Path(__file__).parent / "sinks"))
-from reports import make_report  # noqa: E402
+from reports import build_report  # noqa: E402
 
 
 def draw(layers, reports=9, step=9000):
     """All pictures of a made-up run, by name."""
-    album = Album()
+    album = PlotHistory()
     for i in range(reports):
-        album.remember(make_report(layers, 1000 * i).to_dict())
-    return {p.name: p for p in make_pictures(album.records, make_report(layers, step).to_dict())}
+        album.remember(build_report(layers, 1000 * i).to_dict())
+    return {p.name: p for p in make_figures(album.records, build_report(layers, step).to_dict())}
 
 
 def labels_of(figure):
@@ -73,7 +73,7 @@ def test_no_label_covers_another_or_leaves_the_picture(layers):
 
 
 def test_bars_are_for_the_layers_that_need_most_each_with_its_name():
-    record = make_report(100, 9000).to_dict()
+    record = build_report(100, 9000).to_dict()
     need = sorted(record["layers"], key=lambda n: -record["layers"][n]["i1"]["pairs_for_10_percent"])
     assert MOST_ROWS == 30
     for draw_picture in (pictures.draw_variances, pictures.draw_needs, pictures.draw_bounds):
@@ -91,7 +91,7 @@ def one_label(e, inputs=32):
 def test_the_heat_map_holds_the_errors():
     axes = draw(12, reports=4)["1_relative_error"].figure.axes
     for axis, kind in zip(axes, ("i1", "i2"), strict=False):
-        reports = [make_report(12, 1000 * i) for i in range(4)]
+        reports = [build_report(12, 1000 * i) for i in range(4)]
         want = [[one_label(getattr(g, kind)) for g in r.layers.values()] for r in reports]
         np.testing.assert_allclose(axis.images[0].get_array(), np.array(want).T)
     assert [t.get_text() for t in axes[1].get_xticklabels()] == ["0", "2,000", "3,000"]
@@ -99,7 +99,7 @@ def test_the_heat_map_holds_the_errors():
 
 @pytest.mark.parametrize(("error", "highest"), [(0.7, 1.0), (9.0, 10.0)])
 def test_colours_mean_the_same_in_every_run(error, highest):
-    record = make_report(3, 0).to_dict()
+    record = build_report(3, 0).to_dict()
     for group in record["layers"].values():
         group["i1"]["one_label_error"] = group["i2"]["one_label_error"] = error
     axes = pictures.draw_error_map([record]).axes
@@ -107,23 +107,23 @@ def test_colours_mean_the_same_in_every_run(error, highest):
 
 
 def test_a_long_run_keeps_a_bounded_heat_map():
-    album = Album()
+    album = PlotHistory()
     for i in range(5 * MOST_COLUMNS):
-        album.remember(make_report(3, 1000 * i).to_dict())
+        album.remember(build_report(3, 1000 * i).to_dict())
     assert MOST_COLUMNS / 2 <= len(album.records) <= MOST_COLUMNS == 120
     assert set(np.diff([record["step"] for record in album.records])) == {8000}
 
 
 def test_condensed_reports_draw_what_whole_ones_do():
-    records = [make_report(5, 1000 * i).to_dict() for i in range(4)]
-    small = [condense(record) for record in records]
+    records = [build_report(5, 1000 * i).to_dict() for i in range(4)]
+    small = [compact(record) for record in records]
     assert len(str(small)) < len(str(records)) / 3
-    for a, b in zip(make_pictures(records), make_pictures(small, records[-1]), strict=True):
+    for a, b in zip(make_figures(records), make_figures(small, records[-1]), strict=True):
         assert a[:3] == b[:3] and to_png(a.figure, "")[0] == to_png(b.figure, "")[0]
 
 
 def test_lines_and_bands_hold_the_values():
-    reports = [make_report(3, 1000 * i) for i in range(4)]
+    reports = [build_report(3, 1000 * i) for i in range(4)]
     records = [report.to_dict() for report in reports]
     steps = [report.step for report in reports]
     lines = {x.get_label(): x for x in pictures.draw_errors(records).axes[0].lines}
@@ -141,7 +141,7 @@ def test_lines_and_bands_hold_the_values():
 
 
 def test_bars_and_marks_stand_where_the_numbers_are():
-    report = make_report(12, 0)
+    report = build_report(12, 0)
     record, layers = report.to_dict(), report.layers.values()
     axes = pictures.draw_variances(record).axes
     for axis, kind in zip(axes, ("i1", "i2"), strict=True):
@@ -171,7 +171,7 @@ def test_bars_and_marks_stand_where_the_numbers_are():
 
 def test_the_sizes_of_the_diagonal_are_drawn_where_they_are_known():
     sizes = [[-7.0, 12.0], [-6.5, 30.0], [-2.0, 1.0]]
-    axis = pictures.draw_diagonal(make_report(3, 0).to_dict() | {"sizes": sizes}).axes[0]
+    axis = pictures.draw_diagonal(build_report(3, 0).to_dict() | {"sizes": sizes}).axes[0]
     (bars,) = axis.containers
     for bar, (edge, number) in zip(bars, sizes, strict=True):
         assert bar.get_height() == number and bar.get_x() == pytest.approx(10**edge)
@@ -180,7 +180,7 @@ def test_the_sizes_of_the_diagonal_are_drawn_where_they_are_known():
 
 
 def test_with_exact_labels_errors_are_those_of_one_drawn_label():
-    report = dataclasses.replace(make_report(3, 0), draws=None, label_sampling="exact")
+    report = dataclasses.replace(build_report(3, 0), draws=None, label_sampling="exact")
     record = report.to_dict()
     (line, *_) = pictures.draw_errors([record]).axes[0].lines
     grid = pictures.draw_error_map([record]).axes[0].images[0].get_array()
@@ -199,7 +199,7 @@ def test_with_exact_labels_errors_are_those_of_one_drawn_label():
 
 
 def test_the_errors_by_confidence_are_those_of_the_reports():
-    reports = [make_report(3, 1000 * i, known=i != 2) for i in range(5)]
+    reports = [build_report(3, 1000 * i, known=i != 2) for i in range(5)]
     axis = pictures.draw_errors_by_confidence([r.to_dict() for r in reports]).axes[0]
     for marks, kind, name in zip(axis.collections, ("i1", "i2"), ("Î₁", "Î₂"), strict=True):
         want = [
@@ -226,7 +226,7 @@ def drawn(marks):
 
 
 def test_the_convergence_holds_the_groups_and_the_line_through_the_error():
-    report = make_report(3, 0)
+    report = build_report(3, 0)
     axis = pictures.draw_convergence(report.to_dict()).axes[0]
     groups, whole = axis.collections
     np.testing.assert_allclose(groups.get_offsets(), report.convergence)
@@ -236,7 +236,7 @@ def test_the_convergence_holds_the_groups_and_the_line_through_the_error():
     for inputs, error in zip(*line.get_data(), strict=True):
         assert error == pytest.approx(e.std_error / e.trace * (32 / inputs) ** 0.5)
     assert axis.get_xscale() == axis.get_yscale() == "log"
-    assert pictures.draw_convergence(make_report(3, 0, known=False).to_dict()) is None
+    assert pictures.draw_convergence(build_report(3, 0, known=False).to_dict()) is None
     short = dataclasses.replace(report, convergence=report.convergence[:1])
     assert pictures.draw_convergence(short.to_dict()) is None
 
@@ -255,7 +255,7 @@ def test_a_measured_convergence_is_that_of_the_inputs_traces(tmp_path):
 
 
 def test_traces_of_unknown_error_are_hollow():
-    reports = [make_report(3, 1000 * i, known=i % 2 == 0) for i in range(4)]
+    reports = [build_report(3, 1000 * i, known=i % 2 == 0) for i in range(4)]
     axis = pictures.draw_traces([r.to_dict() for r in reports]).axes[0]
     lines = {x.get_label(): x for x in axis.lines if x.get_label()[0] != "_"}
     hollow = [x for x in axis.lines if x.get_label()[0] == "_"]
@@ -268,8 +268,8 @@ def test_traces_of_unknown_error_are_hollow():
 
 
 def test_without_numbers_there_is_no_picture():
-    record = make_report(3, 0, i2=False, known=False).to_dict()
-    assert [picture.name for picture in make_pictures([record])] == ["traces", "5_diagonal"]
+    record = build_report(3, 0, i2=False, known=False).to_dict()
+    assert [picture.name for picture in make_figures([record])] == ["traces", "5_diagonal"]
 
 
 def confident():
@@ -286,10 +286,10 @@ def test_labels_that_were_not_seen_leave_no_picture_of_f():
     report = fimprobe.measure(net, x, likelihood="categorical", label_sampling="model")
     assert report.seen_mass < 0.5 and report.total.i1.trace is None and not report.sizes
     record = report.to_dict()
-    assert list(make_pictures([record])) == []
+    assert list(make_figures([record])) == []
     # beside a report that knows them, only that one is drawn
     known = fimprobe.measure(net, x, likelihood="categorical", draws="exact", step=5).to_dict()
-    for picture in make_pictures([record, known], record):
+    for picture in make_figures([record, known], record):
         for axis in picture.figure.axes:
             for line in axis.lines:
                 if line.get_label() in ("Î₁", "Î₂"):
@@ -349,7 +349,7 @@ def test_what_is_unknown_is_not_drawn(name):
                 else:
                     assert end == pytest.approx(value)
     assert (pictures.draw_convergence(record) is None) == (record["total"]["i1"]["std_error"] is None)
-    for picture in make_pictures([record]):
+    for picture in make_figures([record]):
         to_png(picture.figure, picture.title)
 
 
@@ -368,9 +368,9 @@ def test_records_of_older_versions_are_drawn():
         gone = ("one_label_error", "pairs_error", "unknown", "effective_inputs", *NEW)
         return {OLD.get(k, k): old(v) for k, v in thing.items() if k not in gone}
 
-    records = [make_report(3, 1000 * i).to_dict() for i in range(4)]
-    new = {p.name: p for p in make_pictures(records)}
-    found = {p.name: p for p in make_pictures([old(r) for r in records])}
+    records = [build_report(3, 1000 * i).to_dict() for i in range(4)]
+    new = {p.name: p for p in make_figures(records)}
+    found = {p.name: p for p in make_figures([old(r) for r in records])}
     assert set(new) - set(found) == {"6_error_by_confidence", "7_convergence"}
     for name, picture in found.items():
         assert to_png(picture.figure, "")[0] == to_png(new[name].figure, "")[0], name

@@ -211,13 +211,13 @@ def fail(error, where, culprit):
             probe = fimprobe.attach(model, mask=mask if where == "mask" else None, **options)
             model = DistributedDataParallel(model) if where == "mask" else model
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            plain = measurement.measure_planned
+            plain = measurement.measure_with_fallbacks
             for step in range(4):
                 if step == 1 and rank == culprit and where == "measurement":
-                    measurement.measure_planned = broken
+                    measurement.measure_with_fallbacks = broken
                 probe._capture.model(data(3, 5)).sum().backward()
                 optimizer.step()
-                measurement.measure_planned = plain
+                measurement.measure_with_fallbacks = plain
                 calls.append(step)
             probe.detach()
             return [r.step for r in probe.history], probe.active, calls

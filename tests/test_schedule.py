@@ -68,16 +68,16 @@ def test_a_real_loop_keeps_its_share():
 
 def test_half_of_a_budget_is_laid_aside_for_pictures():
     schedule = Budget(0.1)
-    assert Every(3).affords(1e9) and At([1]).affords(1e9)
+    assert Every(3).can_afford(1e9) and At([1]).can_afford(1e9)
     for _ in range(90):
         schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
-    assert schedule.affords(0.99) and schedule.saving == 0
-    assert not schedule.affords(1.01)  # of 9 s and itself
+    assert schedule.can_afford(0.99) and schedule.saving == 0
+    assert not schedule.can_afford(1.01)  # of 9 s and itself
     schedule.observe(loop_seconds=0.0, probe_seconds=0.1)
     assert schedule.due(90)  # nothing was laid aside yet: 0.1 more fit
     schedule.spent += 0.79  # the share is used up
     measured = 0
-    while not schedule.affords(1.01):
+    while not schedule.can_afford(1.01):
         cost = 0.1 if schedule.due(91) else 0.0
         measured += cost > 0
         schedule.observe(loop_seconds=0.1, probe_seconds=cost)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fimprobe.config.error_messages import explain
+from fimprobe.config.error_messages import format_validation_errors
 from fimprobe.config.yaml_source import YamlFile, read_yaml
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
@@ -134,7 +134,7 @@ def json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
-ALLOWED = {
+ALLOWED_VALUES = {
     "schedule": "{budget: 0.02} (a share of the wall time), {every: 100} or {at: [0, 10, 100]} "
     "(steps)",
     "schedule.budget": "a share above 0 and below 1, such as 0.02",
@@ -196,12 +196,14 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
         )
     values = {str(key): value for key, value in values.items()} | options
     lines = {place: line for place, line in file.lines.items() if place[0] not in options}
-    mistakes = list(file.twice)
+    mistakes = list(file.duplicates)
     try:
         made = Config(**values)
     except ValidationError as error:
         keys = {name: section.model_fields for name, section in SECTIONS.items()}
-        mistakes += explain(error.errors(), allowed=ALLOWED, keys=keys, lines=lines)
+        mistakes += format_validation_errors(
+            error.errors(), allowed=ALLOWED_VALUES, keys=keys, lines=lines
+        )
     if mistakes:
         raise FimprobeError("\n".join(sorted(mistakes, key=_line)))
     return made

@@ -16,7 +16,7 @@ BOOLEANS = {
 """What people write for true and false: text, in YAML 1.2."""
 
 
-def explain(
+def format_validation_errors(
     problems: Iterable[Mapping[str, Any]],
     *,
     allowed: Mapping[str, str],

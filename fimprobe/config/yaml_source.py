@@ -20,7 +20,7 @@ class YamlFile(NamedTuple):
     values: dict[str, Any]
     lines: dict[Place, str]
     """``file:line`` of every value."""
-    twice: list[str]
+    duplicates: list[str]
     """A sentence for each key that is given twice."""
 
 
@@ -87,7 +87,7 @@ def _mark(node: yaml.Node, at: Place, path: Path, found: YamlFile) -> None:
             place = (*at, key.value)
             line = f"{path}:{key.start_mark.line + 1}"
             if place in found.lines:
-                found.twice.append(f"{line}: key {'.'.join(map(str, place))!r} is given twice")
+                found.duplicates.append(f"{line}: key {'.'.join(map(str, place))!r} is given twice")
             found.lines[place] = line
             _mark(value, place, path, found)
     elif isinstance(node, yaml.SequenceNode):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.errors import FimprobeError
-from fimprobe.jacobian_bounds.layer_bound import joined
+from fimprobe.jacobian_bounds.layer_bound import concatenate_bounds
 from fimprobe.jacobian_bounds.layer_bounds import LayerBound
 from fimprobe.likelihoods.base import OutputNorms
 from fimprobe.model.fsdp import is_part
@@ -52,7 +52,7 @@ def common_shapes(parts: Sequence[Shapes]) -> Shapes:
     return found
 
 
-def take_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
+def local_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
     """This process's tensors of these shapes, zeros for what it did not meet."""
     here = _sums(measured)
     return {
@@ -61,7 +61,7 @@ def take_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
     }
 
 
-def parts_of(measured: Measured) -> dict[Key, Any]:
+def sharded_sums(measured: Measured) -> dict[Key, Any]:
     """This process's parts of the sums of sharded parameters, which were added already."""
     return {
         (kind, name, "a2"): moments.a2
@@ -71,7 +71,7 @@ def parts_of(measured: Measured) -> dict[Key, Any]:
     }
 
 
-def without_sums(measured: Measured) -> Measured:
+def drop_sums(measured: Measured) -> Measured:
     """The rest: small enough to be sent to every process, and on no device of this one."""
     no_entries: dict[str, Any] = dict.fromkeys(_PER_ENTRY) | {"a2": torch.empty(0)}
     no_diagonals: dict[str, Any] = dict.fromkeys(_CURVED_PER_ENTRY)
@@ -98,7 +98,7 @@ def without_sums(measured: Measured) -> Measured:
 
 
 def merge(parts: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
-    """One measurement from the parts :func:`without_sums`, and the sums added over the processes."""
+    """One measurement from the parts :func:`drop_sums`, and the sums added over the processes."""
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     batches = [_batches(part) for part in parts]
     moments = {
@@ -130,7 +130,7 @@ def merge(parts: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
 def merge_bounds(parts: Sequence[Mapping[str, LayerBound]]) -> dict[str, LayerBound]:
     """Each layer's bounds for the whole batch."""
     names = dict.fromkeys(name for part in parts for name in part)
-    return {name: joined([p[name] for p in parts if name in p]) for name in names}
+    return {name: concatenate_bounds([p[name] for p in parts if name in p]) for name in names}
 
 
 def _batches(measured: Measured) -> dict[str, MomentsBatch]:

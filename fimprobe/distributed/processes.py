@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fimprobe.distributed.merge import (
     common_shapes,
+    drop_sums,
+    local_sums,
     merge,
     merge_bounds,
-    parts_of,
     shapes_of,
-    take_sums,
-    without_sums,
+    sharded_sums,
 )
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.jacobian_bounds.layer_bounds import LayerBound
@@ -28,7 +28,7 @@ T = TypeVar("T")
 Found = tuple[Measured, Mapping[str, LayerBound]]
 BUCKET = 2**24
 """Numbers that are added in one message."""
-PATIENCE = 60.0
+JOIN_TIMEOUT_SECONDS = 60.0
 """Seconds that processes wait for each other in ``attach``."""
 TIMEOUT = 300.0
 """Seconds that they wait for each other in a measurement."""
@@ -37,7 +37,7 @@ WEIGHTS_TIMEOUT = 60.0
 _joined = itertools.count()
 
 
-class Ranks(Protocol):
+class ProcessGroup(Protocol):
     """What a measurement needs of the processes it is shared by."""
 
     rank: int
@@ -53,7 +53,7 @@ class Ranks(Protocol):
         """A process group for a sharded model's weights, so that no message meets another kind."""
 
 
-class Alone:
+class SingleProcess:
     """A single process."""
 
     rank, size = 0, 1
@@ -70,7 +70,7 @@ class Alone:
         """There is none."""
 
 
-class Group:
+class GlooProcessGroup:
     """All processes of ``torch.distributed``'s default group, over gloo and with bounded waits.
 
     Measurements of their shares are added (:mod:`fimprobe.distributed.merge`): tensors of the
@@ -115,12 +115,12 @@ class Group:
         def share() -> Any:
             measured, bounds = act()
             own.append(measured)
-            return without_sums(measured), shapes_of(measured), bounds
+            return drop_sums(measured), shapes_of(measured), bounds
 
         rests, shapes, bounds = zip(*self.together(share), strict=True)
-        sums = take_sums(own[0], common_shapes(shapes))
+        sums = local_sums(own[0], common_shapes(shapes))
         self._bounded(lambda: self._add(list(sums.values())))
-        return merge(rests, sums | parts_of(own[0])), merge_bounds(bounds)
+        return merge(rests, sums | sharded_sums(own[0])), merge_bounds(bounds)
 
     def for_weights(self) -> Any:
         """Made where it is first asked for, by all processes."""
@@ -153,23 +153,23 @@ class Group:
             ) from error
 
 
-def join() -> Ranks:
-    """The processes of this training that probe as well; :class:`Alone` for a single process.
+def join() -> ProcessGroup:
+    """The processes of this training that probe as well; :class:`SingleProcess` for a single process.
 
-    Waits up to ``PATIENCE`` seconds for all of them to come here.
+    Waits up to ``JOIN_TIMEOUT_SECONDS`` seconds for all of them to come here.
 
     Raises:
         FimprobeError: where some do not.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Alone()
+        return SingleProcess()
     store = dist.distributed_c10d._get_default_store()
     meeting = f"fimprobe/{next(_joined)}"
     keys = [f"{meeting}/{rank}" for rank in range(dist.get_world_size())]
     store.set(keys[dist.get_rank()], "here")
     end = "met"
     try:
-        store.wait(keys, timedelta(seconds=PATIENCE))
+        store.wait(keys, timedelta(seconds=JOIN_TIMEOUT_SECONDS))
     except RuntimeError:
         end = "left"
     # the first to say how it ended says it for all: nobody is left alone in making the group
@@ -177,7 +177,7 @@ def join() -> Ranks:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         who = f"processes {missing} of {len(keys)}" if missing else "some processes"
         raise FimprobeError(
-            f"{who} attached no probe within {PATIENCE:g} s of the others; attach on every process "
-            "at the same place (only the first one writes)"
+            f"{who} attached no probe within {JOIN_TIMEOUT_SECONDS:g} s of the others; "
+            "attach on every process at the same place (only the first one writes)"
         )
-    return Group(timeout=TIMEOUT)
+    return GlooProcessGroup(timeout=TIMEOUT)

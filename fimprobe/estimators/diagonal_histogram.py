@@ -14,13 +14,13 @@ _LOW, _HIGH = -80, 40
 """log10 of the smallest and the largest entry told apart."""
 
 
-def count_sizes(
+def diagonal_histogram(
     samples: Iterable[tuple[Tensor, int]], scale: float = 1.0
 ) -> list[tuple[float, float]]:
     """Pairs (log10 of the lower end, entries in [lower, lower · √10)), ascending, without empty ones.
 
-    Of ``scale`` · the entries of diagonals, given as :func:`fimprobe.statistics.spread` of each and
-    its size. Entries that are not above 0 are left out. Each of a sample counts for several, so that
+    Of ``scale`` · the entries of diagonals, given as
+    :func:`fimprobe.statistics.subsample_entries` of each and its size. Entries that are not above 0 are left out. Each of a sample counts for several, so that
     the counts are estimates. What is 0 but for rounding (a key's bias in attention) is counted as it
     is.
 

@@ -15,7 +15,7 @@ AT_ONCE = 2**23
 """Numbers of Gram matrices, and of products of theirs, that are held together."""
 
 
-def slabs(groups: Groups, each: int) -> Iterator[dict[str, Sequence[str]]]:
+def split_groups(groups: Groups, each: int) -> Iterator[dict[str, Sequence[str]]]:
     """The groups in parts, for ``each`` numbers a group.
 
     >>> [list(part) for part in slabs({"a": ["w"], "b": ["v"], "c": ["w", "v"]}, AT_ONCE // 2)]
@@ -27,7 +27,7 @@ def slabs(groups: Groups, each: int) -> Iterator[dict[str, Sequence[str]]]:
         yield {name: groups[name] for name in names[start : start + step]}
 
 
-class Members:
+class GroupSums:
     """Which parameters are in which groups; sums of their records' fields, [G, ...] in float64.
 
     >>> from types import SimpleNamespace as Record

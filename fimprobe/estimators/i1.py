@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators.estimate import Estimate
-from fimprobe.estimators.groups import Groups, Members
+from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.estimators.pair_variance import ROUNDING, pair_variances
 from fimprobe.statistics import Moments, MomentsBatch
 
@@ -38,10 +38,12 @@ def label_variance(a4: Value, q: Value, r: Value, batch_size: int, draws: int | 
     return a4 / (batch_size * draws) - (q - r) / (batch_size * draws * (draws - 1))
 
 
-def spread(q: Value, diagonal_square: Value, batch_size: int, draws: int | None) -> Value | None:
+def between_input_variance(
+    q: Value, diagonal_square: Value, batch_size: int, draws: int | None
+) -> Value | None:
     """T̂, the sample variance over inputs of a_b = Σ_s w g²/S: Q/S² and F̂² give it. None for B = 1.
 
-    >>> spread(10.0, 4.0, 2, 1)
+    >>> between_input_variance(10.0, 4.0, 2, 1)
     2.0
     """
     if batch_size < 2:
@@ -95,7 +97,7 @@ class InputSums:
     @classmethod
     def of(cls, moments: MomentsBatch, groups: Groups) -> InputSums:
         """From the moments of any kind of cotangents."""
-        members, draws = Members(groups), moments.draws
+        members, draws = GroupSums(groups), moments.draws
         size, count = moments.batch_size, draws or 1
         norms = members.sum(moments.parameters, "squared_norms")
         square: Tensor | None
@@ -108,7 +110,7 @@ class InputSums:
             trace, fourth = norms.mean(-1), a4 / draws
             square = (q - r) / (draws * (draws - 1)) if draws > 1 else None
         whole = members.sum_numbers(moments.parameters, "a2_square")[0] / (size * count) ** 2
-        across = spread(q.sum(-1), whole, size, draws)
+        across = between_input_variance(q.sum(-1), whole, size, draws)
         if across is None:
             alone = whole if square is None else square[:, 0]
             return cls(
@@ -148,7 +150,7 @@ def estimate_groups(
     sums = sums or InputSums.of(moments, groups)
     best = common or sums
     pairs = pair_variances(sums.fourth, best.square, best.trace, best.norm_square)
-    gram = Members(groups).sum_known(moments.parameters, "gram")
+    gram = GroupSums(groups).sum_known(moments.parameters, "gram")
     whole = None if gram is None else total_label_variance(moments, gram)
     errors = None if whole is None or draws is None else _mean_error(whole)
     labels, label_errors = None, None
@@ -249,7 +251,7 @@ def diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict
     for name, m in group.items():
         assert m.q is not None
         diagonal = m.a2.double() / (moments.batch_size * (moments.draws or 1))
-        across = spread(m.q, diagonal.square(), moments.batch_size, moments.draws)
+        across = between_input_variance(m.q, diagonal.square(), moments.batch_size, moments.draws)
         if across is None:
             return None
         found[name] = across

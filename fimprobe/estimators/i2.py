@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators.estimate import Estimate
-from fimprobe.estimators.groups import Groups, Members
+from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.estimators.i1 import (
     InputSums,
     diagonal_inputs,
@@ -96,7 +96,7 @@ def estimate_groups(
     fisher, subtracted = fisher_part(measured), subtracts_residual(measured)
     weights, draws, bent = curvature.weights, curvature.draws, curvature.parameters
     size = fisher.batch_size
-    members = Members(groups)
+    members = GroupSums(groups)
     own = InputSums.of(fisher, groups)
     squares = (members.sum(bent, "square")[..., :draws] * weights).sum(-1)  # [G, B]: Σ_i V2_ii
     probes = members.sum_known(bent, "probe_squares")
@@ -172,7 +172,7 @@ def block_error(blocks: Tensor, exact: bool) -> Tensor | None:
     return torch.stack(parts).sum(0).sqrt() if parts else None
 
 
-def _residual_error_square(members: Members, curvature: CurvatureBatch) -> Tensor:
+def _residual_error_square(members: GroupSums, curvature: CurvatureBatch) -> Tensor:
     """Σ_i Var of the mean of R_ii over inputs and draws, the noise of its probes included [G]."""
     draws, probes = curvature.draws, curvature.probes
     square = members.sum(curvature.parameters, "square")[..., :draws]

@@ -19,11 +19,11 @@ from fimprobe.estimators.covariance_norms import (
     square_of_mean,
 )
 from fimprobe.estimators.estimate import Estimate, Geometry
-from fimprobe.estimators.groups import Groups, Members
+from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.statistics import Measured, MomentsBatch
 
 
-def bound_scores(
+def add_i1_bounds(
     measured: Measured, groups: Groups, estimates: Mapping[str, Estimate]
 ) -> tuple[dict[str, Estimate], dict[str, Geometry]]:
     """Î₁ with ‖Cov Î₁‖, (17), its sharper forms, the trace and the diagonal bounds."""
@@ -32,7 +32,7 @@ def bound_scores(
     assert norms is not None
     exact = scores.draws is None  # then the seeds are unit vectors
     size = jacobian.batch_size
-    members = Members(groups)
+    members = GroupSums(groups)
     square = members.sum(jacobian.parameters, "squared_norms")
     gram = members.sum_known(jacobian.parameters, "gram")
     a4, q, _, _ = members.sum(jacobian.parameters, "powers").sum(-1).unbind(1)
@@ -72,7 +72,7 @@ def bound_scores(
     return bounded, dict(zip(groups, shapes, strict=True))
 
 
-def bound_hessians(
+def add_i2_bounds(
     measured: Measured,
     groups: Groups,
     estimates: Mapping[str, Estimate],
@@ -107,7 +107,7 @@ def bound_hessians(
         columns["covariance_spectral_norm"] = largest_eigenvalue(weighed).mean(-1)
     columns["trace_bound"] = (low * norms.fisher_max).mean(-1)
     if curvature.exact:
-        squares = Members(groups).sum(curvature.parameters, "square")
+        squares = GroupSums(groups).sum(curvature.parameters, "square")
         entries = _of_outputs(squares, draws, True, classes).mean(-1)
         columns["diagonal_bound"] = (entries * norms.fisher_max).mean(-1)
     return _replaced(estimates, groups, columns)
@@ -134,7 +134,7 @@ def _replaced(
 
 
 def _covariance(
-    scores: MomentsBatch, members: Members, classes: int | None
+    scores: MomentsBatch, members: GroupSums, classes: int | None
 ) -> dict[str, Tensor | None]:
     if scores.draws is not None or scores.second is None or scores.fourth is None:
         return {}
@@ -156,7 +156,7 @@ def _covariance(
 
 
 def _of_outputs(squares: Tensor, draws: int, exact: bool, classes: int | None) -> Tensor:
-    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of ``curvature_seeds``."""
+    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of ``curvature_cotangents``."""
     more = squares[..., draws:]
     if not exact:
         return more

@@ -7,19 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from fimprobe.jacobian_bounds.conv_geometry import Window
-from fimprobe.jacobian_bounds.graph import AFFINE, MOVES, Edge, Network
+from fimprobe.jacobian_bounds.conv_geometry import ConvGeometry
+from fimprobe.jacobian_bounds.graph import AFFINE, TRANSPOSING, AutogradGraph, Edge
 from fimprobe.jacobian_bounds.input_norms import (
     InputNorms,
     bias_norms,
     convolution_input_norms,
     linear_input_norms,
 )
-from fimprobe.jacobian_bounds.operator_norms import Norms, convolution_norms, linear_norms
+from fimprobe.jacobian_bounds.operator_norms import OperatorNorms, convolution_norms, linear_norms
 
 
-def operator_norms(net: Network, edge: Edge, *, sought: bool = True) -> Norms | None:
-    """Norms of a layer's operator on one input; not ``sought``: s_max only if known or cheap."""
+def operator_norms(
+    net: AutogradGraph, edge: Edge, *, compute_spectral: bool = True
+) -> OperatorNorms | None:
+    """Norms of a layer's operator on one input; s_max without ``compute_spectral`` only if cheap."""
     node, weight, parent = edge.node, weight_of(net, edge), edge.parent(0)
     if weight is None or not weight.is_floating_point():
         return None
@@ -37,17 +39,17 @@ def operator_norms(net: Network, edge: Edge, *, sought: bool = True) -> Norms | 
     if kept and (key in net.norms):
         return net.norms[key]
     if convolution:
-        options = {"groups": node._saved_groups, "positions": positions, "sought": sought}
+        options = {"groups": node._saved_groups, "positions": positions, "sought": compute_spectral}
         norms = convolution_norms(weight.detach(), window, **options)
     else:
-        norms = linear_norms(weight.detach(), positions, sought=sought)
-    if kept and sought:
+        norms = linear_norms(weight.detach(), positions, compute_spectral=compute_spectral)
+    if kept and compute_spectral:
         net.norms[key] = norms
     return norms
 
 
 def input_norms(
-    net: Network, edge: Edge, outer: int, weight: bool, bias: bool
+    net: AutogradGraph, edge: Edge, outer: int, weight: bool, bias: bool
 ) -> tuple[InputNorms, int]:
     """Norms of X̃, and how often each of its blocks occurs in ∂z/∂W."""
     node, shape = edge.node, edge.shape
@@ -68,12 +70,12 @@ def input_norms(
     return linear_input_norms(x, weight=weight, bias=bias), shape[-1]
 
 
-def weight_of(net: Network, edge: Edge) -> Tensor | None:
+def weight_of(net: AutogradGraph, edge: Edge) -> Tensor | None:
     """A layer's weight (transposed or not); None where autograd kept none."""
     node, slot = edge.node, edge.parent(AFFINE[edge.kind][1])
     if edge.kind == "Convolution":
         return slot.node.variable if slot and hasattr(slot.node, "variable") else node._saved_weight
-    while slot is not None and slot.kind in MOVES:
+    while slot is not None and slot.kind in TRANSPOSING:
         slot = slot.parent(0)
     if slot is not None and hasattr(slot.node, "variable"):
         matrix: Tensor | None = slot.node.variable
@@ -84,8 +86,10 @@ def weight_of(net: Network, edge: Edge) -> Tensor | None:
     return saved
 
 
-def window_on(node: Any, images: Tensor | Edge) -> Window:
+def window_on(node: Any, images: Tensor | Edge) -> ConvGeometry:
     """Where a convolution's kernel lies on images [..., n₁, n₂, ...]."""
     kernel = node._saved_weight.shape[2:]
     size = images.shape[len(images.shape) - len(kernel) :]
-    return Window.of(size, kernel, node._saved_stride, node._saved_padding, node._saved_dilation)
+    return ConvGeometry.of(
+        size, kernel, node._saved_stride, node._saved_padding, node._saved_dilation
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Window:
+class ConvGeometry:
     """Output m meets input s m + d τ − p at tap τ, in each of the spatial dimensions."""
 
     size: tuple[int, ...]
@@ -27,7 +27,7 @@ class Window:
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
-    ) -> Window:
+    ) -> ConvGeometry:
         """One number for each dimension: torch keeps (0,) for the padding "valid"."""
         options = (stride, padding, dilation)
         full = (tuple(o) * len(size) if len(o) == 1 else tuple(o) for o in options)
@@ -46,7 +46,7 @@ class Window:
         ]
 
     @property
-    def left_over(self) -> list[int]:
+    def output_padding(self) -> list[int]:
         """Inputs at the end that no output meets: output_padding of the adjoint."""
         return [
             n - ((m - 1) * s - 2 * p + r)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimprobe.jacobian_bounds.graph import Edge, Network
-from fimprobe.jacobian_bounds.lipschitz_constants import LIPSCHITZ, MEASURED
-from fimprobe.jacobian_bounds.path import Path, Stop, per_sample, scaled
+from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge
+from fimprobe.jacobian_bounds.lipschitz_constants import ELEMENTWISE, LIPSCHITZ
+from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, per_sample, scaled
 from fimprobe.jacobian_bounds.tensor_functions import branches, margin_of, ones
 
 
 def elementwise(
-    net: Network, edge: Edge, path: Path, on_bias: Callable[[Tensor], None]
-) -> list[tuple[Edge, Path]]:
+    net: AutogradGraph, edge: Edge, path: PathNorm, on_bias: Callable[[Tensor], None]
+) -> list[tuple[Edge, PathNorm]]:
     """A function of one tensor in elementwise steps: its slope at this input; or a sum.
 
     Going back step by step, ``slope`` sums the derivatives over the paths and ``size`` their
@@ -50,7 +50,7 @@ def elementwise(
         if len(frontier) <= 1:
             break
         latest = max(frontier.values(), key=lambda e: e.node._sequence_nr())
-        inner = latest.kind in MEASURED or latest.kind in LIPSCHITZ
+        inner = latest.kind in ELEMENTWISE or latest.kind in LIPSCHITZ
         if not inner or net.uses[latest.node] != counts[latest.node]:
             return _several(net, edge, path)
         del frontier[latest.node]
@@ -74,7 +74,7 @@ def _bias(edge: Edge, leaves: list[Tensor]) -> Tensor | None:
     return leaves[0] if added and leaves[0].shape == edge.shape[-1:] else None
 
 
-def _is_alone(net: Network, bias: Tensor) -> bool:
+def _is_alone(net: AutogradGraph, bias: Tensor) -> bool:
     module = net.twin.get_submodule(net.owner(bias))
     return isinstance(module, nn.Linear) and not module.weight.requires_grad
 
@@ -92,10 +92,10 @@ def _partials(edge: Edge) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _several(net: Network, edge: Edge, path: Path) -> list[tuple[Edge, Path]]:
+def _several(net: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
     """An elementwise step that several functions meet at."""
     if edge.kind in ("Add", "Sub"):
         return branches(net, edge, replace(path, bias=None))
     if edge.kind in ("Mul", "Div"):
-        raise Stop(f"two activations are multiplied {net.between(edge, path.above)}")
-    raise Stop(net.unknown(edge, path.above))
+        raise Unbounded(f"two activations are multiplied {net.between(edge, path.above)}")
+    raise Unbounded(net.unknown(edge, path.above))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fimprobe.jacobian_bounds.operator_norms import Norms
+from fimprobe.jacobian_bounds.operator_norms import OperatorNorms
 
-VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy"}
+RESHAPING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Alias", "Clone", "ToCopy"}
 
 
-MOVES = {"T", "Transpose", "Permute"}
+TRANSPOSING = {"T", "Transpose", "Permute"}
 
 
 # slots of the input, the weight and the bias
@@ -27,11 +27,11 @@ AFFINE = {
 }
 
 
-class Network:
+class AutogradGraph:
     """The graph of one forward pass, and the twin's parameters in it."""
 
     def __init__(
-        self, twin: nn.Module, outputs: Tensor, size: int, norms: dict[tuple[Any, ...], Norms]
+        self, twin: nn.Module, outputs: Tensor, size: int, norms: dict[tuple[Any, ...], OperatorNorms]
     ) -> None:
         self.twin, self.size = twin, size
         self.norms = norms
@@ -67,7 +67,7 @@ class Network:
             if hasattr(edge.node, "variable"):
                 variable: Tensor = edge.node.variable
                 return variable if id(variable) in self.parameters else None
-            if edge.kind not in MOVES | {"ToCopy", "View"}:
+            if edge.kind not in TRANSPOSING | {"ToCopy", "View"}:
                 return None
             edge = edge.parent(0)
         return None

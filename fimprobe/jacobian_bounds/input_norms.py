@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimprobe.jacobian_bounds.conv_geometry import Window, weighted
+from fimprobe.jacobian_bounds.conv_geometry import ConvGeometry, weighted
 from fimprobe.jacobian_bounds.spectral_norm import ROUNDING, accurate, gram_bound
 
 DENSE_SIDE, POWER_SIDE, GRAM_SIDE = 16, 128, 512
@@ -53,7 +53,9 @@ def linear_input_norms(rows: Tensor, *, weight: bool, bias: bool) -> InputNorms:
     return InputNorms(torch.minimum(torch.cat(found), whole), whole)
 
 
-def convolution_input_norms(images: Tensor, window: Window, *, groups: int, bias: bool) -> InputNorms:
+def convolution_input_norms(
+    images: Tensor, window: ConvGeometry, *, groups: int, bias: bool
+) -> InputNorms:
     """Norms of the patch matrices X̃ of ``images`` [B, I, C, ...], I of them belonging to one input.
 
     s_max is that of the patches where their Gram matrix takes at most 2¹⁹ multiplications. Else the
@@ -88,7 +90,7 @@ def bias_norms(samples: int, positions: int, groups: int = 1) -> InputNorms:
     return InputNorms(norm, norm * math.sqrt(groups))
 
 
-def _patches(x: Tensor, scale: Tensor, window: Window, bias: bool) -> Tensor:
+def _patches(x: Tensor, scale: Tensor, window: ConvGeometry, bias: bool) -> Tensor:
     """X̃ᵀ [B, groups, channels and taps and bias, positions] of images [B, I, groups, channels, ...].
 
     The positions come last: rows of pixels are copied fast.
@@ -109,7 +111,7 @@ def _patches(x: Tensor, scale: Tensor, window: Window, bias: bool) -> Tensor:
     return found
 
 
-def _pixel_bound(x: Tensor, window: Window) -> Tensor:
+def _pixel_bound(x: Tensor, window: ConvGeometry) -> Tensor:
     """Σ_τ s_max(X_φ(τ))² [B, groups] for images [B, I, groups, channels, ...]."""
     phases = [
         Counter((d * tap - p) % s for tap in range(k))

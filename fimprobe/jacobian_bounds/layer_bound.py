@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def joined(parts: list[LayerBound]) -> LayerBound:
+def concatenate_bounds(parts: list[LayerBound]) -> LayerBound:
     """The bounds of a batch from those of its parts."""
     reason = next((p.reason for p in parts if p.reason is not None), None)
     if len(parts) == 1 or reason is not None:

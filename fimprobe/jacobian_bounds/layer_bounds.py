@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from fimprobe.engines.problem.problem import OverMemory, Problem
-from fimprobe.engines.problem.saved_tensors import saved_bytes
-from fimprobe.jacobian_bounds.graph import Network
-from fimprobe.jacobian_bounds.layer_bound import LayerBound, joined
-from fimprobe.jacobian_bounds.operator_norms import Norms
-from fimprobe.jacobian_bounds.propagation import Walk
+from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
+from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
+from fimprobe.jacobian_bounds.graph import AutogradGraph
+from fimprobe.jacobian_bounds.layer_bound import LayerBound, concatenate_bounds
+from fimprobe.jacobian_bounds.operator_norms import OperatorNorms
+from fimprobe.jacobian_bounds.propagation import BoundPropagation
 from fimprobe.model.batch import Batch
 
-__all__ = ["LayerBound", "chain_bounds"]
+__all__ = ["LayerBound", "bound_layer_jacobians"]
 
 
-def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
+def bound_layer_jacobians(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
     """Bounds of every module that owns a trained weight which the outputs depend on.
 
     From the outputs towards the input, ∂h_L/∂z_l = A_1 ⋯ A_k with z_l the layer's output before its
@@ -41,20 +41,26 @@ def chain_bounds(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
     Raises:
         BatchError: where the outputs are not finite.
     """
-    norms: dict[tuple[Any, ...], Norms] = {}
+    norms: dict[tuple[Any, ...], OperatorNorms] = {}
     parts: list[dict[str, LayerBound]] = []
     start, step = 0, batch.size
     while start < batch.size:
         part = batch if step >= batch.size else batch[slice(start, start + step)]
         try:
-            with torch.enable_grad(), saved_bytes(problem, part.size):
+            with torch.enable_grad(), limit_saved_bytes(problem, part.size):
                 outputs = problem.forward(part)
-        except OverMemory as over:
+        except MemoryLimitExceeded as over:
             step = over.fit
             continue
         if outputs.grad_fn is None:
             return {}
         with torch.enable_grad():
-            parts.append(Walk(Network(problem.twin, outputs, part.size, norms)).result())
+            parts.append(
+                BoundPropagation(AutogradGraph(problem.twin, outputs, part.size, norms)).result()
+            )
         start += part.size
-    return {path: joined([p[path] for p in parts if path in p]) for part in parts for path in part}
+    return {
+        path: concatenate_bounds([p[path] for p in parts if path in p])
+        for part in parts
+        for path in part
+    }

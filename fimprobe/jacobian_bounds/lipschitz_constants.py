@@ -43,7 +43,7 @@ LIPSCHITZ: dict[str, Callable[[Any], float]] = {
 }
 """Lipschitz constants of the activations, rounded up, by the name of their backward node."""
 
-MEASURED = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Exp", "Log", "Log1P", "Sqrt", "Rsqrt",
+ELEMENTWISE = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Exp", "Log", "Log1P", "Sqrt", "Rsqrt",
              "Reciprocal", "Where", "MaskedFill", "Expm1", "Sign"}  # fmt: skip
 BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 
@@ -63,7 +63,7 @@ def saved_dims(node: Any, dims: int) -> set[int]:
 
 
 # what each of these touches: dimensions of its input; every output is a copy of one input or 0
-COPIES: dict[str, Callable[[Any, int], set[int]]] = {
+GATHERING: dict[str, Callable[[Any, int], set[int]]] = {
     **{f"MaxPool{d}DWithIndices": last(d) for d in (2, 3)},
     **{f"AdaptiveMaxPool{d}D": last(d) for d in (2, 3)},
     **{f"{kind}Pad{d}D": last(d) for kind in ("Reflection", "Replication") for d in (1, 2, 3)},
@@ -76,7 +76,7 @@ COPIES: dict[str, Callable[[Any, int], set[int]]] = {
     **dict.fromkeys(["Expand", "Repeat"], lambda node, dims: set()),
 }
 # ... and every output is a sum of inputs with coefficients of one sign
-SUMS: dict[str, Callable[[Any, int], set[int]]] = {
+AVERAGING: dict[str, Callable[[Any, int], set[int]]] = {
     **{f"AvgPool{d}D": last(d) for d in (2, 3)},
     **{f"AdaptiveAvgPool{d}D": last(d) for d in (2, 3)},
     "UpsampleLinear1D": last(1),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimprobe.jacobian_bounds.conv_geometry import Window, weighted
+from fimprobe.jacobian_bounds.conv_geometry import ConvGeometry, weighted
 from fimprobe.jacobian_bounds.spectral_norm import (
     ROUNDING,
     accurate,
@@ -24,17 +24,19 @@ GRID, SYMBOL_NUMBERS = 5, 2**23
 """Frequencies in each dimension for each degree of a kernel's symbol, complex numbers in all."""
 
 
-class Norms(NamedTuple):
+class OperatorNorms(NamedTuple):
     """s_max and ‖·‖_F of one layer's linear operator, as it acts on one input.
 
-    ``spectral`` is infinite where it was not ``sought`` and is not cheap.
+    ``spectral`` is infinite where it was not ``compute_spectral`` and is not cheap.
     """
 
     spectral: float
     frobenius: float
 
 
-def linear_norms(weight: Tensor, positions: int = 1, *, sought: bool = True) -> Norms:
+def linear_norms(
+    weight: Tensor, positions: int = 1, *, compute_spectral: bool = True
+) -> OperatorNorms:
     """Norms of I_T ⊗ W: a matrix [o, d] used at each of T positions.
 
     s_max is exact where o or d is at most 128, else a bound at most 10 % above; ‖·‖_F = √T ‖W‖_F.
@@ -44,17 +46,22 @@ def linear_norms(weight: Tensor, positions: int = 1, *, sought: bool = True) -> 
     """
     matrix, scale = _scaled(weight)
     if scale == 0:
-        return Norms(0.0, 0.0)
+        return OperatorNorms(0.0, 0.0)
     frobenius = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) * ROUNDING
     spectral = math.inf
-    if sought or is_cheap(1, *matrix.shape):
+    if compute_spectral or is_cheap(1, *matrix.shape):
         spectral = min(blocks_norm(matrix[None], excess=EXCESS), frobenius)
-    return Norms(spectral * scale, math.sqrt(positions) * frobenius * scale)
+    return OperatorNorms(spectral * scale, math.sqrt(positions) * frobenius * scale)
 
 
 def convolution_norms(
-    weight: Tensor, window: Window, *, groups: int = 1, positions: int = 1, sought: bool = True
-) -> Norms:
+    weight: Tensor,
+    window: ConvGeometry,
+    *,
+    groups: int = 1,
+    positions: int = 1,
+    compute_spectral: bool = True,
+) -> OperatorNorms:
     """Norms of a convolution with zero padding, ``positions`` of them making up one input.
 
     ‖A‖_F² is each tap's ‖·‖_F² times how often it meets the input. s_max is exact where the operator
@@ -67,7 +74,7 @@ def convolution_norms(
     """
     kernel, scale = _scaled(weight)
     if scale == 0:
-        return Norms(0.0, 0.0)
+        return OperatorNorms(0.0, 0.0)
     squares = kernel.square().sum((0, 1), dtype=torch.float64)
     frobenius = math.sqrt(float(weighted(squares, window.counts()[0]).sum()))
     frobenius *= 1 + torch.finfo(kernel.dtype).eps
@@ -79,13 +86,15 @@ def convolution_norms(
     small = small or count * kernel.shape[0] * width > SYMBOL_NUMBERS
     spectral = _dense_norm(kernel, window, groups)
     if spectral is None and small:
-        spectral = _images_norm(kernel, window, groups) if sought else math.inf
+        spectral = _images_norm(kernel, window, groups) if compute_spectral else math.inf
     elif spectral is None:
-        sought = sought or is_cheap(count * groups, kernel.shape[0] // groups, width)
-        spectral = _symbol_norm(kernel, window, groups) if sought else math.inf
+        compute_spectral = compute_spectral or is_cheap(
+            count * groups, kernel.shape[0] // groups, width
+        )
+        spectral = _symbol_norm(kernel, window, groups) if compute_spectral else math.inf
     if spectral < math.inf:
         spectral = min(spectral, frobenius)
-    return Norms(spectral * scale, math.sqrt(positions) * frobenius * scale)
+    return OperatorNorms(spectral * scale, math.sqrt(positions) * frobenius * scale)
 
 
 def _scaled(weight: Tensor) -> tuple[Tensor, float]:
@@ -96,7 +105,7 @@ def _scaled(weight: Tensor) -> tuple[Tensor, float]:
     return (matrix / scale if scale > 0 else matrix), scale
 
 
-def _dense_norm(kernel: Tensor, window: Window, groups: int) -> float | None:
+def _dense_norm(kernel: Tensor, window: ConvGeometry, groups: int) -> float | None:
     """From the eigenvalues of the operator's Gram matrix, group by group, if it is small."""
     inputs = kernel.shape[1] * math.prod(window.size)
     outputs = kernel.shape[0] // groups * math.prod(window.out_size)
@@ -115,7 +124,7 @@ def _dense_norm(kernel: Tensor, window: Window, groups: int) -> float | None:
     return blocks_norm(blocks, excess=EXCESS)
 
 
-def _images_norm(kernel: Tensor, window: Window, groups: int) -> float:
+def _images_norm(kernel: Tensor, window: ConvGeometry, groups: int) -> float:
     """By Lanczos steps with the convolution itself and its adjoint."""
     forward, adjoint = _products(kernel, window, groups)
     inputs = [kernel.shape[1] * groups, *window.size]
@@ -128,7 +137,7 @@ def _images_norm(kernel: Tensor, window: Window, groups: int) -> float:
     return lanczos_norm(gram, like, excess=EXCESS)
 
 
-def _symbol_norm(kernel: Tensor, window: Window, groups: int) -> float:
+def _symbol_norm(kernel: Tensor, window: ConvGeometry, groups: int) -> float:
     """By the symbol: the matrices K̂(ω) = Σ_τ K_τ e^(iωτ) that the convolution is on the plane waves.
 
     With stride s, of the kernel between s^dims interleaved images and the output. Zero padding cuts
@@ -164,7 +173,7 @@ def _symbol_norm(kernel: Tensor, window: Window, groups: int) -> float:
     return blocks_norm(blocks, excess=EXCESS) / missed
 
 
-def _grid(window: Window) -> tuple[list[int], float]:
+def _grid(window: ConvGeometry) -> tuple[list[int], float]:
     """Frequencies N in each dimension, and what is left at worst of a maximum between them."""
     found, left = [], 1.0
     for n, k, s, d in zip(window.size, window.kernel, window.stride, window.dilation, strict=True):
@@ -185,13 +194,13 @@ def _taps(kernel: int, stride: int, dilation: int) -> tuple[int, int, int]:
     return math.ceil(reach / stride), min(stride, reach), reach
 
 
-def _phases(window: Window) -> int:
+def _phases(window: ConvGeometry) -> int:
     options = zip(window.kernel, window.stride, window.dilation, strict=True)
     return math.prod(_taps(k, s, d)[1] for k, s, d in options)
 
 
 def _products(
-    kernel: Tensor, window: Window, groups: int
+    kernel: Tensor, window: ConvGeometry, groups: int
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The convolution of a batch of images, and its adjoint."""
     options = (None, window.stride, window.padding, window.dilation)
@@ -201,6 +210,6 @@ def _products(
         return torch.ops.aten.convolution(x, kernel, *options, False, nothing, groups)
 
     def adjoint(y: Tensor) -> Tensor:
-        return torch.ops.aten.convolution(y, kernel, *options, True, window.left_over, groups)
+        return torch.ops.aten.convolution(y, kernel, *options, True, window.output_padding, groups)
 
     return forward, adjoint

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fimprobe.jacobian_bounds.graph import Edge, Network, signed
+from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge, signed
 
 
 @dataclass(frozen=True)
-class Path:
+class PathNorm:
     """What is known of ∂h_L/∂(a tensor); ``outer`` elements come before the batch in its layout."""
 
     spectral: Tensor
@@ -29,15 +29,17 @@ class Path:
     """Uses of the next node that are accounted for."""
 
 
-class Stop(Exception):
+class Unbounded(Exception):
     """The chain ends here: the reason."""
 
 
-def scaled(net: Network, path: Path, factor: Tensor | float, edge: Edge, *, outer: int = 0) -> Path:
+def scaled(
+    net: AutogradGraph, path: PathNorm, factor: Tensor | float, edge: Edge, *, outer: int = 0
+) -> PathNorm:
     """The path behind an operator of norm ``factor``."""
     factor = torch.as_tensor(factor, dtype=torch.float64)
     if not bool(torch.isfinite(factor).all()):
-        raise Stop(f"the derivative is not bounded {net.between(edge, path.above)}")
+        raise Unbounded(f"the derivative is not bounded {net.between(edge, path.above)}")
     return replace(
         path,
         spectral=path.spectral * factor,
@@ -46,29 +48,29 @@ def scaled(net: Network, path: Path, factor: Tensor | float, edge: Edge, *, oute
     )
 
 
-def per_sample(net: Network, x: Tensor, outer: int) -> Tensor:
+def per_sample(net: AutogradGraph, x: Tensor, outer: int) -> Tensor:
     """The largest element of each sample [B]."""
     return x.reshape(outer, net.size, -1).amax((0, 2)).cpu().double()
 
 
 def outer_behind(
-    net: Network,
+    net: AutogradGraph,
     edge: Edge,
     shape: tuple[int, ...],
     shape_behind: tuple[int, ...],
     touched: set[int],
-    path: Path,
+    path: PathNorm,
 ) -> int:
     """Elements before the batch behind an operator that acts on the dimensions ``touched``."""
     if net.size == 1:
         return 1
     dim, inside = _batch_dim(net, edge, shape, path)
     if dim in touched or shape[dim] != shape_behind[dim]:
-        raise Stop(net.mixes(edge, path.above))
+        raise Unbounded(net.mixes(edge, path.above))
     return math.prod(shape_behind[:dim]) * inside
 
 
-def outer_moved(net: Network, edge: Edge, path: Path) -> int:
+def outer_moved(net: AutogradGraph, edge: Edge, path: PathNorm) -> int:
     """Elements before the batch behind a transpose or permutation."""
     if net.size == 1:
         return 1
@@ -84,7 +86,9 @@ def outer_moved(net: Network, edge: Edge, path: Path) -> int:
     return math.prod(before) * inside
 
 
-def _batch_dim(net: Network, edge: Edge, shape: tuple[int, ...], path: Path) -> tuple[int, int]:
+def _batch_dim(
+    net: AutogradGraph, edge: Edge, shape: tuple[int, ...], path: PathNorm
+) -> tuple[int, int]:
     """The dimension that holds the batch, and the elements before the batch inside of it."""
     before = 1
     for dim, n in enumerate(shape):
@@ -94,4 +98,4 @@ def _batch_dim(net: Network, edge: Edge, shape: tuple[int, ...], path: Path) -> 
                 break
             return dim, inside
         before *= n
-    raise Stop(net.mixes(edge, path.above))
+    raise Unbounded(net.mixes(edge, path.above))

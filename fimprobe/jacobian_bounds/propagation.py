@@ -11,16 +11,16 @@ from torch import Tensor
 
 from fimprobe.jacobian_bounds.affine_layers import input_norms, operator_norms
 from fimprobe.jacobian_bounds.elementwise import elementwise
-from fimprobe.jacobian_bounds.graph import AFFINE, MOVES, VIEWS, Edge, Network
+from fimprobe.jacobian_bounds.graph import AFFINE, RESHAPING, TRANSPOSING, AutogradGraph, Edge
 from fimprobe.jacobian_bounds.layer_bound import LayerBound
 from fimprobe.jacobian_bounds.lipschitz_constants import (
+    AVERAGING,
     BATCH_NORMS,
-    COPIES,
+    ELEMENTWISE,
+    GATHERING,
     LIPSCHITZ,
-    MEASURED,
-    SUMS,
 )
-from fimprobe.jacobian_bounds.path import Path, Stop, outer_moved, scaled
+from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, outer_moved, scaled
 from fimprobe.jacobian_bounds.spectral_norm import ROUNDING
 from fimprobe.jacobian_bounds.tensor_functions import branches, copied_or_summed, normalised
 
@@ -33,18 +33,18 @@ CALLED = {
 }
 
 
-class Walk:
+class BoundPropagation:
     """From the outputs down every path, until a fork or a function that is not known."""
 
-    def __init__(self, net: Network) -> None:
+    def __init__(self, net: AutogradGraph) -> None:
         self.net = net
         self.found: dict[str, tuple[LayerBound, set[int]]] = {}
         self.reasons: dict[int, str] = {}
         self.flooded: set[Any] = set()
         one = torch.ones(net.size, dtype=torch.float64)
-        self.walk(net.root, Path(one, one))
+        self.walk(net.root, PathNorm(one, one))
 
-    def walk(self, root: Edge, path: Path) -> None:
+    def walk(self, root: Edge, path: PathNorm) -> None:
         """Give every layer on the way its bounds; everything beyond a stop the stop's reason."""
         stack = [(root, path)]
         while stack:
@@ -54,27 +54,27 @@ class Walk:
             try:
                 if self.net.uses[edge.node] > path.edges:
                     times = self.net.uses[edge.node]
-                    raise Stop(f"the output of {self.net.below(edge)} is used {times} times")
+                    raise Unbounded(f"the output of {self.net.below(edge)} is used {times} times")
                 numel = math.prod(edge.shape)
                 if numel % (path.outer * self.net.size):
-                    raise Stop(self.net.mixes(edge, path.above))
+                    raise Unbounded(self.net.mixes(edge, path.above))
                 if not edge.node._input_metadata[edge.nr].dtype.is_floating_point:
-                    raise Stop(self.net.unknown(edge, path.above))
+                    raise Unbounded(self.net.unknown(edge, path.above))
                 path = replace(path, dims=min(path.dims, numel // self.net.size), edges=1)
                 onward = self.step(edge, path)
-            except Stop as stop:
-                self.flood([edge], str(stop))
+            except Unbounded as stop:
+                self.mark_unbounded([edge], str(stop))
                 continue
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # checkpointed, or changed in place since
-                self.flood([edge], f"what {edge.name} saved cannot be read")
+                self.mark_unbounded([edge], f"what {edge.name} saved cannot be read")
                 continue
             stack += onward
             walked = {following.node for following, _ in onward}
-            self.flood([p for p in edge.parents() if p.node not in walked], ELSEWHERE)
+            self.mark_unbounded([p for p in edge.parents() if p.node not in walked], ELSEWHERE)
 
-    def flood(self, edges: list[Edge], reason: str) -> None:
+    def mark_unbounded(self, edges: list[Edge], reason: str) -> None:
         """Note why everything from here to the input has no bounds."""
         stack = [edge.node for edge in edges]
         while stack:
@@ -86,52 +86,52 @@ class Walk:
                 self.reasons.setdefault(id(node.variable), reason)
             stack += [following for following, _ in node.next_functions]
 
-    def step(self, edge: Edge, path: Path) -> list[tuple[Edge, Path]]:
+    def step(self, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
         """One node: the edges behind it with what is known of the outputs' derivative there."""
         kind, parent = edge.kind, edge.parent(0) if edge.node.next_functions else None
         if kind in AFFINE:
             return self.affine_step(edge, path)
-        if kind in VIEWS:
+        if kind in RESHAPING:
             return [] if parent is None else [(parent, path)]
         path_after = replace(path, bias=None)
-        if kind in MOVES:
+        if kind in TRANSPOSING:
             assert parent is not None
             return [(parent, replace(path_after, outer=outer_moved(self.net, edge, path)))]
         if kind in LIPSCHITZ:
             if parent is None:
                 return []
             return [(parent, scaled(self.net, path_after, LIPSCHITZ[kind](edge.saved), edge))]
-        if kind in COPIES or kind in SUMS:
+        if kind in GATHERING or kind in AVERAGING:
             if parent is None:
                 return []
             return [(parent, copied_or_summed(self.net, edge, parent, path_after))]
         if kind in ("NativeLayerNorm", "NativeGroupNorm"):
             return [] if parent is None else [(parent, normalised(self.net, edge, path_after))]
-        if kind in MEASURED or (kind in BATCH_NORMS and not edge.saved._saved_training):
+        if kind in ELEMENTWISE or (kind in BATCH_NORMS and not edge.saved._saved_training):
             return elementwise(
                 self.net, edge, path, lambda bias: self.layer(edge, path_after, None, bias)
             )
         if kind == "Cat":
             return branches(self.net, edge, path_after)
         if kind in CALLED:
-            raise Stop(CALLED[kind])
+            raise Unbounded(CALLED[kind])
         if "Attention" in kind:
-            raise Stop("attention")
-        raise Stop(self.net.unknown(edge, path.above))
+            raise Unbounded("attention")
+        raise Unbounded(self.net.unknown(edge, path.above))
 
-    def affine_step(self, edge: Edge, path: Path) -> list[tuple[Edge, Path]]:
+    def affine_step(self, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
         """A layer z = X̃ Wᵀ: its own bounds, and its operator for what comes before it."""
         data, weight_slot, bias_slot = AFFINE[edge.kind]
         node, parent = edge.node, edge.parent(data)
         weight = self.net.parameter(edge.parent(weight_slot))
         bias = None if bias_slot is None else self.net.parameter(edge.parent(bias_slot))
         if edge.kind == "Bmm" and (parent is None or edge.parent(weight_slot) is not None):
-            raise Stop(f"two activations are multiplied {self.net.between(edge, path.above)}")
+            raise Unbounded(f"two activations are multiplied {self.net.between(edge, path.above)}")
         plain = edge.kind != "Addmm" or node._saved_alpha == node._saved_beta == 1
         turned = parent is not None and self.net.parameter(parent) is not None
         turned = turned or (parent is None and weight is None and bias is None)
         if not plain or turned or (edge.kind == "Convolution" and node._saved_transposed):
-            raise Stop(self.net.unknown(edge, path.above))
+            raise Unbounded(self.net.unknown(edge, path.above))
         width = edge.shape[1 if edge.kind == "Convolution" else -1]
         if bias is None and weight is not None and path.bias is not None:
             bias = path.bias if self.net.owner(path.bias) == self.net.owner(weight) else None
@@ -139,7 +139,7 @@ class Walk:
             bias = None
         rows = edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1]
         if math.prod(rows) % (path.outer * self.net.size):
-            raise Stop(self.net.mixes(edge, path.above))
+            raise Unbounded(self.net.mixes(edge, path.above))
         named = weight if weight is not None else bias
         if named is not None:
             self.layer(edge, replace(path, bias=None), weight, bias)
@@ -147,7 +147,7 @@ class Walk:
             return []
         norms = operator_norms(self.net, edge)
         if norms is None:
-            raise Stop(self.net.unknown(edge, path.above))
+            raise Unbounded(self.net.unknown(edge, path.above))
         ratio = norms.frobenius / norms.spectral if norms.spectral else 1.0
         onward = replace(
             path,
@@ -159,7 +159,7 @@ class Walk:
         )
         return [(parent, onward)]
 
-    def layer(self, edge: Edge, path: Path, weight: Tensor | None, bias: Tensor | None) -> None:
+    def layer(self, edge: Edge, path: PathNorm, weight: Tensor | None, bias: Tensor | None) -> None:
         """Bounds of one layer from the path to its output."""
         inputs, blocks = input_norms(self.net, edge, path.outer, weight is not None, bias is not None)
         trained = [p for p in (weight, bias) if p is not None]
@@ -209,7 +209,9 @@ class Walk:
         elif covers != {id(p) for p in parameters}:
             reason = f"this {kind} has parameters besides one weight and its bias"
         try:
-            norms = operator_norms(self.net, uses[0], sought=False) if len(uses) == 1 else None
+            norms = (
+                operator_norms(self.net, uses[0], compute_spectral=False) if len(uses) == 1 else None
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what its node saved cannot be read

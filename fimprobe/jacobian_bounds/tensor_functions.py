@@ -8,18 +8,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from fimprobe.jacobian_bounds.graph import Edge, Network
-from fimprobe.jacobian_bounds.lipschitz_constants import COPIES, SUMS, is_apart, last, saved_dims
-from fimprobe.jacobian_bounds.path import Path, Stop, outer_behind, per_sample, scaled
+from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge
+from fimprobe.jacobian_bounds.lipschitz_constants import (
+    AVERAGING,
+    GATHERING,
+    is_apart,
+    last,
+    saved_dims,
+)
+from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, outer_behind, per_sample, scaled
 from fimprobe.jacobian_bounds.spectral_norm import ROUNDING
 
 
-def copied_or_summed(net: Network, edge: Edge, parent: Edge, path: Path) -> Path:
+def copied_or_summed(net: AutogradGraph, edge: Edge, parent: Edge, path: PathNorm) -> PathNorm:
     """Copies: s_max² is the largest number of copies. Sums: s_max² ≤ ‖A‖₁ ‖A‖_∞."""
-    touched = (COPIES if edge.kind in COPIES else SUMS)[edge.kind](edge.saved, len(parent.shape))
+    touched = (GATHERING if edge.kind in GATHERING else AVERAGING)[edge.kind](
+        edge.saved, len(parent.shape)
+    )
     shape = list(edge.shape)
     if len(shape) > len(parent.shape):
-        raise Stop(net.unknown(edge, path.above))
+        raise Unbounded(net.unknown(edge, path.above))
     if len(shape) < len(parent.shape):  # the touched dimensions are gone
         for dim in sorted(touched):
             shape.insert(dim, 1)
@@ -27,7 +35,7 @@ def copied_or_summed(net: Network, edge: Edge, parent: Edge, path: Path) -> Path
     if is_apart(edge):
         return scaled(net, path, 1.0, edge, outer=outer)
     seed = ones(edge)
-    if edge.kind in COPIES:
+    if edge.kind in GATHERING:
         columns = pulled(edge, parent, seed)
         squared = per_sample(net, columns, outer)
     else:
@@ -39,7 +47,7 @@ def copied_or_summed(net: Network, edge: Edge, parent: Edge, path: Path) -> Path
     return scaled(net, path, squared.sqrt() * margin_of(seed.dtype), edge, outer=outer)
 
 
-def normalised(net: Network, edge: Edge, path: Path) -> Path:
+def normalised(net: AutogradGraph, edge: Edge, path: PathNorm) -> PathNorm:
     """LayerNorm, GroupNorm: the derivative γ/σ (I − 11ᵀ/n − x̂x̂ᵀ/n) has norm ≤ max|γ|/σ."""
     node, shape = edge.saved, edge.shape
     group = edge.kind == "NativeGroupNorm"
@@ -53,7 +61,7 @@ def normalised(net: Network, edge: Edge, path: Path) -> Path:
     return scaled(net, path, scale * margin_of(node._saved_result2.dtype), edge)
 
 
-def branches(net: Network, edge: Edge, path: Path) -> list[tuple[Edge, Path]]:
+def branches(net: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
     """A sum or concatenation: each branch by itself (what they share is met as a fork)."""
     onward = []
     for slot in range(len(edge.node.next_functions)):
@@ -61,7 +69,7 @@ def branches(net: Network, edge: Edge, path: Path) -> list[tuple[Edge, Path]]:
         if parent is None or net.parameter(parent) is not None:
             continue
         if len(parent.shape) != len(edge.shape):
-            raise Stop(net.unknown(edge, path.above))
+            raise Unbounded(net.unknown(edge, path.above))
         concatenated = edge.kind == "Cat"
         touched = saved_dims(edge.saved, len(edge.shape)) if concatenated else set()
         outer = outer_behind(net, edge, edge.shape, parent.shape, touched, path)

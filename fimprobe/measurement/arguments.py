@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fimprobe.engines.problem.problem import Ask, Problem
+from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 
 ESTIMATORS = ("i1", "i2", "ih", "empirical")
 
 
-def check_options(
+def parse_request(
     estimators: Any, second_order: Any, bounds: Any, engine: Any, labels: Any = None
-) -> Ask:
+) -> Request:
     """What to measure, checked; raises with argument, value and remedy."""
     wanted = [estimators] if isinstance(estimators, str) else estimators
     sequence = isinstance(wanted, Collection)
@@ -50,7 +50,7 @@ def check_options(
         raise FimprobeError(
             f"second_order={second_order!r} is unknown; use {{'probes': 2}}, 'exact' or 'off'"
         )
-    return Ask(
+    return Request(
         i2="i2" in wanted and second_order != "off",
         ih="ih" in wanted,
         labels=labels if "empirical" in wanted else None,

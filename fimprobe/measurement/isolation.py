@@ -14,7 +14,7 @@ from fimprobe.model.twin import unwrap
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+def _isolated_state(model: nn.Module, seed: int) -> Iterator[None]:
     """Autograd on, autocast off, and every random stream put back as it was."""
     devices = {p.device for p in model.parameters()} if torch.cuda.is_initialized() else set()
     generators = [torch.default_generator]

@@ -10,12 +10,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fimprobe.distributed.processes import Alone, Ranks
-from fimprobe.engines.autograd.verification import check_curvature, make_plan, measure_planned
-from fimprobe.engines.problem.problem import Ask, Problem
+from fimprobe.distributed.processes import ProcessGroup, SingleProcess
+from fimprobe.engines.autograd.verification import (
+    check_curvature,
+    make_verified_plan,
+    measure_with_fallbacks,
+)
+from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError, FimprobeError
-from fimprobe.jacobian_bounds.layer_bounds import LayerBound, chain_bounds
+from fimprobe.jacobian_bounds.layer_bounds import LayerBound, bound_layer_jacobians
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.draws import Draws
@@ -26,16 +30,16 @@ from fimprobe.measurement.arguments import (
     check_labels,
     check_mask_and_output,
     check_numbers,
-    check_options,
     choose_draws,
+    parse_request,
 )
-from fimprobe.measurement.isolation import _undisturbed
-from fimprobe.measurement.shares import _buffers, _check_same, _Share
+from fimprobe.measurement.isolation import _isolated_state
+from fimprobe.measurement.shares import _buffers, _check_models_agree, _ProcessSummary
 from fimprobe.model.batch import Batch
 from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import make_twin, unwrap
-from fimprobe.report.build import make_report
+from fimprobe.report.build import build_report
 from fimprobe.report.report import Report
 from fimprobe.statistics import Measured
 
@@ -59,7 +63,7 @@ def measure(
     seed: int = 0,
     step: int = 0,
     plan: Plan | None = None,
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> Report:
     """Measure estimators of the Fisher information, their variances and the bounds on them.
 
@@ -119,14 +123,14 @@ def measure(
             "the model has no trainable parameters (requires_grad is False everywhere); nothing "
             "to measure"
         )
-    shared: Ranks = ranks or Alone()
+    shared: ProcessGroup = ranks or SingleProcess()
     sharded = is_sharded(model)
     batch: Batch
-    ask: Ask
+    ask: Request
 
-    def checked() -> _Share:
+    def checked() -> _ProcessSummary:
         nonlocal batch, ask
-        ask = check_options(estimators, second_order, bounds, engine, labels)
+        ask = parse_request(estimators, second_order, bounds, engine, labels)
         check_mask_and_output(mask, output)
         if sharded:
             check_sharded(
@@ -139,10 +143,14 @@ def measure(
                 processes=shared.size,
             )
         batch = Batch.of(inputs)
-        return _Share.of(model, batch, shared) if shared.size > 1 else _Share(batch.size)
+        return (
+            _ProcessSummary.of(model, batch, shared)
+            if shared.size > 1
+            else _ProcessSummary(batch.size)
+        )
 
     shares = shared.together(checked)
-    _check_same(shares)
+    _check_models_agree(shares)
     sizes = [share.size for share in shares]
     if sharded and len(set(sizes)) > 1:
         raise BatchError(
@@ -164,7 +172,7 @@ def measure(
         )
 
     def share() -> tuple[Measured, Mapping[str, LayerBound]]:
-        with _undisturbed(model, seed):
+        with _isolated_state(model, seed):
             shards = Shards(shared.for_weights(), shared.rank, shared.size) if sharded else None
             twin = make_twin(model) if shards is None else make_sharded_twin(model, shards)
             if shares[0].buffers:
@@ -190,7 +198,7 @@ def measure(
     measured, chain = shared.combine(share)
     if not measured.moments["i1"].parameters:
         raise FimprobeError("the outputs depend on no trainable parameter; nothing to measure")
-    report = make_report(
+    report = build_report(
         measured,
         chain,
         step=step,
@@ -211,7 +219,7 @@ def _measure_share(
     if ask.labels is not None:
         check_labels(problem)
     if not plan.verified or (plan.verified == 1 and size > 1):
-        plan.__dict__.update(make_plan(problem).__dict__)
+        plan.__dict__.update(make_verified_plan(problem).__dict__)
     if ask.i2 and (not plan.curved or (plan.curved == 1 and size > 1)):
         check_curvature(problem, plan)
     if plan.uncurved and ask.i2:
@@ -220,7 +228,7 @@ def _measure_share(
         check_backpack(problem, plan, second_order=False)
     if ask.exact:
         check_backpack(problem, plan, second_order=True)
-    measured = measure_planned(problem, plan)
+    measured = measure_with_fallbacks(problem, plan)
     if engine == "backpack":
         from fimprobe.engines import backpack
 
@@ -230,4 +238,4 @@ def _measure_share(
             moments.powers[3] = known[name].powers[3]  # max over labels: not among its moments
     if plan.uncurved and ask.i2:
         measured.notes.append(plan.uncurved)
-    return measured, chain_bounds(problem, problem.batch) if ask.bounds else {}
+    return measured, bound_layer_jacobians(problem, problem.batch) if ask.bounds else {}

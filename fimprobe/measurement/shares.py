@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fimprobe.distributed.processes import Ranks
+from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 from fimprobe.model.fsdp import is_part
 from fimprobe.model.twin import trainable, unwrap
 
 
-class _Share(NamedTuple):
+class _ProcessSummary(NamedTuple):
     """What the processes have to know of each other."""
 
     size: int
@@ -29,7 +29,7 @@ class _Share(NamedTuple):
     """The first process's: running statistics differ, the model measured is one."""
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, ranks: Ranks) -> _Share:
+    def of(cls, model: nn.Module, batch: Batch, ranks: ProcessGroup) -> _ProcessSummary:
         """What this process tells the others."""
         leaves = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor)]
         norms = {
@@ -52,7 +52,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _check_same(shares: Sequence[_Share]) -> None:
+def _check_models_agree(shares: Sequence[_ProcessSummary]) -> None:
     """All processes have to hold the same model."""
     first = shares[0].parameters or {}
     for rank, share in enumerate(shares[1:], 1):

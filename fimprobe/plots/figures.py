@@ -32,8 +32,8 @@ from fimprobe.plots.style import (
     name_panels,
     name_rows,
 )
-from fimprobe.report.format import thin
-from fimprobe.report.table import need_of, neediest, one_label_error
+from fimprobe.report.format import subsample
+from fimprobe.report.table import need_of, one_label_error, rank_layers
 
 NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
@@ -80,7 +80,7 @@ def draw_traces(records: Sequence[Record]) -> Figure | None:
 
 def draw_error_map(records: Sequence[Record]) -> Figure | None:
     """Layer × step heat maps of the relative errors of Î₁ and Î₂, one scale of colours."""
-    shown = thin(records, MOST_COLUMNS)
+    shown = subsample(records, MOST_COLUMNS)
     layers = list(dict.fromkeys(name for record in shown for name in record["layers"]))
     found = {}
     for kind in ("i1", "i2"):
@@ -106,7 +106,7 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
 
 def draw_variances(record: Record) -> Figure | None:
     """Bars of a layer's variance of one pair, from labels and from inputs, and the labels' bound."""
-    layers = needy(record)
+    layers = shown_layers(record)
     names = ("label_variance", "input_variance")
     kinds = [k for k in ("i1", "i2") if any(np.isfinite(_column(layers, k, n)).any() for n in names)]
     if not kinds:
@@ -135,7 +135,7 @@ def draw_variances(record: Record) -> Figure | None:
 
 def draw_needs(record: Record) -> Figure | None:
     """(input, label) pairs for a relative error of 10 %, by layer, against those measured."""
-    layers = needy(record)
+    layers = shown_layers(record)
     found = {kind: _column(layers, kind, "pairs_for_10_percent") for kind in ("i1", "i2")}
     found = {kind: np.maximum(v, 1.0) for kind, v in found.items() if np.isfinite(v).any()}
     if not found:
@@ -158,7 +158,7 @@ def draw_bounds(record: Record) -> Figure | None:
     """‖Cov‖_F beside (17), (18); where labels were drawn, L beside the bound on it."""
     exact = record["draws"] == "exact"
     names = ("covariance_norm", "bound") if exact else ("total_label_variance", "trace_bound")
-    layers = needy(record)
+    layers = shown_layers(record)
     found = {kind: [_column(layers, kind, name) for name in names] for kind in ("i1", "i2")}
     found = {k: ends for k, ends in found.items() if np.isfinite(ends).all(0).any()}
     if not found:
@@ -244,9 +244,9 @@ def draw_diagonal(record: Record) -> Figure | None:
     return add_legend(figure, axis)
 
 
-def needy(record: Record) -> list[tuple[str, Record]]:
+def shown_layers(record: Record) -> list[tuple[str, Record]]:
     """At most ``MOST_ROWS`` layers, those that need most pairs, in the order of the model."""
-    chosen = {name for name, _ in neediest(record, MOST_ROWS)}
+    chosen = {name for name, _ in rank_layers(record, MOST_ROWS)}
     return [(name, group) for name, group in record["layers"].items() if name in chosen]
 
 

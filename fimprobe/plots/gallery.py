@@ -27,7 +27,7 @@ OVER_STEPS = ("errors", "traces")
 """Pictures that TensorBoard draws itself, as charts."""
 
 
-class Picture(NamedTuple):
+class CaptionedFigure(NamedTuple):
     """A figure with what it shows."""
 
     name: str
@@ -36,12 +36,12 @@ class Picture(NamedTuple):
     figure: Figure
 
 
-def make_pictures(
+def make_figures(
     records: Sequence[Record], last: Record | None = None, *, without: Sequence[str] = ()
-) -> Iterator[Picture]:
+) -> Iterator[CaptionedFigure]:
     """All pictures for which there are values: over ``records``, and of the ``last`` of them.
 
-    ``records`` may be the ``condense``\\ d ones, where ``last`` is whole.
+    ``records`` may be the ``compact``\\ d ones, where ``last`` is whole.
     """
     last = last or records[-1]
     at = f"at step {last['step']:,}"
@@ -116,7 +116,7 @@ def make_pictures(
     for name, title, caption, make in makers:
         figure = None if name in without else make()
         if figure is not None:
-            yield Picture(name, title, caption, figure)
+            yield CaptionedFigure(name, title, caption, figure)
 
 
 def _bound_of(record: Record) -> str:

@@ -11,7 +11,7 @@ MOST_COLUMNS = 120
 """Reports in the heat map; of longer runs they are taken evenly."""
 
 
-def condense(record: Record) -> Record:
+def compact(record: Record) -> Record:
     """What of a record the pictures over steps need: a run may hold thousands."""
     values = ("rel_error", "one_label_error", "pairs_for_10_percent")
     kept = ("step", "draws", "batch_size", "total", "outputs", "label_sampling")
@@ -27,7 +27,7 @@ def condense(record: Record) -> Record:
     }
 
 
-class Album:
+class PlotHistory:
     """Remembers a run, condensed, of long ones evenly taken reports only."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Album:
         self._seen += 1
         if (self._seen - 1) % self._stride:
             return
-        self.records.append(condense(record))
+        self.records.append(compact(record))
         if len(self.records) > MOST_COLUMNS:
             self._stride *= 2
             self.records = self.records[::2]

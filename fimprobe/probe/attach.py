@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fimprobe.config.config import Config, load_config
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import Likelihood
-from fimprobe.probe.optimizers import Trains, _closure, _holds
+from fimprobe.probe.optimizers import OptimizerFilter, _closure, _holds
 from fimprobe.probe.probe import Probe
 from fimprobe.sinks.base import Sink
 
@@ -82,7 +82,7 @@ def attach(
         first_step=first_step,
     )
 
-    trains = Trains(model)
+    trains = OptimizerFilter(model)
 
     def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         if probe.detached or (optimizer is not None and opt is not optimizer):

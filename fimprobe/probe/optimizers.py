@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-class Trains:
+class OptimizerFilter:
     """Which optimizers hold parameters of a model.
 
     To walk all parameters at every step would cost most of what a step between probes costs. An

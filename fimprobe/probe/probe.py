@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.config.config import Config
-from fimprobe.distributed.processes import Alone, Ranks, join
+from fimprobe.distributed.processes import ProcessGroup, SingleProcess, join
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
@@ -27,20 +27,20 @@ from fimprobe.model.fsdp import check_sharded, is_sharded
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import trainable, unwrap
 from fimprobe.report.report import Report
-from fimprobe.report.run_info import describe_run
+from fimprobe.report.run_info import collect_run_info
 from fimprobe.sinks.base import Sink
 from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink
-from fimprobe.training.batch_reader import Mask, Reader
-from fimprobe.training.capture import Capture, Captured, Watched
-from fimprobe.training.schedule import Agreed, Budget
-from fimprobe.training.skipped_steps import Skips
+from fimprobe.training.batch_reader import BatchReader, Mask
+from fimprobe.training.capture import BatchCapture, CapturedBatch, Watched
+from fimprobe.training.schedule import Budget, SharedBudget
+from fimprobe.training.skipped_steps import SkippedSteps
 
 logger = logging.getLogger("fimprobe")
 
 
-class Share(NamedTuple):
+class ProbeBatch(NamedTuple):
     """What one process measures."""
 
     batch: Batch
@@ -51,7 +51,7 @@ class Share(NamedTuple):
 
 _probed: set[int] = set()
 
-LOOK = (
+PREVIEW_NOTE = (
     "A first look: Î₂, bounds and what belongs to them follow once the schedule's budget has room; "
     'schedule={"every": 100} measures everything from the first step on.'
 )
@@ -112,16 +112,16 @@ class Probe:
             )
         self.model = model
         self.config = asked
-        self.ranks: Ranks = Alone()
+        self.ranks: ProcessGroup = SingleProcess()
         self.schedule = self.config.schedule.build()
         if isinstance(self.schedule, Budget):
             self.schedule.staged = asked.bounds or "i2" in asked.estimators
         self._steps = self._first_step = first_step
-        self._skips = Skips()
+        self._skips = SkippedSteps()
         self.coverage: dict[str, str] = {}
         self.active = True
         self.detached = False
-        self._reader = Reader(
+        self._reader = BatchReader(
             model, mask=mask, labels=labels, output=output or select_outputs, tell=self._tell
         )
         self._plan = Plan()
@@ -129,13 +129,13 @@ class Probe:
         self._sinks: list[Sink] = [self._memory, *(sinks or [])]
         self._told: set[str] = set()
         self._failure: Exception | None = None
-        self._numbered = True  # until the first step tells
+        self._loop_numbers_steps = True  # until the first step tells
         self._batches = self._without_batch = 0
         self._closers: list[Callable[[], None]] = []
         self._join()
         self.log_dir = self._open_sinks()
         self._reader.settle(self.config.likelihood)
-        self._capture = Capture(model, self._wanted, self._watch)
+        self._capture = BatchCapture(model, self._wanted, self._watch)
         _probed.add(self._key)
         self._last_end = time.perf_counter()
         self._attaching = self._last_end - started  # until a measurement's account holds it
@@ -227,8 +227,8 @@ class Probe:
             return None
         if number is not None:
             self.steps = number
-        self._numbered = number is not None
-        if found_inf is not None and (self._undecided or self.due):
+        self._loop_numbers_steps = number is not None
+        if found_inf is not None and (self._likelihood_unknown or self.due):
             if bool(torch.as_tensor(found_inf).any()):
                 return None  # its batch may be another optimizer's, which makes its step
             found_inf = None
@@ -249,10 +249,10 @@ class Probe:
         report = None
         try:
             self._failure = self._failure or failed
-            if self._undecided and captured is not None:
+            if self._likelihood_unknown and captured is not None:
                 self._try(lambda: self._reader.ask(captured))
-            elif self._undecided and inputs is not None:
-                self._try(lambda: self._reader.ask_inputs(inputs))
+            elif self._likelihood_unknown and inputs is not None:
+                self._try(lambda: self._reader.infer_from_inputs(inputs))
             if self.active and (due or (self._failure is not None and self.ranks.size == 1)):
                 report = self._measure(step, captured, inputs)
         except BatchError as error:
@@ -276,9 +276,9 @@ class Probe:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _measure(self, step: int, captured: Captured | None, inputs: Any) -> Report | None:
+    def _measure(self, step: int, captured: CapturedBatch | None, inputs: Any) -> Report | None:
         """One report of all processes' batches; None where the likelihood is not known yet."""
-        share: Share | None = None
+        share: ProbeBatch | None = None
 
         def prepare() -> str | None:
             nonlocal share
@@ -287,7 +287,7 @@ class Probe:
                 raise failure
             if self.likelihood is None:
                 return None
-            share = self._share_of(step, captured, inputs)
+            share = self._select_batch(step, captured, inputs)
             return f"{self.likelihood.name} at step {step}"
 
         started = time.perf_counter()
@@ -323,8 +323,8 @@ class Probe:
             ranks=self.ranks,
         )
         if look:
-            report = replace(report, notes=[*report.notes, LOOK])
-        if isinstance(self.schedule, Agreed):
+            report = replace(report, notes=[*report.notes, PREVIEW_NOTE])
+        if isinstance(self.schedule, SharedBudget):
             forecast = self.schedule.forecast
             running = time.perf_counter() - started
             self.schedule.next = self.ranks.together(lambda: forecast(step, running))[0]
@@ -335,7 +335,7 @@ class Probe:
                 self._sinks.remove(sink)
         return report
 
-    def _share_of(self, step: int, captured: Captured | None, inputs: Any) -> Share:
+    def _select_batch(self, step: int, captured: CapturedBatch | None, inputs: Any) -> ProbeBatch:
         """What this process measures: its batch, cut to size, with what belongs to it."""
         mask = labels = None
         wanted = list(self.config.estimators)
@@ -365,7 +365,7 @@ class Probe:
             batch = batch[rows]
             mask = None if mask is None else mask[rows.to(mask.device)]
             labels = None if labels is None else labels[rows.to(labels.device)]
-        return Share(batch, mask, labels, wanted)
+        return ProbeBatch(batch, mask, labels, wanted)
 
     def _try(self, action: Callable[[], None]) -> None:
         """Keep an error for the next measurement, which all processes make together."""
@@ -385,10 +385,10 @@ class Probe:
             kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
             self._tell(f"nothing is probed: {kind}{error}")
         if self.ranks.size > 1 and isinstance(self.schedule, Budget):
-            self.schedule = Agreed(self.schedule)
+            self.schedule = SharedBudget(self.schedule)
 
     @property
-    def _undecided(self) -> bool:
+    def _likelihood_unknown(self) -> bool:
         return self.active and self._reader.likelihood is None
 
     def _wanted(self) -> bool:
@@ -397,11 +397,11 @@ class Probe:
         A schedule's answer holds until the step is observed, however many forwards lead to it;
         only a loop that numbers its steps itself may come to another one.
         """
-        return self.active and (self._numbered or self._undecided or self.due)
+        return self.active and (self._loop_numbers_steps or self._likelihood_unknown or self.due)
 
-    def _watch(self, captured: Captured, out: Any) -> Watched | None:
+    def _watch(self, captured: CapturedBatch, out: Any) -> Watched | None:
         """The output tensor whose gradient is needed: to infer, and to see ignored positions."""
-        due, undecided = self.due, self._undecided
+        due, undecided = self.due, self._likelihood_unknown
         empirical = due and "empirical" in self.config.estimators
         positions = due and self.config.likelihood == "auto"
         if not (undecided or empirical or positions):
@@ -414,7 +414,7 @@ class Probe:
             return None
         if undecided or empirical:
             captured.outputs = tensor.detach()
-            return tensor, Captured.keep
+            return tensor, CapturedBatch.keep
         return (tensor, self._reader.see) if tensor.dim() > 2 else None
 
     def _no_batch(self) -> None:
@@ -478,7 +478,7 @@ class Probe:
         return log_dir if written else None
 
     def _describe(self) -> dict[str, Any]:
-        return describe_run(
+        return collect_run_info(
             self.model,
             self.config,
             likelihood=self.likelihood,

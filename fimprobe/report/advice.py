@@ -112,7 +112,7 @@ def _why(e: Estimate) -> str:
 def _errors(report: Report) -> list[str]:
     total, record = report.total.i1, _record(report)
     if total.trace == 0:
-        return [_zero(report)]
+        return [_zero_fisher_message(report)]
     if report.seen_mass is not None and total.trace is None:
         return [
             f"Nothing is known of F by Î₁: {total.unknown['trace']}. Labels that carry F are too "
@@ -211,7 +211,7 @@ def _pairs_record(e: Estimate) -> dict[str, Any]:
     return {"pairs_for_10_percent": e.pairs_for(0.1), "pairs_error": e.pairs_error}
 
 
-def _zero(report: Report) -> str:
+def _zero_fisher_message(report: Report) -> str:
     if report.draws is None or report.label_sampling == "size_biased":
         return (
             "Î₁ of the whole model is zero, whatever the label: the outputs are saturated, or mask= "

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from fimprobe.estimators import i1, i2, reliability
-from fimprobe.estimators.diagonal_histogram import count_sizes
+from fimprobe.estimators.diagonal_histogram import diagonal_histogram
 from fimprobe.estimators.empirical import compare
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
-from fimprobe.estimators.groups import Groups, slabs
+from fimprobe.estimators.groups import Groups, split_groups
 from fimprobe.estimators.i1 import InputSums
-from fimprobe.estimators.variance_bounds import bound_hessians, bound_scores
+from fimprobe.estimators.variance_bounds import add_i1_bounds, add_i2_bounds
 from fimprobe.report.advice import make_advice
 from fimprobe.report.report import Report
 from fimprobe.statistics import Measured, MomentsBatch
@@ -24,7 +24,7 @@ ROOT = "(model)"
 """Layer name of parameters that the model itself holds."""
 
 
-def make_report(
+def build_report(
     measured: Measured,
     chain: Mapping[str, Any],
     *,
@@ -48,13 +48,13 @@ def make_report(
     measured_i2: dict[str, Estimate] = {}
     measured_ih: dict[str, Estimate] = {}
     geometry: dict[str, Geometry] = {}
-    for part in slabs(groups, _numbers(scores)):
+    for part in split_groups(groups, _numbers(scores)):
         common = _common(measured, part, unseen=bool(unseen))
         own = common if not unseen else InputSums.of(scores, part)
         found = i1.estimate_groups(scores, part, diagonals=diagonals, sums=own)
         trace = own.trace[-1]  # the last group is the model
         if measured.norms is not None:
-            found, shapes = bound_scores(measured, part, found)
+            found, shapes = add_i1_bounds(measured, part, found)
             geometry |= shapes
         measured_i1 |= found
         if measured.curvature is not None:
@@ -65,7 +65,7 @@ def make_report(
             }
             bent = i2.estimate_groups(measured, part, common, grams, diagonals=diagonals)
             if measured.norms is not None:
-                bent = bound_hessians(measured, part, bent, grams)
+                bent = add_i2_bounds(measured, part, bent, grams)
             measured_i2 |= bent
         if ask_ih:
             moments = measured.moments["ih"]
@@ -121,7 +121,7 @@ def make_report(
         coverage=scores.coverage,
         kinks=measured.kinks,
         notes=measured.notes,
-        sizes=[] if unseen else count_sizes(entries, 1 / count),
+        sizes=[] if unseen else diagonal_histogram(entries, 1 / count),
         seconds_by_part=measured.seconds,
         label_sampling=_label_sampling(scores),
         seen_mass=scores.seen_mass,

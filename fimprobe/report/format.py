@@ -55,7 +55,7 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
     >>> sparkline([2, 2, 2])
     '▄▄▄'
     """
-    shown = thin(values, width)
+    shown = subsample(values, width)
     positive = [math.log(v) for v in shown if v is not None and v > 0]
     low, high = min(positive, default=0.0), max(positive, default=0.0)
 
@@ -70,7 +70,7 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
     return "".join(map(bar, shown))
 
 
-def thin(items: Sequence[Any], most: int) -> list[Any]:
+def subsample(items: Sequence[Any], most: int) -> list[Any]:
     """At most ``most`` items, evenly spaced, the first and the last among them.
 
     >>> thin(range(10), 4)

@@ -16,11 +16,11 @@ from fimprobe.config.config import Config
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.model.twin import trainable, unwrap
 
-QUIET = ("tensorboard", "jsonl", "layers", "on_error")
+OUTPUT_OPTIONS = ("tensorboard", "jsonl", "layers", "on_error")
 """Options that change no number."""
 
 
-def describe_run(
+def collect_run_info(
     model: nn.Module,
     config: Config,
     *,
@@ -51,7 +51,7 @@ def describe_run(
     }
 
 
-def tell_run(run: Mapping[str, Any]) -> dict[str, str]:
+def format_run_info(run: Mapping[str, Any]) -> dict[str, str]:
     """The same in words, by what it is about; empty of a record that holds none (an old file)."""
     if not run:
         return {}
@@ -61,20 +61,20 @@ def tell_run(run: Mapping[str, Any]) -> dict[str, str]:
         "Model": f"{run['model']}, {run['trainable']:,} trainable parameters ({run['dtype']})"
         + (f", {frozen:,} frozen" if frozen else ""),
         "Likelihood": f"{run['likelihood']} ({run['decision']})",
-        "Settings": tell_settings(run["config"]),
+        "Settings": format_settings(run["config"]),
         "Measured by": f"fimprobe {run['fimprobe']}, torch {run['torch']}, Python {run['python']}",
         "On": f"{run['device']}{processes}, from {run['began']}",
     }
     return {name: text for name, text in found.items() if text}
 
 
-def tell_settings(config: Mapping[str, Any]) -> str:
+def format_settings(config: Mapping[str, Any]) -> str:
     """What was set otherwise than by default, of the options that change a number."""
     default = Config().model_dump(mode="json", fallback=str)
     found = [
         f"{name} {_plain(value)}"
         for name, value in config.items()
-        if name not in QUIET and name != "likelihood" and value != default.get(name)
+        if name not in OUTPUT_OPTIONS and name != "likelihood" and value != default.get(name)
     ]
     return ", ".join(found) or "the defaults"
 
@@ -91,7 +91,7 @@ def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
             found.append(f"{what}: A {a[name]}, B {b[name]}")
     one, other = a["config"], b["config"]
     for name in dict.fromkeys([*one, *other]):
-        if name not in QUIET and one.get(name) != other.get(name):
+        if name not in OUTPUT_OPTIONS and one.get(name) != other.get(name):
             found.append(f"{name}: A {_plain(one.get(name))}, B {_plain(other.get(name))}")
     return found
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fimprobe.report.format import Row, align, count, number, percent, some, thin, times, trend
+from fimprobe.report.format import Row, align, count, number, percent, some, subsample, times, trend
 
-LEAST = (
+OPTIONAL_COLUMNS = (
     "bound/Cov Î₂",
     "bound/Cov Î₁",
     "Î₂: V labels",
@@ -50,7 +50,7 @@ def format_table(record: dict[str, Any], top: int | None = None) -> str:
     table = align(make_rows(record, top))
     rule = "-" * max(map(len, table))
     lines = [table[0], rule, *table[1:-1], rule, table[-1], *footnotes(record, top)]
-    return "\n".join([headline(record), *lines, "", *record["advice"]])
+    return "\n".join([summary_line(record), *lines, "", *record["advice"]])
 
 
 def footnotes(
@@ -68,7 +68,7 @@ def footnotes(
         "10 %",
     ]
     columns = [column for column in make_columns(record) if column.head not in without]
-    rows = [("total", record["total"]), *neediest(record, top)]
+    rows = [("total", record["total"]), *rank_layers(record, top)]
     # numbers stand in brackets: one line for all rows that lack the same columns for one cause
     missing: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for column in columns:
@@ -172,7 +172,7 @@ def inputs_of(record: dict[str, Any]) -> str:
     return f"{record['batch_size']:,} input{'' if record['batch_size'] == 1 else 's'}"
 
 
-def headline(record: dict[str, Any]) -> str:
+def summary_line(record: dict[str, Any]) -> str:
     """A line that says what was measured, and how."""
     outputs = record.get("outputs") or {}
     names = {"fisher_trace": "tr I(h)", "fisher_norm": "‖I(h)‖", "moment_norm": "‖M‖"}
@@ -217,13 +217,13 @@ def make_rows(record: dict[str, Any], top: int | None = None) -> list[Row]:
     """The head, a row for each layer (the ``top`` that need most pairs), and the model's."""
     columns = make_columns(record)
     rows: list[Row] = [("layer", "parameters", *[column.head for column in columns])]
-    for name, group in [*neediest(record, top), ("total", record["total"])]:
+    for name, group in [*rank_layers(record, top), ("total", record["total"])]:
         cells = [column.cell(record, group) for column in columns]
         rows.append((name, f"{group['numel']:,}", *cells))
     return rows
 
 
-def neediest(record: dict[str, Any], top: int | None) -> list[tuple[str, dict[str, Any]]]:
+def rank_layers(record: dict[str, Any], top: int | None) -> list[tuple[str, dict[str, Any]]]:
     """The ``top`` layers that need most pairs, most first; all, in the model's order, if that few."""
     layers = list(record["layers"].items())
     if top is None or len(layers) <= top:
@@ -253,7 +253,7 @@ def one_label_error(estimate: dict[str, Any], inputs: int) -> float | None:
 def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
     """The whole model's Î₁ over a run: up to ``rows`` reports, evenly spaced."""
     table: list[Row] = [("step", "trace F", "rel. error", "Î₁: 1 label", "pairs for 10 %")]
-    for record in thin(records, rows):
+    for record in subsample(records, rows):
         e = record["total"]["i1"]
         row: Row = (f"{record['step']:,}", number(e["trace"]), percent(e["rel_error"]))
         error = one_label_error(e, record["batch_size"])
@@ -264,7 +264,7 @@ def format_trend(records: list[dict[str, Any]], rows: int = 12) -> str:
 def make_trends(records: list[dict[str, Any]], top: int = 8) -> list[Row]:
     """The head, and for the model and its neediest layers the trends of Î₁'s values."""
     rows: list[Row] = [("layer", *[column.head for column in TRENDS])]
-    names = [name for name, _ in neediest(records[-1], top)]
+    names = [name for name, _ in rank_layers(records[-1], top)]
     for name in ("total", *names):
         found = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
         series = [[None if g is None else c.value(r, g) for r, g in found] for c in TRENDS]
@@ -288,7 +288,7 @@ def make_comparison(a: dict[str, Any], b: dict[str, Any], top: int | None = None
     rows: list[Row] = [("layer",)]
     for column in COMPARED:
         rows[0] += (f"{column.head}: A", "B", "B/A")
-    names = [name for name, _ in neediest(a, top)]
+    names = [name for name, _ in rank_layers(a, top)]
     names += [name for name in b["layers"] if name not in a["layers"]][:top]
     both = [(name, a["layers"].get(name), b["layers"].get(name)) for name in names]
     for name, one, other in [*both, ("total", a["total"], b["total"])]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fimprobe.errors import FimprobeError
-from fimprobe.report.format import Row, number, percent, thin
-from fimprobe.report.run_info import tell_run
+from fimprobe.report.format import Row, number, percent, subsample
+from fimprobe.report.run_info import format_run_info
 from fimprobe.report.table import (
     footnotes,
     inputs_of,
@@ -181,7 +181,7 @@ def _tiles(report: dict[str, Any]) -> str:
 
 def _pictures(reports: list[dict[str, Any]]) -> str:
     try:
-        from fimprobe.plots.gallery import make_pictures
+        from fimprobe.plots.gallery import make_figures
         from fimprobe.plots.style import to_svg
     except ImportError as error:
         if error.name != "matplotlib":
@@ -191,7 +191,7 @@ def _pictures(reports: list[dict[str, Any]]) -> str:
             "<code>pip install 'fimprobe[plots]'</code>, then write this page again.</p>"
         )
     parts = []
-    for i, picture in enumerate(make_pictures(reports)):
+    for i, picture in enumerate(make_figures(reports)):
         svg = to_svg(picture.figure, f"picture{i}")
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(picture.title)}" ', 1)
         parts.append(
@@ -221,7 +221,7 @@ def _over_steps(reports: list[dict[str, Any]]) -> list[Row]:
     for kind in kinds:
         rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error")
         rows[0] += () if kind == "empirical" else ("1 label", "pairs for 10 %")
-    for report in thin(reports, MOST_STEPS):
+    for report in subsample(reports, MOST_STEPS):
         row: Row = (f"{report['step']:,}",)
         for kind in kinds:
             e = report["total"].get(kind, {})
@@ -237,7 +237,7 @@ def _about(records: Records, last: dict[str, Any]) -> str:
     """What was measured and how, each parameter's coverage, and the words used."""
     kinds = ", ".join(name for kind, name in KINDS.items() if kind in last["total"])
     bounds = "measured" if last["total"]["i1"].get("bound") is not None else "not measured"
-    told = {name: escape(text) for name, text in tell_run(records.run).items()} | {
+    told = {name: escape(text) for name, text in format_run_info(records.run).items()} | {
         "Family of the labels": escape(str(last["likelihood"])),
         "Inputs of each report": f"{last['batch_size']:,}",
         "Labels": labels_of(last),

@@ -13,19 +13,19 @@ from typing import Any
 
 from fimprobe.errors import FimprobeError
 from fimprobe.report.format import Row, align, percent
-from fimprobe.report.run_info import differing_settings, tell_run
+from fimprobe.report.run_info import differing_settings, format_run_info
 from fimprobe.report.table import (
-    LEAST,
+    OPTIONAL_COLUMNS,
     differences,
     footnotes,
     format_table,
     format_trend,
     format_trends,
-    headline,
     make_comparison,
     make_rows,
     make_trends,
     one_label_error,
+    summary_line,
 )
 from fimprobe.runs.reader import read
 
@@ -39,7 +39,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
     if console is None:
         print(format_table(last, top=top))
     else:
-        _head(console, headline(last))
+        _head(console, summary_line(last))
         _table(console, make_rows(last, top), total_last=True)
         for line in footnotes(last, top):
             console.print(_plain(line))
@@ -55,7 +55,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
             steps = f"{records[0]['step']} to {last['step']}"
             _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
             _table(console, make_trends(records))
-    told = tell_run(run)
+    told = format_run_info(run)
     if told:
         print()
     for name, text in told.items():
@@ -140,7 +140,13 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
     while len(kept) > 1 and sum(widths[i] + 3 for i in kept) > console.width:
         # a number cut in two is worse than one left out
         ranks = [
-            (LEAST.index(rows[0][i]) if rows[0][i] in LEAST else len(LEAST), -i) for i in kept[1:]
+            (
+                OPTIONAL_COLUMNS.index(rows[0][i])
+                if rows[0][i] in OPTIONAL_COLUMNS
+                else len(OPTIONAL_COLUMNS),
+                -i,
+            )
+            for i in kept[1:]
         ]
         left.append(kept.pop(1 + ranks.index(min(ranks))))
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))

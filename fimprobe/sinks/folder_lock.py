@@ -15,7 +15,7 @@ except ImportError:  # Windows has no flock: two writers are not noticed there
 FILE_NAME = "fimprobe.lock"
 
 
-_mine: dict[Path, FolderLock] = {}
+_held_locks: dict[Path, FolderLock] = {}
 """The folders that this process holds."""
 
 
@@ -34,7 +34,7 @@ class FolderLock:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         self._path = path.resolve()
-        before = _mine.get(self._path)
+        before = _held_locks.get(self._path)
         if take_over and before is not None:
             before.release()
         self._file = (path / FILE_NAME).open("a+")
@@ -47,7 +47,7 @@ class FolderLock:
         self._file.truncate()
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()
-        _mine[self._path] = self
+        _held_locks[self._path] = self
 
     @property
     def held(self) -> bool:
@@ -58,7 +58,7 @@ class FolderLock:
         """Let go; doing so again does nothing."""
         if self.held:
             self._file.close()
-            _mine.pop(self._path, None)
+            _held_locks.pop(self._path, None)
 
     def _acquire(self) -> None:
         if fcntl is None:

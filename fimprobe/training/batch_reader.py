@@ -13,7 +13,7 @@ from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.model.batch import Batch
 from fimprobe.model.outputs import select_outputs
-from fimprobe.training.capture import Captured
+from fimprobe.training.capture import CapturedBatch
 from fimprobe.training.data_labels import REMEDY as LABELS
 from fimprobe.training.data_labels import labels_from_gradient
 from fimprobe.training.loss_inference import REMEDY, Decision, ignored_positions, infer_from_gradient
@@ -21,16 +21,16 @@ from fimprobe.training.transformers_heads import infer_from_model, labels_of, ma
 
 logger = logging.getLogger("fimprobe")
 
-PATIENCE = 20
+MAX_INFERENCE_BATCHES = 20
 """Training batches that likelihood="auto" may look at before it gives up."""
 
-MOST = 2**24
+MAX_INFERENCE_OUTPUTS = 2**24
 """Outputs of a batch that it looks at, but for a sample that has more by itself."""
 
 Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
-class Reader:
+class BatchReader:
     """Reads a model's batches: by the user's functions, by the model's class, by the loss's gradient.
 
     ``likelihood`` is None until ``settle`` or one of the ``ask`` methods has decided it.
@@ -60,18 +60,18 @@ class Reader:
         if decision is not None:
             self._decide(decision)
 
-    def ask(self, captured: Captured) -> None:
+    def ask(self, captured: CapturedBatch) -> None:
         """Read the family off a training batch.
 
         Raises:
-            FimprobeError: where nothing fits, or after ``PATIENCE`` batches.
+            FimprobeError: where nothing fits, or after ``MAX_INFERENCE_BATCHES`` batches.
         """
         self._asked += 1
         decision = infer_from_model(self.model, captured.args, captured.kwargs)
         if decision is None and captured.outputs is not None and captured.gradient is not None:
             outputs, gradient = captured.outputs, captured.gradient
-            if outputs.numel() > MOST:  # it computes in float64, with several copies
-                rows = max(1, MOST // outputs[0].numel())
+            if outputs.numel() > MAX_INFERENCE_OUTPUTS:  # it computes in float64, with several copies
+                rows = max(1, MAX_INFERENCE_OUTPUTS // outputs[0].numel())
                 outputs, gradient = outputs[:rows], gradient[:rows]
             decision = infer_from_gradient(outputs, gradient)
         if decision is None:
@@ -79,7 +79,7 @@ class Reader:
             decision = Decision(None, missing, final=False)
         self._decide(decision)
 
-    def ask_inputs(self, inputs: Any) -> None:
+    def infer_from_inputs(self, inputs: Any) -> None:
         """The same of inputs given by hand, without a loss to look at."""
         batch = Batch.of(inputs)
         decision = infer_from_model(self.model, batch.args, batch.kwargs)
@@ -91,7 +91,7 @@ class Reader:
         self._decide(decision)
 
     def mask_of(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], captured: Captured | None = None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], captured: CapturedBatch | None = None
     ) -> Tensor | None:
         """True where there is a label; None for everywhere."""
         if self._mask is not None:
@@ -101,7 +101,7 @@ class Reader:
             return read
         return mask_of(self.model, args, kwargs, read)
 
-    def labels_of(self, captured: Captured, size: int) -> Tensor:
+    def labels_of(self, captured: CapturedBatch, size: int) -> Tensor:
         """The data's labels of a batch of ``size``.
 
         Raises:
@@ -123,11 +123,11 @@ class Reader:
             raise BatchError(f"no gradient arrived at the outputs to read labels off; {LABELS}")
         return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
 
-    def see(self, captured: Captured, gradient: Tensor) -> None:
+    def see(self, captured: CapturedBatch, gradient: Tensor) -> None:
         """Note of the gradient at the outputs no more than where it arrived."""
         captured.read = ignored_positions(gradient, gradient, self.likelihood)
 
-    def _read(self, captured: Captured) -> Tensor | None:
+    def _read(self, captured: CapturedBatch) -> Tensor | None:
         """Positions where the loss's gradient arrived, where it was seen."""
         if captured.read is not None:
             return captured.read
@@ -142,7 +142,7 @@ class Reader:
                 self._tell(decision.reason)
             else:
                 logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
-        elif decision.final or self._asked >= PATIENCE:
+        elif decision.final or self._asked >= MAX_INFERENCE_BATCHES:
             raise FimprobeError(
                 f"likelihood='auto' could not be decided: {decision.reason}. {decision.remedy}"
             )

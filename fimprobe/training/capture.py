@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-class Captured:
+class CapturedBatch:
     """The arguments of a training forward, and what its backward told.
 
     ``outputs`` and ``gradient`` are there where the family or the labels are to be read off them,
@@ -48,11 +48,11 @@ class Captured:
         self.outputs = self.read = self._gradient = None
 
 
-Watched = tuple[Tensor, Callable[[Captured, Tensor], None]]
+Watched = tuple[Tensor, Callable[[CapturedBatch, Tensor], None]]
 """A tensor whose gradient is wanted, and what takes the gradient."""
 
 
-class Capture:
+class BatchCapture:
     """Keeps the last batch that went forward in training mode with gradients on.
 
     ``wanted()`` says at every such forward whether the batch may be measured: where it may not, the
@@ -64,12 +64,12 @@ class Capture:
         self,
         model: nn.Module,
         wanted: Callable[[], bool],
-        watch: Callable[[Captured, Any], Watched | None],
+        watch: Callable[[CapturedBatch, Any], Watched | None],
     ) -> None:
         self.model, self.wanted, self.watch = model, wanted, watch
         self.seen = False
-        self.last: Captured | None = None
-        self._open: list[Captured | None] = []
+        self.last: CapturedBatch | None = None
+        self._open: list[CapturedBatch | None] = []
         self.evaluations = 0
         self.failed: Exception | None = None
         self._handles = [
@@ -95,7 +95,7 @@ class Capture:
         model._compiled_call_impl = call
         self._compiled, self._call = compiled, call
 
-    def take(self) -> tuple[bool, Captured | None]:
+    def take(self) -> tuple[bool, CapturedBatch | None]:
         """Whether a batch was seen since the last call, and the batch if it was wanted."""
         seen, last = self.seen, self.last
         self.seen, self.last = False, None
@@ -113,11 +113,11 @@ class Capture:
         self._compiled = self._call = None
         self.last, self._open = None, []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCapture:
         """A copied model's hooks do nothing."""
         return _blind()
 
-    def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], BatchCapture], tuple[()]]:
         """A pickled model's neither."""
         return _blind, ()
 
@@ -135,7 +135,7 @@ class Capture:
         try:
             if not self.wanted():
                 return
-            self.last = Captured(args, dict(kwargs))
+            self.last = CapturedBatch(args, dict(kwargs))
         except Exception as error:  # told at the step
             self.failed = error
         self._open.append(self.last)
@@ -156,7 +156,7 @@ class Capture:
             self.failed = error
 
     def _hook(
-        self, captured: Captured, take: Callable[[Captured, Tensor], None]
+        self, captured: CapturedBatch, take: Callable[[CapturedBatch, Tensor], None]
     ) -> Callable[[Tensor], None]:
         # the graph may outlive the step, as where the loop keeps its loss: it holds no batch
         there = weakref.ref(captured)
@@ -174,9 +174,9 @@ class Capture:
         return arrived
 
 
-def _blind() -> Capture:
+def _blind() -> BatchCapture:
     """A capture of no model."""
-    capture = Capture.__new__(Capture)
+    capture = BatchCapture.__new__(BatchCapture)
     capture.model, capture.last, capture._open = None, None, []  # type: ignore[assignment]
     return capture
 

@@ -24,7 +24,7 @@ class Schedule:
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Take in the time of one step: the loop's own, and the probe's."""
 
-    def affords(self, seconds: float) -> bool:
+    def can_afford(self, seconds: float) -> bool:
         """Whether pictures may take so many seconds now; if not, that they are wanted is noted."""
         return True
 
@@ -70,7 +70,7 @@ class At(Schedule):
 LOOKS = 2
 """First looks of a staged budget: the first pays for imports and checks, the second does not."""
 
-WHOLE = 15.0
+FULL_TO_PREVIEW_COST = 15.0
 """Times that a measurement is expected to cost a look, before there was one (5 to 20 were seen)."""
 
 
@@ -123,7 +123,7 @@ class Budget(Schedule):
         """What the next measurement costs, where the first one cost ``first``."""
         if self.costs:
             return max(self.costs)
-        return WHOLE * looks[-1] if len(looks) == LOOKS else first
+        return FULL_TO_PREVIEW_COST * looks[-1] if len(looks) == LOOKS else first
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Add one step to the account."""
@@ -142,7 +142,7 @@ class Budget(Schedule):
                 self.costs.append(probe_seconds)
             self.first = probe_seconds if self.first is None else self.first
 
-    def affords(self, seconds: float) -> bool:
+    def can_afford(self, seconds: float) -> bool:
         """Whether they stay within the share; if not, half of it is laid aside for them."""
         fits = self._fits(seconds)
         if fits or not self.saving:
@@ -177,7 +177,7 @@ class Budget(Schedule):
 
 
 @dataclass
-class Agreed(Schedule):
+class SharedBudget(Schedule):
     """A budget of several processes: after each probe they settle on the step of the next.
 
     Each keeps its own account; :meth:`forecast` of one of them, told to all, is what counts.
@@ -190,9 +190,9 @@ class Agreed(Schedule):
         """The same in all processes, which have measured alike."""
         return self.account.begin(whole=whole)
 
-    def affords(self, seconds: float) -> bool:
+    def can_afford(self, seconds: float) -> bool:
         """What this process's account says."""
-        return self.account.affords(seconds)
+        return self.account.can_afford(seconds)
 
     def charge(self, seconds: float) -> None:
         """On this process's account."""

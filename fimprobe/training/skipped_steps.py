@@ -11,7 +11,7 @@ FOLD = 256
 """Steps whose answers are kept one by one."""
 
 
-class Skips:
+class SkippedSteps:
     """How many of the steps noted were skipped.
 
     A fused optimizer is told by GradScaler's ``found_inf``, a tensor on the device, to leave a step

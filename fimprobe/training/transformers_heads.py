@@ -82,13 +82,13 @@ class Head(NamedTuple):
 
 def find_head(model: nn.Module) -> Head | None:
     """The head of a transformers model, wrapped or not; None for other models and bare bodies."""
-    model = _bare(model)
+    model = _unwrap_adapters(model)
     if not hasattr(getattr(model, "config", None), "model_type"):
         return None
     for kind in type(model).__mro__:
         for ending, task in {**_TASKS, **dict.fromkeys(_SEVERAL, "several")}.items():
             if kind.__name__.endswith(ending):
-                return Head(kind.__name__, task, task == "text" and _shifts(model))
+                return Head(kind.__name__, task, task == "text" and _shifts_labels(model))
     return None
 
 
@@ -103,7 +103,7 @@ def infer_from_model(
     head = find_head(model)
     if head is None:
         return None
-    config: Any = _bare(model).config
+    config: Any = _unwrap_adapters(model).config
     if head.task == "several":
         what, remedy = next(v for k, v in _SEVERAL.items() if head.name.endswith(k))
         return Decision(None, f"{head.name} has {what}", remedy=f"Pass {remedy}")
@@ -142,16 +142,16 @@ def mask_of(
     labels = given.get("labels")
     if isinstance(labels, Tensor):
         carry = _prefixed(model, labels, IGNORED) != IGNORED
-        return _shifted(carry, False) if _moves(head, carry, read) else carry
+        return _shift_left(carry, False) if _labels_are_shifted(head, carry, read) else carry
     if read is not None:
         return read
-    pair = getattr(_bare(model).config, "is_encoder_decoder", False)
+    pair = getattr(_unwrap_adapters(model).config, "is_encoder_decoder", False)
     tokens = given.get("decoder_attention_mask" if pair else "attention_mask")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         return None
     carry = _prefixed(model, tokens, 0) != 0
     # an encoder-decoder is given its targets shifted already
-    return carry if pair or not head.shift else _shifted(carry, False)
+    return carry if pair or not head.shift else _shift_left(carry, False)
 
 
 def labels_of(
@@ -164,8 +164,8 @@ def labels_of(
         return labels if isinstance(labels, Tensor) else None
     if head.task in ("text", "tokens"):
         labels = _prefixed(model, labels, IGNORED)
-        moves = _moves(head, labels != IGNORED, read)
-        return _shifted(labels, IGNORED) if moves else labels
+        moves = _labels_are_shifted(head, labels != IGNORED, read)
+        return _shift_left(labels, IGNORED) if moves else labels
     decision = infer_from_model(model, args, kwargs)
     if decision is not None and isinstance(decision.likelihood, Gaussian):
         return labels.reshape(len(labels), -1)
@@ -185,7 +185,7 @@ def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {**bound, **kwargs}
 
 
-def _bare(model: nn.Module) -> Any:
+def _unwrap_adapters(model: nn.Module) -> Any:
     """The transformers model inside of wrappers and PEFT's adapters."""
     model = unwrap(model)
     inner = getattr(model, "get_base_model", None)
@@ -202,20 +202,20 @@ def _prefixed(model: nn.Module, x: Tensor, fill: int) -> Tensor:
     return F.pad(x, (config.num_virtual_tokens, 0), value=fill)
 
 
-def _shifted(x: Tensor, fill: int | bool) -> Tensor:
+def _shift_left(x: Tensor, fill: int | bool) -> Tensor:
     """Position t takes over what belongs to token t + 1; the last has nothing."""
     return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], 1)
 
 
-def _moves(head: Head, carry: Tensor, read: Tensor | None) -> bool:
+def _labels_are_shifted(head: Head, carry: Tensor, read: Tensor | None) -> bool:
     """Whether labels move: as the loss's gradient says where it was seen, as the class does else."""
     if head.task != "text" or read is None or read.shape != carry.shape:
         return head.shift
-    wrong = [int((x != read).sum()) for x in (carry, _shifted(carry, False))]
+    wrong = [int((x != read).sum()) for x in (carry, _shift_left(carry, False))]
     return wrong[1] < wrong[0] if wrong[0] != wrong[1] else head.shift
 
 
-def _shifts(model: Any) -> bool:
+def _shifts_labels(model: Any) -> bool:
     """Whether the class's own loss compares position t with the label of token t + 1.
 
     The library's loss for language models does, unless ``loss_type`` names another; one written out
@@ -223,7 +223,7 @@ def _shifts(model: Any) -> bool:
     """
     for kind in type(model).__mro__:
         if "forward" in vars(kind):
-            found = _reads(vars(kind)["forward"])
+            found = _loss_style(vars(kind)["forward"])
             if found == "library":
                 return getattr(model, "loss_type", None) not in (
                     "ForMaskedLM",
@@ -235,7 +235,7 @@ def _shifts(model: Any) -> bool:
 
 
 @functools.cache
-def _reads(forward: Any) -> str:
+def _loss_style(forward: Any) -> str:
     """How a ``forward`` has its loss: "library", "shifted" or "plain"; "" where it has none."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:

@@ -223,7 +223,7 @@ def memory(sizes: Sizes, device: Device) -> list[Row]:
 
 def rates(sizes: Sizes, device: Device) -> list[Row]:
     """The kernel against torch.bmm on the same product Δᵀ X, for the small decoder's layers."""
-    from fimprobe.engines.moments.accumulators import Ledger
+    from fimprobe.engines.moments.accumulators import MomentAccumulators
     from fimprobe.engines.moments.fused import Operands, add_fused
 
     width = sizes.small[1]
@@ -241,7 +241,7 @@ def rates(sizes: Sizes, device: Device) -> list[Row]:
 
         def fused(x: Tensor = x, delta: Tensor = delta) -> None:
             shape = (delta.shape[2], x.shape[2])
-            ledger = Ledger.of({"weight": torch.empty(shape, device=x.device)})
+            ledger = MomentAccumulators.of({"weight": torch.empty(shape, device=x.device)})
             ledger.begin(len(x), 1)
             with torch.no_grad():
                 add_fused(ledger.accumulators["weight"], Operands(x, (delta,)), None)

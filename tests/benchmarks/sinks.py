@@ -10,19 +10,19 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
-from reports import make_report  # noqa: E402
+from reports import build_report  # noqa: E402
 
 from fimprobe.plots.gallery import (
     OVER_STEPS,  # noqa: E402
-    make_pictures,
+    make_figures,
 )
-from fimprobe.plots.history import Album
+from fimprobe.plots.history import PlotHistory
 from fimprobe.plots.style import to_png
 from fimprobe.sinks.tensorboard.sink import TensorboardSink  # noqa: E402
 
 
 def draw(album, report):
-    for picture in make_pictures(album.records, report.to_dict(), without=OVER_STEPS):
+    for picture in make_figures(album.records, report.to_dict(), without=OVER_STEPS):
         to_png(picture.figure, picture.title)
 
 
@@ -30,7 +30,7 @@ def main():
     """Runs of 12, 100 and 300 layers, each layer charted (about 12 values), 64 reports."""
     print("layers  charted  tags  first ms  median ms  KB a report  pictures ms")
     for layers, top in ((12, 12), (100, 12), (300, 12), (300, 300)):
-        reports = [make_report(layers, 10 * i) for i in range(64)]
+        reports = [build_report(layers, 10 * i) for i in range(64)]
         with tempfile.TemporaryDirectory() as folder:
             sink = TensorboardSink(folder, top=top, figures=False)
             times, sizes = [], []
@@ -41,7 +41,7 @@ def main():
                 sizes.append(sum(p.stat().st_size for p in Path(folder).glob("events*")))
             tags = len(sink._tags)
             sink.close()
-        album = Album()
+        album = PlotHistory()
         for report in reports:
             album.remember(report.to_dict())
         draw(album, reports[-1])

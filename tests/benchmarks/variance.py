@@ -10,7 +10,7 @@ from problems import Problem
 from rows import Contender, Row
 from torch import Tensor
 
-MOST, LEAST, SECONDS = 12, 4, 2.0
+MOST, OPTIONAL_COLUMNS, SECONDS = 12, 4, 2.0
 """Repetitions: as many as fit into so many seconds, within these limits."""
 
 
@@ -32,7 +32,7 @@ def measure_spread(row: Row, contender: Contender, problem: Problem) -> Spread:
     means: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     started, count = time.perf_counter(), 0
-    while count < LEAST or (count < MOST and time.perf_counter() - started < SECONDS):
+    while count < OPTIONAL_COLUMNS or (count < MOST and time.perf_counter() - started < SECONDS):
         count += 1
         for name, found in contender.draw().items():
             found = found.detach().double() * scale

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fimprobe.engines.primitives.products import pull_back, push_forward
+from fimprobe.engines.primitives.products import jvp, vjp
 
 
 def graph():
@@ -24,7 +24,7 @@ def test_it_is_what_autograd_gives_for_several_outputs_and_places(double):
     want = torch.autograd.grad(
         outs, [x, middle, unused], vectors, retain_graph=True, allow_unused=True
     )
-    have = pull_back(outs, vectors, [x, middle, unused])
+    have = vjp(outs, vectors, [x, middle, unused])
     assert torch.equal(have[0], want[0]) and torch.equal(have[1], want[1])
     assert have[2] is None and want[2] is None and not have[0].requires_grad
 
@@ -39,17 +39,17 @@ def test_the_result_can_be_differentiated_also_without_grad_mode(double):
 
     (want,) = torch.autograd.grad(outs, x, vectors, create_graph=True)
     with torch.no_grad():
-        (have,) = pull_back(outs, vectors, [x], create_graph=True)
+        (have,) = vjp(outs, vectors, [x], create_graph=True)
     torch.testing.assert_close(second(have), second(want), rtol=1e-14, atol=0)
 
 
 def test_the_graph_is_freed_or_kept_as_asked():
     x, _, _, outs = graph()
     vector = torch.ones_like(outs[0])
-    pull_back([outs[0]], [vector], [x])
-    pull_back([outs[0]], [vector], [x], retain_graph=False)
+    vjp([outs[0]], [vector], [x])
+    vjp([outs[0]], [vector], [x], retain_graph=False)
     with pytest.raises(RuntimeError, match="second time"):
-        pull_back([outs[0]], [vector], [x])
+        vjp([outs[0]], [vector], [x])
 
 
 FUNCTIONS = {
@@ -71,7 +71,7 @@ def test_a_direction_is_pushed_as_in_forward_mode(name, double):
     at, along = (torch.randn(3, 4), torch.randn(3, 4)), (torch.randn(3, 4), torch.randn(3, 4))
     want = torch.func.jvp(FUNCTIONS[name], at, along)[1]
     with torch.no_grad():
-        have = push_forward(FUNCTIONS[name], at, along)
+        have = jvp(FUNCTIONS[name], at, along)
     torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-14)
     assert not have.requires_grad
 

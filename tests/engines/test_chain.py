@@ -17,8 +17,8 @@ import fimprobe.jacobian_bounds.operator_norms as operators
 import fimprobe.jacobian_bounds.spectral_norm as spectral
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.errors import BatchError
-from fimprobe.jacobian_bounds.conv_geometry import Window
-from fimprobe.jacobian_bounds.layer_bounds import chain_bounds
+from fimprobe.jacobian_bounds.conv_geometry import ConvGeometry
+from fimprobe.jacobian_bounds.layer_bounds import bound_layer_jacobians
 from fimprobe.likelihoods import Gaussian
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
@@ -33,7 +33,7 @@ def bounds(model, *inputs, memory_mb=512.0):
     twin = make_twin(model)
     draws = Draws(2, 0)
     problem = Problem(twin, batch, Gaussian(), draws, select_outputs, None, memory_mb, False)
-    return chain_bounds(problem, batch)
+    return bound_layer_jacobians(problem, batch)
 
 
 def jacobians(model, inputs):
@@ -438,7 +438,7 @@ def convolutions(count):
 
 def window_of(shape, weight, options):
     placed = {k: v for k, v in options.items() if k != "groups"}
-    return Window.of(shape[1:], weight.shape[2:], **placed)
+    return ConvGeometry.of(shape[1:], weight.shape[2:], **placed)
 
 
 @pytest.mark.parametrize("path", ["dense", "images", "symbol"])
@@ -473,7 +473,7 @@ def test_the_symbol_bounds_a_convolution_tightly_on_large_images(double):
         stride, dilation = (r.randint(1, 3) for _ in range(2))
         weight = torch.randn(groups * 3, 2, *kernel)
         n = 48 * stride * dilation
-        window = Window.of([n] * dims, kernel, [stride] * dims, [0] * dims, [dilation] * dims)
+        window = ConvGeometry.of([n] * dims, kernel, [stride] * dims, [0] * dims, [dilation] * dims)
         truth = 0.0
         for part in weight.split(3):
             spread = part.new_zeros(3, 2, *(dilation * (k - 1) + 1 for k in kernel))
@@ -495,7 +495,7 @@ def test_the_period_has_room_for_the_whole_kernel(double, monkeypatch):
     monkeypatch.setattr(operators, "DENSE_ROWS", 0)
     monkeypatch.setattr(operators, "_images_norm", operators._symbol_norm)
     weight = torch.stack([torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])], 2)
-    window = Window.of((2,), (2,), (1,), (1,), (1,))
+    window = ConvGeometry.of((2,), (2,), (1,), (1,), (1,))
     assert operators.convolution_norms(weight, window).spectral >= math.sqrt(3) * (1 - 1e-12)
 
 
@@ -811,7 +811,7 @@ def test_nothing_is_changed_or_kept():
     gc.collect()
     gc.disable()
     try:
-        first = chain_bounds(problem, batch)
+        first = bound_layer_jacobians(problem, batch)
         assert seen[0]() is None
     finally:
         gc.enable()
@@ -819,7 +819,7 @@ def test_nothing_is_changed_or_kept():
     assert all(p.grad is None for p in twin.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert not any(b.frobenius.requires_grad for b in first.values() if b.frobenius is not None)
-    second = chain_bounds(problem, batch)
+    second = bound_layer_jacobians(problem, batch)
     assert torch.equal(first["0"].frobenius, second["0"].frobenius)
 
 

@@ -11,13 +11,13 @@ from cases import CASES, Lambda, head, lively
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fimprobe.engines.autograd.verification import make_plan, measure_planned
+from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.curvature import accumulator as curves
 from fimprobe.engines.curvature import measure as curvature
 from fimprobe.engines.primitives import random_signs
-from fimprobe.engines.primitives.random_signs import direction_of, signs
-from fimprobe.engines.problem.cotangents import curvature_seeds, label_seeds
-from fimprobe.engines.problem.problem import Ask, Problem
+from fimprobe.engines.primitives.random_signs import random_direction, signs
+from fimprobe.engines.problem.cotangents import curvature_cotangents, label_cotangents
+from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.estimators.i2 import block_gram, label_variance, probe_error, whole_gram
 from fimprobe.likelihoods import Gaussian, get_likelihood
 from fimprobe.likelihoods.base import Pass
@@ -54,14 +54,14 @@ def problem_of(model, inputs, *, likelihood=None, draws=None, seed=0, memory_mb=
         mask=None,
         memory_mb=memory_mb,
         diagonals=diagonals,
-        ask=Ask(i2=True, **ask),
+        ask=Request(i2=True, **ask),
     )
 
 
 def seeds_of(problem):
     rows = slice(0, problem.batch.size)
     h = problem.forward(problem.batch).detach()
-    return curvature_seeds(problem, rows, h, label_seeds(problem, rows, h)).seeds
+    return curvature_cotangents(problem, rows, h, label_cotangents(problem, rows, h)).seeds
 
 
 def oracle_model(name, model, problem):
@@ -92,13 +92,13 @@ def test_whole_equals_double_backward_and_differences(name, double):
     case = CASES[name]()
     model = case.model.eval()
     problem = problem_of(model, case.inputs, likelihood="categorical", bounds=True)
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.notes == []
     seeds = seeds_of(problem)
     assert len(seeds) == case.positions * case.classes + 2  # the last two are for ‖H‖
     assert measured.curvature.draws == case.positions * case.classes
     u = torch.cat(
-        [direction_of(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
+        [random_direction(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
     )
     bent = oracles.bent(oracle_model(name, model, problem), case.inputs, seeds, u)
     worst = bent_norms(problem, measured.curvature, bent)
@@ -113,7 +113,7 @@ def test_whole_equals_double_backward_and_differences(name, double):
 def test_what_torch_cannot_differentiate_twice_is_told(name):
     model, inputs = CASES[name]()[:2] if name in CASES else activation(name)
     problem = problem_of(model.eval(), inputs)
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.curvature is None
     assert "Î₂ was not measured: the model has no second derivative" in measured.notes[0]
 
@@ -237,10 +237,10 @@ def test_every_module_equals_finite_differences(name, double):
     model, args = MODULES[name]()
     model.eval()
     problem = problem_of(model, args)
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.notes == []
     u = torch.cat(
-        [direction_of(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
+        [random_direction(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
     )
     slopes = oracles.bent_by_differences(model, args, seeds_of(problem), u)
     assert slopes.abs().max() > 1e-3  # the net bends: nothing is compared with zero alone
@@ -314,7 +314,7 @@ def orthogonal_measurement(monkeypatch, problem, **sizes):
     monkeypatch.setattr(curvature, "signs", array)
     monkeypatch.setattr(curves, "signs", array)
     monkeypatch.setattr(random_signs, "signs", array)
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.notes == []
     return measured.curvature
 
@@ -540,7 +540,7 @@ def many_copies(net, copies=3000, probes=2):
     problem = problem_of(
         net, torch.randn(1, 3).expand(copies, -1).clone(), probes=probes, likelihood="categorical"
     )
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     return problem, measured.curvature
 
 

@@ -13,13 +13,13 @@ import triton  # a CI without it fails: these tests are the kernel's only ones w
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.layers.rules import Call, rules_for
+from fimprobe.engines.layers.rules import LayerCall, rules_for
 from fimprobe.engines.moments import fused
 from fimprobe.engines.moments import triton_kernel as kernel
-from fimprobe.engines.moments.accumulators import Ledger
-from fimprobe.engines.moments.contraction import Contraction, met_uses
+from fimprobe.engines.moments.accumulators import MomentAccumulators
+from fimprobe.engines.moments.contraction import Contraction, reached_uses
 from fimprobe.engines.problem.weights import Weights
-from fimprobe.engines.tracing.tape import Use
+from fimprobe.engines.tracing.tape import ParameterUse
 
 HALVES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -87,7 +87,7 @@ def check(moments, want, rtol):
 
 def measure(uses, deltas, shape, *, weights=None, diagonals=False, dtype=torch.float32):
     """Moments by the engine's own entry."""
-    ledger = Ledger.of({"weight": torch.empty(shape, dtype=dtype)}, diagonals=diagonals)
+    ledger = MomentAccumulators.of({"weight": torch.empty(shape, dtype=dtype)}, diagonals=diagonals)
     take(ledger, uses, deltas, weights)
     second = None if weights is None else weights.second
     return ledger.finish(ledger.totals(), second, ())["weight"]
@@ -96,12 +96,12 @@ def measure(uses, deltas, shape, *, weights=None, diagonals=False, dtype=torch.f
 def take(ledger, uses, deltas, weights=None):
     size, draws = len(deltas[0][0]), len(deltas[0])
     ledger.begin(size, draws)
-    met = met_uses(uses, deltas, size)
+    met = reached_uses(uses, deltas, size)
     Contraction(size, weights, 2**30).add(ledger.accumulators["weight"], met)
 
 
 def use(module, given, edge=0):
-    return Use(rules_for(module)["weight"], Call(module, (given,)), edge, 0)
+    return ParameterUse(rules_for(module)["weight"], LayerCall(module, (given,)), edge, 0)
 
 
 def random(b, s, t, o, i, dtype=torch.float32, scale=1.0):
@@ -279,7 +279,7 @@ def test_operands_are_read_where_they_lie():
 
 def test_chunks_add_up():
     x, deltas = random(5, 2, 9, 66, 5)
-    ledger = Ledger.of({"weight": torch.empty(66, 5)}, diagonals=True)
+    ledger = MomentAccumulators.of({"weight": torch.empty(66, 5)}, diagonals=True)
     for rows in (slice(0, 2), slice(2, 5)):
         part = [d[rows] for d in deltas]
         take(ledger, [use(nn.Linear(5, 66), x[rows])], [part])

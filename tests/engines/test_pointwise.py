@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import activations
 
-from fimprobe.engines.layers.activations import curve_of, forward_of
-from fimprobe.engines.tracing.batch_layout import Layouts
+from fimprobe.engines.layers.activations import closed_form_forward, derivatives_of
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.tape import record
 
 MODULES = {
@@ -32,7 +32,7 @@ def test_values_and_both_derivatives_are_the_modules(name):
     want = module(x)
     (slope,) = torch.autograd.grad(want.sum(), x, create_graph=True)
     (bend,) = torch.autograd.grad(slope.sum(), x)
-    curve = curve_of(module)
+    curve = derivatives_of(module)
     for have, expected in zip(curve(x.detach()), (want, slope, bend), strict=True):
         torch.testing.assert_close(have, expected.detach(), rtol=1e-12, atol=1e-13)
     h = 1e-4  # and the second derivative is that of the values
@@ -54,7 +54,7 @@ def test_a_network_bends_as_with_the_module(name, double):
         return out, delta, *torch.autograd.grad((delta * v).sum(), [middle, net[2].weight])
 
     want = products(net)
-    with record(net, 6, Layouts(), {}, twice=True):
+    with record(net, 6, BatchLayouts(), {}, twice=True):
         assert net[1].forward is not MODULES[name].__class__.forward
         assert type(net[1](x).grad_fn).__name__ == "NoneType"  # nothing to differentiate
         have = products(net)
@@ -66,7 +66,7 @@ def test_a_network_bends_as_with_the_module(name, double):
 
 def test_a_third_derivative_is_refused_not_wrong(double):
     x = torch.randn(3, requires_grad=True)
-    run = forward_of(nn.GELU(), twice=True)
+    run = closed_form_forward(nn.GELU(), twice=True)
     (slope,) = torch.autograd.grad(run(x).sum(), x, create_graph=True)
     (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiat|does not require grad"):
@@ -81,11 +81,14 @@ def test_what_is_not_known_stays_as_it_is():
     patched = nn.SiLU()
     patched.forward = torch.sin
     for module in (Mine(), patched, nn.Tanh(), nn.ReLU(), activations.FastGELUActivation()):
-        assert forward_of(module, twice=True) is None and forward_of(module, twice=False) is None
-    assert forward_of(nn.GELU(), twice=False) is None
-    once = forward_of(activations.NewGELUActivation(), twice=False)
+        assert (
+            closed_form_forward(module, twice=True) is None
+            and closed_form_forward(module, twice=False) is None
+        )
+    assert closed_form_forward(nn.GELU(), twice=False) is None
+    once = closed_form_forward(activations.NewGELUActivation(), twice=False)
     x = torch.linspace(-5, 5, 101).double()
     torch.testing.assert_close(once(x), activations.NewGELUActivation()(x), rtol=1e-12, atol=1e-13)
     half = torch.randn(5, dtype=torch.bfloat16, requires_grad=True)
-    twice = forward_of(nn.GELU(), twice=True)
+    twice = closed_form_forward(nn.GELU(), twice=True)
     assert torch.equal(twice(half), F.gelu(half)) and not math.isnan(float(twice(half).sum()))

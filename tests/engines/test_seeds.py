@@ -7,8 +7,12 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.engines.problem.cotangents import curvature_seeds, label_seeds, output_seeds
-from fimprobe.engines.problem.problem import Ask, Problem
+from fimprobe.engines.problem.cotangents import (
+    curvature_cotangents,
+    label_cotangents,
+    output_cotangents,
+)
+from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.estimators import groups
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.draws import Draws
@@ -27,13 +31,17 @@ def seeds_of(net, x, *, mask=None, probes=3, family="categorical"):
         mask=mask,
         memory_mb=512,
         diagonals=False,
-        ask=Ask(i2=True, bounds=True, probes=probes),
+        ask=Request(i2=True, bounds=True, probes=probes),
     )
     rows = slice(0, len(x))
     h = problem.forward(problem.batch).detach()
     norms = problem.likelihood.norms(h, mask)
-    labels = label_seeds(problem, rows, h)
-    return h, output_seeds(problem, rows, h, norms), curvature_seeds(problem, rows, h, labels)
+    labels = label_cotangents(problem, rows, h)
+    return (
+        h,
+        output_cotangents(problem, rows, h, norms),
+        curvature_cotangents(problem, rows, h, labels),
+    )
 
 
 def test_means_over_classes_are_mixed_from_one_vector(double):
@@ -100,7 +108,7 @@ def test_what_is_infinite_in_one_group_stays_out_of_the_others():
             self.norms, self.number = torch.tensor([value]), value
 
     known = {"w": Record(math.inf), "v": Record(2.0), "u": Record(3.0)}
-    members = groups.Members({"w": ["w"], "v": ["v"], "vu": ["v", "u"], "all": ["w", "v", "u"]})
+    members = groups.GroupSums({"w": ["w"], "v": ["v"], "vu": ["v", "u"], "all": ["w", "v", "u"]})
     want = [math.inf, 2.0, 5.0, math.inf]
     assert members.sum(known, "norms").flatten().tolist() == want
     assert members.sum_numbers(known, "number")[0].tolist() == want

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from cases import Lambda
 from torch import nn
 
-from fimprobe.engines.tracing.batch_layout import Layouts
-from fimprobe.engines.tracing.smoothness import piecewise_linear
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.engines.tracing.smoothness import is_piecewise_linear
 from fimprobe.engines.tracing.tape import record
 
 SIZE = 3
@@ -74,9 +74,9 @@ CURVED = {
 
 
 def claim(net, x):
-    with record(net, len(x), Layouts(), {}) as tape:
+    with record(net, len(x), BatchLayouts(), {}) as tape:
         outputs = net(x)
-    return piecewise_linear(outputs, tape), outputs, tape
+    return is_piecewise_linear(outputs, tape), outputs, tape
 
 
 def inputs_of(net):

@@ -10,11 +10,11 @@ from torch import nn
 import fimprobe
 from fimprobe.engines.moments import fused
 from fimprobe.engines.moments import triton_kernel as kernel
-from fimprobe.engines.primitives.device_transfer import fetch, upload
+from fimprobe.engines.primitives.device_transfer import to_device, to_host
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError
 
-ONE = {("fetch", "device_transfer.fetch < results.finish"): 1}
+ONE = {("fetch", "device_transfer.to_host < results.finish"): 1}
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_rest_waits_for_known_reasons(gpu):
     far = waited(*MODELS["tied language model"](), draws=2, estimators=["i1", "i2", "ih"])
     places = {where.split(" < ")[0] for _, where in far.waits}
     assert places == {
-        "device_transfer.fetch",
+        "device_transfer.to_host",
         "problem.forward",  # with bounds the outputs are looked at before LAPACK meets them
         "categorical.norms",
         "categorical._position_norms",
@@ -141,10 +141,10 @@ def test_fetching_keeps_types_shapes_and_what_is_none():
     tree = {"a": [torch.arange(3), torch.ones(2, 2)], "b": (None, torch.tensor(1e-300).double(), 7)}
     tree["c"] = torch.zeros(0, 4)
     with Far() as far:
-        found = fetch(tree)
-        assert torch.equal(fetch(found)["a"][0], found["a"][0])
+        found = to_host(tree)
+        assert torch.equal(to_host(found)["a"][0], found["a"][0])
         assert on_host(found["a"][1])
-    assert dict(far.waits) == {("fetch", "device_transfer.fetch"): 1}
+    assert dict(far.waits) == {("fetch", "device_transfer.to_host"): 1}
     assert found["b"][0] is None
     assert found["b"][2] == 7
     for have, want in ((found["a"], tree["a"]), (found["b"][1:2], tree["b"][1:2])):
@@ -181,7 +181,7 @@ def test_the_counter_counts():
         assert x.new_zeros(2).device == FAR
         assert torch.zeros(2, device=x.device).device == FAR
         assert torch.zeros(2).device.type == "cpu"
-        assert upload(torch.zeros(2), x.device).device == FAR
+        assert to_device(torch.zeros(2), x.device).device == FAR
         assert not far.waits
         torch.zeros(2).to(x.device)
         assert dict(far.waits) == {("upload", ""): 1}

@@ -11,7 +11,7 @@ import torch
 import fimprobe
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.estimators.estimate import Estimate
-from fimprobe.estimators.variance_bounds import bound_hessians
+from fimprobe.estimators.variance_bounds import add_i2_bounds
 from fimprobe.likelihoods import Categorical, get_likelihood
 from fimprobe.likelihoods.base import OutputNorms
 from fimprobe.statistics import CurvatureBatch
@@ -293,7 +293,7 @@ def test_dense_curvature_gives_the_dense_bounds(name, exact, double):
             moments={"jacobian": types.SimpleNamespace(classes=setting.classes)},
         )
         names = {k: [k] for k in groups}
-        found.append(bound_hessians(measured, names, dict.fromkeys(groups, blank), grams))
+        found.append(add_i2_bounds(measured, names, dict.fromkeys(groups, blank), grams))
     kinds = ["bound"]
     if exact:
         kinds += ["sharp_bound", "trace_bound", "diagonal_bound"]

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 import fimprobe
-from fimprobe.estimators.diagonal_histogram import count_sizes
-from fimprobe.statistics import MOST, spread
+from fimprobe.estimators.diagonal_histogram import diagonal_histogram
+from fimprobe.statistics import MAX_ENTRIES, subsample_entries
 
 
 def count(tensors):
-    return count_sizes([(spread(x), x.numel()) for x in tensors])
+    return diagonal_histogram([(subsample_entries(x), x.numel()) for x in tensors])
 
 
 def count_each(values):
@@ -46,8 +46,8 @@ def test_samples_of_large_tensors_stand_for_all(shape, double):
     assert sum(found.values()) == pytest.approx(size)
     for edge in {*found, *want}:
         share = want.get(edge, 0) / size
-        error = (share * (1 - share) / MOST) ** 0.5
-        assert abs(found.get(edge, 0) / size - share) <= 4 * error + 2 / MOST
+        error = (share * (1 - share) / MAX_ENTRIES) ** 0.5
+        assert abs(found.get(edge, 0) / size - share) <= 4 * error + 2 / MAX_ENTRIES
 
 
 @pytest.mark.parametrize("draws", [2, "exact"])

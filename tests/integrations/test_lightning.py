@@ -18,7 +18,7 @@ from fimprobe.integrations.lightning import FimProbeCallback  # first: it hides 
 pl = pytest.importorskip("lightning.pytorch")
 
 EVERY = {"schedule": {"every": 1}, "on_error": "raise", "estimators": ["i1"], "bounds": False}
-QUIET = {**EVERY, "tensorboard": False}
+OUTPUT_OPTIONS = {**EVERY, "tensorboard": False}
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def expected(seen):
 
 @pytest.mark.parametrize(("module", "by"), [(None, "self"), ("model", "self"), ("model", "model")])
 def test_each_step_is_measured_at_its_batch_and_parameters(tmp_path, module, by):
-    net, callback = Net(by), FimProbeCallback(module=module, **QUIET)
+    net, callback = Net(by), FimProbeCallback(module=module, **OUTPUT_OPTIONS)
     trainer(tmp_path, callback, accumulate_grad_batches=2, max_epochs=2).fit(net, loader(), loader())
     assert [numbers(r) for r in callback.probe.history] == [numbers(expected(s)) for s in net.seen]
     assert [r.step for r in callback.probe.history] == [0, 1, 2, 3]
@@ -124,7 +124,7 @@ def test_training_and_logging_are_bit_identical(tmp_path):
 def test_a_resumed_training_goes_on_counting(tmp_path):
     def fit(epochs, **resume):
         pl.seed_everything(3, verbose=False)
-        net, callback = Net(), FimProbeCallback(**{**QUIET, "schedule": {"every": 3}})
+        net, callback = Net(), FimProbeCallback(**{**OUTPUT_OPTIONS, "schedule": {"every": 3}})
         net.model[2] = nn.Identity()  # Lightning does not restore the random streams of dropout
         path = tmp_path / "last.ckpt"
         its = trainer(tmp_path, callback, max_epochs=epochs)
@@ -140,14 +140,14 @@ def test_a_resumed_training_goes_on_counting(tmp_path):
 
 
 def test_a_forward_that_is_not_called_is_told(tmp_path, caplog):
-    callback = FimProbeCallback(**{**QUIET, "on_error": "warn"})
+    callback = FimProbeCallback(**{**OUTPUT_OPTIONS, "on_error": "warn"})
     trainer(tmp_path, callback).fit(Net(by="model"), loader())
     told = [r.getMessage() for r in caplog.records if r.name == "fimprobe"]
     assert len(told) == 1 and not callback.probe.history and callback.probe.detached
     assert "training_step of Net does not call its own forward, self(...)" in told[0]
     assert told[0].endswith("it calls self.model: pass FimProbeCallback(module='model')")
     with pytest.raises(FimprobeError, match="module='model'"):
-        trainer(tmp_path, FimProbeCallback(**QUIET)).fit(Net(by="model"), loader())
+        trainer(tmp_path, FimProbeCallback(**OUTPUT_OPTIONS)).fit(Net(by="model"), loader())
 
 
 def test_a_compiled_sub_module_is_measured_a_compiled_training_step_is_told(tmp_path):
@@ -160,19 +160,19 @@ def test_a_compiled_sub_module_is_measured_a_compiled_training_step_is_told(tmp_
 
     net = Bare()
     net.model = torch.compile(net.model, backend="eager")
-    callback = FimProbeCallback(module="model", **QUIET)
+    callback = FimProbeCallback(module="model", **OUTPUT_OPTIONS)
     trainer(tmp_path, callback).fit(net, loader())
     assert len(callback.probe.history) == 4
     with pytest.raises(FimprobeError, match="training_step of Bare is compiled"):
         whole = torch.compile(Bare(), backend="eager")
-        trainer(tmp_path, FimProbeCallback(**QUIET)).fit(whole, loader())
+        trainer(tmp_path, FimProbeCallback(**OUTPUT_OPTIONS)).fit(whole, loader())
 
 
 def test_mistakes_are_told_before_training(tmp_path):
     with pytest.raises(FimprobeError, match="did you mean 'schedule'"):
         FimProbeCallback(schedul={"every": 1})
     with pytest.raises(FimprobeError, match="module='net' is no sub-module of Net; it has 'model'"):
-        trainer(tmp_path, FimProbeCallback(module="net", **QUIET)).fit(Net(), loader())
+        trainer(tmp_path, FimProbeCallback(module="net", **OUTPUT_OPTIONS)).fit(Net(), loader())
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -183,7 +183,7 @@ def test_an_exception_detaches(tmp_path, error):
                 raise error("stop")
             return super().training_step(batch, batch_idx)
 
-    net, callback = Fails(), FimProbeCallback(**QUIET)
+    net, callback = Fails(), FimProbeCallback(**OUTPUT_OPTIONS)
     with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
         trainer(tmp_path, callback).fit(net, loader())
     assert callback.probe.detached and len(callback.probe.history) == 2
@@ -222,7 +222,7 @@ class Gan(pl.LightningModule):
 def test_of_several_optimizers_those_of_the_module_count(tmp_path, caplog):
     caplog.set_level("INFO", "fimprobe")
     net = Gan()
-    callback = FimProbeCallback(module="discriminator", likelihood="bernoulli", **QUIET)
+    callback = FimProbeCallback(module="discriminator", likelihood="bernoulli", **OUTPUT_OPTIONS)
     trainer(tmp_path, callback).fit(net, loader())
     assert [r.step for r in callback.probe.history] == [0, 1, 2, 3]
     for report, (step, x, model) in zip(callback.probe.history, net.seen, strict=True):
@@ -273,7 +273,9 @@ def test_loggers_get_what_is_known_only(tmp_path):
                 self.model[3].bias[0] += bias
 
     def fit(name, bias=0.0, size=12, **options):
-        callback = FimProbeCallback(log=True, **{**QUIET, "estimators": ["i1", "i2"], **options})
+        callback = FimProbeCallback(
+            log=True, **{**OUTPUT_OPTIONS, "estimators": ["i1", "i2"], **options}
+        )
         logger = pl.loggers.CSVLogger(tmp_path / name)
         trainer(tmp_path, callback, logger=logger).fit(Sure(bias), loader(size, size))
         path = tmp_path / name / "lightning_logs/version_0/metrics.csv"
@@ -300,7 +302,7 @@ def test_loggers_get_what_is_known_only(tmp_path):
 def test_a_wrapper_that_passes_training_step_through_forward(tmp_path):
     """DDP: the module's hooks see (batch, batch_idx) too."""
     try:
-        net, callback = Net(), FimProbeCallback(**QUIET)
+        net, callback = Net(), FimProbeCallback(**OUTPUT_OPTIONS)
         trainer(tmp_path, callback, strategy="ddp", devices=1).fit(net, loader())
         assert callback.probe.likelihood.name == "categorical"
         assert [numbers(r) for r in callback.probe.history] == [
@@ -308,7 +310,7 @@ def test_a_wrapper_that_passes_training_step_through_forward(tmp_path):
         ][-len(callback.probe.history) :]
         assert len(callback.probe.history) == 4
         with pytest.raises(FimprobeError, match="module='model'"):
-            trainer(tmp_path, FimProbeCallback(**QUIET), strategy="ddp", devices=1).fit(
+            trainer(tmp_path, FimProbeCallback(**OUTPUT_OPTIONS), strategy="ddp", devices=1).fit(
                 Net(by="model"), loader()
             )
     finally:

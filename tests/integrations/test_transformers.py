@@ -27,8 +27,12 @@ from transformers_cases import (
 )
 
 import fimprobe
-from fimprobe.engines.autograd.verification import check_curvature, make_plan, measure_planned
-from fimprobe.engines.primitives.random_signs import direction_of
+from fimprobe.engines.autograd.verification import (
+    check_curvature,
+    make_verified_plan,
+    measure_with_fallbacks,
+)
+from fimprobe.engines.primitives.random_signs import random_direction
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.likelihoods import Categorical, Gaussian
 from fimprobe.likelihoods.draws import Draws
@@ -117,8 +121,8 @@ def close(have, want, scale=None, rtol=1e-8):
 def test_scores_of_drawn_labels_equal_those_of_single_samples(name, exact):
     model, inputs = exact(name)
     problem = question(model, inputs)
-    plan = make_plan(problem)
-    measured = measure_planned(problem, plan).moments["i1"]
+    plan = make_verified_plan(problem)
+    measured = measure_with_fallbacks(problem, plan).moments["i1"]
     g = scores(model, inputs, problem)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert set(measured.coverage) == trainable
@@ -196,10 +200,10 @@ def positional(model, inputs):
 def test_second_derivatives_equal_double_backward(name, exact):
     model, inputs = exact(name)
     problem = problem_of(model, inputs, likelihood=Gaussian(), draws=1)
-    measured = measure_planned(problem, make_plan(problem))
+    measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.notes == []
     u = torch.cat(
-        [direction_of(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
+        [random_direction(p, f"direction 0 {n}", 0).flatten() for n, p in problem.parameters.items()]
     )
     called, args = positional(model, inputs)
     bent = oracles.bent(called, args, seeds_of(problem), u)[:, 0]
@@ -265,8 +269,8 @@ def test_probed_second_derivatives_are_unbiased(name, exact):
     runs, plan = {}, None
     for seed in range(20):
         problem = problem_of(model, inputs, likelihood=One(), probes=2, seed=seed)
-        plan = plan or make_plan(problem)
-        for n, c in measure_planned(problem, plan).curvature.parameters.items():
+        plan = plan or make_verified_plan(problem)
+        for n, c in measure_with_fallbacks(problem, plan).curvature.parameters.items():
             squares = 0 if c.probe_squares is None else c.probe_squares.mean(2)
             means = torch.stack([c.trace, c.square, squares + torch.zeros_like(c.square)])
             runs.setdefault(n, []).append(means.sum((1, 2)))
@@ -308,8 +312,8 @@ def test_a_float64_model_that_computes_in_float32_is_measured(name, double):
     sample = MODELS[name]()
     model = lively(sample.model).double()
     problem = problem_of(model, sample.inputs, likelihood=Gaussian(), draws=1)
-    plan = make_plan(problem)
-    measured = measure_planned(problem, plan)
+    plan = make_verified_plan(problem)
+    measured = measure_with_fallbacks(problem, plan)
     check_curvature(problem, plan)
     assert measured.notes == [] and plan.uncurved == ""
     called, args = positional(model, sample.inputs)

@@ -20,7 +20,7 @@ def make_names(layers):
     return [f"model.layers.{i // 5}.{_BLOCK[i % 5]}" for i in range(layers)]
 
 
-def make_report(layers, step, *, i2=True, known=True):
+def build_report(layers, step, *, i2=True, known=True):
     """Errors that grow with the step; every fifth layer's Î₂ without variance from labels."""
     rng = np.random.default_rng([layers, step])
     groups = {}

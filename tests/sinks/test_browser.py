@@ -16,7 +16,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 from fimprobe.sinks.tensorboard.sink import TensorboardSink  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reports import make_report  # noqa: E402
+from reports import build_report  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -59,7 +59,7 @@ def server(tmp_path_factory):
     log_dir = tmp_path_factory.mktemp("served")
     sink = TensorboardSink(log_dir / "net")
     for i in range(8):
-        sink.write(make_report(5, 1000 * i))
+        sink.write(build_report(5, 1000 * i))
     sink.close()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

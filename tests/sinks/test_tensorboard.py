@@ -17,14 +17,14 @@ from torch import nn
 
 import fimprobe
 from fimprobe.errors import FimprobeError
-from fimprobe.report.run_info import describe_run
-from fimprobe.sinks.tensorboard.sink import TensorboardSink, is_kept
+from fimprobe.report.run_info import collect_run_info
+from fimprobe.sinks.tensorboard.sink import TensorboardSink, is_written
 from fimprobe.training.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reports import FEW, make_report  # noqa: E402
+from reports import FEW, build_report  # noqa: E402
 
-RUN = describe_run(
+RUN = collect_run_info(
     nn.Linear(3, 2),
     fimprobe.Config(seed=77),
     likelihood=fimprobe.likelihoods.Gaussian(sigma=0.5),
@@ -57,7 +57,7 @@ def write(log_dir, reports, **options):
 def run(tmp_path_factory):
     """Six reports of 40 layers; at the third the errors are not known."""
     log_dir = tmp_path_factory.mktemp("run")
-    reports = [make_report(40, 10 * i, known=i != 2) for i in range(6)]
+    reports = [build_report(40, 10 * i, known=i != 2) for i in range(6)]
     write(log_dir, reports, run=lambda: RUN, top=20)
     return load(log_dir), reports
 
@@ -106,7 +106,7 @@ def test_bands_share_their_steps_and_hold_two_standard_errors(run):
 
 @pytest.mark.parametrize("name", ["std_error", "trace"])
 def test_a_band_without_all_three_is_left_out(tmp_path, name):
-    report = make_report(3, 0)
+    report = build_report(3, 0)
     broken = dataclasses.replace(report.total.i1, **{name: 1e39})  # infinite in single precision
     total = dataclasses.replace(report.total, i1=broken)
     write(tmp_path, [dataclasses.replace(report, total=total)], figures=False)
@@ -150,7 +150,7 @@ def test_the_dashboard_names_tags_that_exist(run):
 def test_the_dashboard_is_of_one_drawn_label_however_it_was_measured(tmp_path, draws):
     how = "size_biased" if draws else "exact"
     reports = [
-        dataclasses.replace(make_report(3, n), draws=draws, label_sampling=how) for n in range(2)
+        dataclasses.replace(build_report(3, n), draws=draws, label_sampling=how) for n in range(2)
     ]
     write(tmp_path, reports, figures=False)
     events = load(tmp_path)
@@ -167,7 +167,7 @@ def test_the_dashboard_is_of_one_drawn_label_however_it_was_measured(tmp_path, d
 
 
 def test_the_dashboard_has_no_chart_of_what_was_never_known(tmp_path):
-    lost = [dataclasses.replace(make_report(3, n, known=False), outputs=None) for n in range(2)]
+    lost = [dataclasses.replace(build_report(3, n, known=False), outputs=None) for n in range(2)]
     write(tmp_path, lost, figures=False)
     events = load(tmp_path)
     tags = events.Tags()["scalars"]
@@ -205,7 +205,7 @@ def test_labels_that_were_not_seen_leave_no_number_of_f(tmp_path):
 
 def test_runs_of_other_layers_share_the_charts_of_layers(tmp_path):
     def charts(layers):
-        write(tmp_path / str(layers), [make_report(layers, 0)], figures=False)
+        write(tmp_path / str(layers), [build_report(layers, 0)], figures=False)
         return layout_of(load(tmp_path / str(layers))).category[1].chart
 
     (one, two), (three, four) = charts(3), charts(12)
@@ -213,7 +213,7 @@ def test_runs_of_other_layers_share_the_charts_of_layers(tmp_path):
 
 
 def test_the_dashboard_grows_when_values_come_later(tmp_path):
-    write(tmp_path, [make_report(3, 0, known=False), make_report(3, 1)], figures=False)
+    write(tmp_path, [build_report(3, 0, known=False), build_report(3, 1)], figures=False)
     events = load(tmp_path)
     first, last = (
         layout_pb2.Layout.FromString(e.tensor_proto.string_val[0]) for e in events.Tensors(LAYOUT)
@@ -270,7 +270,7 @@ def test_histograms_count_every_parameter(run, tmp_path):
     assert rows.view(-1, 3)[:, 2].sum() == 40
     entries = _floats(events.Tensors("fim_spread/i1/log10_diagonal")[0]).view(-1, 3)
     assert entries[:, 2].sum() == sum(g.numel for g in reports[0].layers.values())
-    write(tmp_path, [make_report(3, 0)], histograms=False, figures=False)
+    write(tmp_path, [build_report(3, 0)], histograms=False, figures=False)
     tags = load(tmp_path).Tags()
     assert not [t for t in tags["tensors"] if t.startswith("fim_spread")] and not tags["images"]
 
@@ -292,7 +292,7 @@ def _floats(event):
 
 
 def test_layers_are_those_of_the_first_report_also_when_resumed(tmp_path):
-    reports = [make_report(40, 10 * i) for i in range(4)]
+    reports = [build_report(40, 10 * i) for i in range(4)]
     before = write(tmp_path, reports[:3], top=4, figures=False)
     need = {n: g.i1.pairs_for(0.1) for n, g in reports[0].layers.items()}
     assert sorted(before.layers) == sorted(sorted(need, key=need.get)[-4:])
@@ -312,8 +312,8 @@ def test_a_run_resumed_within_a_second_is_read_in_order(tmp_path, monkeypatch):
 
     counter = itertools.count(9)
     monkeypatch.setattr(event_file_writer._global_uid, "get", lambda: next(counter))
-    write(tmp_path, [make_report(3, n) for n in (0, 1, 2)], figures=False)
-    write(tmp_path, [make_report(3, n) for n in (2, 3)], figures=False, purge_step=2)
+    write(tmp_path, [build_report(3, n) for n in (0, 1, 2)], figures=False)
+    write(tmp_path, [build_report(3, n) for n in (2, 3)], figures=False, purge_step=2)
     assert next(counter) == 11
     assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [0, 1, 2, 3]
 
@@ -347,10 +347,10 @@ def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_pa
 def test_a_training_that_resumes_in_its_process_takes_over(tmp_path):
     left = TensorboardSink(tmp_path, figures=False)
     for step in range(3):
-        left.write(make_report(3, step))
-    write(tmp_path, [make_report(3, 2), make_report(3, 3)], figures=False, purge_step=2)
+        left.write(build_report(3, step))
+    write(tmp_path, [build_report(3, 2), build_report(3, 3)], figures=False, purge_step=2)
     with pytest.raises(FimprobeError, match="taken over"):
-        left.write(make_report(3, 9))
+        left.write(build_report(3, 9))
     left.close()
     assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [0, 1, 2, 3]
     TensorboardSink(tmp_path, figures=False).close()
@@ -359,18 +359,18 @@ def test_a_training_that_resumes_in_its_process_takes_over(tmp_path):
 def test_a_report_is_on_disk_when_write_returns(tmp_path):
     sink = TensorboardSink(tmp_path, figures=False)
     for step in range(4):
-        sink.write(make_report(3, step))
+        sink.write(build_report(3, step))
         shown = load(tmp_path).Scalars("fim/i1/trace")
         assert [e.step for e in shown] == list(range(step + 1))
     sink.close()
 
 
 def test_files_grow_by_the_rule(tmp_path, monkeypatch):
-    kept = [n for n in range(1, 10_001) if is_kept(n, 100)]
+    kept = [n for n in range(1, 10_001) if is_written(n, 100)]
     assert kept[:100] == list(range(1, 101)) and len(kept) <= 100 * (1 + math.log2(100))
-    monkeypatch.setattr("fimprobe.sinks.tensorboard.sink.DENSE", 4)
+    monkeypatch.setattr("fimprobe.sinks.tensorboard.sink.MAX_DENSE_REPORTS", 4)
     monkeypatch.setattr("fimprobe.sinks.tensorboard.sink.DENSE_PAGES", 2)
-    write(tmp_path, [make_report(3, n) for n in range(1, 12)], figures=False)
+    write(tmp_path, [build_report(3, n) for n in range(1, 12)], figures=False)
     events = load(tmp_path)
     assert [e.step for e in events.Scalars("fim/i1/trace")] == [1, 2, 3, 4, 6, 8, 11]
     assert [e.step for e in events.Tensors("fimprobe/advice")] == [1, 2, 4, 8, 11]
@@ -383,7 +383,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, caplog, monkeypatch):
     for name in ("drawing", "pictures", "gallery"):
         monkeypatch.delitem(sys.modules, f"fimprobe.{name}", raising=False)
     with caplog.at_level(logging.INFO):
-        write(tmp_path, [make_report(3, n) for n in range(3)])
+        write(tmp_path, [build_report(3, n) for n in range(3)])
     (line,) = [r.message for r in caplog.records]
     assert "pip install 'fimprobe[plots]'" in line and "figures" in line
     events = load(tmp_path)
@@ -403,7 +403,7 @@ class Room(Schedule):
     def __init__(self, *answers):
         self.answers, self.asked, self.taken = list(answers), [], []
 
-    def affords(self, seconds):
+    def can_afford(self, seconds):
         self.asked.append(seconds)
         return self.answers.pop(0)
 
@@ -413,11 +413,11 @@ class Room(Schedule):
 
 def test_pictures_wait_for_the_budgets_room(tmp_path):
     room = Room(False, False, True, True)  # reports 4, 5, 6 and, at the end, the last
-    write(tmp_path / "later", [make_report(3, n) for n in range(1, 8)], schedule=room)
+    write(tmp_path / "later", [build_report(3, n) for n in range(1, 8)], schedule=room)
     images = load(tmp_path / "later").Tags()["images"]
     assert images and [e.step for e in load(tmp_path / "later").Images(images[0])] == [6, 7]
     assert room.asked[:3] == [1.0] * 3 and room.asked[3] == room.taken[0] and len(room.taken) == 2
-    write(tmp_path / "never", [make_report(3, n) for n in range(6)], schedule=Room(*[False] * 4))
+    write(tmp_path / "never", [build_report(3, n) for n in range(6)], schedule=Room(*[False] * 4))
     events = load(tmp_path / "never")
     assert not events.Tags()["images"]
     assert len(events.Scalars("fim/i1/trace")) == 6 and events.Tensors("fimprobe/advice")
@@ -425,5 +425,5 @@ def test_pictures_wait_for_the_budgets_room(tmp_path):
 
 def test_the_time_that_pictures_took_is_asked_for_next(tmp_path):
     room = Room(True, True, True)  # reports 4, 8 and the end
-    write(tmp_path, [make_report(3, n) for n in range(9)], schedule=room)
+    write(tmp_path, [build_report(3, n) for n in range(9)], schedule=room)
     assert room.asked == [1.0, *room.taken[:2]] and len(room.taken) == 3 and min(room.taken) > 0

@@ -15,31 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.autograd.first_order import add_ggn, contract
-from fimprobe.engines.autograd.results import Sums
-from fimprobe.engines.curvature.accumulator import CurvatureSums
-from fimprobe.engines.curvature.double_backward import Bender, twice_differentiable
+from fimprobe.engines.autograd.first_order import accumulate_moments, add_ggn
+from fimprobe.engines.autograd.results import RunningResults
+from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
+from fimprobe.engines.curvature.double_backward import DoubleBackward, use_differentiable_attention
 from fimprobe.engines.curvature.measure import measure_curvature
-from fimprobe.engines.moments.fallback import replayed_parameters
+from fimprobe.engines.moments.fallback import assign_fallbacks
 from fimprobe.engines.problem.cotangents import (
-    Seeds,
-    check_passes,
-    curvature_seeds,
-    data_seeds,
-    drawn_at_once,
-    fisher_seeds,
-    hutchinson_seeds,
-    label_seeds,
+    Cotangents,
+    check_num_passes,
+    curvature_cotangents,
+    data_cotangents,
+    fisher_cotangents,
+    hutchinson_cotangents,
+    label_cotangents,
+    labels_per_draw,
     mask_of,
-    output_seeds,
+    output_cotangents,
 )
-from fimprobe.engines.problem.problem import OverMemory, Problem
-from fimprobe.engines.problem.saved_tensors import saved_bytes
+from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
+from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.graph import foreign_uses, hidden_reads
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.smoothness import find_kinks
-from fimprobe.engines.tracing.tape import Replayed, record
+from fimprobe.engines.tracing.tape import FallbackCall, record
 from fimprobe.statistics import Measured
 
 FRESH_BYTES = 4.5 * 2**20
@@ -52,13 +52,13 @@ DRAWN = 3
 def measure_moments(problem: Problem, plan: Plan) -> Measured:
     """Everything asked for, over the whole batch, chunk by chunk."""
     size = problem.batch.size
-    run = Sums()
+    run = RunningResults()
     start, chunk = 0, min(plan.chunk or size, size)
     while start < size:
         rows = slice(start, min(start + chunk, size))
         try:
             _measure_chunk(problem, plan, rows, run)
-        except OverMemory as error:  # raised before anything was accumulated
+        except MemoryLimitExceeded as error:  # raised before anything was accumulated
             chunk = plan.chunk = error.fit
             continue
         except torch.OutOfMemoryError:
@@ -66,20 +66,20 @@ def measure_moments(problem: Problem, plan: Plan) -> Measured:
                 raise
             # some accumulators hold this chunk and some do not: start afresh
             chunk = plan.chunk = chunk // 2
-            run, start = Sums(), 0
+            run, start = RunningResults(), 0
             continue
         start = rows.stop
     plan.unused = set(problem.parameters) - run.reached
     return run.finish(problem, plan)
 
 
-def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None:
+def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: RunningResults) -> None:
     """Add one chunk."""
     batch, ask = problem.batch[rows], problem.ask
     ceiling = problem.memory_mb * 2**20
     clock = _Clock(run.seconds)
-    guard = saved_bytes(problem, batch.size)
-    kernels = twice_differentiable() if ask.i2 else contextlib.nullcontext()
+    guard = limit_saved_bytes(problem, batch.size)
+    kernels = use_differentiable_attention() if ask.i2 else contextlib.nullcontext()
     plain = not (ask.ih or ask.bounds or ask.i2 or ask.labels is not None)
     recording = record(problem.twin, batch.size, plan.layouts, plan.replay, twice=ask.i2)
     with recording as tape, guard as saved, kernels:
@@ -95,16 +95,16 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     stash = sum(_numel(edge) for edge in tape.edges) * h.element_size()
     if problem.draws.count is None:
         passes = problem.likelihood.count_passes(h)
-        check_passes(problem, h, stash / batch.size, ceiling)
+        check_num_passes(problem, h, stash / batch.size, ceiling)
     else:
         passes = problem.draws.count
     kept = passes * (1 + (ask.probes + 5) * ask.i2)
     if ask.exact and problem.draws.count is not None:
         columns = problem.likelihood.count_passes(h)
         told = "second_order='exact'", "second_order={'probes': 2}"
-        check_passes(problem, h, stash / batch.size, ceiling, *told)
+        check_num_passes(problem, h, stash / batch.size, ceiling, *told)
         kept += columns
-    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * drawn_at_once(h))
+    fit, needed = batch.size, saved() + max(kept * stash, DRAWN * 8 * labels_per_draw(h))
     if needed > ceiling:
         fit = max(1, min(batch.size - 1, int(batch.size * ceiling / needed)))
     if problem.shards is not None:
@@ -112,18 +112,18 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     elif fit < batch.size:
         fit = _even(problem.batch.size, fit)
     if fit < batch.size:
-        raise OverMemory(fit)
+        raise MemoryLimitExceeded(fit)
     if h.device.type == "cpu" and plan.chunk is None and tape.edges and problem.shards is None:
         # large fresh tensors cost more in page faults than the chunks cost in calls
         largest = max(_numel(edge) for edge in tape.edges) * h.element_size()
         if largest > FRESH_BYTES and batch.size > 1:
-            raise OverMemory(_even(batch.size, int(batch.size * FRESH_BYTES / largest)))
+            raise MemoryLimitExceeded(_even(batch.size, int(batch.size * FRESH_BYTES / largest)))
     clock.stop("forward")
     names = {id(p): n for n, p in problem.parameters.items()}
-    calls = replayed_parameters(problem, plan, tape, names)
+    calls = assign_fallbacks(problem, plan, tape, names)
     if calls and problem.shards is not None:
         raise PlanMismatch({call.path or "the model": "has to be replayed" for call, _ in calls})
-    pieces: dict[str, list[tuple[Replayed, str]]] = {}
+    pieces: dict[str, list[tuple[FallbackCall, str]]] = {}
     for call, inside in calls:
         for local, held in inside.items():
             pieces.setdefault(names[id(held)], []).append((call, local))
@@ -136,27 +136,35 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         raise PlanMismatch(dict.fromkeys(unseen, "its module was not called"))
     chunk = Chunk(problem, plan, tape, calls, pieces, names, batch, rows, ceiling / 8)
     detached = h.detach()
-    labels = label_seeds(problem, rows, detached)
+    labels = label_cotangents(problem, rows, detached)
     drawn = len(labels.seeds)
-    bent = curvature_seeds(problem, rows, detached, labels) if ask.i2 else None
-    bender = None if bent is None else _bend(chunk, run, h, bent)
+    bent = curvature_cotangents(problem, rows, detached, labels) if ask.i2 else None
+    bender = None if bent is None else _prepare_double_backward(chunk, run, h, bent)
     arrived = [] if bender is None else bender.arrived(0, drawn)
-    run.reached |= contract(chunk, run, "i1", labels, h, reached, last=plain, arrived=arrived)
+    run.reached |= accumulate_moments(
+        chunk, run, "i1", labels, h, reached, last=plain, arrived=arrived
+    )
     clock.stop("i1")
     if plain:
         return
     exact_fisher = ask.exact and problem.draws.count is not None
     if ask.ih or (ask.i2 and not exact_fisher):
-        contract(chunk, run, "ih", hutchinson_seeds(problem, rows, detached), h, reached)
+        accumulate_moments(
+            chunk, run, "ih", hutchinson_cotangents(problem, rows, detached), h, reached
+        )
         clock.stop("ih")
     if exact_fisher:
         if ask.backpack:
             add_ggn(chunk, run)
         else:
-            contract(chunk, run, "ggn", fisher_seeds(problem, rows, detached), h, reached)
+            accumulate_moments(
+                chunk, run, "ggn", fisher_cotangents(problem, rows, detached), h, reached
+            )
         clock.stop("ggn")
     if ask.labels is not None:
-        contract(chunk, run, "empirical", data_seeds(problem, rows, detached), h, reached)
+        accumulate_moments(
+            chunk, run, "empirical", data_cotangents(problem, rows, detached), h, reached
+        )
         clock.stop("empirical")
     if ask.bounds:
         family: Any = problem.likelihood
@@ -164,11 +172,11 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
         run.norms.append(norms)
         axis = getattr(family, "class_dim", None)
         run.classes = None if axis is None else h.shape[axis]
-        outputs = output_seeds(problem, rows, detached, norms)
+        outputs = output_cotangents(problem, rows, detached, norms)
         # drawn labels: ‖H‖ has random signs that ‖J‖ has too
         signs = bender is not None and problem.draws.count is not None
         arrived = bender.arrived(drawn) if bender is not None and signs else []
-        contract(chunk, run, "jacobian", outputs, h, reached, arrived=arrived)
+        accumulate_moments(chunk, run, "jacobian", outputs, h, reached, arrived=arrived)
         if outputs.mix is not None:
             run.ledger("jacobian", problem).mix(outputs.mix)
         clock.stop("bounds")
@@ -176,34 +184,38 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: Sums) -> None
     if bent is not None:
         if plan.kinks is None:
             plan.kinks = find_kinks(h, problem.twin)
-        _curve(chunk, run, bender, bent)
+        _accumulate_curvature(chunk, run, bender, bent)
         clock.stop("i2")
 
 
-def _bend(chunk: Chunk, run: Sums, h: Tensor, seeds: Seeds) -> Bender | None:
+def _prepare_double_backward(
+    chunk: Chunk, run: RunningResults, h: Tensor, seeds: Cotangents
+) -> DoubleBackward | None:
     """The seeds pulled back so that it can be differentiated; None where it cannot."""
     if "i2" in run.notes:
         return None
-    bender = Bender(
+    bender = DoubleBackward(
         h, chunk.tape, [p for n, p in chunk.problem.parameters.items() if n in chunk.pieces]
     )
     try:
-        with twice_differentiable():
+        with use_differentiable_attention():
             bender.take(seeds.seeds)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        run.notes["i2"] = _told(error)
+        run.notes["i2"] = _failure_note(error)
         return None
     return bender
 
 
-def _told(error: Exception) -> str:
+def _failure_note(error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"Î₂ was not measured: the model has no second derivative here ({first})"
 
 
-def _curve(chunk: Chunk, run: Sums, bender: Bender | None, seeds: Seeds) -> None:
+def _accumulate_curvature(
+    chunk: Chunk, run: RunningResults, bender: DoubleBackward | None, seeds: Cotangents
+) -> None:
     """Add the second derivatives; what cannot be differentiated twice is told, not raised."""
     problem = chunk.problem
     if bender is None:
@@ -211,10 +223,10 @@ def _curve(chunk: Chunk, run: Sums, bender: Bender | None, seeds: Seeds) -> None
     assert seeds.weights is not None and seeds.weights.second is not None
     for name, parameter in problem.parameters.items():
         if name not in run.curves:
-            run.curves[name] = CurvatureSums(parameter, problem.diagonals, chunk.room)
+            run.curves[name] = CurvatureAccumulator(parameter, problem.diagonals, chunk.room)
         run.curves[name].seeds = seeds.seeds
     try:
-        with twice_differentiable(), torch.no_grad():
+        with use_differentiable_attention(), torch.no_grad():
             run.partners = measure_curvature(
                 problem,
                 chunk.plan,
@@ -228,10 +240,10 @@ def _curve(chunk: Chunk, run: Sums, bender: Bender | None, seeds: Seeds) -> None
                 run.curves,
                 run.seconds,
             )
-    except (PlanMismatch, OverMemory, torch.OutOfMemoryError):
+    except (PlanMismatch, MemoryLimitExceeded, torch.OutOfMemoryError):
         raise
     except (RuntimeError, NotImplementedError) as error:
-        run.notes["i2"] = _told(error)
+        run.notes["i2"] = _failure_note(error)
         return
     for curve in run.curves.values():
         curve.end()

@@ -9,30 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.autograd.results import Sums
-from fimprobe.engines.moments.accumulators import Ledger
+from fimprobe.engines.autograd.results import RunningResults
+from fimprobe.engines.moments.accumulators import MomentAccumulators
 from fimprobe.engines.moments.contraction import (
     Contraction,
+    in_full_precision,
     is_outer,
-    met_uses,
     precise,
-    raised,
+    reached_uses,
     vectors,
 )
-from fimprobe.engines.moments.fallback import contract_replays
-from fimprobe.engines.primitives.products import pull_back
-from fimprobe.engines.problem.cotangents import Seeds
+from fimprobe.engines.moments.fallback import accumulate_fallback_moments
+from fimprobe.engines.primitives.products import vjp
+from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import batch_first
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.tape import Tape, check_inputs_unchanged
 
 
-def contract(
+def accumulate_moments(
     chunk: Chunk,
-    run: Sums,
+    run: RunningResults,
     kind: str,
-    seeds: Seeds,
+    seeds: Cotangents,
     h: Tensor,
     reached: set[str],
     last: bool = False,
@@ -49,7 +49,7 @@ def contract(
         *(parts[:places] for parts in arrived),
         *_backward(h, tape, seeds.seeds[len(arrived) :], inputs, last),
     ]
-    deltas, sources = _by_place(arrived, len(tape.edges))
+    deltas, sources = _stack_by_edge(arrived, len(tape.edges))
     check_inputs_unchanged(tape)
     reached = set(reached)
     ledger = run.ledger(kind, problem)
@@ -61,14 +61,14 @@ def contract(
             if name in chunk.pieces:
                 continue
             uses = [] if name in chunk.plan.replay else tape.uses.get(id(parameter), [])
-            met = met_uses(uses, deltas, size)
+            met = reached_uses(uses, deltas, size)
             scatter = _scatter(problem, name)
             if met:
                 reached.add(name)
                 vector = all(use.rule.vector for use, _ in met)
                 if scatter is None and vector and not is_outer(met):
                     stack = stacks.setdefault(parameter.shape, {})
-                    stack[name] = vectors(raised(met), parameter.shape)
+                    stack[name] = vectors(in_full_precision(met), parameter.shape)
                     continue
             accumulator = ledger.accumulators[name]
             with accumulator.opened(scatter):
@@ -76,8 +76,8 @@ def contract(
                 if met and contraction.add(accumulator, met, rescale=again):
                     chunk.plan.rescale.add(name)
         for stack in stacks.values():
-            ledger.add_vectors(list(stack), list(stack.values()), seeds.weights, chunk.room)
-        contract_replays(
+            ledger.add_small_parameters(list(stack), list(stack.values()), seeds.weights, chunk.room)
+        accumulate_fallback_moments(
             problem,
             chunk.plan,
             tape,
@@ -110,7 +110,7 @@ def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:
     return functools.partial(problem.shards.scatter, name)
 
 
-def add_ggn(chunk: Chunk, run: Sums) -> None:
+def add_ggn(chunk: Chunk, run: RunningResults) -> None:
     """Exact diagonals of F by BackPACK, stored as the moments of their roots."""
     from fimprobe.engines import backpack
 
@@ -121,11 +121,11 @@ def add_ggn(chunk: Chunk, run: Sums) -> None:
     ledger.begin(size, 1)
     for name in found:
         root = found[name].clamp(min=0).sqrt().unsqueeze(1)
-        ledger.accumulators[name].take_whole(root, None)
+        ledger.accumulators[name].add_all_samples(root, None)
 
 
 def _add_activations(
-    tape: Tape, run: Sums, sources: list[list[Tensor] | None], seeds: Seeds, size: int
+    tape: Tape, run: RunningResults, sources: list[list[Tensor] | None], seeds: Cotangents, size: int
 ) -> None:
     """Moments of ∂ℓ/∂h of each layer's input h: Î₁(h) = mean (∂ℓ/∂h)(∂ℓ/∂h)ᵀ, eq. (19)."""
     gradients = {}
@@ -137,13 +137,13 @@ def _add_activations(
         return
     shapes = {path: g[0, 0] for path, g in gradients.items()}
     if run.activations is None:
-        run.activations = Ledger.of(shapes)
+        run.activations = MomentAccumulators.of(shapes)
     run.activations.include(shapes)
     run.activations.begin(size, len(seeds.seeds))
     for path, g in gradients.items():
         accumulator = run.activations.accumulators[path]
         if accumulator.a2.shape == g.shape[2:]:  # else another length in this chunk
-            accumulator.take_whole(g, seeds.weights)
+            accumulator.add_all_samples(g, seeds.weights)
 
 
 def _backward(
@@ -156,14 +156,14 @@ def _backward(
     collected: list[Sequence[Tensor | None]] = []
     for i, seed in enumerate(seeds):
         keep = not last or i < len(seeds) - 1
-        collected.append(pull_back([h], [seed], places, retain_graph=keep))
+        collected.append(vjp([h], [seed], places, retain_graph=keep))
     return collected
 
 
 Places = list[list[Tensor] | None]
 
 
-def _by_place(arrived: Sequence[Sequence[Tensor | None]], edges: int) -> tuple[Places, Places]:
+def _stack_by_edge(arrived: Sequence[Sequence[Tensor | None]], edges: int) -> tuple[Places, Places]:
     """Of every edge, and of every source, what arrived of each seed; zeros where of some nothing."""
     by_place: Places = []
     for parts in zip(*arrived, strict=True):

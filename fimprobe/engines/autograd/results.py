@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.curvature.accumulator import CurvatureSums
-from fimprobe.engines.moments.accumulators import Ledger, Totals
-from fimprobe.engines.primitives.device_transfer import fetch
+from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
+from fimprobe.engines.moments.accumulators import MomentAccumulators, Totals
+from fimprobe.engines.primitives.device_transfer import to_host
 from fimprobe.engines.problem.cotangents import seen_mass
 from fimprobe.engines.problem.problem import Problem, check_finite
 from fimprobe.engines.problem.weights import Weights
@@ -21,17 +21,17 @@ from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch
 
 
 @dataclass
-class Sums:
+class RunningResults:
     """What the chunks of a batch add up to."""
 
-    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    ledgers: dict[str, MomentAccumulators] = field(default_factory=dict)
     weights: dict[str, list[Weights]] = field(default_factory=dict)
     inverse_weights: list[Tensor] = field(default_factory=list)
     """1/w [b, S] of size-biased labels, for each chunk."""
     seen: list[Tensor] = field(default_factory=list)
     """Σ‖δ‖² of the labels, as the model's mean over draws, and its expectation, for each chunk."""
-    activations: Ledger | None = None
-    curves: dict[str, CurvatureSums] = field(default_factory=dict)
+    activations: MomentAccumulators | None = None
+    curves: dict[str, CurvatureAccumulator] = field(default_factory=dict)
     second: list[Tensor] = field(default_factory=list)
     partners: dict[str, set[str]] = field(default_factory=dict)
     norms: list[OutputNorms] = field(default_factory=list)
@@ -42,11 +42,11 @@ class Sums:
     unseen: list[Tensor] = field(default_factory=list)
     """Numbers of outputs that are not finite, [count, of] for each chunk that was not looked at."""
 
-    def ledger(self, kind: str, problem: Problem) -> Ledger:
+    def ledger(self, kind: str, problem: Problem) -> MomentAccumulators:
         """The moments of one kind of seeds."""
         if kind not in self.ledgers:
             sharded = set() if problem.shards is None else set(problem.shards.parts)
-            self.ledgers[kind] = Ledger.of(
+            self.ledgers[kind] = MomentAccumulators.of(
                 problem.parameters,
                 diagonals=problem.diagonals and kind != "jacobian",
                 sampled=kind == "i1",
@@ -59,7 +59,7 @@ class Sums:
         """The sums of all chunks, fetched from the device together."""
         told = coverage(problem, plan)
         bent = bool(self.curves) and "i2" not in self.notes
-        host: dict[str, Any] = fetch(
+        host: dict[str, Any] = to_host(
             {
                 "unseen": self.unseen,
                 "totals": {kind: ledger.totals() for kind, ledger in self.ledgers.items()},
@@ -115,7 +115,7 @@ class Sums:
         self,
         problem: Problem,
         kind: str,
-        ledger: Ledger,
+        ledger: MomentAccumulators,
         totals: Totals,
         host: dict[str, Any],
         unused: set[str],

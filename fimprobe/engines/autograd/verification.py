@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd.engine import measure_moments
-from fimprobe.engines.curvature.double_backward import twice_differentiable
+from fimprobe.engines.curvature.double_backward import use_differentiable_attention
 from fimprobe.engines.layers.decompositions import UNROLLED
 from fimprobe.engines.layers.rules import rules_for
-from fimprobe.engines.primitives.products import pull_back
-from fimprobe.engines.primitives.random_signs import direction_of
-from fimprobe.engines.problem.cotangents import label_seeds
-from fimprobe.engines.problem.problem import Ask, Problem
-from fimprobe.engines.tracing.batch_layout import Layouts
+from fimprobe.engines.primitives.products import vjp
+from fimprobe.engines.primitives.random_signs import random_direction
+from fimprobe.engines.problem.cotangents import label_cotangents
+from fimprobe.engines.problem.problem import Problem, Request
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.graph import gradient_types
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.tape import record
@@ -31,7 +31,7 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.fsdp import is_part
 from fimprobe.statistics import Measured, MomentsBatch
 
-HELD = 4.5
+FLOAT64_OUTPUT_COPIES = 4.5
 """Copies of the outputs in float64 that the guard holds at once, measured."""
 
 
@@ -39,7 +39,7 @@ Alone = tuple[Tensor, float] | None
 """A sample's gradient (of a sharded parameter, the rows held here) and its squared norm."""
 
 
-def measure_planned(problem: Problem, plan: Plan) -> Measured:
+def measure_with_fallbacks(problem: Problem, plan: Plan) -> Measured:
     """Moments; where the batch shows a use that the plan did not know, the plan is widened."""
     for _ in range(100):
         try:
@@ -51,11 +51,11 @@ def measure_planned(problem: Problem, plan: Plan) -> Measured:
                     "a sharded model (FSDP) is measured by the rules of its layers, which do not "
                     f"reach everything here ({told}); freeze what they do not, or do not shard"
                 ) from None
-            _widen(problem, plan, mismatch.reasons)
+            _fall_back_to_parent(problem, plan, mismatch.reasons)
     raise FimprobeError("no way was found to measure this model; please report it with the model")
 
 
-def make_plan(problem: Problem) -> Plan:
+def make_verified_plan(problem: Problem) -> Plan:
     """A plan on which the engine reproduces single samples; raises where none does."""
     size = _few(problem)
     problem = replace(
@@ -65,12 +65,12 @@ def make_plan(problem: Problem) -> Plan:
         draws=Draws(1, seed=20240525),
         mask=None,
         diagonals=False,
-        ask=Ask(),
+        ask=Request(),
         shards=None if problem.shards is None else problem.shards.alone(),
     )
-    coarse = _coarse(problem)
+    coarse = _tolerance_of_dtype(problem)
     plan = Plan(layouts=_expansions(problem, coarse))
-    alone, outputs = _alone(problem)
+    alone, outputs = _single_sample_gradients(problem)
     with torch.no_grad():
         together = problem.forward(problem.batch).detach()
     if not torch.allclose(together, outputs, **_tolerance(outputs, coarse)):
@@ -82,7 +82,7 @@ def make_plan(problem: Problem) -> Plan:
             "with track_running_stats=False) or draw random numbers in eval mode cause it"
         )
     for _ in range(200):
-        moments = measure_planned(problem, plan).moments["i1"]
+        moments = measure_with_fallbacks(problem, plan).moments["i1"]
         wrong = _disagreeing(problem, moments, alone, coarse)
         if problem.shards is not None and not problem.shards.smallest(int(not wrong)):
             raise FimprobeError(
@@ -101,7 +101,7 @@ def make_plan(problem: Problem) -> Plan:
                 f"guard: the per-sample gradients of {', '.join(map(repr, final))} do not agree "
                 "with those of single samples; please report it with the model"
             )
-        _widen(problem, plan, dict.fromkeys(wrong, "guard"))
+        _fall_back_to_parent(problem, plan, dict.fromkeys(wrong, "guard"))
     raise FimprobeError("no way was found to measure this model; please report it with the model")
 
 
@@ -121,17 +121,17 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
         diagonals=False,
         ask=ask,
     )
-    measured = measure_planned(small, plan)
+    measured = measure_with_fallbacks(small, plan)
     plan.chunk, plan.curved = None, size
     if measured.curvature is None:
         plan.uncurved = measured.notes[0]
         return
     try:
-        want = _bent_alone(small)
+        want = _single_sample_curvature(small)
     except (RuntimeError, NotImplementedError):
         return  # plain autograd has no second derivative of every parameter (EmbeddingBag): no check
     largest = max((float(w.max()) for w in want.values()), default=0.0)
-    coarse = 5 * _coarse(problem)
+    coarse = 5 * _tolerance_of_dtype(problem)
     wrong = []
     for name, norms in want.items():
         have = measured.curvature.parameters.get(name)
@@ -149,25 +149,26 @@ def _few(problem: Problem) -> int:
     """Samples that the guard compares: three; two where three of many outputs pass the ceiling."""
     with torch.no_grad():
         wide = problem.forward(problem.batch[:1]).numel() * 8
-    most = 3 if 3 * HELD * wide <= problem.memory_mb * 2**20 else 2
+    most = 3 if 3 * FLOAT64_OUTPUT_COPIES * wide <= problem.memory_mb * 2**20 else 2
     size = min(problem.batch.size, most)
     return size if problem.shards is None else problem.shards.smallest(size)
 
 
-def _bent_alone(problem: Problem) -> dict[str, Tensor]:
+def _single_sample_curvature(problem: Problem) -> dict[str, Tensor]:
     """‖(R_b u)_θ‖² [B] of each parameter for the direction u that the engine took first."""
     parameters = list(problem.parameters.values())
     along = [
-        direction_of(p, f"direction 0 {n}", problem.draws.seed) for n, p in problem.parameters.items()
+        random_direction(p, f"direction 0 {n}", problem.draws.seed)
+        for n, p in problem.parameters.items()
     ]
     found: dict[str, list[Tensor]] = {n: [] for n in problem.parameters}
     for b in range(problem.batch.size):
-        with twice_differentiable():
+        with use_differentiable_attention():
             h = problem.forward(problem.batch[b : b + 1])
-            seeds = label_seeds(problem, slice(b, b + 1), h.detach()).seeds
+            seeds = label_cotangents(problem, slice(b, b + 1), h.detach()).seeds
             bent: Any = [None] * len(parameters)
             if h.requires_grad:
-                g = pull_back([h], [seeds[0]], parameters, create_graph=True)
+                g = vjp([h], [seeds[0]], parameters, create_graph=True)
                 parts = [
                     (x * u).sum()
                     for x, u in zip(g, along, strict=True)
@@ -182,25 +183,25 @@ def _bent_alone(problem: Problem) -> dict[str, Tensor]:
     return {name: torch.stack(norms) for name, norms in found.items()}
 
 
-def _expansions(problem: Problem, coarse: float) -> Layouts:
+def _expansions(problem: Problem, coarse: float) -> BatchLayouts:
     """Layouts with the lookups that may be expanded to the batch without changing the outputs."""
-    layouts = Layouts()
+    layouts = BatchLayouts()
     with torch.no_grad():
         plain = problem.forward(problem.batch)
     try:
         with record(problem.twin, problem.batch.size, layouts, {}):
             expanded = problem.forward(problem.batch)
         if torch.allclose(plain, expanded.detach(), **_tolerance(plain, coarse)):
-            return layouts if layouts.expand else Layouts()
+            return layouts if layouts.expand else BatchLayouts()
     except (RuntimeError, FimprobeError, ValueError, IndexError):
         if not layouts.expand:
             raise
-    fresh = Layouts()
+    fresh = BatchLayouts()
     fresh.refused = set(layouts.expand)
     return fresh
 
 
-def _alone(problem: Problem) -> tuple[dict[str, list[Alone]], Tensor]:
+def _single_sample_gradients(problem: Problem) -> tuple[dict[str, list[Alone]], Tensor]:
     """Gradients and outputs of each sample run alone, by plain autograd."""
     parameters = list(problem.parameters.values())
     found: dict[str, list[Alone]] = {name: [] for name in problem.parameters}
@@ -214,7 +215,7 @@ def _alone(problem: Problem) -> tuple[dict[str, list[Alone]], Tensor]:
         if h.requires_grad and problem.shards is not None:
             gradients = problem.shards.gradients(h, problem.parameters, seed)
         elif h.requires_grad:
-            each = pull_back([h], [seed], parameters, retain_graph=False)
+            each = vjp([h], [seed], parameters, retain_graph=False)
             gradients = {
                 name: None if g is None else (g, float(g.double().square().sum()))
                 for name, g in zip(problem.parameters, each, strict=True)
@@ -253,7 +254,7 @@ def _disagreeing(
     return wrong
 
 
-def _coarse(problem: Problem) -> float:
+def _tolerance_of_dtype(problem: Problem) -> float:
     """How far gradients may differ: by the coarsest type that the parameters or the forward use.
 
     Norms and softmaxes of language models compute in float32 whatever the parameters are.
@@ -271,7 +272,7 @@ def _tolerance(outputs: Tensor, coarse: float) -> dict[str, Any]:
     return {"rtol": rtol, "atol": rtol * float(outputs.detach().abs().amax())}
 
 
-def _widen(problem: Problem, plan: Plan, reasons: dict[str, str]) -> None:
+def _fall_back_to_parent(problem: Problem, plan: Plan, reasons: dict[str, str]) -> None:
     """Move parameters to the next larger module around them; keys are parameters or modules."""
     names: set[str] = set()
     for key, reason in reasons.items():
@@ -287,10 +288,10 @@ def _widen(problem: Problem, plan: Plan, reasons: dict[str, str]) -> None:
             plan.replay.setdefault(name, key)
         names |= direct
     for name in names:
-        plan.replay[name] = _next_site(problem, plan, name)
+        plan.replay[name] = _parent_module(problem, plan, name)
 
 
-def _next_site(problem: Problem, plan: Plan, name: str) -> str:
+def _parent_module(problem: Problem, plan: Plan, name: str) -> str:
     site = plan.replay.get(name)
     if site == "":
         raise FimprobeError(f"parameter {name!r} cannot be reached even from the whole model")

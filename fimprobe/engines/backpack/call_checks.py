@@ -26,7 +26,7 @@ class _Call:
     version: int
 
 
-def watch(
+def check_calls(
     problem: Problem, rows: Tensor, modules: dict[str, nn.Module], chain: bool
 ) -> dict[str, str]:
     """What one forward pass on the samples ``rows`` shows to be outside of the domain."""

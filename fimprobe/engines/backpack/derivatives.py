@@ -108,7 +108,7 @@ def derivatives_of(module: nn.Module) -> Any:
     return LAYERS[type(module)][0] if type(module) in LAYERS else PLAIN[type(module)]
 
 
-def own_trainable(twin: nn.Module) -> list[tuple[str, nn.Module]]:
+def trainable_modules(twin: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that hold trainable parameters themselves."""
     return [
         (path, module)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fimprobe.engines.backpack.call_checks import watch
-from fimprobe.engines.backpack.derivatives import own_trainable
+from fimprobe.engines.backpack.call_checks import check_calls
+from fimprobe.engines.backpack.derivatives import trainable_modules
 from fimprobe.engines.backpack.module_options import module_reason
 from fimprobe.engines.backpack.verification import compare_curvature, compare_gradients
 from fimprobe.engines.problem.problem import Problem
@@ -29,7 +29,7 @@ def offending_modules(
     with double backward, and it must fit ``memory_mb``. The path "" stands for the model as a
     whole.
     """
-    trainable = own_trainable(problem.twin)
+    trainable = trainable_modules(problem.twin)
     concerned = dict(trainable)
     if second_order:
         concerned |= {p: m for p, m in problem.twin.named_modules() if not list(m.children())}
@@ -37,7 +37,7 @@ def offending_modules(
     with torch.enable_grad():
         for size in (2, 3):  # sizes that a module's first dimension must follow
             rows = torch.arange(size) % problem.batch.size
-            for path, reason in watch(problem, rows, concerned, second_order).items():
+            for path, reason in check_calls(problem, rows, concerned, second_order).items():
                 found.setdefault(path, reason)
         if not found:
             exact = second_order and curvature

@@ -8,11 +8,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from fimprobe.engines.backpack.derivatives import own_trainable
-from fimprobe.engines.backpack.first_order_rules import Collect, Job, Sums
+from fimprobe.engines.backpack.derivatives import trainable_modules
+from fimprobe.engines.backpack.first_order_rules import ChunkContext, MomentsExtension, ParameterSums
 from fimprobe.engines.backpack.hooks import extended
 from fimprobe.engines.backpack.sum_checks import check_copies, check_total
-from fimprobe.engines.problem.cotangents import check_passes, label_seeds, seen_mass
+from fimprobe.engines.problem.cotangents import check_num_passes, label_cotangents, seen_mass
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.problem.weights import Weights
 from fimprobe.errors import FimprobeError
@@ -30,13 +30,13 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
     """
     size = problem.batch.size
     draws, chunk = _draws_and_chunk(problem)
-    sums: dict[str, Sums] = {}
+    sums: dict[str, ParameterSums] = {}
     exact: list[Weights] = []
     inverse: list[Tensor] = []
     seen: list[Tensor] = []
     for start in range(0, size, chunk):
         rows = slice(start, min(start + chunk, size))
-        job = Job(rows, size, draws, problem.diagonals, problem.memory_mb * 2**17)
+        job = ChunkContext(rows, size, draws, problem.diagonals, problem.memory_mb * 2**17)
         for name, found in _chunk_sums(problem, job).items():
             sums[name] = sums[name] + found if name in sums else found
         if job.weights is not None and job.weights.second is None:
@@ -60,15 +60,15 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
     )
 
 
-def _chunk_sums(problem: Problem, job: Job) -> dict[str, Sums]:
+def _chunk_sums(problem: Problem, job: ChunkContext) -> dict[str, ParameterSums]:
     """Sums of the parameters that the chunk's outputs depend on; sets ``job.weights``."""
     copies = problem.batch[torch.arange(job.rows.start, job.rows.stop).repeat(job.draws)]
-    layers = [module for _, module in own_trainable(problem.twin)]
+    layers = [module for _, module in trainable_modules(problem.twin)]
     parameters = problem.parameters
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    with extended(layers, Collect(job)), torch.enable_grad():
+    with extended(layers, MomentsExtension(job)), torch.enable_grad():
         h = problem.forward(copies)
-        seeds = label_seeds(problem, job.rows, h.detach()[: job.samples])
+        seeds = label_cotangents(problem, job.rows, h.detach()[: job.samples])
         job.weights, job.seen = seeds.weights, seeds.seen
         check_copies(h.detach(), job.samples)
         if h.requires_grad:
@@ -88,7 +88,7 @@ def _draws_and_chunk(problem: Problem) -> tuple[int, int]:
     h, saved = _one_forward(problem)
     draws = problem.draws.count
     if draws is None:
-        check_passes(problem, h, 0.0, math.inf)  # memory is looked at below
+        check_num_passes(problem, h, 0.0, math.inf)  # memory is looked at below
         draws = problem.likelihood.count_passes(h)
     each = 3 * draws * max(saved, 1)  # saved tensors, their gradients, BackPACK's references
     chunk = int(problem.memory_mb * 2**20 / each)

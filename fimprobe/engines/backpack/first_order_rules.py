@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from fimprobe.engines.backpack.derivatives import LAYERS
 from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
 from fimprobe.errors import FimprobeError
-from fimprobe.statistics import Moments, spread
+from fimprobe.statistics import Moments, subsample_entries
 
 
 @dataclass
-class Sums:
+class ParameterSums:
     """One parameter's sums over some samples, in float64; per entry where asked for.
 
     ``powers`` [4, B] (A4, Q and R of each sample; no maxima here) and ``gram`` [B, S, S], or squared
@@ -42,13 +42,13 @@ class Sums:
     q: Tensor | None = None
     r: Tensor | None = None
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: ParameterSums) -> ParameterSums:
         """The sums over both; they have no sample in common."""
         both: dict[str, Any] = {
             name: None if mine is None else mine + getattr(other, name)
             for name, mine in self.__dict__.items()
         }
-        return Sums(**both)
+        return ParameterSums(**both)
 
     @property
     def squared_norms(self) -> Tensor:
@@ -68,12 +68,12 @@ class Sums:
             a4=self.a4,
             q=self.q,
             r=self.r,
-            entries=spread(a2),
+            entries=subsample_entries(a2),
         )
 
 
 @dataclass
-class Job:
+class ChunkContext:
     """What the extension needs to know about a chunk, and what it found: id(parameter) -> sums.
 
     ``rows`` of a batch of ``size``, each repeated for S ``draws``; per-sample gradients take up to
@@ -87,7 +87,7 @@ class Job:
     limit: float
     weights: Weights | None = None
     seen: Tensor | None = None
-    found: dict[int, Sums] = field(default_factory=dict)
+    found: dict[int, ParameterSums] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -95,10 +95,10 @@ class Job:
         return self.rows.stop - self.rows.start
 
 
-class Collect(FirstOrderBackpropExtension):
+class MomentsExtension(FirstOrderBackpropExtension):
     """Fills ``job.found`` during one backward."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ChunkContext) -> None:
         rules = {kind: _LayerMoments(*entry) for kind, entry in LAYERS.items()}
         super().__init__("fimprobe_moments", rules, fail_mode="ERROR")
         self.job = job
@@ -127,7 +127,7 @@ class _LayerMoments(FirstOrderModuleExtension):
         super().__init__(params=list(params))
 
     def _moments(self, name, ext, module, g_inp, g_out, backproped):
-        job: Job = ext.job
+        job: ChunkContext = ext.job
         parameter, delta, x = getattr(module, name), g_out[0].detach(), module.input0.detach()
         if type(module) is nn.Linear and name == "weight" and x.dim() == 2:
             sums = _outer_moments(job, delta, x)
@@ -135,7 +135,7 @@ class _LayerMoments(FirstOrderModuleExtension):
             sums = reduce(add, self._pieces(job, parameter, name, module, g_inp, g_out))
         job.found[id(parameter)] = sums
 
-    def _pieces(self, job, parameter, name, module, g_inp, g_out) -> Iterator[Sums]:
+    def _pieces(self, job, parameter, name, module, g_inp, g_out) -> Iterator[ParameterSums]:
         """Sums over as many samples at a time as fit."""
         delta = g_out[0].detach()
         step = max(1, int(job.limit / (job.draws * parameter.numel() * 8 * 8)))
@@ -150,12 +150,12 @@ class _LayerMoments(FirstOrderModuleExtension):
             yield _dense_moments(job, g.reshape(job.draws, len(inside), *parameter.shape), part)
 
 
-def _dense_moments(job: Job, g: Tensor, part: slice) -> Sums:
+def _dense_moments(job: ChunkContext, g: Tensor, part: slice) -> ParameterSums:
     """From per-sample gradients [S, n, *shape] of a part of the chunk."""
     shape = g.shape[2:]
     g = g.double().reshape(*g.shape[:2], -1)
     f, quartic, blocks = _powers(job, g.square(), part)
-    sums = Sums(
+    sums = ParameterSums(
         a2=f.sum(0).view(shape),
         powers=_powers_in_batch(job, (quartic.sum(1), f.square().sum(1), blocks.sum(1)), part),
         gram=_in_batch(job, _inner(job, g), part),
@@ -168,7 +168,7 @@ def _dense_moments(job: Job, g: Tensor, part: slice) -> Sums:
     return sums
 
 
-def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
+def _outer_moments(job: ChunkContext, delta: Tensor, x: Tensor) -> ParameterSums:
     """Linear on 2-D input: g_oi = δ_o x_i, so every moment is one in δ times a power of x."""
     delta = delta.double().reshape(job.draws, job.samples, -1)
     x = x[: job.samples].double()  # the draws' copies of x are equal
@@ -179,7 +179,7 @@ def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
     each = x4.sum(1)
     gram = _inner(job, delta)
     length = x2.sum(1).view(-1, *[1] * (gram.dim() - 1))
-    sums = Sums(
+    sums = ParameterSums(
         a2=f.t() @ x2,
         powers=_powers_in_batch(job, [x.sum(1) * each for x in (quartic, f.square(), blocks)], whole),
         gram=_in_batch(job, gram * length, whole),
@@ -190,7 +190,7 @@ def _outer_moments(job: Job, delta: Tensor, x: Tensor) -> Sums:
     return sums
 
 
-def _powers(job: Job, square: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _powers(job: ChunkContext, square: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_s w₂g², Σ_s w₄g⁴ and Σ_blocks(Σ_{s in block} w₂g²)² [n, P] of squares g² [S, n, P]."""
     if job.weights is None or job.weights.second is None:  # drawn labels, each a block
         own = square.square()
@@ -207,20 +207,20 @@ def _powers(job: Job, square: Tensor, part: slice) -> tuple[Tensor, Tensor, Tens
     return by_block.sum(0), quartic, by_block.square().sum(0)
 
 
-def _inner(job: Job, g: Tensor) -> Tensor:
+def _inner(job: ChunkContext, g: Tensor) -> Tensor:
     """Gram matrices [n, S, S] of g [S, n, P], or squared norms [n, S]."""
     if 1 < job.draws <= GRAM_LIMIT:
         return torch.einsum("snp,tnp->nst", g, g)
     return g.square().sum(-1).t()
 
 
-def _powers_in_batch(job: Job, powers: Iterable[Tensor], part: slice) -> Tensor:
+def _powers_in_batch(job: ChunkContext, powers: Iterable[Tensor], part: slice) -> Tensor:
     """A4, Q and R [b] of the part's samples among those of the whole batch, [4, B]."""
     whole = torch.stack([*map(partial(_in_batch, job, part=part), powers)])
     return nn.functional.pad(whole, (0, 0, 0, 1))
 
 
-def _in_batch(job: Job, value: Tensor, part: slice) -> Tensor:
+def _in_batch(job: ChunkContext, value: Tensor, part: slice) -> Tensor:
     """The part's rows among those of the whole batch, the others zero."""
     whole = value.new_zeros(job.size, *value.shape[1:])
     whole[job.rows][part] = value

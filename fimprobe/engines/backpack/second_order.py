@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fimprobe.engines.backpack.derivatives import derivatives_of
 from fimprobe.engines.backpack.hooks import extended
 from fimprobe.engines.backpack.second_order_rules import (
-    Seeded,
+    LinearLoss,
+    block_rows,
     ggn_extension,
     hessian_extension,
-    spread,
 )
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.errors import FimprobeError
@@ -70,7 +70,7 @@ def _diagonals(problem: Problem, batch: Batch, start: Start, *, curved: bool) ->
     for first in range(0, batch.size, chunk):
         rows = slice(first, min(first + chunk, batch.size))
         extension = hessian_extension() if curved else ggn_extension()
-        loss = Seeded()
+        loss = LinearLoss()
         with extended([*modules, loss], extension), torch.enable_grad():
             h = problem.forward(batch[rows])
             # BackPACK's pooling builds its kernels in the default dtype
@@ -139,5 +139,5 @@ def _fisher_factors(likelihood: Any, h: Tensor, mask: Tensor | None) -> Tensor:
             fisher = fisher * keep.unsqueeze(-1) * keep.unsqueeze(-2)
     values, vectors = torch.linalg.eigh(fisher)
     root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)  # [B, positions, C, C]
-    rows = spread(root).reshape(-1, *last.shape).to(h.dtype)
+    rows = block_rows(root).reshape(-1, *last.shape).to(h.dtype)
     return rows.movedim(-1, axis if axis < 0 else axis + 1)

@@ -21,7 +21,7 @@ PIECE = 2**22
 """Most entries of a stack of per-sample gradients formed at once."""
 
 
-class Seeded(nn.modules.loss._Loss):
+class LinearLoss(nn.modules.loss._Loss):
     """Σ seed∘h: a loss whose gradient at the outputs is the seed, and that is not curved."""
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class Seeded(nn.modules.loss._Loss):
 
 def hessian_extension() -> Any:
     """BatchDiagHessian with all rules of ``LAYERS`` and ``PLAIN``; saves to ``diag_h_batch``."""
-    return _with_rules(BatchDiagHessian(), _HessianRule, _FlatStart())
+    return _with_rules(BatchDiagHessian(), _HessianRule, _ZeroCurvature())
 
 
 def ggn_extension() -> Any:
     """BatchDiagGGNExact likewise; saves to ``diag_ggn_exact_batch``."""
-    return _with_rules(BatchDiagGGNExact(), _SquareRule, _FactorStart())
+    return _with_rules(BatchDiagGGNExact(), _SquareRule, _FactoredCurvature())
 
 
 def _with_rules(extension: Any, rule: type[_SquareRule], start: Any) -> Any:
@@ -49,11 +49,11 @@ def _with_rules(extension: Any, rule: type[_SquareRule], start: Any) -> Any:
         extension.set_module_extension(kind, rule(derivatives, params), overwrite=True)
     for kind, derivatives in PLAIN.items():
         extension.set_module_extension(kind, rule(derivatives), overwrite=True)
-    extension.set_module_extension(Seeded, start)
+    extension.set_module_extension(LinearLoss, start)
     return extension
 
 
-class _FlatStart(ModuleExtension):
+class _ZeroCurvature(ModuleExtension):
     """No curvature at the outputs: all of it comes from the modules' residuals."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
@@ -61,7 +61,7 @@ class _FlatStart(ModuleExtension):
         return {"matrices": [], "signs": []}
 
 
-class _FactorStart(ModuleExtension):
+class _FactoredCurvature(ModuleExtension):
     """Starts from the loss's own factors [V, N, *]."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
@@ -120,13 +120,13 @@ def _residual_factor(derivatives: Any, module: Any, delta: Tensor, sign: float) 
     if isinstance(derivatives, NormDerivatives):
         values, vectors = torch.linalg.eigh(derivatives.residual(module, delta))
         root = vectors * (sign * values).clamp(min=0).sqrt().unsqueeze(-2)
-        return spread(root).reshape(-1, *shape)
+        return block_rows(root).reshape(-1, *shape)
     curvature = derivatives.d2f(module, None, None) * delta.detach()
     root = (sign * curvature).clamp(min=0).sqrt().reshape(shape[0], -1)
     return torch.diag_embed(root).transpose(0, 1).reshape(-1, *shape)
 
 
-def spread(root: Tensor) -> Tensor:
+def block_rows(root: Tensor) -> Tensor:
     """Columns of roots [N, K, D, D] of K blocks as rows [K·D, N, K, D], zero outside of their block.
 
     With r rᵀ a block's curvature, Σ_v s_v s_vᵀ over the rows is that of all blocks together.

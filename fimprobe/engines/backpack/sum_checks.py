@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fimprobe.engines.backpack.first_order_rules import Sums
+from fimprobe.engines.backpack.first_order_rules import ParameterSums
 from fimprobe.errors import FimprobeError
 
 
@@ -30,7 +30,7 @@ def check_copies(h: Tensor, samples: int) -> None:
         )
 
 
-def check_total(name: str, sums: Sums | None, gradient: Tensor, count: int) -> None:
+def check_total(name: str, sums: ParameterSums | None, gradient: Tensor, count: int) -> None:
     """Raise unless Σ_b Σ_s g_bs by the layer's rule is the gradient by plain autograd.
 
     ``count``: how many g_bs there are.

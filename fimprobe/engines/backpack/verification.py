@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimprobe.engines.backpack.derivatives import own_trainable
-from fimprobe.engines.backpack.first_order_rules import Collect, Job
+from fimprobe.engines.backpack.derivatives import trainable_modules
+from fimprobe.engines.backpack.first_order_rules import ChunkContext, MomentsExtension
 from fimprobe.engines.backpack.hooks import extended
 from fimprobe.engines.backpack.second_order import hessian_in_domain
 from fimprobe.engines.backpack.sum_checks import tolerance
@@ -17,10 +17,10 @@ from fimprobe.errors import BatchError, FimprobeError
 def compare_gradients(problem: Problem) -> dict[str, str]:
     """Two samples together, by the engine's layers, against each one alone, by plain autograd."""
     pair = torch.arange(2) % problem.batch.size
-    layers = own_trainable(problem.twin)
-    job = Job(slice(0, 2), 2, 1, False, problem.memory_mb * 2**17)
+    layers = trainable_modules(problem.twin)
+    job = ChunkContext(slice(0, 2), 2, 1, False, problem.memory_mb * 2**17)
     try:
-        with extended([m for _, m in layers], Collect(job)):
+        with extended([m for _, m in layers], MomentsExtension(job)):
             h = problem.forward(problem.batch[pair])
             if not h.requires_grad:
                 return {}

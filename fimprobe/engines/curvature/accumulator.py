@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.curvature.double_backward import Curve
-from fimprobe.engines.curvature.parameter_derivatives import Pull
+from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
 from fimprobe.engines.layers.rules import embedding_tokens
 from fimprobe.engines.moments.contraction import precise
-from fimprobe.engines.moments.power_sums import power_of_two
+from fimprobe.engines.moments.power_sums import power_of_two_scale
 from fimprobe.engines.primitives.random_signs import signs
 from fimprobe.engines.problem.weights import GRAM_LIMIT
-from fimprobe.engines.tracing.tape import Use
+from fimprobe.engines.tracing.tape import ParameterUse
 from fimprobe.statistics import Curvature
 
 
 @dataclass
-class CurvatureSums:
+class CurvatureAccumulator:
     """The running sums of one parameter; see :class:`fimprobe.statistics.Curvature`."""
 
     parameter: Tensor
@@ -51,7 +51,7 @@ class CurvatureSums:
 
     def add_diagonal(
         self,
-        pull: Pull,
+        pull: ParameterDerivatives,
         y: int,
         first: list[list[Tensor | None]],
         bent: list[Curve],
@@ -61,7 +61,7 @@ class CurvatureSums:
         """One seed's diagonal of R from K probes at the layers' outputs."""
         probes = len(first)
         if "trace" not in self.chunk:
-            self.add_straight(probes)
+            self.add_zero_diagonal(probes)
         own = bool(pull.site.calls)
         use, tokens = pull.outer(), pull.tokens()
         if use is not None and not self.meets:
@@ -82,13 +82,13 @@ class CurvatureSums:
                     if right is not None:
                         r = left[:, k] * right[:, 0]
                 if own:
-                    r = self._own_diagonal(pull, delta, y, k, samples, seed, r)
+                    r = self._fallback_diagonal(pull, delta, y, k, samples, seed, r)
                 if r is not None:
                     products.append(r.reshape(len(r), -1))
             if products:
                 self._products(torch.stack(products, 1), samples, y)
 
-    def add_straight(self, probes: int | None) -> None:
+    def add_zero_diagonal(self, probes: int | None) -> None:
         """R's diagonal is zero, whatever the probes (None: exact)."""
         self.chunk["trace"] = self.zeros(self.size, self.count)
         self.chunk["square"] = self.zeros(self.size, self.count)
@@ -111,7 +111,7 @@ class CurvatureSums:
             self.diagonal += (w * r).sum(0).view(shape)
             self.diagonal_square += (w * r.square()).sum(0).view(shape)
 
-    def _own_diagonal(self, pull, delta, y, k, samples, seed, r):
+    def _fallback_diagonal(self, pull, delta, y, k, samples, seed, r):
         """What a replayed module bends by itself: u∘(∂²(δᵀz)u)."""
         u = signs(
             (1, *self.parameter.shape),
@@ -124,14 +124,16 @@ class CurvatureSums:
         pull.along, before = {pull.name: u}, pull.along
         still = Curve([None] * len(delta), [])
         for call, local in pull.site.calls:
-            g = pull.call_second(call, local, still, delta, samples, within=True)
+            g = pull._fallback_tangents(call, local, still, delta, samples, within=True)
             if g is not None:
                 g = u * g[:, 0]
                 r = g if r is None else r + g
         pull.along = before
         return r
 
-    def _outer_diagonal(self, pull: Pull, use: Use, y: int, first: Any, bent: Any) -> None:
+    def _outer_diagonal(
+        self, pull: ParameterDerivatives, use: ParameterUse, y: int, first: Any, bent: Any
+    ) -> None:
         x2 = precise(use.call.inputs[0]).square()
         length, x4 = x2.sum(-1).double(), x2.double().square().sum(-1)
         v, parts = pull.at(use, first), pull.at(use, [c.edges for c in bent])
@@ -147,7 +149,9 @@ class CurvatureSums:
             self.diagonal += (w * d.mean(1)).T @ x2.double()
             self.diagonal_square += (w * _pairs(d)).T @ x2.double().square()
 
-    def _token_diagonal(self, pull: Pull, use: Use, y: int, first: Any, bent: Any) -> None:
+    def _token_diagonal(
+        self, pull: ParameterDerivatives, use: ParameterUse, y: int, first: Any, bent: Any
+    ) -> None:
         v, parts = pull.at(use, first), pull.at(use, [c.edges for c in bent])
         if v is None or parts is None:
             return
@@ -165,7 +169,7 @@ class CurvatureSums:
         """r [b, K, P] of one seed."""
         gram, scale = r @ r.transpose(1, 2), 1.0
         if r.dtype != torch.float64 and not _in_range(gram):
-            own = power_of_two(r)
+            own = power_of_two_scale(r)
             r, scale = r * (1 / own).to(r.dtype), own  # type: ignore[assignment]
             gram = r @ r.transpose(1, 2)
         gram, probes = gram.double() * scale**2, r.shape[1]
@@ -184,7 +188,7 @@ class CurvatureSums:
     def _weigh(self, y: int) -> bool:
         return y < self.second.shape[1]
 
-    def add_block(self, pull: Pull, local: Any, deltas: Any, flips: Tensor) -> None:
+    def add_block(self, pull: ParameterDerivatives, local: Any, deltas: Any, flips: Tensor) -> None:
         """⟨(R_y u)_θ, (R_z σu)_θ⟩ within the calls."""
 
         def plain(y: int, s: slice) -> Tensor | None:
@@ -199,7 +203,7 @@ class CurvatureSums:
         self._pairs_of("block", pull, plain, flipped, *sides)
         self._append("signs", flips.double())
 
-    def add_whole(self, pull: Pull, whole: Any, turned: Any, deltas: Any) -> None:
+    def add_whole(self, pull: ParameterDerivatives, whole: Any, turned: Any, deltas: Any) -> None:
         """The same for all parameters moving at once, plain and (for ``joint``) flipped."""
 
         def plain(y: int, s: slice) -> Tensor | None:
@@ -219,7 +223,9 @@ class CurvatureSums:
 
             self._pairs_of("joint", pull, plain, flipped, None, None)
 
-    def _matrix_whole(self, pull: Pull, use: Use, whole: Any, deltas: Any) -> Tensor:
+    def _matrix_whole(
+        self, pull: ParameterDerivatives, use: ParameterUse, whole: Any, deltas: Any
+    ) -> Tensor:
         """Σ_t (a_t x_tᵀ + δ_t ẋ_tᵀ) of each seed: inner products from those of their sides."""
         bent, delta = pull.at(use, [c.edges for c in whole]), pull.at(use, deltas)
         like = bent or delta
@@ -341,7 +347,7 @@ def _inner_products(a: Tensor, b: Tensor) -> Tensor:
     """a_t·b_s [b, T, S] in float64's range, without float64 copies of the vectors."""
     gram = a @ b.transpose(1, 2)
     if a.dtype != torch.float64 and not _in_range(gram):
-        one, two = power_of_two(a), power_of_two(b)
+        one, two = power_of_two_scale(a), power_of_two_scale(b)
         gram = (a * (1 / one).to(a.dtype)) @ (b * (1 / two).to(b.dtype)).transpose(1, 2)
         return gram.double() * one * two
     return gram.double()

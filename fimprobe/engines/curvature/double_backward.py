@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fimprobe.engines.primitives.products import pull_back
+from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.tracing.tape import Tape
 
 
-def twice_differentiable() -> Any:
+def use_differentiable_attention() -> Any:
     """Attention's flash kernels have no second derivative; the plain one has."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
-class Bender:
+class DoubleBackward:
     """The second-order pass over one chunk: holds δ with its graph, and yields Hv for directions."""
 
     def __init__(self, h: Tensor, tape: Tape, replayed: list[Tensor]) -> None:
@@ -30,7 +30,7 @@ class Bender:
         for seed in seeds:
             found: list[Tensor | None] = []
             if self.places:
-                found = list(pull_back([self.h], [seed], self.places, create_graph=True))
+                found = list(vjp([self.h], [seed], self.places, create_graph=True))
             self.first.append(found)
 
     def arrived(self, first: int, last: int | None = None) -> list[list[Tensor | None]]:
@@ -68,7 +68,7 @@ class Bender:
         if not pairs or not (edges or wanted):
             return Curve([None] * self.edges, [None] * self.sources)
         found: list[Tensor | None] = list(
-            pull_back([d for d, _ in pairs], [v for _, v in pairs], [*edges, *wanted])
+            vjp([d for d, _ in pairs], [v for _, v in pairs], [*edges, *wanted])
         )
         if straight:
             found = [*[None] * self.edges, *found]
@@ -90,7 +90,7 @@ class Bender:
         ]
         if not pairs:
             return curve
-        more = pull_back([v for v, _ in pairs], [d for _, d in pairs], self.tape.edges)
+        more = vjp([v for v, _ in pairs], [d for _, d in pairs], self.tape.edges)
         both: list[Tensor | None] = [
             b if a is None else (a if b is None else a + b)
             for a, b in zip(curve.edges, more, strict=True)

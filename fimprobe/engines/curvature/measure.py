@@ -15,17 +15,22 @@ import time
 import torch
 from torch import Tensor
 
-from fimprobe.engines.curvature.accumulator import CurvatureSums
-from fimprobe.engines.curvature.double_backward import Bender
-from fimprobe.engines.curvature.parameter_derivatives import Pull
-from fimprobe.engines.layers.per_sample import module_direction
-from fimprobe.engines.primitives.random_signs import direction_of, signs
-from fimprobe.engines.problem.cotangents import Seeds
+from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
+from fimprobe.engines.curvature.double_backward import DoubleBackward
+from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
+from fimprobe.engines.layers.per_sample import module_jvp
+from fimprobe.engines.primitives.random_signs import random_direction, signs
+from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.tracing.batch_layout import along_batch, batch_first, from_batch_first
-from fimprobe.engines.tracing.parameter_uses import Calls, Site, find_sites, meetings
+from fimprobe.engines.tracing.batch_layout import batch_first, broadcast_over_batch, from_batch_first
+from fimprobe.engines.tracing.parameter_uses import (
+    Calls,
+    ParameterUses,
+    find_interacting_uses,
+    find_uses,
+)
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.engines.tracing.smoothness import piecewise_linear
+from fimprobe.engines.tracing.smoothness import is_piecewise_linear
 from fimprobe.engines.tracing.tape import Tape
 from fimprobe.model.batch import Batch
 
@@ -34,13 +39,13 @@ def measure_curvature(
     problem: Problem,
     plan: Plan,
     tape: Tape,
-    bender: Bender,
-    seeds: Seeds,
+    bender: DoubleBackward,
+    seeds: Cotangents,
     rows: slice,
     batch: Batch,
     calls: Calls,
     names: dict[int, str],
-    sums: dict[str, CurvatureSums],
+    sums: dict[str, CurvatureAccumulator],
     seconds: dict[str, float],
 ) -> dict[str, set[str]]:
     """Add one chunk's second derivatives; returns which parameters of a layer meet each other.
@@ -50,8 +55,8 @@ def measure_curvature(
     started = time.perf_counter()
     size, count, h = batch.size, len(seeds.seeds), bender.h
     exact = problem.draws.count is None
-    site = find_sites(problem, plan, tape, batch, calls, names)
-    partners = meetings(problem, tape, site)
+    site = find_uses(problem, plan, tape, batch, calls, names)
+    partners = find_interacting_uses(problem, tape, site)
     meeting = set(partners) | {q for group in partners.values() for q in group}
     replayed = bender.replayed
     deltas = [bender.delta(y) for y in range(count)]
@@ -63,10 +68,10 @@ def measure_curvature(
     labels = second.shape[1]  # the other seeds serve the bounds
     curved = count if exact else labels  # seeds whose diagonals are wanted
     # then each layer's own block of R is zero, unless it meets itself
-    straight = not replayed and not partners and piecewise_linear(h, tape)
+    straight = not replayed and not partners and is_piecewise_linear(h, tape)
     if straight:
         for s in sums.values():
-            s.add_straight(None if problem.ask.exact else problem.ask.probes)
+            s.add_zero_diagonal(None if problem.ask.exact else problem.ask.probes)
     elif not problem.ask.exact:
         # R's diagonal: K probes of random signs at the layers' outputs, others for every seed: their
         # noise averages out over labels too
@@ -83,7 +88,7 @@ def measure_curvature(
             ]
             bent = [bender.bend(y, v, inputs=bool(partners)) for v in first]
             for name, s in sums.items():
-                pull = Pull(problem, plan, site[name], name, size)
+                pull = ParameterDerivatives(problem, plan, site[name], name, size)
                 s.add_diagonal(pull, y, first, bent, deltas[y], seed)
             del first, bent
     else:
@@ -102,7 +107,7 @@ def measure_curvature(
     # R's norms: directions of the parameters, with and without flipped signs
     for j in range(problem.ask.probes if exact else 1):
         along = {
-            n: direction_of(p, f"direction {j} {n}", seed) for n, p in problem.parameters.items()
+            n: random_direction(p, f"direction {j} {n}", seed) for n, p in problem.parameters.items()
         }
         # beside reuse, replayed parameters bend by their batch gradient: one flip for all samples
         flips = {
@@ -129,7 +134,7 @@ def measure_curvature(
             )
             other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
         for name, s in sums.items():
-            pull = Pull(problem, plan, site[name], name, size, along, flips)
+            pull = ParameterDerivatives(problem, plan, site[name], name, size, along, flips)
             s.add_block(pull, [ahead, other], deltas, flips[name])
         if replayed:  # their gradients bend with their inputs in ways of their own
             bound = _directions(
@@ -157,7 +162,7 @@ def measure_curvature(
             assert turned_live is not None
             other = [bender.release(y, c, turned_live) for y, c in enumerate(other)]
         for name, s in sums.items():
-            pull = Pull(problem, plan, site[name], name, size, along, flips)
+            pull = ParameterDerivatives(problem, plan, site[name], name, size, along, flips)
             s.add_whole(pull, ahead, other if name in meeting else None, deltas)
         del ahead, other, live, turned_live, made
     return partners
@@ -179,7 +184,7 @@ def _signs_at(tape: Tape, edge: int, like: Tensor, key: str, seed: int, first: i
 def _directions(
     problem: Problem,
     tape: Tape,
-    site: dict[str, Site],
+    site: dict[str, ParameterUses],
     along: dict[str, Tensor],
     flips: dict[str, Tensor] | None,
     calls: Calls,
@@ -201,7 +206,7 @@ def _directions(
 
     def add(edge: int, v: Tensor, name: str, layout: int | str) -> None:
         if flips is not None:
-            v = v * along_batch(flips[name], v, layout)
+            v = v * broadcast_over_batch(flips[name], v, layout)
         old = found[edge]
         found[edge] = v if old is None else old + v
 
@@ -226,7 +231,7 @@ def _directions(
             continue
         for local, held in inside.items():
             name = names[id(held)]
-            parts = module_direction(call.module, {local: along[name]}, call.args, call.kwargs)
+            parts = module_jvp(call.module, {local: along[name]}, call.args, call.kwargs)
             for edge, v in zip(call.edges, parts, strict=True):
                 if edge is not None and v is not None:
                     add(edge, v, name, 0)

@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.curvature.double_backward import Curve
-from fimprobe.engines.layers.per_sample import replay_directions, replay_gradients
-from fimprobe.engines.layers.rules import LINEAR, Call, Rule
+from fimprobe.engines.layers.per_sample import per_sample_vjp, per_sample_vjp_tangent
+from fimprobe.engines.layers.rules import LINEAR, GradientRule, LayerCall
 from fimprobe.engines.moments.contraction import precise, sum_uses
-from fimprobe.engines.primitives.products import push_forward
+from fimprobe.engines.primitives.products import jvp
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import batch_first
-from fimprobe.engines.tracing.parameter_uses import Site
+from fimprobe.engines.tracing.parameter_uses import ParameterUses
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.engines.tracing.tape import Replayed, Use
+from fimprobe.engines.tracing.tape import FallbackCall, ParameterUse
 from fimprobe.model.batch import Batch
 
-Maybe = Sequence[Tensor | None]
+OptionalTensors = Sequence[Tensor | None]
 
 
 @dataclass
-class Pull:
+class ParameterDerivatives:
     """Pulls what arrives at the edges back to one parameter, per sample, summed over its uses."""
 
     problem: Problem
     plan: Plan
-    site: Site
+    site: ParameterUses
     name: str
     size: int
     along: dict[str, Tensor] = field(default_factory=dict)
@@ -42,21 +42,21 @@ class Pull:
         self.shape = self.problem.parameters[self.name].shape
         self.names = {id(p): n for n, p in self.problem.parameters.items()}
 
-    def single(self) -> Use | None:
+    def single(self) -> ParameterUse | None:
         """The one use of a whole parameter under a rule, where that is all there is."""
         uses = self.site.uses
         if len(uses) == 1 and not self.site.calls and uses[0].rows is None and not uses[0].steps:
             return uses[0]
         return None
 
-    def outer(self) -> Use | None:
+    def outer(self) -> ParameterUse | None:
         """The use, where the gradient is an outer product δ xᵀ for each sample."""
         use = self.single()
         if use is None or use.rule is not LINEAR["weight"] or use.call.inputs[0].dim() != 2:
             return None
         return use
 
-    def matrix(self) -> Use | None:
+    def matrix(self) -> ParameterUse | None:
         """The use, where the gradient is Σ_t δ_t x_tᵀ and the sums over t are the shorter ones."""
         use = self.single()
         if use is None or not (use.rule.outer and use.rule.linear):
@@ -68,12 +68,12 @@ class Pull:
             return None
         return use
 
-    def tokens(self) -> Use | None:
+    def tokens(self) -> ParameterUse | None:
         """The use, where only the rows of the sample's tokens differ from zero."""
         use = self.single()
         return use if use is not None and use.rule.tokens else None
 
-    def at(self, use: Use, arriving: Sequence[Maybe]) -> list[Tensor] | None:
+    def at(self, use: ParameterUse, arriving: Sequence[OptionalTensors]) -> list[Tensor] | None:
         """What arrives at a use, batch first, for each in ``arriving``; None where nothing does."""
         parts = [a[use.edge] for a in arriving]
         present = next((p for p in parts if p is not None), None)
@@ -82,7 +82,7 @@ class Pull:
         filled = [torch.zeros_like(present) if p is None else p for p in parts]
         return [precise(batch_first(p, use.layout, self.size)) for p in filled]
 
-    def first(self, arriving: Sequence[Maybe], samples: slice) -> Tensor | None:
+    def first(self, arriving: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
         """Jᵀ of what arrives: [b, len(arriving), *shape]."""
         total = self._uses(arriving, samples)
         for call, local in self.site.calls:
@@ -102,7 +102,7 @@ class Pull:
             inside = {local: _inside(call, local)}
             found = self._replayed(
                 call,
-                lambda v, args, kwargs, size, inside=inside, seeds=seeds, call=call: replay_gradients(
+                lambda v, args, kwargs, size, inside=inside, seeds=seeds, call=call: per_sample_vjp(
                     call.module, inside, args, kwargs, seeds, batch_size=size, vectorise=v
                 ),
                 samples,
@@ -111,12 +111,12 @@ class Pull:
             total = g if total is None else total + g
         return total
 
-    def _uses(self, arriving: Sequence[Maybe], samples: slice) -> Tensor | None:
+    def _uses(self, arriving: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
         live = []
         for use in self.site.uses:
             parts = self.at(use, arriving)
             if parts is not None:
-                call = Call(
+                call = LayerCall(
                     use.call.module, tuple(precise(x) for x in use.call.inputs), use.call.folded
                 )
                 live.append((use, call, parts))
@@ -125,7 +125,7 @@ class Pull:
         one = torch.ones((), dtype=torch.float64, device=live[0][2][0].device)
         return sum_uses(live, samples, None, self.shape, one)
 
-    def moved(self, curve: Curve, delta: Maybe, samples: slice) -> Tensor | None:
+    def moved(self, curve: Curve, delta: OptionalTensors, samples: slice) -> Tensor | None:
         """The part of the gradient's derivative that comes from the inputs: Σ δ ẋᵀ [b, 1, *shape]."""
         total: Tensor | None = None
         for use in self.site.uses:
@@ -134,12 +134,12 @@ class Pull:
             if parts is None or x is None:
                 continue
             inputs = tuple(precise(i) for i in use.call.inputs)
-            call = Call(use.call.module, inputs, use.call.folded)
-            g = _turned(use, call, x, parts[0], samples, self.shape)
+            call = LayerCall(use.call.module, inputs, use.call.folded)
+            g = _rule_tangent(use, call, x, parts[0], samples, self.shape)
             total = g if total is None else total + g
         return total
 
-    def input_direction(self, use: Use, curve: Curve) -> tuple[Tensor | None, ...] | None:
+    def input_direction(self, use: ParameterUse, curve: Curve) -> tuple[Tensor | None, ...] | None:
         """How a use's inputs move, batch first; None where they do not."""
         parts = [None if i is None else curve.inputs[i] for i in use.sources]
         if all(p is None for p in parts):
@@ -155,7 +155,7 @@ class Pull:
     def second(
         self,
         curve: Curve,
-        delta: Maybe,
+        delta: OptionalTensors,
         samples: slice,
         *,
         inputs: float = 0.0,
@@ -174,7 +174,7 @@ class Pull:
             if g is not None:
                 total = inputs * g if total is None else total + inputs * g
         for call, local in self.site.calls:
-            g = self.call_second(
+            g = self._fallback_tangents(
                 call,
                 local,
                 curve,
@@ -189,12 +189,12 @@ class Pull:
                 total = g if total is None else total + g
         return total
 
-    def call_second(
+    def _fallback_tangents(
         self,
-        call: Replayed,
+        call: FallbackCall,
         local: str,
         curve: Curve,
-        delta: Maybe,
+        delta: OptionalTensors,
         samples: slice,
         *,
         inputs: float = 0.0,
@@ -235,7 +235,7 @@ class Pull:
         select: Any = (lambda out: [self.problem.outputs(out)]) if call.path == "" else None
         found = self._replayed(
             call,
-            lambda v, args, kwargs, size: replay_directions(
+            lambda v, args, kwargs, size: per_sample_vjp_tangent(
                 call.module,
                 {local: _inside(call, local)},
                 along,
@@ -256,12 +256,12 @@ class Pull:
     output_seed: Tensor = field(init=False, repr=False)
     """The seed at the outputs, for calls of the whole model."""
 
-    def _stands_for(self, call: Replayed, name: str) -> bool:
+    def _stands_for(self, call: FallbackCall, name: str) -> bool:
         planned = self.plan.replay.get(name)
         return planned == call.path if planned is not None else True
 
     def _replayed(
-        self, call: Replayed, run: Callable[..., dict[str, Tensor]], samples: slice
+        self, call: FallbackCall, run: Callable[..., dict[str, Tensor]], samples: slice
     ) -> dict[str, Tensor]:
         cut = Batch(call.args, call.kwargs, self.size)[samples]
         for vectorise in (True, False) if call.path not in self.plan.loop else (False,):
@@ -277,7 +277,7 @@ class Pull:
 
 
 def _rows(
-    tensors: Maybe, index: int | None, samples: slice, size: int | None = None
+    tensors: OptionalTensors, index: int | None, samples: slice, size: int | None = None
 ) -> Tensor | None:
     """The samples' rows; of a tensor that has no batch of ``size``, all."""
     x = None if index is None else tensors[index]
@@ -286,25 +286,25 @@ def _rows(
     return x[samples]
 
 
-def _inside(call: Replayed, local: str) -> Tensor:
+def _inside(call: FallbackCall, local: str) -> Tensor:
     return dict(call.module.named_parameters())[local].detach()
 
 
-def _turned(
-    use: Use,
-    call: Call,
+def _rule_tangent(
+    use: ParameterUse,
+    call: LayerCall,
     x: tuple[Tensor | None, ...],
     delta: Tensor,
     samples: slice,
     shape: torch.Size,
 ) -> Tensor:
     """Σ δ ẋᵀ of one use: the rule's derivative in its input."""
-    rule: Rule = use.rule
+    rule: GradientRule = use.rule
     seed = delta[samples].unsqueeze(1)
     at = call.rows(samples)
     if rule.linear:
         assert x[0] is not None
-        g = rule.gradient(Call(at.module, (x[0][samples],), at.folded), seed)
+        g = rule.gradient(LayerCall(at.module, (x[0][samples],), at.folded), seed)
     else:
         moving = [i for i, v in enumerate(x) if v is not None]
 
@@ -312,11 +312,11 @@ def _turned(
             inputs = list(at.inputs)
             for i, part in zip(moving, parts, strict=True):
                 inputs[i] = part
-            return rule.gradient(Call(at.module, tuple(inputs), at.folded), seed)
+            return rule.gradient(LayerCall(at.module, tuple(inputs), at.folded), seed)
 
         primals = tuple(at.inputs[i] for i in moving)
         tangents = tuple(v[samples] for v in x if v is not None)
-        g = push_forward(f, primals, tangents)
+        g = jvp(f, primals, tangents)
     if use.rows is not None:
         whole = g.new_zeros(*g.shape[:2], *shape)
         whole[:, :, use.rows] = g

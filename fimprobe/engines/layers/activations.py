@@ -51,7 +51,7 @@ def silu(x: Tensor, a: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     return x * s, s.addcmul_(x, slope), bend
 
 
-def curve_of(module: nn.Module) -> Curve | None:
+def derivatives_of(module: nn.Module) -> Curve | None:
     """The curve of an activation of exactly a known class."""
     kind = type(module)
     if kind is nn.GELU:
@@ -59,12 +59,12 @@ def curve_of(module: nn.Module) -> Curve | None:
     return _CURVES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def forward_of(module: nn.Module, twice: bool) -> Callable[[Tensor], Tensor] | None:
+def closed_form_forward(module: nn.Module, twice: bool) -> Callable[[Tensor], Tensor] | None:
     """What to run in place of the module's forward; None where that is best.
 
     ``twice``: its gradient will be differentiated. Values are those of the module but for rounding.
     """
-    curve = curve_of(module)
+    curve = derivatives_of(module)
     if curve is None or "forward" in module.__dict__:
         return None
     if twice:

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 
-def replay_gradients(
+def per_sample_vjp(
     module: nn.Module,
     parameters: dict[str, Tensor],
     args: tuple[Any, ...],
@@ -72,7 +72,7 @@ def replay_gradients(
 Direction = list[Tensor | None]
 
 
-def replay_directions(
+def per_sample_vjp_tangent(
     module: nn.Module,
     inside: dict[str, Tensor],
     along: dict[str, Tensor],
@@ -194,7 +194,7 @@ def replay_directions(
     return {name: torch.stack(gs) for name, gs in collected.items()}
 
 
-def module_direction(
+def module_jvp(
     module: nn.Module, along: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Tensor | None]:
     """The outputs' derivatives along a direction of the parameters, by two backward passes."""

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a module: its inputs with the batch first, detached.
 
     ``folded``: the module saw [B·k, ...]; inputs and δ are unfolded to [B, k, ...].
@@ -29,19 +29,19 @@ class Call:
     inputs: tuple[Tensor, ...]
     folded: bool = False
 
-    def rows(self, samples: slice) -> Call:
+    def rows(self, samples: slice) -> LayerCall:
         """The call on some samples only."""
-        return Call(self.module, tuple(x[samples] for x in self.inputs), self.folded)
+        return LayerCall(self.module, tuple(x[samples] for x in self.inputs), self.folded)
 
 
 FEW_TAPS = 48
 """Convolutions of no more taps (input channels × kernel) multiply patches; measured on a CPU."""
 
-Gradient = Callable[[Call, Tensor], Tensor]
+Gradient = Callable[[LayerCall, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Rule:
+class GradientRule:
     """How one parameter of a layer gets its per-sample gradient.
 
     ``tiles``: slicing δ's last dimension slices the parameter's first. ``outer``: without shared
@@ -62,7 +62,7 @@ class Rule:
     vector: bool = False
 
 
-def linear_weight(call: Call, delta: Tensor) -> Tensor:
+def linear_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G_oi = Σ_t δ_to x_ti."""
     (x,) = call.inputs
     if x.dim() == 2:
@@ -76,12 +76,12 @@ def _positions(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def last_bias(call: Call, delta: Tensor) -> Tensor:
+def last_bias(call: LayerCall, delta: Tensor) -> Tensor:
     """G_o = Σ_t δ_to."""
     return delta.reshape(*delta.shape[:2], -1, delta.shape[-1]).sum(2)
 
 
-def conv1d_weight(call: Call, delta: Tensor) -> Tensor:
+def conv1d_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """transformers' Conv1D keeps its weight as [in, out]: G_io = Σ_t x_ti δ_to."""
     (x,) = call.inputs
     if x.dim() == 2:
@@ -90,14 +90,14 @@ def conv1d_weight(call: Call, delta: Tensor) -> Tensor:
     return torch.matmul(x.transpose(2, 3), delta)
 
 
-def bilinear_weight(call: Call, delta: Tensor) -> Tensor:
+def bilinear_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G_oij = Σ_t δ_to x_ti x'_tj."""
     x, other = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in call.inputs)
     delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
     return torch.einsum("bnto,bti,btj->bnoij", delta, x, other)
 
 
-def conv_weight(call: Call, delta: Tensor) -> Tensor:
+def conv_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """All samples as the groups of one convolution: its weight gradient holds every g_b.
 
     Neither patches nor per-sample calls: the library's own weight-gradient kernel does the work.
@@ -177,54 +177,54 @@ def _grouped(
     return gradient.view(samples, *shape)
 
 
-def channel_sum(call: Call, product: Tensor) -> Tensor:
+def channel_sum(call: LayerCall, product: Tensor) -> Tensor:
     """[B, S, (k,) C, ...] summed over everything but B, S and C."""
     axis = 3 if call.folded else 2
     others = [d for d in range(2, product.dim()) if d != axis]
     return product.sum(others) if others else product
 
 
-def _normalised(call: Call, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+def _normalised(call: LayerCall, normalise: Callable[[Tensor], Tensor]) -> Tensor:
     (x,) = call.inputs
     if call.folded:
         return normalise(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unsqueeze(1)
     return normalise(x).unsqueeze(1)
 
 
-def _trailing(call: Call, product: Tensor) -> Tensor:
+def _trailing(call: LayerCall, product: Tensor) -> Tensor:
     """[B, S, ..., *normalized_shape] summed over the dimensions between."""
     keep = len(call.module.normalized_shape)  # type: ignore[arg-type]
     between = list(range(2, product.dim() - keep))
     return product.sum(between) if between else product
 
 
-def layer_norm_weight(call: Call, delta: Tensor) -> Tensor:
+def layer_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G = Σ_t δ_t x̂_t."""
     m: Any = call.module
     x = call.inputs[0].unsqueeze(1)
     return _trailing(call, delta * F.layer_norm(x, m.normalized_shape, eps=m.eps))
 
 
-def layer_norm_bias(call: Call, delta: Tensor) -> Tensor:
+def layer_norm_bias(call: LayerCall, delta: Tensor) -> Tensor:
     """G = Σ_t δ_t."""
     return _trailing(call, delta)
 
 
-def rms_norm_weight(call: Call, delta: Tensor) -> Tensor:
+def rms_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G = Σ_t δ_t x_t / rms(x_t)."""
     m: Any = call.module
     x = call.inputs[0].unsqueeze(1)
     return _trailing(call, delta * F.rms_norm(x, m.normalized_shape, eps=m.eps))
 
 
-def group_norm_weight(call: Call, delta: Tensor) -> Tensor:
+def group_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G_c = Σ δ_c x̂_c."""
     m: Any = call.module
     xhat = _normalised(call, lambda x: F.group_norm(x, m.num_groups, eps=m.eps))
     return channel_sum(call, delta * xhat)
 
 
-def running_norm_weight(call: Call, delta: Tensor) -> Tensor:
+def running_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """BatchNorm in eval mode, InstanceNorm with either statistics: G_c = Σ δ_c x̂_c."""
     m: Any = call.module
 
@@ -236,7 +236,7 @@ def running_norm_weight(call: Call, delta: Tensor) -> Tensor:
     return channel_sum(call, delta * _normalised(call, normalise))
 
 
-def prelu_weight(call: Call, delta: Tensor) -> Tensor:
+def prelu_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """G_c = Σ δ_c min(x_c, 0)."""
     product = delta * call.inputs[0].unsqueeze(1).clamp(max=0)
     if call.module.weight.numel() == 1:  # type: ignore[union-attr,operator]
@@ -244,7 +244,7 @@ def prelu_weight(call: Call, delta: Tensor) -> Tensor:
     return channel_sum(call, product)
 
 
-def embedding_tokens(call: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of a lookup: sample [U], token [U] and g [U, S, D], one row per pair that occurs."""
     module: Any = call.module
     tokens = call.inputs[0].reshape(call.inputs[0].shape[0], -1)
@@ -266,7 +266,7 @@ def embedding_tokens(call: Call, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return pairs // module.num_embeddings, pairs % module.num_embeddings, rows
 
 
-def embedding_weight(call: Call, delta: Tensor) -> Tensor:
+def embedding_weight(call: LayerCall, delta: Tensor) -> Tensor:
     """The lookup's gradient as a dense [B, S, V, D]: for weights with further uses."""
     module: Any = call.module
     sample, token, rows = embedding_tokens(call, delta)
@@ -277,13 +277,13 @@ def embedding_weight(call: Call, delta: Tensor) -> Tensor:
 
 
 LINEAR = {
-    "weight": Rule(linear_weight, tiles=True, outer=True, linear=True),
-    "bias": Rule(last_bias, tiles=True, shift="last", vector=True),
+    "weight": GradientRule(linear_weight, tiles=True, outer=True, linear=True),
+    "bias": GradientRule(last_bias, tiles=True, shift="last", vector=True),
 }
-_CHANNEL_BIAS = Rule(channel_sum, shift="channel", vector=True)
-_CONV = {"weight": Rule(conv_weight, linear=True), "bias": _CHANNEL_BIAS}
-_RUNNING = {"weight": Rule(running_norm_weight, vector=True), "bias": _CHANNEL_BIAS}
-_LOOKUP = {"weight": Rule(embedding_weight, tokens=True)}
+_CHANNEL_BIAS = GradientRule(channel_sum, shift="channel", vector=True)
+_CONV = {"weight": GradientRule(conv_weight, linear=True), "bias": _CHANNEL_BIAS}
+_RUNNING = {"weight": GradientRule(running_norm_weight, vector=True), "bias": _CHANNEL_BIAS}
+_LOOKUP = {"weight": GradientRule(embedding_weight, tokens=True)}
 _CONVS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
@@ -301,32 +301,37 @@ _RUNNING_NORMS: tuple[type[nn.Module], ...] = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-RULES: dict[type[nn.Module], dict[str, Rule]] = {
+RULES: dict[type[nn.Module], dict[str, GradientRule]] = {
     nn.Linear: LINEAR,
     nn.modules.linear.NonDynamicallyQuantizableLinear: LINEAR,
-    nn.Bilinear: {"weight": Rule(bilinear_weight, tiles=True), "bias": LINEAR["bias"]},
+    nn.Bilinear: {"weight": GradientRule(bilinear_weight, tiles=True), "bias": LINEAR["bias"]},
     **dict.fromkeys(_CONVS, _CONV),
     **dict.fromkeys(_RUNNING_NORMS, _RUNNING),
     nn.LayerNorm: {
-        "weight": Rule(layer_norm_weight, vector=True),
-        "bias": Rule(layer_norm_bias, shift="last", vector=True),
+        "weight": GradientRule(layer_norm_weight, vector=True),
+        "bias": GradientRule(layer_norm_bias, shift="last", vector=True),
     },
-    nn.RMSNorm: {"weight": Rule(rms_norm_weight, vector=True)},
-    nn.GroupNorm: {"weight": Rule(group_norm_weight, vector=True), "bias": _CHANNEL_BIAS},
-    nn.PReLU: {"weight": Rule(prelu_weight, vector=True)},
+    nn.RMSNorm: {"weight": GradientRule(rms_norm_weight, vector=True)},
+    nn.GroupNorm: {"weight": GradientRule(group_norm_weight, vector=True), "bias": _CHANNEL_BIAS},
+    nn.PReLU: {"weight": GradientRule(prelu_weight, vector=True)},
     nn.Embedding: _LOOKUP,
     nn.EmbeddingBag: _LOOKUP,
 }
 _BY_NAME = {
     "transformers.pytorch_utils.Conv1D": {
-        "weight": Rule(conv1d_weight, outer=True, linear=True),
+        "weight": GradientRule(conv1d_weight, outer=True, linear=True),
         "bias": LINEAR["bias"],
     }
 }
 
 
 def direction(
-    rule: Rule, module: nn.Module, name: str, args: tuple[Any, ...], out: torch.Size, along: Tensor
+    rule: GradientRule,
+    module: nn.Module,
+    name: str,
+    args: tuple[Any, ...],
+    out: torch.Size,
+    along: Tensor,
 ) -> Tensor:
     """The output's derivative along ``along``, a direction of the parameter it is affine in.
 
@@ -346,7 +351,7 @@ def direction(
     return result
 
 
-def rules_for(module: nn.Module) -> dict[str, Rule]:
+def rules_for(module: nn.Module) -> dict[str, GradientRule]:
     """The rules of a layer by parameter name; empty where the layer is not one we know."""
     kind = type(module)
     if kind in RULES:

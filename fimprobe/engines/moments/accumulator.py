@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.moments.power_sums import (
-    RowPowers,
+    OuterProductPowers,
     beside,
     dot,
     held,
     inner_products,
     is_one,
-    power_of_two,
+    power_of_two_scale,
     power_sums,
-    unscaled,
+    undo_scale,
 )
 from fimprobe.engines.problem.weights import Weights
 
-AT_ONCE = 2**24
+MAX_FLOAT64_ELEMENTS = 2**24
 """Numbers that are copied to float64 together, to be summed."""
 
 
 @dataclass
-class Accumulator:
+class MomentAccumulator:
     """The running moments of one parameter; see :class:`fimprobe.statistics.Moments`.
 
     ``add`` and its kin take gradients as they are, or divided by a ``scale``, a power of two that
@@ -54,7 +54,9 @@ class Accumulator:
     """This process's rows of ``a2`` where the parameter is sharded (a DTensor)."""
 
     @classmethod
-    def like(cls, parameter: Tensor, *, diagonals: bool, sharded: bool, bare: bool) -> Accumulator:
+    def like(
+        cls, parameter: Tensor, *, diagonals: bool, sharded: bool, bare: bool
+    ) -> MomentAccumulator:
         """An accumulator for gradients of a tensor like this one; ``sharded``: to be opened."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         if sharded or bare:
@@ -103,7 +105,7 @@ class Accumulator:
         tile = g.shape[2:]
         g = g.reshape(b, draws, -1)
         if scale is not None and g.dtype != torch.float64:  # whatever the inputs did to it
-            own = power_of_two(g)
+            own = power_of_two_scale(g)
             if not is_one(own):
                 g, scale = g * (1 / own).to(g.dtype), scale * own
         gram = torch.bmm(g, g.transpose(1, 2)) if self.gram.dim() == 3 else None
@@ -117,7 +119,7 @@ class Accumulator:
         self.gram[samples] += gram if scale is None else gram.double() * scale**2
         if not self.bare:
             self.zero()
-            self.a2[where] += unscaled(powers.f.sum(0), scale).view(tile)
+            self.a2[where] += undo_scale(powers.f.sum(0), scale).view(tile)
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -126,7 +128,7 @@ class Accumulator:
             self.r[where] += (rest.sum(0) * power).view(tile)
         return True
 
-    def add_rows(self, rows: RowPowers, x: Tensor | None) -> bool:
+    def add_outer_products(self, rows: OuterProductPowers, x: Tensor | None) -> bool:
         """Take δ xᵀ with x [b, i], or δ itself: the moments factor, no g is formed."""
         scale = rows.scale
         if x is None:
@@ -134,7 +136,7 @@ class Accumulator:
             length = x4_sum = rows.sums.new_empty(0)
         else:
             if scale is not None and x.dtype != torch.float64:
-                own = power_of_two(x)
+                own = power_of_two_scale(x)
                 x, scale = x * (1 / own).to(x.dtype), scale * own
             x2 = x.square()
             each = torch.linalg.vecdot(x2, x2)
@@ -145,7 +147,7 @@ class Accumulator:
         self._take(rows.sums if x is None else rows.sums * x4_sum, scale)
         inner = rows.inner if x is None else rows.inner * beside(length, rows.inner)
         self.gram += inner if scale is None else inner * scale**2
-        f = unscaled(rows.f, scale)
+        f = undo_scale(rows.f, scale)
         if self.bare:
             pass
         elif x2 is None:
@@ -163,7 +165,7 @@ class Accumulator:
                 mine += (its.sum(0) if x4 is None else its.t() @ x4) * power
         return True
 
-    def add_tokens(
+    def add_lookup_rows(
         self,
         sample: Tensor,
         token: Tensor,
@@ -184,7 +186,7 @@ class Accumulator:
         self.gram.index_add_(0, sample, inner)
         if not self.bare:
             self.zero()
-            self.a2.index_add_(0, token, unscaled(powers.f.to(self.a2.dtype), scale))
+            self.a2.index_add_(0, token, undo_scale(powers.f.to(self.a2.dtype), scale))
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, own, rest = powers.entries(square, weights)
@@ -193,7 +195,7 @@ class Accumulator:
             self.r.index_add_(0, token, rest * power)
         return True
 
-    def take_whole(self, g: Tensor, weights: Weights | None) -> None:
+    def add_all_samples(self, g: Tensor, weights: Weights | None) -> None:
         """Take g [b, S, *parameter] of all samples of the chunk, rescaled where it must be."""
         samples = slice(0, len(g))
         where: Any = slice(None) if g.dim() > 2 else ...
@@ -208,7 +210,7 @@ class Accumulator:
         a2 = a2.to(self.a2.dtype).view(self.a2.shape)
         self.a2, self.empty = (a2, False) if self.empty else (self.a2 + a2, False)
 
-    def take_entries(self, a4: Tensor, q: Tensor, r: Tensor) -> None:
+    def add_entry_sums(self, a4: Tensor, q: Tensor, r: Tensor) -> None:
         """Take A4, Q and R of every entry, ready-made."""
         for mine, its in zip((self.a4, self.q, self.r), (a4, q, r), strict=True):
             assert mine is not None
@@ -237,7 +239,7 @@ class Accumulator:
         self.empty = False
         if self.a4 is not None:
             assert entries is not None
-            self.take_entries(*entries)
+            self.add_entry_sums(*entries)
 
     def result(self) -> Any:
         """A2: a DTensor where the parameter is sharded, empty where it is not wanted."""
@@ -257,7 +259,7 @@ class Accumulator:
             square = torch.dot(flat, flat)
             if 1e-25 < float(square) < 1e30:
                 return square.double()
-        squares = [dot(wide, wide) for wide in map(Tensor.double, flat.split(AT_ONCE))]
+        squares = [dot(wide, wide) for wide in map(Tensor.double, flat.split(MAX_FLOAT64_ELEMENTS))]
         return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
 
     def zero(self) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fimprobe.engines.moments.accumulator import Accumulator
-from fimprobe.engines.primitives.device_transfer import upload
+from fimprobe.engines.moments.accumulator import MomentAccumulator
+from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
-from fimprobe.statistics import Moments, spread
+from fimprobe.statistics import Moments, subsample_entries
 
 STACK_BYTES = 2**19
 """On a CPU small gradients are taken together in pieces below this: fresh pages are dear."""
@@ -21,7 +21,7 @@ Totals = tuple[Tensor, Tensor, Tensor, list[Tensor] | None]
 
 
 @dataclass
-class Ledger:
+class MomentAccumulators:
     """One accumulator for each name; their powers and Gram matrices are rows of shared tensors."""
 
     diagonals: bool
@@ -30,7 +30,7 @@ class Ledger:
     bare: bool
     """Whether A2 itself is not."""
     device: torch.device
-    accumulators: dict[str, Accumulator] = field(default_factory=dict)
+    accumulators: dict[str, MomentAccumulator] = field(default_factory=dict)
     grams: list[Tensor] = field(default_factory=list)
     """For each chunk: [n, b, S, S], or squared norms [n, b, S]."""
     powers: list[Tensor] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Ledger:
         sampled: bool = False,
         bare: bool = False,
         sharded: Collection[str] = (),
-    ) -> Ledger:
+    ) -> MomentAccumulators:
         """A ledger for gradients of these tensors; ``sharded`` ones are opened when taken."""
         device = next(iter(tensors.values())).device
         made = cls(diagonals, sampled, bare, device)
@@ -56,7 +56,7 @@ class Ledger:
         """Add the names that are new."""
         for name, like in tensors.items():
             if name not in self.accumulators:
-                self.accumulators[name] = Accumulator.like(
+                self.accumulators[name] = MomentAccumulator.like(
                     like, diagonals=self.diagonals, sharded=name in sharded, bare=self.bare
                 )
 
@@ -72,7 +72,7 @@ class Ledger:
         for accumulator, inner, sums in rows:
             accumulator.gram, accumulator.sums = inner, sums
 
-    def add_vectors(
+    def add_small_parameters(
         self, names: Sequence[str], gradients: Sequence[Tensor], weights: Weights | None, room: float
     ) -> None:
         """Take gradients [B, S, P] of parameters of one shape, all at once and in float64."""
@@ -91,7 +91,7 @@ class Ledger:
     ) -> None:
         """g [k, b, S, P] of k parameters."""
         index = {name: row for row, name in enumerate(self.accumulators)}
-        rows = upload(torch.tensor([index[name] for name in names]), g.device)
+        rows = to_device(torch.tensor([index[name] for name in names]), g.device)
         gram = self.grams[-1]
         square = g.square()
         inner = square.sum(-1) if gram.dim() == 3 else g @ g.transpose(-1, -2)
@@ -123,7 +123,7 @@ class Ledger:
         if self.diagonals:
             parts = zip(names, quartic.sum((1, 2)), q.sum(1), r.sum(1), strict=True)
             for name, a4, whole, rest in parts:
-                self.accumulators[name].take_entries(a4, whole, rest)
+                self.accumulators[name].add_entry_sums(a4, whole, rest)
 
     def mix(self, mix: Tensor) -> None:
         """The chunk's Gram matrices become those of combinations [B, n, m] of its m seeds."""
@@ -135,7 +135,7 @@ class Ledger:
         taken = self.accumulators.values()
         squares = torch.stack([a.square_norm() for a in taken])
         whole = self.sampled and all(a.own is None for a in taken)
-        entries = [spread(a.a2) for a in taken] if whole else None
+        entries = [subsample_entries(a.a2) for a in taken] if whole else None
         powers = torch.cat([_padded(p, len(squares)) for p in self.powers], 2)
         grams = torch.cat([_padded(gram, len(squares)) for gram in self.grams], 1)
         return squares, powers, grams, entries

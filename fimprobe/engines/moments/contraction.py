@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.layers.rules import LINEAR, Call, embedding_tokens
-from fimprobe.engines.moments.accumulator import Accumulator
+from fimprobe.engines.layers.rules import LINEAR, LayerCall, embedding_tokens
+from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.moments.fused import Met, add_fused, find_operands
-from fimprobe.engines.moments.power_sums import RowPowers, is_one, power_of_two
+from fimprobe.engines.moments.power_sums import OuterProductPowers, is_one, power_of_two_scale
 from fimprobe.engines.problem.weights import Weights
 from fimprobe.engines.tracing.batch_layout import batch_first
-from fimprobe.engines.tracing.tape import Use
+from fimprobe.engines.tracing.tape import ParameterUse
 
-SMALL = 2**19
+MAX_FLOAT64_GPU_ELEMENTS = 2**19
 """On a GPU so few numbers are taken in float64: to find a scale for them costs more launches."""
 
-Live = list[tuple[Use, Call, list[Tensor]]]
+Live = list[tuple[ParameterUse, LayerCall, list[Tensor]]]
 
-CACHE_BYTES = 4 * 2**20
+CPU_CACHE_BYTES = 4 * 2**20
 """On a CPU the gradients at hand stay below this: fresh pages cost more than arithmetic."""
 
 
@@ -33,10 +33,10 @@ class Contraction:
     size: int
     weights: Weights | None
     room: float
-    known: dict[tuple[int, bool], RowPowers | None] = field(default_factory=dict)
+    known: dict[tuple[int, bool], OuterProductPowers | None] = field(default_factory=dict)
     """By edge: a layer's weight and bias share the powers of δ."""
 
-    def add(self, accumulator: Accumulator, met: Met, *, rescale: bool = False) -> bool:
+    def add(self, accumulator: MomentAccumulator, met: Met, *, rescale: bool = False) -> bool:
         """Add the moments of one parameter from all its uses; whether they had to be rescaled.
 
         ``rescale``: they had to be the last time. Else, on a CPU, it is tried without.
@@ -45,53 +45,55 @@ class Contraction:
         if operands is not None:
             add_fused(accumulator, operands, self.weights)
             return rescale
-        live = raised(met)
+        live = in_full_precision(met)
         first = live[0][2][0]
         careful = rescale or (first.dtype != torch.float64 and first.device.type != "cpu")
         if is_outer(met):
-            return self._outer(accumulator, live, careful)
+            return self._outer_products(accumulator, live, careful)
         use = live[0][0]
         if len(live) == 1 and use.rows is None and use.rule.tokens:
-            return self._tokens(accumulator, live, careful)
+            return self._lookups(accumulator, live, careful)
         if (
             first.device.type != "cpu"
-            and len(live[0][2]) * self.size * accumulator.a2.numel() <= SMALL
+            and len(live[0][2]) * self.size * accumulator.a2.numel() <= MAX_FLOAT64_GPU_ELEMENTS
         ):
             everyone = slice(0, self.size)
             g = sum_uses(live, everyone, None, accumulator.a2.shape, None).double()
             return not accumulator.add(g, everyone, ..., self.weights)
-        return self._pieces(accumulator, live, careful)
+        return self._per_sample_gradients(accumulator, live, careful)
 
-    def _outer(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+    def _outer_products(self, accumulator: MomentAccumulator, live: Live, careful: bool) -> bool:
         """δ xᵀ or δ: one use, one row for each sample."""
         use, call, delta = live[0]
         x = call.inputs[0] if use.rule.outer else None
         for again in (True,) if careful else (False, True):
             if (use.edge, again) not in self.known:
                 stacked = _stack(use, delta, slice(0, self.size), None, None)
-                made = RowPowers.of(stacked, self.weights, rescale=again)
+                made = OuterProductPowers.of(stacked, self.weights, rescale=again)
                 self.known[use.edge, again] = made
             rows = self.known[use.edge, again]
-            if rows is not None and accumulator.add_rows(rows, x):
+            if rows is not None and accumulator.add_outer_products(rows, x):
                 break
         return again
 
-    def _tokens(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+    def _lookups(self, accumulator: MomentAccumulator, live: Live, careful: bool) -> bool:
         """A lookup: only the rows of the tokens that occur."""
         use, call, delta = live[0]
         while True:
             scale = _scale(live) if careful else None
             stacked = _stack(use, delta, slice(0, self.size), None, scale)
-            if accumulator.add_tokens(*embedding_tokens(call, stacked), self.weights, scale):
+            if accumulator.add_lookup_rows(*embedding_tokens(call, stacked), self.weights, scale):
                 return careful
             careful = True
 
-    def _pieces(self, accumulator: Accumulator, live: Live, careful: bool) -> bool:
+    def _per_sample_gradients(
+        self, accumulator: MomentAccumulator, live: Live, careful: bool
+    ) -> bool:
         """Per-sample gradients, of some samples and some rows of the parameter at a time."""
         shape, size, room = accumulator.a2.shape, self.size, self.room
         delta = live[0][2]
         if delta[0].device.type == "cpu":
-            room = min(room, CACHE_BYTES)
+            room = min(room, CPU_CACHE_BYTES)
         bytes_each = len(delta) * math.prod(shape) * delta[0].element_size()
         tiled = all(u.rule.tiles and u.rows is None for u, _, _ in live) and len(shape) > 0
         rows = shape[0] if tiled else 1
@@ -120,17 +122,17 @@ def is_outer(met: Met) -> bool:
     return use.rule in (LINEAR["weight"], LINEAR["bias"]) and use.call.inputs[0].dim() == 2
 
 
-def met_uses(uses: list[Use], deltas: list[list[Tensor] | None], size: int) -> Met:
+def reached_uses(uses: list[ParameterUse], deltas: list[list[Tensor] | None], size: int) -> Met:
     """The uses that gradients arrive at, with these, batch first."""
     return [(use, d) for use in uses if (d := use_deltas(use, deltas, size)) is not None]
 
 
-def raised(met: Met) -> Live:
+def in_full_precision(met: Met) -> Live:
     """The same with the calls, in float32 at least."""
     live: Live = []
     for use, delta in met:
         inputs = tuple(precise(x) for x in use.call.inputs)
-        call = Call(use.call.module, inputs, use.call.folded)
+        call = LayerCall(use.call.module, inputs, use.call.folded)
         live.append((use, call, [precise(d) for d in delta]))
     return live
 
@@ -165,7 +167,7 @@ def sum_uses(
 
 
 def _stack(
-    use: Use, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
+    use: ParameterUse, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
 ) -> Tensor:
     """δ [b, S, ...] of some samples (and rows of the parameter), divided by ``scale``."""
     parts = [d[samples] if where is None else d[samples][..., where] for d in delta]
@@ -183,14 +185,16 @@ def _scale(live: Live) -> Tensor:
     if first.dtype == torch.float64:
         return torch.ones((), dtype=torch.float64, device=first.device)
     scales = [
-        power_of_two(d, *(call.inputs if use.rule.outer else ()))
+        power_of_two_scale(d, *(call.inputs if use.rule.outer else ()))
         for use, call, delta in live
         for d in delta
     ]
     return torch.stack(scales).max() if len(scales) > 1 else scales[0]
 
 
-def use_deltas(use: Use, deltas: list[list[Tensor] | None], size: int) -> list[Tensor] | None:
+def use_deltas(
+    use: ParameterUse, deltas: list[list[Tensor] | None], size: int
+) -> list[Tensor] | None:
     """δ of a use for each draw, batch first."""
     delta = deltas[use.edge]
     return None if delta is None else [batch_first(d, use.layout, size) for d in delta]

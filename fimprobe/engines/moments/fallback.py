@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.layers.per_sample import replay_gradients
+from fimprobe.engines.layers.per_sample import per_sample_vjp
 from fimprobe.engines.layers.rules import rules_for
-from fimprobe.engines.moments.accumulator import Accumulator
+from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.moments.contraction import precise, sum_uses, use_deltas
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.problem.weights import Weights
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
-from fimprobe.engines.tracing.tape import Replayed, Tape
+from fimprobe.engines.tracing.tape import FallbackCall, Tape
 from fimprobe.model.batch import Batch
 
 
-def replayed_parameters(
+def assign_fallbacks(
     problem: Problem, plan: Plan, tape: Tape, names: dict[int, str]
-) -> list[tuple[Replayed, dict[str, Tensor]]]:
+) -> list[tuple[FallbackCall, dict[str, Tensor]]]:
     """Each replayed call with the parameters it stands for, named as inside the module."""
-    owned: list[tuple[Replayed, dict[str, Tensor]]] = []
+    owned: list[tuple[FallbackCall, dict[str, Tensor]]] = []
     calls = list(tape.replayed)
     if "" in plan.replay.values() or _root_owns(problem):
-        calls.append(Replayed("", problem.twin, problem.batch.args, problem.batch.kwargs, ()))
+        calls.append(FallbackCall("", problem.twin, problem.batch.args, problem.batch.kwargs, ()))
     for call in calls:
         inside: dict[str, Tensor] = {}
         rules = rules_for(call.module)
@@ -48,15 +48,15 @@ def _root_owns(problem: Problem) -> bool:
     return not names <= set(rules_for(problem.twin))
 
 
-def contract_replays(
+def accumulate_fallback_moments(
     problem: Problem,
     plan: Plan,
     tape: Tape,
-    replays: list[tuple[Replayed, dict[str, Tensor]]],
-    pieces: dict[str, list[tuple[Replayed, str]]],
+    replays: list[tuple[FallbackCall, dict[str, Tensor]]],
+    pieces: dict[str, list[tuple[FallbackCall, str]]],
     deltas: list[list[Tensor] | None],
     draws: list[Tensor],
-    accumulators: dict[str, Accumulator],
+    accumulators: dict[str, MomentAccumulator],
     weights: Weights | None,
     names: dict[int, str],
     batch: Batch,
@@ -101,7 +101,7 @@ def contract_replays(
 def _replay(
     problem: Problem,
     plan: Plan,
-    call: Replayed,
+    call: FallbackCall,
     inside: dict[str, Tensor],
     deltas: list[list[Tensor] | None],
     seeds: Tensor,
@@ -126,7 +126,7 @@ def _replay(
     detached = {n: p.detach() for n, p in inside.items()}
     for vectorise in (True, False) if call.path not in plan.loop else (False,):
         try:
-            return replay_gradients(
+            return per_sample_vjp(
                 call.module,
                 detached,
                 args,

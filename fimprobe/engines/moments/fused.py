@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.engines.layers.rules import conv1d_weight, linear_weight
-from fimprobe.engines.moments.accumulator import Accumulator
+from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.moments.power_sums import drawn
 from fimprobe.engines.problem.weights import Weights
-from fimprobe.engines.tracing.tape import Use
+from fimprobe.engines.tracing.tape import ParameterUse
 
 MOST_DRAWS = 4
 """Tiles of all draws are in registers at once, for their inner products."""
@@ -34,7 +34,7 @@ INTERPRET = False
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-Met = list[tuple[Use, list[Tensor]]]
+Met = list[tuple[ParameterUse, list[Tensor]]]
 """The uses of one parameter with their δ [B, ...], one for each draw."""
 
 
@@ -74,7 +74,7 @@ def find_operands(met: Met, weights: Weights | None) -> Operands | None:
     return Operands(**parts)
 
 
-def add_fused(accumulator: Accumulator, operands: Operands, weights: Weights | None) -> None:
+def add_fused(accumulator: MomentAccumulator, operands: Operands, weights: Weights | None) -> None:
     """Add the moments of one weight, over all samples of the chunk."""
     from fimprobe.engines.moments.triton_kernel import (
         SMALLEST,  # optional: needs triton
@@ -164,7 +164,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _read(use: Use, deltas: list[Tensor]) -> dict[str, Any] | None:
+def _read(use: ParameterUse, deltas: list[Tensor]) -> dict[str, Any] | None:
     """The operands of one use."""
     given = use.call.inputs[0]
     if use.rows is not None or deltas[0].dtype not in _TYPES:

@@ -12,7 +12,7 @@ from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
 
 
 @dataclass
-class RowPowers:
+class OuterProductPowers:
     """Powers of δ [b, S, o] (over ``scale``) that moments of δ xᵀ factor into, and of δ itself."""
 
     square: Tensor
@@ -27,13 +27,15 @@ class RowPowers:
     """Inner products of the draws, float64 [b, S, S], or squared norms [b, S]."""
 
     @classmethod
-    def of(cls, delta: Tensor, weights: Weights | None, *, rescale: bool) -> RowPowers | None:
+    def of(
+        cls, delta: Tensor, weights: Weights | None, *, rescale: bool
+    ) -> OuterProductPowers | None:
         """None where float32 did not hold δ⁴ as it is; with ``rescale`` it does."""
         scale: Tensor | None = None
         if rescale:
             scale = torch.ones((), dtype=torch.float64, device=delta.device)
             if delta.dtype != torch.float64:
-                scale = power_of_two(delta)
+                scale = power_of_two_scale(delta)
                 delta = delta * (1 / scale).to(delta.dtype)
         square = delta.square()
         each = torch.linalg.vecdot(square, square)
@@ -136,12 +138,12 @@ def held(powers: Tensor, scale: Tensor | None) -> bool:
     return 1e-20 < float(powers.sum()) < 1e30
 
 
-def unscaled(square: Tensor, scale: Tensor | None) -> Tensor:
+def undo_scale(square: Tensor, scale: Tensor | None) -> Tensor:
     """Squares of what was divided by ``scale``."""
     return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
 
 
-def power_of_two(*tensors: Tensor) -> Tensor:
+def power_of_two_scale(*tensors: Tensor) -> Tensor:
     """The power of two next above the product of the tensors' largest magnitudes; 1 for zero.
 
     Dividing by it is exact and keeps fourth powers inside float32's range. 1 as well where the

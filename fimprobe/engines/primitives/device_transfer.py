@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Tree = TypeVar("Tree")
 
 
-def fetch(tree: Tree) -> Tree:
+def to_host(tree: Tree) -> Tree:
     """The same containers with every tensor on the CPU, in its own type and shape.
 
     Each ``.cpu()`` waits for all that a GPU was told to do; here there is one for each device, of all
@@ -34,7 +34,7 @@ def fetch(tree: Tree) -> Tree:
     return found
 
 
-def upload(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """``x`` on the device; a GPU takes it from pinned memory, which nobody waits for."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class _Against(torch.autograd.Function):
+class _ConstantCotangent(torch.autograd.Function):
     """Zero, with the gradients v_i in the outputs h_i: Σ_i ⟨v_i, h_i⟩ without taking the products."""
 
     @staticmethod
@@ -28,7 +28,7 @@ class _Against(torch.autograd.Function):
         return (*ctx.vectors, *[None] * len(ctx.vectors))
 
 
-def pull_back(
+def vjp(
     outputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     places: Sequence[Any],
@@ -43,15 +43,13 @@ def pull_back(
     [2.0, 40.0]
     """
     with torch.enable_grad():
-        scalar = _Against.apply(*outputs, *(v.detach() for v in vectors))
+        scalar = _ConstantCotangent.apply(*outputs, *(v.detach() for v in vectors))
     return torch.autograd.grad(
         scalar, places, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
 
 
-def push_forward(
-    function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]
-) -> Tensor:
+def jvp(function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
     """The derivative of a function of tensors along a direction, by two backward passes.
 
     uᵀJ is linear in u, and its derivative in u along v is Jv.
@@ -69,5 +67,5 @@ def push_forward(
     pairs = [(g, v) for g, v in zip(pulled, along, strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return torch.zeros_like(out)
-    (found,) = pull_back([g for g, _ in pairs], [v for _, v in pairs], [u], retain_graph=False)
+    (found,) = vjp([g for g, _ in pairs], [v for _, v in pairs], [u], retain_graph=False)
     return torch.zeros_like(out) if found is None else found

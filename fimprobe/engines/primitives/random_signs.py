@@ -45,7 +45,7 @@ def signs(
     return flat.reshape(shape)
 
 
-def direction_of(parameter: Tensor, key: str, seed: int) -> Tensor:
+def random_direction(parameter: Tensor, key: str, seed: int) -> Tensor:
     """A direction ±1 of a parameter."""
     shape = (1, *parameter.shape)
     return signs(shape, key, seed, dtype=parameter.dtype, device=parameter.device)[0]

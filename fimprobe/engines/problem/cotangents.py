@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.engines.primitives.device_transfer import upload
+from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.primitives.random_signs import signs
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
@@ -22,12 +22,12 @@ PASS_LIMIT = 4096
 """Most backward passes that ``draws="exact"`` takes."""
 
 
-FEW_CLASSES = 64
+MAX_CENTRED_CLASSES = 64
 """Up to so many classes (17) is also taken with centred logits; of more, their mean is no part."""
 
 
 @dataclass
-class Seeds:
+class Cotangents:
     """Gradients [B, ...] at the outputs, pulled back together; ``weights`` of their powers."""
 
     seeds: list[Tensor]
@@ -39,31 +39,31 @@ class Seeds:
     """Of labels: Σ‖δ‖² over the samples, as the mean over draws, and its expectation, [2]."""
 
 
-def label_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+def label_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
     """Scores of the drawn labels (√w δ where they are size-biased), or the exact passes."""
     if problem.draws.count is None:
         # m − v² of a Bernoulli label near p = ½ has no digits in float32
         passes = _passes(problem.likelihood.exact_passes(h.double(), mask_of(problem, rows, h)), h)
         # masked labels weigh nothing, but Î₂'s bounds see the seeds themselves
         scores = [_masked(problem, rows, h, s) for s in passes.seeds]
-        return Seeds(scores, passes.weights, seen=_seen_mass(problem, rows, h, None))
+        return Cotangents(scores, passes.weights, seen=_seen_mass(problem, rows, h, None))
     draws, family = problem.draws, problem.likelihood
     uniforms = _uniforms(problem, rows, h)
     if draws.size_biased and has_size_biased_draws(family, h):
-        positions = upload(draws.positions_for(rows, problem.batch.size), h.device)
+        positions = to_device(draws.positions_for(rows, problem.batch.size), h.device)
         return _size_biased_seeds(problem, h, mask_of(problem, rows, h), uniforms, positions)
     found = [_masked(problem, rows, h, _drawn_scores(problem, h, u)) for u in uniforms.unbind(1)]
-    return Seeds(found, None, seen=_seen_mass(problem, rows, h, found))
+    return Cotangents(found, None, seen=_seen_mass(problem, rows, h, found))
 
 
 def _size_biased_seeds(
     problem: Problem, h: Tensor, mask: Tensor | None, uniforms: Tensor, positions: Tensor
-) -> Seeds:
+) -> Cotangents:
     """Size-biased labels of each sample; samples do not meet in it."""
     count = positions.shape[1]
     scores = [torch.empty_like(h) for _ in range(count)]
     inverse, square, expected = (torch.empty_like(positions) for _ in range(3))
-    step = drawn_at_once(h) // max(1, h[0].numel())
+    step = labels_per_draw(h) // max(1, h[0].numel())
     for start in range(0, len(h), step):
         part = slice(start, start + step)
         keep = None if mask is None else mask[part]
@@ -74,7 +74,7 @@ def _size_biased_seeds(
             inverse[part, s], square[part, s] = drawn.inverse_weights, drawn.square
             expected[part, s] = drawn.expected
     seen = torch.stack([square.sum(), expected.sum()]) / count
-    return Seeds(scores, Weights(None, inverse, list(range(count))), seen=seen)
+    return Cotangents(scores, Weights(None, inverse, list(range(count))), seen=seen)
 
 
 def _seen_mass(
@@ -109,7 +109,7 @@ DRAWN_IN_CACHE = 2**17
 """The same on a CPU."""
 
 
-def drawn_at_once(h: Tensor) -> int:
+def labels_per_draw(h: Tensor) -> int:
     """How many outputs that is: whole samples, at least one."""
     each = max(1, h[0].numel())
     most = DRAWN_IN_CACHE if h.device.type == "cpu" else DRAWN_AT_ONCE
@@ -119,7 +119,7 @@ def drawn_at_once(h: Tensor) -> int:
 def _drawn_scores(problem: Problem, h: Tensor, uniforms: Tensor) -> Tensor:
     """The score of each sample's label at ``uniforms``, [B, ...]; samples do not meet in it."""
     family = problem.likelihood
-    step = drawn_at_once(h) // max(1, h[0].numel())
+    step = labels_per_draw(h) // max(1, h[0].numel())
     if step >= len(h):
         return family.score(h, family.quantile(h, uniforms))
     scores = torch.empty_like(h)
@@ -128,34 +128,36 @@ def _drawn_scores(problem: Problem, h: Tensor, uniforms: Tensor) -> Tensor:
     return scores
 
 
-def hutchinson_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+def hutchinson_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
     """L ξ with L Lᵀ = I(h) and ξ Rademacher, or the columns of L: the passes over all ξ."""
     if problem.draws.count is None:
-        return fisher_seeds(problem, rows, h)
+        return fisher_cotangents(problem, rows, h)
     family: Any = problem.likelihood
     count = problem.draws.count if problem.ask.ih else 1
     found = []
     for i in range(count):
         xi = _signs(problem, rows, h, f"hutchinson {i}")
         found.append(_masked(problem, rows, h, family.fisher_factor(h, xi)))
-    return Seeds(found, None)
+    return Cotangents(found, None)
 
 
-def fisher_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+def fisher_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
     """The columns of L with L Lᵀ = I(h): their weighted squares make F exactly."""
     family: Any = problem.likelihood
     return _passes(family.hutchinson_passes(h, mask_of(problem, rows, h)), h)
 
 
-def data_seeds(problem: Problem, rows: slice, h: Tensor) -> Seeds:
+def data_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
     """Scores of the data's own labels."""
     family: Any = problem.likelihood
     labels = problem.ask.labels
     assert labels is not None
-    return Seeds([_masked(problem, rows, h, family.data_score(h, labels[rows].to(h.device)))], None)
+    return Cotangents(
+        [_masked(problem, rows, h, family.data_score(h, labels[rows].to(h.device)))], None
+    )
 
 
-def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -> Seeds:
+def output_cotangents(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -> Cotangents:
     """Seeds for ‖J‖: one unit vector for each output where labels are exact, else K random signs.
 
     Their squares are weighted so that Q becomes Σ_i λ_max(M) ‖J_i‖⁴ (for signs: Q − A4 does). For
@@ -172,13 +174,13 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
             seed = unit.view(order[0].shape).expand(order.shape) * order
             found.append(_class_back(problem, seed, h))
         weights = top.sqrt().expand(-1, len(found))
-        return Seeds(found, Weights(weights, torch.zeros_like(weights), [0] * len(found)))
+        return Cotangents(found, Weights(weights, torch.zeros_like(weights), [0] * len(found)))
     count = problem.ask.probes
     found = sign_seeds(problem, rows, keep, count)
     axis = getattr(problem.likelihood, "class_dim", None)
     means: list[Tensor] = []
     mix: Tensor | None = None
-    if axis is not None and h.shape[axis] <= FEW_CLASSES and 2 * count <= GRAM_LIMIT:
+    if axis is not None and h.shape[axis] <= MAX_CENTRED_CLASSES and 2 * count <= GRAM_LIMIT:
         averages = [u.mean(axis, keepdim=True) for u in found]
         if averages[0].numel() == len(h):
             mix = h.new_zeros(len(h), 2 * count, count + 1)
@@ -188,7 +190,9 @@ def output_seeds(problem: Problem, rows: slice, h: Tensor, norms: OutputNorms) -
         else:
             means = [a.expand_as(h) for a in averages]
     second = torch.cat([top.sqrt().expand(-1, count), top.new_zeros(len(h), len(means))], 1)
-    return Seeds(found + means, Weights(second, second.square(), [0] * count + [1] * len(means)), mix)
+    return Cotangents(
+        found + means, Weights(second, second.square(), [0] * count + [1] * len(means)), mix
+    )
 
 
 def sign_seeds(problem: Problem, rows: slice, keep: Tensor, count: int) -> list[Tensor]:
@@ -196,7 +200,7 @@ def sign_seeds(problem: Problem, rows: slice, keep: Tensor, count: int) -> list[
     return [_signs(problem, rows, keep, f"jacobian {i}") * keep for i in range(count)]
 
 
-def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> Seeds:
+def curvature_cotangents(problem: Problem, rows: slice, h: Tensor, labels: Cotangents) -> Cotangents:
     """Seeds for R: those of the labels, and where bounds are asked for those that ‖H‖ needs.
 
     Sampled labels: K/2 random signs (at least one), of those for ‖J‖; each is met by two
@@ -220,10 +224,10 @@ def curvature_seeds(problem: Problem, rows: slice, h: Tensor, labels: Seeds) -> 
         if weights is None or weights.second is None
         else weights.second.double()
     )
-    return Seeds(found + more, Weights(second, second, [0] * len(found)))
+    return Cotangents(found + more, Weights(second, second, [0] * len(found)))
 
 
-def check_passes(
+def check_num_passes(
     problem: Problem,
     h: Tensor,
     stash_per_pass: float,
@@ -269,7 +273,7 @@ def _masked(problem: Problem, rows: slice, h: Tensor, seed: Tensor) -> Tensor:
 
 def _uniforms(problem: Problem, rows: slice, h: Tensor) -> Tensor:
     shape = problem.likelihood.label_shape(h)
-    return upload(problem.draws.uniforms_for(rows, problem.batch.size, shape), h.device)
+    return to_device(problem.draws.uniforms_for(rows, problem.batch.size, shape), h.device)
 
 
 def _signs(problem: Problem, rows: slice, h: Tensor, key: str) -> Tensor:
@@ -288,11 +292,11 @@ def _class_back(problem: Problem, x: Tensor, like: Tensor) -> Tensor:
     return (x if axis is None else x.movedim(-1, axis)).reshape(like.shape)
 
 
-def _passes(passes: Iterator[Pass], h: Tensor) -> Seeds:
+def _passes(passes: Iterator[Pass], h: Tensor) -> Cotangents:
     found = [p._replace(seed=p.seed.to(h.dtype)) for p in passes]
     weights = Weights(
         torch.stack([p.second for p in found], 1),
         torch.stack([p.fourth for p in found], 1),
         [p.block for p in found],
     )
-    return Seeds([p.seed for p in found], weights)
+    return Cotangents([p.seed for p in found], weights)

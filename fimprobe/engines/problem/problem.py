@@ -20,7 +20,7 @@ Outputs = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """What is measured beside Î₁: Î₂, Î_H, the empirical Fisher, bounds, by K ``probes`` each.
 
     ``exact``: diagonals of second derivatives by BackPACK, in place of probes, and of F by all
@@ -48,7 +48,7 @@ class Problem:
     mask: Tensor | None
     memory_mb: float
     diagonals: bool
-    ask: Ask = Ask()
+    ask: Request = Request()
     shards: Shards | None = None
     """Of a model that FSDP shards; then all processes measure in the same steps."""
 
@@ -111,7 +111,7 @@ def check_finite(counts: Sequence[Tensor]) -> None:
         )
 
 
-class OverMemory(Exception):
+class MemoryLimitExceeded(Exception):
     """A chunk needs more memory than the ceiling; ``fit`` samples should not."""
 
     def __init__(self, fit: int) -> None:

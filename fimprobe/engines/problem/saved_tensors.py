@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fimprobe.engines.problem.problem import OverMemory, Problem
+from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
 
 
 @contextmanager
-def saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]]:
+def limit_saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]]:
     """Count the bytes that autograd saves; the parameters' and the batch's own do not count.
 
     Raises:
@@ -34,7 +34,7 @@ def saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]]:
         except (RuntimeError, NotImplementedError):  # tensors without storage
             pass
         if total > problem.memory_mb * 2**19 and size > 1:
-            raise OverMemory(size // 2)
+            raise MemoryLimitExceeded(size // 2)
         return x.detach()  # an output saved as it is would keep its own graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Layouts:
+class BatchLayouts:
     """Where each module keeps the batch, decided once per model so that no shape can mislead later.
 
     0 and 1 are dimensions, "folded" is [B·k, ...]. ``expand`` names lookups whose index has no
@@ -42,7 +42,7 @@ def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
     return x.transpose(0, 1) if layout == 1 else x
 
 
-def along_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:
+def broadcast_over_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:
     """``factors`` [B] in a shape that multiplies the samples of ``x``."""
     if layout == "folded":
         return factors.repeat_interleave(x.shape[0] // len(factors)).view(-1, *[1] * (x.dim() - 1))

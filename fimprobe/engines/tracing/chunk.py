@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.engines.tracing.tape import Replayed, Tape
+from fimprobe.engines.tracing.tape import FallbackCall, Tape
 from fimprobe.model.batch import Batch
 
 
@@ -19,8 +19,8 @@ class Chunk:
     problem: Problem
     plan: Plan
     tape: Tape
-    calls: list[tuple[Replayed, dict[str, Tensor]]]
-    pieces: dict[str, list[tuple[Replayed, str]]]
+    calls: list[tuple[FallbackCall, dict[str, Tensor]]]
+    pieces: dict[str, list[tuple[FallbackCall, str]]]
     names: dict[int, str]
     batch: Batch
     rows: slice

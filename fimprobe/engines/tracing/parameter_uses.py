@@ -11,42 +11,44 @@ from torch import Tensor
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.graph import nodes_behind
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.engines.tracing.tape import Replayed, Tape, Use
+from fimprobe.engines.tracing.tape import FallbackCall, ParameterUse, Tape
 from fimprobe.model.batch import Batch
 
-Calls = list[tuple[Replayed, dict[str, Tensor]]]
+Calls = list[tuple[FallbackCall, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Site:
+class ParameterUses:
     """Where a parameter is used: under rules, and inside replayed calls by its name there."""
 
-    uses: list[Use]
-    calls: list[tuple[Replayed, str]]
+    uses: list[ParameterUse]
+    calls: list[tuple[FallbackCall, str]]
 
 
-def find_sites(
+def find_uses(
     problem: Problem,
     plan: Plan,
     tape: Tape,
     batch: Batch,
     calls: Calls,
     names: dict[int, str],
-) -> dict[str, Site]:
+) -> dict[str, ParameterUses]:
     """Where each parameter is used: under rules, and inside replayed calls."""
-    found = {n: Site([], []) for n in problem.parameters}
+    found = {n: ParameterUses([], []) for n in problem.parameters}
     for name, parameter in problem.parameters.items():
         if name not in plan.replay:
             found[name].uses.extend(tape.uses.get(id(parameter), []))
     for call, inside in calls:
         if call.path == "":
-            call = Replayed("", call.module, batch.args, batch.kwargs, (), ())
+            call = FallbackCall("", call.module, batch.args, batch.kwargs, (), ())
         for local, held in inside.items():
             found[names[id(held)]].calls.append((call, local))
     return found
 
 
-def meetings(problem: Problem, tape: Tape, site: dict[str, Site]) -> dict[str, set[str]]:
+def find_interacting_uses(
+    problem: Problem, tape: Tape, site: dict[str, ParameterUses]
+) -> dict[str, set[str]]:
     """Parameters of one layer whose uses depend on each other's outputs (reuse, recurrence)."""
     layers: dict[str, list[str]] = {}
     for name in site:

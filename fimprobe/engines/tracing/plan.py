@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fimprobe.engines.layers.decompositions import UNROLLED
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.tracing.batch_layout import Layouts
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Plan:
     ``vmap`` cannot run, ``unused`` the parameters the outputs do not depend on.
     """
 
-    layouts: Layouts = field(default_factory=Layouts)
+    layouts: BatchLayouts = field(default_factory=BatchLayouts)
     replay: dict[str, str] = field(default_factory=dict)
     loop: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)

@@ -84,7 +84,7 @@ _PRODUCTS = {"Addmm", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "Mm", "M
 _BATCH_NORMS = {"CudnnBatchNorm", "MiopenBatchNorm", "NativeBatchNorm"}
 
 
-def piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
+def is_piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
     """Every node between the recorded outputs of layers and ``outputs`` is linear in them or has
     kinks: sums, views, products in which one factor depends on no layer, ReLU, max pooling, ...
     """

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from fimprobe.engines.layers.activations import forward_of
+from fimprobe.engines.layers.activations import closed_form_forward
 from fimprobe.engines.layers.decompositions import UNROLLED, NotUnrolled
-from fimprobe.engines.layers.rules import LINEAR, Call, Rule, direction, rules_for
-from fimprobe.engines.tracing.batch_layout import Layouts, batch_first, fits
+from fimprobe.engines.layers.rules import LINEAR, GradientRule, LayerCall, direction, rules_for
+from fimprobe.engines.tracing.batch_layout import BatchLayouts, batch_first, fits
 from fimprobe.errors import FimprobeError
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One use of a parameter under a rule. ``rows``: the part of a packed parameter it fills.
 
     For second derivatives: ``sources`` are the places where the gradients of the call's inputs
@@ -30,8 +30,8 @@ class Use:
     ``direction`` gives the output's derivative along a direction of the parameter.
     """
 
-    rule: Rule
-    call: Call
+    rule: GradientRule
+    call: LayerCall
     edge: int
     layout: int | str
     rows: slice | None = None
@@ -41,7 +41,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Replayed:
+class FallbackCall:
     """One call of a module whose parameters are differentiated by replaying it per sample.
 
     ``edges`` belong to the tensors among the outputs, ``sources`` to those among the inputs.
@@ -58,11 +58,11 @@ class Replayed:
 class Tape:
     """What ``record`` fills: uses by parameter, replayed calls, and the edges that δ arrives at."""
 
-    def __init__(self, batch_size: int, layouts: Layouts) -> None:
+    def __init__(self, batch_size: int, layouts: BatchLayouts) -> None:
         self.batch_size = batch_size
         self.layouts = layouts
-        self.uses: dict[int, list[Use]] = {}
-        self.replayed: list[Replayed] = []
+        self.uses: dict[int, list[ParameterUse]] = {}
+        self.replayed: list[FallbackCall] = []
         self.edges: list[Any] = []
         self.layout_of: list[int | str] = []
         self.sources: list[Any] = []
@@ -108,7 +108,12 @@ class Tape:
             self.cuts[output.grad_fn] = nodes
 
     def rule_call(
-        self, path: str, module: nn.Module, names: dict[str, Rule], args: tuple[Any, ...], out: Any
+        self,
+        path: str,
+        module: nn.Module,
+        names: dict[str, GradientRule],
+        args: tuple[Any, ...],
+        out: Any,
     ) -> None:
         """Record a call of a layer with rules."""
         inputs = [x for x in args if isinstance(x, Tensor)]
@@ -122,7 +127,7 @@ class Tape:
             self.failed[path] = f"no batch dimension in its input {tuple(inputs[0].shape)}"
             return
         batched = tuple(batch_first(x.detach(), layout, self.batch_size) for x in inputs)
-        call = Call(module, batched, layout == "folded")
+        call = LayerCall(module, batched, layout == "folded")
         edge = self.edge(out, layout)
         sources = [self.source(x) for x in inputs]
         if sources[0] is not None:
@@ -132,7 +137,7 @@ class Tape:
             parameter = module._parameters.get(name)
             if parameter is not None and parameter.requires_grad:
                 along = functools.partial(direction, rule, module, name, args, out.shape)
-                use = Use(rule, call, edge, layout, None, sources, along)
+                use = ParameterUse(rule, call, edge, layout, None, sources, along)
                 self.uses.setdefault(id(parameter), []).append(use)
         self.cut([out], inputs)
 
@@ -154,16 +159,16 @@ class Tape:
             return
         edges = tuple(self.edge(x) if want else None for x, want in zip(leaves, wanted, strict=True))
         places = tuple(self.source(x) for x in inputs)
-        self.replayed.append(Replayed(path, module, args, kwargs, edges, places))
+        self.replayed.append(FallbackCall(path, module, args, kwargs, edges, places))
         self.cut(outputs, inputs)
 
 
-class _Affine:
+class _AffineRecorder:
     """Affine maps inside an unrolled layer, each a use of its weight and bias."""
 
     def __init__(self, tape: Tape, path: str, module: nn.Module) -> None:
         self.tape, self.path, self.module = tape, path, module
-        self.pending: list[tuple[int, Use]] = []
+        self.pending: list[tuple[int, ParameterUse]] = []
 
     def __call__(
         self,
@@ -217,7 +222,7 @@ class _Affine:
     def _use(
         self, live, sources, x, epsilon, layout, weight, bias, rows, bias_rows, steps=False
     ) -> None:
-        call = Call(self.module, (batch_first(x, layout, self.tape.batch_size),))
+        call = LayerCall(self.module, (batch_first(x, layout, self.tape.batch_size),))
         edge = self.tape.edge(epsilon, layout)
         for name, part, rule in ((weight, rows, "weight"), (bias, bias_rows, "bias")):
             if name is not None and self._parameter(name).requires_grad:
@@ -231,7 +236,7 @@ class _Affine:
                     outs = [F.linear(state, u) for state in live]
                     return torch.stack(outs) if steps else outs[0]
 
-                use = Use(LINEAR[rule], call, edge, layout, part, sources, along, steps)
+                use = ParameterUse(LINEAR[rule], call, edge, layout, part, sources, along, steps)
                 self.pending.append((id(self._parameter(name)), use))
 
     def commit(self) -> None:
@@ -242,7 +247,12 @@ class _Affine:
 
 @contextmanager
 def record(
-    twin: nn.Module, batch_size: int, layouts: Layouts, replay: dict[str, str], *, twice: bool = False
+    twin: nn.Module,
+    batch_size: int,
+    layouts: BatchLayouts,
+    replay: dict[str, str],
+    *,
+    twice: bool = False,
 ) -> Iterator[Tape]:
     """Hook the twin so that the forward passes inside fill the tape; unhook on leaving.
 
@@ -267,7 +277,7 @@ def record(
                 hook = functools.partial(_on_replayed, tape, path)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         elif not names:
-            written_out = forward_of(module, twice)
+            written_out = closed_form_forward(module, twice)
             if written_out is not None:
                 module.forward = written_out  # type: ignore[method-assign]
                 unrolled.append(module)
@@ -342,7 +352,7 @@ def _unroll(tape: Tape, path: str, module: nn.Module) -> None:
     original, written_out = module.forward, UNROLLED[type(module)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        affine = _Affine(tape, path, module)
+        affine = _AffineRecorder(tape, path, module)
         try:
             out = written_out(module, affine, *args, **kwargs)
         except NotUnrolled:

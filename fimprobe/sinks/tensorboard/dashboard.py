@@ -12,14 +12,14 @@ MOST_MARGINS = 30
 """Charts with a band: more make the browser slow."""
 
 
-class Margin(NamedTuple):
+class BandChart(NamedTuple):
     """A line with a band around it: tags of the value, the lower and the upper end."""
 
     title: str
     tags: tuple[str, str, str]
 
 
-class Lines(NamedTuple):
+class LineChart(NamedTuple):
     """Several tags in one chart; ``patterns`` match the whole of them.
 
     TensorBoard draws charts that are the same in several runs once, so what differs between runs (the
@@ -34,22 +34,22 @@ class Category(NamedTuple):
     """A box of charts, first to last."""
 
     title: str
-    charts: Sequence[Margin | Lines]
+    charts: Sequence[BandChart | LineChart]
     closed: bool = False
 
 
 def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Category]:
     """Charts of the tags in ``written``: the model first, then its ``layers``, then the cost."""
 
-    def lines(title: str, tags: list[str]) -> list[Margin | Lines]:
+    def lines(title: str, tags: list[str]) -> list[BandChart | LineChart]:
         there = [tag for tag in tags if tag in written]
-        return [Lines(title, [re.escape(tag) for tag in there])] if there else []
+        return [LineChart(title, [re.escape(tag) for tag in there])] if there else []
 
-    def margins(title: str, kind: str, layer: str | None = None) -> list[Margin | Lines]:
+    def margins(title: str, kind: str, layer: str | None = None) -> list[BandChart | LineChart]:
         tags = band(kind, layer)
-        return [Margin(title, tags)] if tags[0] in written else []
+        return [BandChart(title, tags)] if tags[0] in written else []
 
-    totals: list[Margin | Lines] = []
+    totals: list[BandChart | LineChart] = []
     compared = ("i1", "i2", "ih")
     error, size = "one_label_error", ", 1 label from the model for each input"
 
@@ -72,7 +72,7 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
     )
     for kind in compared:
         totals += margins(f"Trace of F by {KINDS[kind]}, ± 2 standard errors", kind)
-    bounds: list[Margin | Lines] = []
+    bounds: list[BandChart | LineChart] = []
     for kind in ("i1", "i2"):
         prefix = f"fim_log10/{kind}/"
         bounds += lines(
@@ -88,12 +88,12 @@ def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Cate
                 f"{KINDS[kind]}: log10 norm of Cov F, above it its bounds",
                 [f"{prefix}covariance_norm", f"{prefix}sharp_bound", f"{prefix}bound"],
             )
-    worst: list[Margin | Lines] = []
+    worst: list[BandChart | LineChart] = []
     for kind in ("i1", "i2"):
         if any(f"fim_layers/{layer}/{kind}_{error}" in written for layer in layers):
             title = f"Relative error of {KINDS[kind]} by layer{size}"
-            worst.append(Lines(title, [f"fim_layers/.*/{kind}_{error}"]))
-    each: list[Margin | Lines] = []
+            worst.append(LineChart(title, [f"fim_layers/.*/{kind}_{error}"]))
+    each: list[BandChart | LineChart] = []
     for layer in layers:
         for kind in ("i1", "i2"):
             each += margins(f"{layer}: trace by {KINDS[kind]}, ± 2 standard errors", kind, layer)

@@ -21,7 +21,7 @@ from tensorboard.plugins.text import metadata as text
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from fimprobe.sinks.tensorboard.dashboard import Category, Lines, Margin
+from fimprobe.sinks.tensorboard.dashboard import BandChart, Category, LineChart
 
 
 class EventFile:
@@ -77,12 +77,12 @@ class EventFile:
         for category in categories:
             box = layout.category.add(title=category.title, closed=category.closed)
             # a category shows its lines first to last, then its bands last to first
-            lines = [c for c in category.charts if isinstance(c, Lines)]
-            bands = [c for c in category.charts if isinstance(c, Margin)]
-            ordered: list[Margin | Lines] = [*lines, *reversed(bands)]
+            lines = [c for c in category.charts if isinstance(c, LineChart)]
+            bands = [c for c in category.charts if isinstance(c, BandChart)]
+            ordered: list[BandChart | LineChart] = [*lines, *reversed(bands)]
             for chart in ordered:
                 drawn = box.chart.add(title=chart.title)
-                if isinstance(chart, Margin):
+                if isinstance(chart, BandChart):
                     value, lower, upper = chart.tags
                     drawn.margin.series.add(value=value, lower=lower, upper=upper)
                 else:  # patterns are matched from the start of a tag on

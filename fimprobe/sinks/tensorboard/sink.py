@@ -12,19 +12,19 @@ from typing import Any
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.estimate import GroupEstimates
-from fimprobe.plots.history import Album
+from fimprobe.plots.history import PlotHistory
 from fimprobe.report.report import Report
 from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.tensorboard.dashboard import MOST_MARGINS, Category, make_dashboard
 from fimprobe.sinks.tensorboard.event_file import EventFile, first_tags
 from fimprobe.sinks.tensorboard.tags import describe, make_scalars, make_spreads
-from fimprobe.sinks.tensorboard.text_pages import make_about, make_page
+from fimprobe.sinks.tensorboard.text_pages import about_page, advice_page
 from fimprobe.training.schedule import Schedule
 
 logger = logging.getLogger("fimprobe")
 
-DENSE = 10_000
-"""Reports written one by one; see ``is_kept``."""
+MAX_DENSE_REPORTS = 10_000
+"""Reports written one by one; see ``is_written``."""
 
 DRAWING = 1.0
 """Seconds that pictures are expected to take the first time, with the import of matplotlib."""
@@ -33,7 +33,7 @@ DENSE_PAGES = 200
 """The same for text and histograms, of which TensorBoard shows a few hundred at most."""
 
 
-def is_kept(number: int, dense: int) -> bool:
+def is_written(number: int, dense: int) -> bool:
     """Whether the report of this number (1, 2, ...) is written: all of the first ``dense``, then
     every second until 2 ``dense``, every fourth until 4 ``dense``, and so on.
 
@@ -50,13 +50,13 @@ class TensorboardSink:
     """Writes ``fim/i1/*`` for the model, ``fim_layers/<layer>/i1_*`` for the layers that need most.
 
     The layers are chosen at the first report, by the pairs that 10 % takes, and kept. Scalars come
-    at every report up to 10,000, then ever more thinly (``is_kept``); text and histograms do so from
-    200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
+    at every report up to 10,000, then ever more thinly (``is_written``); text and histograms do so
+    from 200 on; pictures, about a second each time, come at reports 4, 8, 16, ... What is left out is
     written for the last report by ``close``. So n reports, more than 10,000, take no more than
     10,000 · (1 + log₂(n / 10,000)) records. Pictures for which the ``schedule``'s budget has no room
     wait for a later report.
 
-    ``run`` tells what is measured and how (``describe_run``). ``purge_step``: where a training
+    ``run`` tells what is measured and how (``collect_run_info``). ``purge_step``: where a training
     resumes; readers drop what the folder holds of this step and later ones, and the layers are those
     charted before; a sink of this process that was left open there ends. Otherwise raises
     :class:`FimprobeError` where another probe writes to the folder.
@@ -86,7 +86,7 @@ class TensorboardSink:
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
         self._run = run
-        self._album = Album() if figures and _has_matplotlib() else None
+        self._album = PlotHistory() if figures and _has_matplotlib() else None
         self._schedule, self._drawing = schedule or Schedule(), DRAWING
         self._pictures_wait = False
         self._figures = figures
@@ -114,8 +114,8 @@ class TensorboardSink:
             self._album.remember(self._record)
         self._spent += report.seconds
         for due, add in (
-            (is_kept(self._count, DENSE), self._add_scalars),
-            (is_kept(self._count, DENSE_PAGES), self._add_pages),
+            (is_written(self._count, MAX_DENSE_REPORTS), self._add_scalars),
+            (is_written(self._count, DENSE_PAGES), self._add_pages),
             (self._wants_pictures(), self._add_pictures),
         ):
             if due:
@@ -155,7 +155,7 @@ class TensorboardSink:
                 self.file.add_layout(dashboard)
 
     def _add_pages(self, report: Report) -> None:
-        self.file.add_text("fimprobe/advice", make_page(self._record))
+        self.file.add_text("fimprobe/advice", advice_page(self._record))
         if self.histograms:
             for tag, values, weights in make_spreads(report):
                 self.file.add_histogram(tag, values, weights)
@@ -166,20 +166,20 @@ class TensorboardSink:
     def _add_pictures(self, report: Report) -> None:
         if self._album is None:
             return
-        self._pictures_wait = not self._schedule.affords(self._drawing)
+        self._pictures_wait = not self._schedule.can_afford(self._drawing)
         if self._pictures_wait:
             if not self._closed:
                 self._left.append(self._add_pictures)
             return
         started = time.perf_counter()
         try:
-            from fimprobe.plots.gallery import OVER_STEPS, make_pictures
+            from fimprobe.plots.gallery import OVER_STEPS, make_figures
             from fimprobe.plots.style import to_png
         except ImportError as error:
             _tell_missing(error.name)
             self._album = None
             return
-        for picture in make_pictures(self._album.records, self._record, without=OVER_STEPS):
+        for picture in make_figures(self._album.records, self._record, without=OVER_STEPS):
             png, size = to_png(picture.figure, picture.title)
             self.file.add_image(f"fim_pictures/{picture.name}", png, size)
         self._drawing = time.perf_counter() - started
@@ -192,7 +192,7 @@ class TensorboardSink:
         if self._album is None:
             why = "matplotlib is missing" if self._figures else "figures: false"
             pictures = f"No pictures: {why}."
-        return make_about(
+        return about_page(
             report,
             run=self._run(),
             layers=self.layers or [],

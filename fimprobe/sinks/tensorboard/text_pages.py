@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from fimprobe.report.report import Report
-from fimprobe.report.run_info import tell_run
-from fimprobe.report.table import LEAST, footnotes, inputs_of, labels_of, make_rows
+from fimprobe.report.run_info import format_run_info
+from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, inputs_of, labels_of, make_rows
 from fimprobe.sinks.tensorboard.tags import KINDS, MEANING
 
 _FORMULAS = {
@@ -34,7 +34,7 @@ _ESTIMATORS = {
 }
 
 
-def make_about(
+def about_page(
     report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
 ) -> str:
     """What was measured, how, and how to read it, in Markdown."""
@@ -82,19 +82,21 @@ def make_about(
             [(how, str(len(names)), _some(names)) for how, names in ways.items()],
         ),
         "## Configuration",
-        _table(("what", "value"), list(tell_run(run).items())),
+        _table(("what", "value"), list(format_run_info(run).items())),
         f"```\n{yaml.safe_dump(run.get('config', {}), sort_keys=False).strip()}\n```",
     ]
     return "\n\n".join(lines)
 
 
-def make_page(record: dict[str, Any], most: int = 8) -> str:
+def advice_page(record: dict[str, Any], most: int = 8) -> str:
     """The advice, and the table of the model and of the layers that need most pairs."""
     advice = "\n".join(f"* {line}" for line in record["advice"])
     rows = make_rows(record, most)
-    shown = [i for i, head in enumerate(rows[0]) if head not in LEAST]  # more cells break words
+    shown = [
+        i for i, head in enumerate(rows[0]) if head not in OPTIONAL_COLUMNS
+    ]  # more cells break words
     (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
-    told = "\n\n".join(["", *footnotes(record, most, without=LEAST)])
+    told = "\n\n".join(["", *footnotes(record, most, without=OPTIONAL_COLUMNS)])
     left = len(record["layers"]) - most
     more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"
