@@ -39,7 +39,11 @@ def operator_norms(
     if kept and (key in net.norms):
         return net.norms[key]
     if convolution:
-        options = {"groups": node._saved_groups, "positions": positions, "sought": compute_spectral}
+        options = {
+            "groups": node._saved_groups,
+            "positions": positions,
+            "compute_spectral": compute_spectral,
+        }
         norms = convolution_norms(weight.detach(), window, **options)
     else:
         norms = linear_norms(weight.detach(), positions, compute_spectral=compute_spectral)

@@ -27,7 +27,7 @@ GRID, SYMBOL_NUMBERS = 5, 2**23
 class OperatorNorms(NamedTuple):
     """s_max and ‖·‖_F of one layer's linear operator, as it acts on one input.
 
-    ``spectral`` is infinite where it was not ``compute_spectral`` and is not cheap.
+    ``spectral`` is infinite where ``compute_spectral`` is false and it is not cheap.
     """
 
     spectral: float

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fimprobe
-from fimprobe.probe.optimizers import Trains
+from fimprobe.probe.optimizers import OptimizerFilter
 from fimprobe.training.schedule import Budget
 
 
@@ -144,7 +144,7 @@ def test_an_optimizer_that_gains_the_parameters_later_is_noticed():
 
 def test_a_model_that_gains_the_optimizers_parameters_is_noticed():
     net, more = mlp(), nn.Linear(3, 3)
-    optimizer, trains = sgd(more), Trains(net)
+    optimizer, trains = sgd(more), OptimizerFilter(net)
     assert not any(trains.known(optimizer, afresh=False) for _ in range(40))
     net.append(more)
     assert [trains.known(optimizer, afresh=False) for _ in range(40)][-1]  # asked at the 64th
@@ -154,7 +154,7 @@ def test_a_model_that_gains_the_optimizers_parameters_is_noticed():
 
 def test_forgotten_optimizers_are_let_go():
     net = mlp()
-    trains, optimizer = Trains(net), sgd(net)
+    trains, optimizer = OptimizerFilter(net), sgd(net)
     trains.known(optimizer, afresh=False)
     gone = weakref.ref(optimizer)
     del optimizer
