@@ -19,7 +19,7 @@ CONFIG = Path(__file__).parent / "fimprobe.yaml"
 
 
 class Source(Dataset):
-    """Windows of the standard library's bytes: what a byte is, the bytes before it tell."""
+    """Windows of bytes of the standard library: each byte is predicted from those before it."""
 
     def __init__(self, length: int, files: int = 100) -> None:
         paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:files]
@@ -28,16 +28,16 @@ class Source(Dataset):
         self.windows = tokens[: len(tokens) // length * length].view(-1, length)
 
     def __len__(self) -> int:
-        """Windows."""
+        """Return the number of windows."""
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One of them; the model shifts the labels itself."""
+        """Return a window; the model shifts the labels itself."""
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
 def make_gpt2(*, layers: int, width: int, length: int) -> GPT2LMHeadModel:
-    """GPT-2 over 256 bytes."""
+    """Return a GPT-2 over 256 bytes."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=256,
@@ -55,7 +55,7 @@ def make_gpt2(*, layers: int, width: int, length: int) -> GPT2LMHeadModel:
 def run(
     steps: int, out: Path, *, layers: int = 4, width: int = 128, length: int = 128, files: int = 100
 ) -> tuple[Trainer, FimProbeCallback]:
-    """Train; the callback is all that the probe needs."""
+    """Train with the callback, which is all that the probe needs."""
     torch.manual_seed(0)
     probing = FimProbeCallback(CONFIG)
     trainer = Trainer(
@@ -79,7 +79,7 @@ def run(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, print the last report and where to look."""
+    """Train, and print the last report and the commands that show more."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--layers", type=int, default=4)

@@ -1,18 +1,17 @@
 """Natural gradient with an estimated Fisher information: Î₁ against Î₂ on regression data.
 
-Linear regression on scikit-learn's diabetes data and logistic regression (odd digit or even?) on
-twenty principal components of its digits. Each step is θ ← θ − η (Î + λI)⁻¹ ∇L, the gradient from
-all the data, Î from N draws of labels from the model. One draw labels all B inputs at once: the data
-set is one observation with outputs h = Xθ in R^B, and a draw costs one backward pass. So all that
-differs between the curves is the noise of the labels in the preconditioner, and the η that each does
-best with.
+The problems are linear regression on scikit-learn's diabetes data, and logistic regression (odd or
+even digit) on twenty principal components of its digits. Each step is θ ← θ − η (Î + λI)⁻¹ ∇L, with
+the gradient of all data and Î from N draws of labels from the model. One draw labels all B inputs
+together: the data set is one observation with outputs h = Xθ in R^B, and a draw costs one backward
+pass. The curves therefore differ by the noise of the labels in the preconditioner alone, each at its
+best η.
 
-The outputs are natural parameters and linear in θ, so Î₂ has no such noise: it is the Fisher
-information from a single draw (deck (11), (16) with ∂²h = 0). Î₁ has rank N and the variance (13):
-relative to ‖F‖_F² it is ((tr F)²/‖F‖_F² + 1)/N for Gaussian labels. What N < P leaves out, the
-damping λ fills in.
-
-Source: the toy experiment of Soen & Sun 2024 (Figure 1), here on real data and against N.
+The outputs are natural parameters and linear in θ, so that Î₂ has no such noise: one draw gives the
+Fisher information (Soen & Sun, 2021, eq. 11 and 16 with ∂²h = 0). Î₁ has rank N and the variance of
+eq. 13: relative to ‖F‖_F² it is ((tr F)²/‖F‖_F² + 1)/N for Gaussian labels. The damping λ makes the
+matrix invertible for N < P. The experiment follows the toy experiment of Soen & Sun (2024), Figure 1,
+on real data and as a function of N.
 
 Run: python examples/natural_gradient.py --seeds 20 --steps 25 --out /tmp/natural_gradient
 """
@@ -23,7 +22,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +40,15 @@ class Problem(NamedTuple):
     x: Tensor
     y: Tensor
     log_likelihood: Callable[[Tensor, Tensor], Tensor]
-    """Of h and y, up to what does not depend on h."""
+    """Function of h and y, up to a term without h."""
     sample: Callable[[Tensor, torch.Generator], Tensor]
-    """Labels y ~ p(y | h)."""
+    """Function of h and a generator that returns labels y ~ p(y | h)."""
     output_fisher: Callable[[Tensor], Tensor]
-    """I(h)."""
+    """Function of h that returns I(h)."""
 
 
 def linear_regression() -> Problem:
-    """y ~ N(h, σ²) on the diabetes data, σ² what least squares leaves over."""
+    """Return y ~ N(h, σ²) on the diabetes data, σ² the residual variance of least squares."""
     from sklearn.datasets import load_diabetes
 
     features, target = load_diabetes(return_X_y=True)
@@ -57,17 +56,17 @@ def linear_regression() -> Problem:
     residual = y - x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
     s2 = float(residual.square().mean())
     return Problem(
-        "linear regression (diabetes)",
-        x,
-        y,
-        lambda h, y: -((y - h) ** 2) / (2 * s2),
-        lambda h, g: h + s2**0.5 * torch.randn(h.shape, generator=g, dtype=h.dtype),
-        lambda h: torch.full_like(h, 1 / s2),
+        name="linear regression (diabetes)",
+        x=x,
+        y=y,
+        log_likelihood=lambda h, y: -((y - h) ** 2) / (2 * s2),
+        sample=lambda h, g: h + s2**0.5 * torch.randn(h.shape, generator=g, dtype=h.dtype),
+        output_fisher=lambda h: torch.full_like(h, 1 / s2),
     )
 
 
 def logistic_regression() -> Problem:
-    """y ~ Bernoulli(sigmoid(h)): is the digit odd? No plane separates them."""
+    """Return y ~ Bernoulli(sigmoid(h)): whether a digit is odd, which no plane separates."""
     from sklearn.datasets import load_digits
 
     pixels, digit = load_digits(return_X_y=True)
@@ -75,13 +74,13 @@ def logistic_regression() -> Problem:
     components = torch.linalg.svd(centred, full_matrices=False).Vh[:20]
     projected = centred @ components.T
     return Problem(
-        "logistic regression (digits)",
-        # one scale for all: components of their own sizes are what a natural gradient is for
-        torch.cat([projected / projected.std(), torch.ones(len(projected), 1).double()], 1),
-        torch.tensor(digit % 2, dtype=torch.float64),
-        lambda h, y: y * h - torch.nn.functional.softplus(h),
-        lambda h, g: (torch.rand(h.shape, generator=g, dtype=h.dtype) < h.sigmoid()).to(h),
-        lambda h: h.sigmoid() * (-h).sigmoid(),
+        name="logistic regression (digits)",
+        # one scale for all components, whose different sizes are what the natural gradient corrects
+        x=torch.cat([projected / projected.std(), torch.ones(len(projected), 1).double()], 1),
+        y=torch.tensor(digit % 2, dtype=torch.float64),
+        log_likelihood=lambda h, y: y * h - torch.nn.functional.softplus(h),
+        sample=lambda h, g: (torch.rand(h.shape, generator=g, dtype=h.dtype) < h.sigmoid()).to(h),
+        output_fisher=lambda h: h.sigmoid() * (-h).sigmoid(),
     )
 
 
@@ -94,32 +93,32 @@ def _with_bias(x: Tensor) -> Tensor:
 
 
 def estimate_i1(problem: Problem, theta: Tensor, labels: Tensor) -> Tensor:
-    """Î₁ (3): the mean of g gᵀ/B over draws of labels [N, B] from the model, g = Σ_b g_b."""
+    """Return Î₁: the mean of g gᵀ/B over draws of labels [N, B] from the model, g = Σ_b g_b."""
     score = grad(lambda theta, y: problem.log_likelihood(problem.x @ theta, y).sum())
     scores = vmap(score, (None, 0))(theta, labels)
     return scores.T @ scores / labels.numel()
 
 
 def estimate_i2(problem: Problem, theta: Tensor, labels: Tensor) -> Tensor:
-    """Î₂ (4): minus the mean Hessian of the log-likelihood, by the same labels [N, B]."""
+    """Return Î₂: minus the mean Hessian of the log-likelihood with the same labels [N, B]."""
     second = hessian(lambda theta, y: problem.log_likelihood(problem.x @ theta, y).mean())
     return -vmap(second, (None, 0))(theta, labels).mean(0)
 
 
 def fisher(problem: Problem, theta: Tensor) -> Tensor:
-    """F: the mean over inputs of Jᵀ I(h) J."""
+    """Return F: the mean over inputs of Jᵀ I(h) J."""
     jacobian = jacfwd(lambda theta: problem.x @ theta)(theta)
     information = problem.output_fisher(problem.x @ theta)
     return jacobian.T @ (information[:, None] * jacobian) / len(jacobian)
 
 
 def loss(problem: Problem, theta: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the data, up to a constant."""
+    """Return the mean negative log-likelihood of the data, up to a constant."""
     return -problem.log_likelihood(problem.x @ theta, problem.y).mean()
 
 
 def optimum(problem: Problem) -> Tensor:
-    """The maximum-likelihood θ, by Newton's method."""
+    """Return the maximum-likelihood θ by Newton's method."""
     theta = torch.zeros(problem.x.shape[1], dtype=problem.x.dtype)
     for _ in range(50):
         gradient = grad(lambda t: loss(problem, t))(theta)
@@ -135,6 +134,10 @@ class Curve(NamedTuple):
     rate: float
 
 
+Results = dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]
+"""Every problem by name, with its curves by estimator and number of draws."""
+
+
 def descend(
     problem: Problem,
     estimator: str,
@@ -145,9 +148,16 @@ def descend(
     rate: float,
     damping: float,
 ) -> Curve:
-    """Natural gradient descent from θ = 0, all seeds side by side.
+    """Descend along the natural gradient from θ = 0, all seeds together.
 
-    ``damping`` is λ in units of the mean of F's diagonal at the start.
+    Args:
+        problem: The data and the likelihood.
+        estimator: "Î₁", "Î₂", ``PLAIN`` or ``EXACT``.
+        draws: N.
+        seeds: Number of runs.
+        steps: Steps of each run.
+        rate: η.
+        damping: λ in units of the mean of F's diagonal at the start.
     """
     width = problem.x.shape[1]
     theta = torch.zeros(seeds, width, dtype=problem.x.dtype)
@@ -176,19 +186,17 @@ def descend(
 
 
 def descend_best(problem: Problem, estimator: str, draws: int, **options: float) -> Curve:
-    """With the step size of ``RATES`` that ends lowest, on average over the seeds."""
+    """Return the curve with the step size of ``RATES`` that has the lowest mean final loss."""
     curves = [descend(problem, estimator, draws, rate=rate, **options) for rate in RATES]
     return min(curves, key=lambda c: float(c.excess[:, -1].mean().nan_to_num(math.inf)))
 
 
-def run(
-    *, seeds: int, steps: int, damping: float
-) -> dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]:
-    """Every problem's curves by estimator and number of draws."""
-    found = {}
+def run(*, seeds: int, steps: int, damping: float) -> Results:
+    """Return the curves of every problem by estimator and number of draws."""
+    results = {}
     options = {"seeds": seeds, "steps": steps, "damping": damping}
     for problem in (linear_regression(), logistic_regression()):
-        # a single run of what is not random, and one draw of Î₂ where all would be the same
+        # a single run where nothing is random; one draw of Î₂, because all are equal
         single = options | {"seeds": 1}
         curves = {
             (PLAIN, 0): descend_best(problem, PLAIN, 0, **single),
@@ -197,51 +205,51 @@ def run(
         }
         for draws in DRAWS:
             curves["Î₁", draws] = descend_best(problem, "Î₁", draws, **options)
-        found[problem.name] = problem, curves
-    return found
+        results[problem.name] = problem, curves
+    return results
 
 
 def predicted_error(problem: Problem, draws: int) -> float:
-    """√(E‖Î₁ − F‖_F²)/‖F‖_F at θ = 0 for Gaussian scores: √(((tr F)²/‖F‖_F² + 1)/N)."""
+    """Return the relative error of Î₁ at θ = 0 for Gaussian scores: √(((tr F)²/‖F‖_F² + 1)/N)."""
     start = fisher(problem, torch.zeros(problem.x.shape[1], dtype=problem.x.dtype))
     return math.sqrt((float(start.trace() / start.norm()) ** 2 + 1) / draws)
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error over the first dimension; a single value has no error (NaN)."""
+    """Return mean and standard error over the first dimension; the error of one value is NaN."""
     error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else math.nan * values[0]
     return values.mean(0), error
 
 
 def root_mean_square(values: Tensor) -> tuple[float, float]:
-    """√(mean of squares) and its standard error."""
+    """Return the root mean square and its standard error."""
     mean, error = (float(v) for v in mean_and_error(values.square()))
     return math.sqrt(mean), error / (2 * math.sqrt(mean)) if mean else error
 
 
 def steps_to(excess: Tensor, share: float) -> str:
-    """Mean steps until the excess loss is that share of its start, over the seeds that get there."""
+    """Return the mean steps until the excess loss is a share of its start, where that is reached."""
     below = excess <= share * excess[:, :1]
-    there = below.any(1)
-    if not bool(there.any()):
+    reached = below.any(1)
+    if not bool(reached.any()):
         return "–"
-    first = below[there].double().argmax(1).double()
-    missed = "" if bool(there.all()) else f" ({int(there.sum())} of {len(there)} seeds)"
-    return f"{float(first.mean()):.1f}{missed}"
+    first = below[reached].double().argmax(1).double()
+    some = "" if bool(reached.all()) else f" ({int(reached.sum())} of {len(reached)} seeds)"
+    return f"{float(first.mean()):.1f}{some}"
 
 
-def format_table(found: dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]) -> str:
-    """Step size, noise at the start, and what is left of the excess loss at the end."""
+def format_table(results: Results) -> str:
+    """Return step size, noise at the start, and the share of the excess loss at the end."""
     lines = []
-    for name, (problem, curves) in found.items():
+    for name, (problem, curves) in results.items():
         lines.append(
             f"{name + ': preconditioner':46}{'η':>5}{'‖Î − F‖/‖F‖ at start':>24}{'theory':>10}"
             f"{'excess loss left':>26}{'steps to 1 %':>24}"
         )
         for (estimator, draws), curve in curves.items():
             cells = []
-            left = mean_and_error(curve.excess[:, -1] / curve.excess[:, 0])
-            for mean, error in (root_mean_square(curve.error.view(-1)), map(float, left)):
+            final = mean_and_error(curve.excess[:, -1] / curve.excess[:, 0])
+            for mean, error in (root_mean_square(curve.error.view(-1)), map(float, final)):
                 cells.append(f"{mean:.2g}" + ("" if math.isnan(error) else f" ± {error:.1g}"))
             noise = cells[0] if estimator != PLAIN else ""
             theory = f"{predicted_error(problem, draws):.2g}" if estimator == "Î₁" else ""
@@ -254,54 +262,67 @@ def format_table(found: dict[str, tuple[Problem, dict[tuple[str, int], Curve]]])
     return "\n".join(lines)
 
 
-def draw(
-    found: dict[str, tuple[Problem, dict[tuple[str, int], Curve]]], path: Path, damping: float
-) -> None:
-    """Excess loss over steps for each problem; the error of Î₁ over the number of draws."""
+def draw(results: Results, path: Path, damping: float) -> None:
+    """Draw the excess loss over steps for each problem, and the error of Î₁ over the draws.
+
+    Args:
+        results: The curves of every problem.
+        path: The path of the figure.
+        damping: The damping in the title.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(found) + 1, figsize=(14, 4.6))
-    shades = pyplot.get_cmap("viridis")
-    seeds = 1
-    for axis, (name, (_, curves)) in zip(axes, found.items(), strict=False):
-        for (estimator, draws), curve in curves.items():
-            mean, error = mean_and_error(curve.excess / curve.excess[:, :1])
-            seeds = max(seeds, len(curve.excess))
-            steps = range(len(mean))
-            if estimator == "Î₁":
-                place = DRAWS.index(draws) / (len(DRAWS) - 1)
-                look = {"color": shades(0.9 - 0.75 * place), "marker": "osDv^"[DRAWS.index(draws)]}
-            elif estimator == "Î₂":
-                look = {"color": "#D55E00", "marker": "x", "linestyle": "none", "zorder": 4}
-            else:
-                look = {"color": "black", "linestyle": ":" if estimator == PLAIN else "-"}
-            if estimator in (PLAIN, EXACT):
-                label = "gradient descent" if estimator == PLAIN else "F exact"
-            else:
-                label = f"{estimator}, N = {draws}"
-            axis.plot(steps, mean, label=label, linewidth=1.3, markersize=5, markevery=3, **look)
-            if not bool(error.isnan().any()) and estimator == "Î₁":
-                axis.fill_between(
-                    steps,
-                    (mean - error).clamp_min(1e-16),
-                    mean + error,
-                    color=look["color"],
-                    alpha=0.25,
-                    linewidth=0,
-                )
-        axis.set_yscale("log")
-        ends = [float(mean_and_error(c.excess / c.excess[:, :1])[0][-1]) for c in curves.values()]
-        axis.set_ylim(max(min(ends) / 3, 1e-9), 2)
+    figure, axes = pyplot.subplots(1, len(results) + 1, figsize=(14, 4.6))
+    for axis, (name, (_, curves)) in zip(axes, results.items(), strict=False):
+        _draw_losses(axis, curves, pyplot.get_cmap("viridis"))
         axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.set_ylabel("excess loss / excess loss at the start")
-        axis.grid(True, color="0.88", linewidth=0.6)
-    axis = axes[-1]
+    _draw_noise(axes[-1], results)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    seeds = max(len(curve.excess) for _, curves in results.values() for curve in curves.values())
+    figure.suptitle(
+        f"Natural gradient with an estimated Fisher information: means ± standard errors of {seeds} "
+        f"seeds,\neach curve at its best step size, damping {damping:g} × mean diagonal of F"
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_losses(axis: Any, curves: dict[tuple[str, int], Curve], shades: Any) -> None:
+    """Draw the excess loss of every curve over steps."""
+    ends = []
+    for (estimator, draws), curve in curves.items():
+        mean, error = mean_and_error(curve.excess / curve.excess[:, :1])
+        steps = range(len(mean))
+        ends.append(float(mean[-1]))
+        label = f"{estimator}, N = {draws}"
+        if estimator == "Î₁":
+            place = DRAWS.index(draws) / (len(DRAWS) - 1)
+            style = {"color": shades(0.9 - 0.75 * place), "marker": "osDv^"[DRAWS.index(draws)]}
+        elif estimator == "Î₂":
+            style = {"color": "#D55E00", "marker": "x", "linestyle": "none", "zorder": 4}
+        else:
+            style = {"color": "black", "linestyle": ":" if estimator == PLAIN else "-"}
+            label = "gradient descent" if estimator == PLAIN else "F exact"
+        axis.plot(steps, mean, label=label, linewidth=1.3, markersize=5, markevery=3, **style)
+        if not bool(error.isnan().any()) and estimator == "Î₁":
+            low = (mean - error).clamp_min(1e-16)
+            axis.fill_between(steps, low, mean + error, color=style["color"], alpha=0.25, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_ylim(max(min(ends) / 3, 1e-9), 2)
+    axis.set_xlabel("step")
+    axis.set_ylabel("excess loss / excess loss at the start")
+    axis.grid(True, color="0.88", linewidth=0.6)
+
+
+def _draw_noise(axis: Any, results: Results) -> None:
+    """Draw the measured and the predicted error of Î₁ over the number of draws."""
     for (name, (problem, curves)), color, marker in zip(
-        found.items(), ("#0072B2", "#E69F00"), "os", strict=True
+        results.items(), ("#0072B2", "#E69F00"), "os", strict=True
     ):
         points = [root_mean_square(curves["Î₁", n].error) for n in DRAWS]
         axis.errorbar(
@@ -327,19 +348,10 @@ def draw(
     axis.set_ylabel("‖Î₁ − F‖ / ‖F‖ at the start")
     axis.grid(True, color="0.88", linewidth=0.6)
     axis.legend(frameon=False, fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        f"Natural gradient with an estimated Fisher information: means ± standard errors of {seeds} "
-        f"seeds,\neach curve at its best step size, damping {damping:g} × mean diagonal of F"
-    )
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Descend, print, draw."""
+    """Descend, print and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20, help="runs of every setting (default 20)")
     parser.add_argument("--steps", type=int, default=25, help="steps of descent (default 25)")
@@ -347,11 +359,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figure")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found = run(seeds=options.seeds, steps=options.steps, damping=options.damping)
-    print(format_table(found))
+    results = run(seeds=options.seeds, steps=options.steps, damping=options.damping)
+    print(format_table(results))
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        draw(found, options.out / "natural_gradient.png", options.damping)
+        draw(results, options.out / "natural_gradient.png", options.damping)
         print(f"figure: {options.out / 'natural_gradient.png'}")
     except ImportError as error:
         print(f"no figure: it needs {error.name} (pip install matplotlib)")

@@ -1,4 +1,4 @@
-"""A family of one's own: negative binomial counts, measured on the pixels of scikit-learn's digits.
+"""A custom likelihood: negative binomial counts, measured on the pixels of scikit-learn's digits.
 
 Run: python examples/own_family.py
 """
@@ -22,22 +22,22 @@ class NegativeBinomial(Independent):
     name: str = "negative binomial"
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """The smallest k with P(Y ≤ k) ≥ u, adding up the probabilities."""
+        """Return the smallest k with P(Y ≤ k) ≥ u from the sum of the probabilities."""
         mean = outputs.double().exp().expand(uniforms.shape)
         ratio = mean / (self.r + mean)
         term = (-self.r * torch.log1p(mean / self.r)).exp()  # P(Y = 0)
         cumulated, count = term.clone(), torch.zeros_like(term)
         for k in range(1, 100_000):
-            short = (cumulated < uniforms) & (term > 1e-18)
-            if not bool(short.any()):
+            below = (cumulated < uniforms) & (term > 1e-18)
+            if not bool(below.any()):
                 break
-            term = torch.where(short, term * ratio * (self.r + k - 1) / k, term)
-            cumulated = torch.where(short, cumulated + term, cumulated)
-            count = torch.where(short, count + 1, count)
+            term = torch.where(below, term * ratio * (self.r + k - 1) / k, term)
+            cumulated = torch.where(below, cumulated + term, cumulated)
+            count = torch.where(below, count + 1, count)
         return count
 
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """P(Y = k) of the counts k below 512: with them labels are drawn where the score is large."""
+        """Return P(Y = k) of the counts k below 512, which size-biased labels need."""
         k = torch.arange(512, dtype=torch.float64, device=outputs.device)
         mean = outputs.double().exp().unsqueeze(-1)
         r = torch.full_like(mean, self.r)
@@ -45,18 +45,18 @@ class NegativeBinomial(Independent):
         return (ways - r * torch.log1p(mean / r) + k * (mean / (r + mean)).log()).exp()
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """(y − μ) r/(r + μ)."""
+        """Return (y − μ) r/(r + μ)."""
         mean = outputs.double().exp()
         score = (labels - mean) * self.r / (self.r + mean)
         return score.to(outputs.dtype if outputs.dtype == torch.float64 else torch.float32)
 
     def variance(self, outputs: Tensor) -> Tensor:
-        """μr/(r + μ)."""
+        """Return μr/(r + μ)."""
         mean = self._mean(outputs)
         return mean * self.r / (self.r + mean)
 
     def fourth_moment(self, outputs: Tensor) -> Tensor:
-        """(3v² + 6v²/r + v) (r/(r + μ))⁴ with v = μ + μ²/r."""
+        """Return (3v² + 6v²/r + v) (r/(r + μ))⁴ with v = μ + μ²/r."""
         mean = self._mean(outputs)
         v = mean + mean.square() / self.r
         fourth = 3 * v.square() + 6 * v.square() / self.r + v

@@ -1,8 +1,8 @@
 """Reports sent to an experiment tracker: Weights & Biases, MLflow, or anything with a ``log``.
 
 A sink is any object with ``write(report)`` and ``close()``; ``report.scalars()`` is a flat dict of
-finite numbers under TensorBoard's tags. A sink that raises is told once, then dropped, and training
-goes on. Runs in a second:
+finite numbers under TensorBoard's tags. A sink that raises is dropped with one warning, and training
+continues. Runs in a second:
 
     python examples/own_sink.py
 """
@@ -16,22 +16,22 @@ import fimprobe
 
 
 class TrackerSink:
-    """``TrackerSink(wandb.init().log)``, ``TrackerSink(mlflow.log_metrics)``."""
+    """A sink: ``TrackerSink(wandb.init().log)`` or ``TrackerSink(mlflow.log_metrics)``."""
 
     def __init__(self, log, *, layers=None):
         self.log, self.layers = log, layers
 
     def write(self, report):
-        """Tags hold only what MLflow and W&B both allow: no brackets."""
+        """Log the finite numbers; MLflow and W&B both refuse brackets in their names."""
         values = report.scalars(layers=self.layers)
         self.log({re.sub(r"[^\w\-. /]", "_", k): v for k, v in values.items()}, step=report.step)
 
     def close(self):
-        """The run is the tracker's own to finish."""
+        """Do nothing: the tracker finishes its run."""
 
 
 def main():
-    """Train a small net; what a tracker's ``log`` would get is printed."""
+    """Train a small net, and print the values that a tracker's ``log`` would receive."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

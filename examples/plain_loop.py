@@ -1,4 +1,4 @@
-"""A plain training loop on scikit-learn's digits with one line more.
+"""A plain training loop on scikit-learn's digits with one additional line.
 
 Run: python examples/plain_loop.py
 """
@@ -16,7 +16,7 @@ import fimprobe
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train a small CNN, print the last report and where to look."""
+    """Train a small CNN and print the last report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("runs/plain_loop"))

@@ -2,9 +2,9 @@
 
 Run: torchrun --nproc-per-node 2 examples/two_processes.py
 
-Each process takes 16 samples a step. Both attach, both hold the same reports, of 32 samples each; the
-first one prints (and would write to TensorBoard). Seen at step 150: tr F = 3.42 on both processes,
-80 % of it in the last layer, where drawn labels add no variance to Î₂.
+Each process uses 16 samples per step. Both attach a probe and have the same reports, of 32 samples
+each; the first one prints (and would write to TensorBoard). Result at step 150: tr F = 3.42 on both
+processes, 80 % of it in the last layer, where drawn labels add no variance to Î₂.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLES = 16
 
 
 def train(epochs: int) -> fimprobe.Report | None:
-    """The last report of a training by all processes."""
+    """Train on all processes, and return the last report."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -59,8 +59,8 @@ def main() -> None:
     if rank == 0:
         print(report)
         print(f"{size} processes, {SAMPLES} samples each; the report: {report.batch_size}")
-        print(f"tr F as each process has it: {traces.tolist()}")
-    gc.collect()  # a DDP model that outlives its group makes gloo abort at exit now and then
+        print(f"tr F of each process: {traces.tolist()}")
+    gc.collect()  # a DDP model that outlives its group can make gloo abort at exit
     dist.destroy_process_group()
 
 

@@ -29,16 +29,16 @@ class Digits(Dataset):
         self.images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
 
     def __len__(self) -> int:
-        """Digits."""
+        """Return the number of digits."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One of them."""
+        """Return a digit and its label."""
         return {"pixel_values": self.images[index], "labels": torch.tensor(self.labels[index])}
 
 
 def make_vit(*, layers: int, width: int) -> ViTForImageClassification:
-    """Patches of 2×2 pixels."""
+    """Return a vision transformer with patches of 2×2 pixels."""
     config = ViTConfig(
         image_size=8,
         patch_size=2,
@@ -52,17 +52,17 @@ def make_vit(*, layers: int, width: int) -> ViTForImageClassification:
     return ViTForImageClassification(config)
 
 
-def accuracy(prediction: tuple) -> dict[str, float]:
-    """Of the held-out digits."""
+def compute_accuracy(prediction: tuple) -> dict[str, float]:
+    """Return the accuracy on the held-out digits."""
     logits, labels = prediction
     return {"accuracy": float((logits.argmax(-1) == labels).mean())}
 
 
 def run(steps: int, out: Path, *, layers: int = 3, width: int = 64) -> tuple[float, FimProbeCallback]:
-    """Train; returns the accuracy and the callback, which is all that the probe needs."""
+    """Train, and return the accuracy and the callback, which is all that the probe needs."""
     torch.manual_seed(0)
     train, held_out = random_split(Digits(), [1437, 360])
-    # exact: the expectation over all ten labels in place of drawn ones
+    # exact: the expectation over all ten labels instead of drawn ones
     probing = FimProbeCallback(schedule={"every": max(1, steps // 6)}, draws="exact", batch=16)
     trainer = Trainer(
         model=make_vit(layers=layers, width=width),
@@ -78,7 +78,7 @@ def run(steps: int, out: Path, *, layers: int = 3, width: int = 64) -> tuple[flo
         ),
         train_dataset=train,
         eval_dataset=held_out,
-        compute_metrics=accuracy,
+        compute_metrics=compute_accuracy,
         callbacks=[probing],
     )
     trainer.train()
@@ -86,19 +86,19 @@ def run(steps: int, out: Path, *, layers: int = 3, width: int = 64) -> tuple[flo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, print the last report and where to look."""
+    """Train, and print the last report and the commands that show more."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/vit_on_digits"))
     options = parser.parse_args(arguments)
-    found, probing = run(options.steps, options.out, layers=options.layers, width=options.width)
+    accuracy, probing = run(options.steps, options.out, layers=options.layers, width=options.width)
     probe = probing.probe
     if probe is None or probe.last is None:
         raise SystemExit("nothing was probed")
     print(probe.last)
-    print(f"\naccuracy {100 * found:.1f} % of held-out digits; {len(probe.history)} reports")
+    print(f"\naccuracy {100 * accuracy:.1f} % of held-out digits; {len(probe.history)} reports")
     print(f"Look at it: tensorboard --logdir {options.out}    or: fimprobe show {probe.log_dir}")
 
 

@@ -1,10 +1,10 @@
 """Know how wrong your Fisher information is: estimators, their variance, live in TensorBoard."""
 
-from fimprobe import torchvision_compat as _torchvision_compat  # noqa: I001 - before transformers
-
 from fimprobe import likelihoods, penalties
 from fimprobe._version import __version__
 from fimprobe.config.config import Config, load_config
+from fimprobe.distributed.processes import ProcessGroup, join_processes
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
 from fimprobe.likelihoods.base import Likelihood
@@ -23,16 +23,18 @@ __all__ = [
     "Geometry",
     "GroupEstimates",
     "Likelihood",
+    "Plan",
     "Probe",
+    "ProcessGroup",
     "Records",
     "Report",
     "Sink",
     "__version__",
     "attach",
+    "join_processes",
     "likelihoods",
     "load_config",
     "measure",
     "penalties",
     "read",
 ]
-del _torchvision_compat

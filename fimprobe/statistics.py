@@ -1,11 +1,14 @@
-"""Sufficient statistics: what engines return and estimators take."""
+"""Sufficient statistics, which engines return and estimators turn into estimates.
+
+Symbols: B inputs, S draws or passes of each, G groups of parameters; n output cotangents, K random
+probes and J directions of the parameters for second derivatives.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,72 +16,76 @@ from torch import Tensor
 from fimprobe.likelihoods.base import OutputNorms
 
 MAX_ENTRIES = 1024
-"""Entries that are taken of a larger tensor."""
+"""Entries in the subsample of a larger tensor."""
 
-
-_GOLDEN = 0.6180339887498949
+_GOLDEN_RATIO = 0.6180339887498949
 
 
 def subsample_entries(x: Tensor) -> Tensor:
-    """All entries of a small tensor, ``MAX_ENTRIES`` of a larger one.
+    """Return all entries of a small tensor, ``MAX_ENTRIES`` of a larger one.
 
-    The steps between the entries taken divide no row or column length.
+    The step between two of these entries is coprime to the size, so that it divides no row or column
+    length.
 
     >>> len(subsample_entries(torch.ones(3, 5))), len(subsample_entries(torch.ones(300, 50)))
     (15, 1024)
     """
     entries = x.detach().reshape(-1)
-    return entries if len(entries) <= MAX_ENTRIES else entries[_places(len(entries), entries.device)]
+    return entries if len(entries) <= MAX_ENTRIES else entries[_indices(len(entries), entries.device)]
 
 
 @functools.lru_cache(maxsize=256)
-def _places(size: int, device: torch.device) -> Tensor:
-    step = round(_GOLDEN * size)
+def _indices(size: int, device: torch.device) -> Tensor:
+    # steps of the golden ratio leave no large gap, however many entries there are
+    step = round(_GOLDEN_RATIO * size)
     while math.gcd(step, size) > 1:
         step += 1
     return torch.arange(MAX_ENTRIES, device=device) * step % size
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Moments:
-    """Sums over B inputs and their draws for one parameter (theory: "From B inputs × S draws").
+    """Sums over B inputs and their S draws for one parameter.
 
-    Exact labels have weights w of g² and w₄ of g⁴ (S is then 1 in every formula); drawn labels of
-    weight w (1, or that of a size-biased draw) enter as ĝ = √w g, with 1/w for w₄:
-    ``a2`` Σ_b Σ_s w g² per entry, empty where only sums are wanted (``a2_sum`` Σ_i, ``a2_square``
-    Σ_i of its square) · ``powers`` [4, B] for each input, summed over entries: A4 = Σ_s w₄ ĝ⁴
-    (Σ_s w g⁴ of drawn labels), Q = (Σ_s w g²)², R the same with the square taken inside each block
-    (equal for one block; Σ_s w² g⁴ of drawn labels, each its own block), and
-    F_bi max_s g_bsi² for one label's exact passes · ``gram`` [B, S, S] the inner products ĝ_s·ĝ_t,
-    its diagonal the per-sample squared norms (``squared_norms`` [B, S] alone where S is large) ·
-    ``a4``, ``q``, ``r`` per entry on request.
+    g are per-sample gradients. Exact labels weight g² by w and g⁴ by w₄, and S is 1 in every formula.
+    Drawn labels of weight w (1, or that of a size-biased draw) enter as ĝ = √w g, with w₄ = 1/w.
+    See docs/theory.md, "Unbiased estimates from B inputs and S draws".
     """
 
     a2: Tensor
+    """A2 = Σ_b Σ_s w g² of every entry, in the parameter's shape; empty where sums are enough."""
     a2_sum: float
+    """A2 summed over the entries."""
     a2_square: float
+    """A2² summed over the entries."""
     powers: Tensor
+    """[4, B], summed over the entries: A4 = Σ_s w₄ ĝ⁴ (of drawn labels Σ_s w g⁴); Q = (Σ_s w g²)²;
+    R, as Q with the square inside each block (of drawn labels each label is a block: Σ_s w² g⁴); and
+    F_bi max_s g_bsi² of the exact passes of one label."""
     squared_norms: Tensor
+    """Per-sample squared norms ‖ĝ_s‖² [B, S]."""
     gram: Tensor | None = None
+    """Inner products ĝ_s·ĝ_t [B, S, S]; None where S is large."""
     a4: Tensor | None = None
+    """A4 of every entry, on request; so are ``q`` and ``r``."""
     q: Tensor | None = None
     r: Tensor | None = None
     entries: Tensor | None = None
-    """Some of ``a2``, spread over it (:func:`fimprobe.statistics.subsample_entries`)."""
+    """A subsample of ``a2`` (:func:`fimprobe.statistics.subsample_entries`)."""
 
     @property
     def a4_sum(self) -> float:
-        """A4 over all inputs and entries."""
+        """A4 summed over all inputs and entries."""
         return float(self.powers[0].sum())
 
     @property
     def q_sum(self) -> float:
-        """Q over all inputs and entries."""
+        """Q summed over all inputs and entries."""
         return float(self.powers[1].sum())
 
     @property
     def r_sum(self) -> float:
-        """R over all inputs and entries."""
+        """R summed over all inputs and entries."""
         return float(self.powers[2].sum())
 
     @property
@@ -87,16 +94,20 @@ class Moments:
         return float(self.powers[3].sum())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MomentsBatch:
-    """All parameters' moments of one measurement, and what they were made of."""
+    """The moments of all parameters of one measurement, for one kind of cotangents."""
 
     parameters: dict[str, Moments]
     batch_size: int
     draws: int | None
-    second: Tensor | None = None
-    fourth: Tensor | None = None
+    """S; None for exact labels."""
+    square_weights: Tensor | None = None
+    """Weights w of g² of exact passes [B, S]."""
+    quartic_weights: Tensor | None = None
+    """Weights w₄ of g⁴ of exact passes [B, S]."""
     blocks: Tensor | None = None
+    """The independent label that each exact pass belongs to [S]."""
     inverse_weights: Tensor | None = None
     """1/w of size-biased labels, float64 [B, S]; None where labels were drawn from the model."""
     seen_mass: float | None = None
@@ -105,70 +116,66 @@ class MomentsBatch:
     fisher_trace: float | None = None
     """Σ_b tr I(h_b) = Σ_b E‖δ_b‖², the expectation in ``seen_mass``; None where it is not known."""
     coverage: dict[str, str] = field(default_factory=dict)
+    """How each parameter was measured."""
     classes: int | None = None
-    """Outputs that share one label (softmax), where bounds were asked for."""
+    """Number of outputs that share one label (softmax), where bounds were requested."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Curvature:
-    """Second derivatives of one parameter θ: R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ of B inputs and n seeds.
-
-    ``trace`` [B, n] Σ_i R_ii and ``square`` [B, n] Σ_i R_ii², unbiased over the probes ·
-    ``probe_squares`` [B, n, K] Σ_i r_i² of each probe's r, whose mean is R_ii ·
-    ``block`` [J, B, n, n] or its diagonal [J, B, n]: ⟨(R_y u)_θ, (R_z σu)_θ⟩ for directions u of
-    the parameters, R within one call, and σ = ``signs`` [J, B] the flips that take other
-    parameters out · ``joint`` the same, R across calls (where a parameter meets itself again) ·
-    ``whole`` ⟨(R_y u)_θ, (R_z u)_θ⟩ for u over all parameters.
-    ``diagonal``, ``diagonal_square`` per entry: Σ_b Σ_n w R_ii and Σ_b Σ_n w R_ii².
-    """
+    """Second derivatives R = Σ_a c_a ∂²h_a/∂θ∂θᵀ of a parameter θ, for B inputs and n cotangents."""
 
     trace: Tensor
+    """Σ_i R_ii [B, n], unbiased over the probes."""
     square: Tensor
+    """Σ_i R_ii² [B, n], unbiased over the probes."""
     probe_squares: Tensor | None
+    """Σ_i r_i² of each probe's r, whose mean is R_ii [B, n, K]; None without probes."""
     block: Tensor
+    """⟨(R_y u)_θ, (R_z σu)_θ⟩ for directions u, R within one call [J, B, n, n], or its diagonal
+    [J, B, n]. The sign flips σ (``signs``) cancel the other parameters."""
     whole: Tensor
+    """⟨(R_y u)_θ, (R_z u)_θ⟩ for directions u of all parameters, in the shape of ``block``."""
     signs: Tensor
+    """σ of this parameter [J, B]."""
     joint: Tensor | None = None
+    """As ``block``, R across the calls: for a parameter with interacting uses."""
     diagonal: Tensor | None = None
+    """Σ_b Σ_n w R_ii of every entry, on request."""
     diagonal_square: Tensor | None = None
+    """Σ_b Σ_n w R_ii² of every entry, on request."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CurvatureBatch:
-    """All parameters' second derivatives. The first ``draws`` seeds are those of the labels.
-
-    ``weights`` [B, draws]: of R² in its expectation over labels. ``partners``: parameters of the
-    same layer that a parameter meets again (itself, where it is reused). ``probes``: K.
-    """
+    """The second derivatives of all parameters of one measurement."""
 
     parameters: dict[str, Curvature]
     draws: int
+    """Number of cotangents that are label scores: the first of the n."""
     weights: Tensor
+    """Weights of R² in its expectation over labels [B, draws]."""
     exact: bool
+    """Whether labels were integrated over exactly."""
     partners: dict[str, set[str]]
+    """Parameters of the same layer with interacting uses (a parameter itself, where it is reused)."""
     probes: int
+    """K, the number of random probes."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measured:
-    """What an engine returns: moments of each kind of seeds, curvature, and constants per input.
-
-    ``moments``: "i1" the labels' scores, "ih" Hutchinson's seeds, "empirical" the data's labels,
-    "jacobian" the outputs themselves. ``activations``: moments of ∂ℓ/∂h of each layer's input, for
-    the labels' scores.
-    """
+    """The statistics that an engine returns for one batch."""
 
     moments: dict[str, MomentsBatch]
+    """Moments by the kind of cotangents: "i1" label scores, "ih" Hutchinson's vectors, "empirical"
+    scores of the data's labels, "jacobian" unit vectors or random signs, "ggn" factors of I(h)."""
     curvature: CurvatureBatch | None = None
     norms: OutputNorms | None = None
+    """Norms of I(h) and M of each input, where bounds were requested."""
     activations: MomentsBatch | None = None
+    """Moments of ∂ℓ/∂h of each layer's input, for the label scores."""
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kinks: list[str] = field(default_factory=list)
-
-
-class Engine(Protocol):
-    """Turns a model, a batch and draws into moments."""
-
-    def measure(self, *args: Any, **kwargs: Any) -> MomentsBatch:
-        """Moments of every trainable parameter."""
+    """Modules or autograd nodes that are not twice differentiable."""

@@ -1,8 +1,12 @@
-"""A torchvision that cannot be imported counts as absent.
+"""A torchvision that cannot be imported is treated as absent.
 
-BackPACK requires torchvision, and the one that pip finds may not match a CPU build of torch; every
-``import transformers`` model, and ``import lightning``, then fails with "operator torchvision::nms
-does not exist". Imported first by the package, before those are.
+BackPACK requires torchvision. The version that pip installs may not match a CPU build of torch, and
+importing it then raises "operator torchvision::nms does not exist". So does every model class of
+transformers, and Lightning, because both import an installed torchvision.
+
+:func:`hide_broken_torchvision` changes ``sys.modules`` for the whole process. ``import fimprobe``
+does not call it. The callers are :mod:`fimprobe.engines.backpack`, which is why torchvision is
+installed at all, and the integrations, which import transformers and Lightning.
 """
 
 from __future__ import annotations
@@ -18,7 +22,14 @@ logger = logging.getLogger("fimprobe")
 
 
 def hide_broken_torchvision() -> bool:
-    """Try torchvision once; where it fails, make later imports see no torchvision. True if hidden."""
+    """Import torchvision once; if that fails, make later imports find no torchvision.
+
+    A torchvision that works, or was imported before, stays as it is. Further calls change nothing.
+
+    Returns:
+        Whether this call hid torchvision.
+    """
+    # after the first call ``sys.modules["torchvision"]`` is None, which find_spec rejects
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return False
     try:
@@ -27,23 +38,30 @@ def hide_broken_torchvision() -> bool:
         for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
         sys.modules["torchvision"] = None  # type: ignore[assignment]
-        import_utils = sys.modules.get("transformers.utils.import_utils")
-        if import_utils is not None and hasattr(import_utils, "is_torchvision_available"):
-            cached = import_utils.is_torchvision_available
-            if hasattr(cached, "cache_clear"):
-                cached.cache_clear()
+        _reset_transformers_cache()
         _hide_from_lightning()
         logger.info("torchvision cannot be imported (%s) and is treated as absent", error)
         return True
     return False
 
 
+def _reset_transformers_cache() -> None:
+    """Make an imported transformers check again whether torchvision is available."""
+    import_utils = sys.modules.get("transformers.utils.import_utils")
+    is_available: Any = getattr(import_utils, "is_torchvision_available", None)
+    if hasattr(is_available, "cache_clear"):
+        is_available.cache_clear()
+
+
 def _hide_from_lightning() -> None:
-    """Lightning's torchmetrics believes what is installed, not what can be imported."""
+    """Report torchvision as not installed to Lightning's torchmetrics.
+
+    torchmetrics asks for the version of the installed package, not whether it can be imported.
+    """
     try:
-        seen: Any = importlib.import_module("lightning_utilities.core.imports")
-        version = seen._version
-    except (ImportError, AttributeError):  # no Lightning, or another one
+        imports: Any = importlib.import_module("lightning_utilities.core.imports")
+        version = imports._version
+    except (ImportError, AttributeError):  # no Lightning, or a version without this function
         return
 
     def without_torchvision(name: str) -> str:
@@ -51,7 +69,4 @@ def _hide_from_lightning() -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)  # type: ignore[no-any-return]
 
-    seen._version = without_torchvision
-
-
-hide_broken_torchvision()
+    imports._version = without_torchvision

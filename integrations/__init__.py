@@ -1,1 +1,1 @@
-"""Adapters to training loops; each uses the public API only."""
+"""Adapters to Trainers, which use the public API only."""

@@ -1,4 +1,4 @@
-"""``FimProbeCallback``: the adapter to Hugging Face's ``Trainer``."""
+"""``FimProbeCallback`` for the ``Trainer`` of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -15,52 +15,71 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
+
+from fimprobe.torchvision_compat import hide_broken_torchvision
+
+hide_broken_torchvision()  # before transformers imports torchvision
+
+from transformers import (  # noqa: E402
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback  # noqa: E402
 
-from fimprobe import Config, FimprobeError, Likelihood, Probe, Report, Sink, load_config
+from fimprobe import (  # noqa: E402
+    Config,
+    FimprobeError,
+    Likelihood,
+    Probe,
+    Report,
+    Sink,
+    load_config,
+)
 
 logger = logging.getLogger("fimprobe")
 
 CHECKPOINT_NOTE = "fimprobe.json"
-"""The file in a checkpoint that tells a resumed training where its reports are."""
+"""File in a checkpoint with the folder of the reports, for a training that resumes from it."""
 
 _HEADLINES = ("trace", "rel_error", "one_label_error")
 
 _callbacks: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FimProbeCallback]] = (
     weakref.WeakKeyDictionary()
 )
-"""The callback that probes a model."""
+"""The callback that probes each model."""
 
 
 class FimProbeCallback(TrainerCallback):
-    """Watch a ``Trainer``'s training; steps are ``state.global_step``.
+    """Measure during the training of a ``Trainer``; steps are ``state.global_step``.
 
-    Reports go to ``<the Trainer's TensorBoard run>/fimprobe`` (without one to
-    ``<output_dir>/runs/<time>_<host>/fimprobe``), headline values to the Trainer's own log: of Î₁
-    and Î₂ the trace, ``rel_error`` (of the report) and ``one_label_error`` (of the estimator with
-    one label for each input) where they are known, and ``fim_probe/overhead``, the share of the wall
-    time that probing took so far. A training that resumes from a checkpoint continues the files of
-    the one that wrote it; one that starts anew where reports are gets a folder ``fimprobe-2``.
+    Reports go to the folder ``fimprobe`` in the TensorBoard run of the Trainer. Without such a run
+    it is ``<output_dir>/runs/<time>_<host>/fimprobe``. Headline values also go to the log of the
+    Trainer: the trace, ``rel_error`` (of the report) and ``one_label_error`` (of the estimator with
+    one label per input) of Î₁ and Î₂, where they are known. ``fim_probe/overhead`` is the share of
+    the wall time that the probe used. A training that resumes from a checkpoint continues the files
+    of the training that wrote it. A new training whose folder holds reports writes to
+    ``fimprobe-2``.
+
+    ``callback.probe`` holds the reports, also after training. A training that ends by an exception
+    does not inform its callbacks, and its hooks keep the last batch. They are removed by the next
+    training of the model, with the callback, or by :meth:`detach`.
 
     Args:
-        config: YAML path, mapping or :class:`fimprobe.Config`; by default the file that the
-            environment variable ``FIMPROBE_CONFIG`` names. ``options`` (its fields as keywords)
-            win over it.
-        likelihood, log_dir, mask, labels, output, sinks: as for :func:`fimprobe.attach`.
-
-    ``callback.probe`` holds the reports, after training too. An exception ends a training without
-    telling its callbacks: the hooks, which then only hold the last batch, go with the next training
-    of the model, with the callback, or by :meth:`detach`.
+        config: YAML path, mapping or :class:`fimprobe.Config`; by default the file named by the
+            environment variable ``FIMPROBE_CONFIG``.
+        likelihood: As for :func:`fimprobe.attach`.
+        log_dir: As for :func:`fimprobe.attach`.
+        mask: As for :func:`fimprobe.attach`.
+        labels: As for :func:`fimprobe.attach`.
+        output: As for :func:`fimprobe.attach`.
+        sinks: As for :func:`fimprobe.attach`.
+        options: Fields of :class:`fimprobe.Config`, which take precedence over ``config``.
 
     Raises:
-        FimprobeError: for a configuration with mistakes.
+        FimprobeError: For a configuration with mistakes.
 
     >>> FimProbeCallback(schedule={"every": 50}, draws=4).config.draws
     4
@@ -86,46 +105,46 @@ class FimProbeCallback(TrainerCallback):
             options["likelihood"] = likelihood
         self.config = load_config(config, **options)
         self.probe: Probe | None = None
-        self._given: dict[str, Any] = {
+        self._attach_arguments: dict[str, Any] = {
             "mask": mask,
             "labels": labels,
             "output": output,
             "sinks": sinks,
         }
-        self._waiting = False
+        self._attach_pending = False
         self._state: Callable[[], TrainerState | None] = lambda: None
         self._trainer: Callable[[], Trainer | None] = lambda: None
-        self._finish: Callable[[], Any] = lambda: None
-        self._began = self._spent = 0.0
-        self._told: set[str] = set()
+        self._detach_probe: Callable[[], Any] = lambda: None
+        self._start_time = self._probe_seconds = 0.0
+        self._warned: set[str] = set()
 
     def detach(self) -> None:
-        """Take the hooks off, close the files. Calling it again does nothing."""
-        self._finish()
+        """Remove the hooks and close the files. Calling it again does nothing."""
+        self._detach_probe()
 
     # -- events ------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget a training that ended by an exception."""
+        """Detach from an earlier training, which an exception may have ended."""
         self.detach()
         self.probe = None
-        self._waiting = True
+        self._attach_pending = True
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach, before the first step: by now all callbacks know where they write."""
-        if self._waiting:
-            self._waiting = False
-            what = "nothing is probed, training goes on"
-            self._guarded(lambda: self._attach(args, state, kwargs["model"]), what)
+        """Attach before the first step, when the folders of all callbacks are known."""
+        if self._attach_pending:
+            self._attach_pending = False
+            failure = "nothing is probed, training continues"
+            self._run_safely(lambda: self._attach(args, state, kwargs["model"]), failure)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the step's number before its forward: by it the probe knows whether to look."""
+        """Set the number of the step before its forward, which decides whether it is due."""
         probe = self.probe
         if probe is not None and not probe.detached:
             probe.steps = state.global_step
@@ -141,24 +160,24 @@ class FimProbeCallback(TrainerCallback):
         probe.steps = state.global_step
         report = probe.step()
         ended = time.perf_counter()
-        self._spent += ended - started
+        self._probe_seconds += ended - started
         if report is not None:
             values = _headlines(report)
-            values["fim_probe/overhead"] = self._spent / (ended - self._began)
-            what = "the Trainer's log did not take the probe's values"
-            self._guarded(lambda: self._log(values, state, control), what)
+            values["fim_probe/overhead"] = self._probe_seconds / (ended - self._start_time)
+            failure = "the headline values could not be written to the Trainer's log"
+            self._run_safely(lambda: self._log(values, state, control), failure)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note in the checkpoint where the reports are."""
+        """Write the folder of the reports into the checkpoint."""
         folder = _checkpoint(args, state)
         probe = self.probe
         if probe is None or probe.log_dir is None or not folder.is_dir():
             return
         note = json.dumps({"log_dir": os.path.relpath(probe.log_dir, folder)})
-        what = f"{folder} holds no note of where the reports are"
-        self._guarded(lambda: (folder / CHECKPOINT_NOTE).write_text(note + "\n"), what)
+        failure = f"the folder of the reports could not be noted in {folder}"
+        self._run_safely(lambda: (folder / CHECKPOINT_NOTE).write_text(note + "\n"), failure)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,22 +188,29 @@ class FimProbeCallback(TrainerCallback):
     # -- inside ------------------------------------------------------------------------------
 
     def _attach(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Attach to the model, or to the compiled object that the Trainer calls.
+
+        Raises:
+            FimprobeError: For DeepSpeed, and if another callback probes the same training.
+        """
         trainer, checkpoint = _calling_trainer()
         called = model
         if trainer is not None:
             if trainer.is_deepspeed_enabled:
                 raise FimprobeError(
-                    "a model that DeepSpeed trains cannot be probed; train with DDP or FSDP2, or "
-                    "leave FimProbeCallback out"
+                    "a model that DeepSpeed trains cannot be probed. Train with DDP or FSDP2, or "
+                    "remove FimProbeCallback."
                 )
-            if hasattr(trainer.model_wrapped, "_orig_mod"):  # compiled: hooks inside would not run
+            if hasattr(
+                trainer.model_wrapped, "_orig_mod"
+            ):  # a compiled graph leaves out hooks inside
                 called = trainer.model_wrapped
             self._trainer = weakref.ref(trainer)
         other = _callbacks.get(model, lambda: None)()
         if other is not None and other.probe is not None and not other.probe.detached:
             if other._state() is state:
                 raise FimprobeError(
-                    "the Trainer has two FimProbeCallbacks; the first one probes, leave this one out"
+                    "the Trainer has two FimProbeCallbacks; the first one probes. Remove this one."
                 )
             other.detach()  # its training ended by an exception
         self._state = weakref.ref(state)
@@ -192,14 +218,14 @@ class FimProbeCallback(TrainerCallback):
         if config.tensorboard:
             folder = self._folder(args, state, trainer, checkpoint)
             config = load_config(config, tensorboard={"log_dir": str(folder)})
-        probe = Probe(called, config, first_step=state.global_step, **self._given)
+        probe = Probe(called, config, first_step=state.global_step, **self._attach_arguments)
         self.probe = probe
-        self._finish = weakref.finalize(self, probe.detach)
+        self._detach_probe = weakref.finalize(self, probe.detach)
         _callbacks[model] = weakref.ref(self)
-        self._began, self._spent = time.perf_counter(), 0.0
+        self._start_time, self._probe_seconds = time.perf_counter(), 0.0
         if probe.log_dir is not None:
-            own = self.config.tensorboard and self.config.tensorboard.log_dir
-            run = probe.log_dir if own else probe.log_dir.parent
+            configured = self.config.tensorboard and self.config.tensorboard.log_dir
+            run = probe.log_dir if configured else probe.log_dir.parent
             at = f" (continued at step {state.global_step})" if state.global_step else ""
             print(f"fimprobe: tensorboard --logdir {run}{at}")
 
@@ -210,51 +236,66 @@ class FimProbeCallback(TrainerCallback):
         trainer: Trainer | None,
         checkpoint: str | None,
     ) -> Path:
-        """Where this training writes; never to a folder with reports of another."""
-        given = self.config.tensorboard and self.config.tensorboard.log_dir
+        """Return the folder of this training's files, which holds no reports of another training.
+
+        Args:
+            args: Arguments of the Trainer.
+            state: State of the Trainer; its step is 0 for a new training.
+            trainer: The Trainer, if it was found.
+            checkpoint: The checkpoint from which the training resumes, if it was named.
+        """
+        configured = self.config.tensorboard and self.config.tensorboard.log_dir
         resumed = state.global_step > 0
-        if given:
-            folder = Path(given)
+        if configured:
+            folder = Path(configured)
         else:
-            before = Path(checkpoint) if checkpoint else _checkpoint(args, state)
-            noted = _read_note(before) if resumed else None
-            folder = noted or _run(args, trainer) / "fimprobe"
+            source = Path(checkpoint) if checkpoint else _checkpoint(args, state)
+            noted = _noted_folder(source) if resumed else None
+            folder = noted or _tensorboard_run(args, trainer) / "fimprobe"
         if resumed:
             return folder
-        free, number = folder, 1
-        while any(free.glob("*tfevents*")):
+        empty, number = folder, 1
+        while any(empty.glob("*tfevents*")):
             number += 1
-            free = folder.with_name(f"{folder.name}-{number}")
-        return free
+            empty = folder.with_name(f"{folder.name}-{number}")
+        return empty
 
     def _log(self, values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         trainer = self._trainer()
         if trainer is None:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
             return
-        wanted = control.should_log
-        # not trainer.log: trainers that override it empty their own metrics into each entry
+        should_log = control.should_log
+        # not trainer.log: trainers that override it add their metrics to each entry and reset them
         Trainer.log(trainer, values)
-        control.should_log = wanted  # on_log resets it
+        control.should_log = should_log  # on_log resets it
 
-    def _guarded(self, action: Callable[[], Any], what: str) -> None:
-        """An exception in a callback would end the training."""
+    def _run_safely(self, action: Callable[[], Any], failure: str) -> None:
+        """Run ``action``; log an error once, because an exception in a callback ends the training.
+
+        Args:
+            action: Called without arguments.
+            failure: What an error means, the beginning of the message.
+        """
         try:
             action()
         except Exception as error:
             if self.config.on_error == "raise":
                 raise
-            if what not in self._told:
-                self._told.add(what)
-                kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
-                logger.warning("fimprobe: %s: %s%s", what, kind, error)
+            if failure not in self._warned:
+                self._warned.add(failure)
+                error_type = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
+                logger.warning("fimprobe: %s: %s%s", failure, error_type, error)
 
 
 def _calling_trainer() -> tuple[Trainer | None, str | None]:
-    """The Trainer whose event this is, and the checkpoint it resumes from: events pass neither."""
+    """Return the Trainer of the present event, and the checkpoint from which it resumes.
+
+    Events pass neither, so both are read from the frames of the callers.
+    """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        # f_locals is a copy that a frame keeps: not of every frame, it would hold the user's objects
+        # a frame keeps the copy that f_locals makes, and with it the user's objects: check first
         if frame.f_code.co_varnames[:1] == ("self",) and isinstance(
             frame.f_locals.get("self"), Trainer
         ):
@@ -264,15 +305,15 @@ def _calling_trainer() -> tuple[Trainer | None, str | None]:
     return None, None
 
 
-def _run(args: TrainingArguments, trainer: Trainer | None) -> Path:
-    """The Trainer's TensorBoard run, or where it would be."""
+def _tensorboard_run(args: TrainingArguments, trainer: Trainer | None) -> Path:
+    """Return the folder of the Trainer's TensorBoard run, or its default if there is none."""
     for callback in trainer.callback_handler.callbacks if trainer is not None else ():
         if isinstance(callback, TensorBoardCallback):
             writer = callback.tb_writer  # torch's has a log_dir, tensorboardX's a logdir
-            found = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)
-            found = found or callback.logging_dir
-            if found:
-                return Path(found)
+            folder = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)
+            folder = folder or callback.logging_dir
+            if folder:
+                return Path(folder)
     assert args.output_dir is not None
     default = Path(args.output_dir, "runs", f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}")
     return Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or default).expanduser()
@@ -283,19 +324,18 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _read_note(checkpoint: Path) -> Path | None:
-    """The folder of the training that wrote a checkpoint, where there is one still."""
+def _noted_folder(checkpoint: Path) -> Path | None:
+    """Return the folder of the training that wrote a checkpoint, if it still exists."""
     try:
-        folder = (
-            checkpoint / json.loads((checkpoint / CHECKPOINT_NOTE).read_text())["log_dir"]
-        ).resolve()
+        note = json.loads((checkpoint / CHECKPOINT_NOTE).read_text())
+        folder = (checkpoint / note["log_dir"]).resolve()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return folder if folder.is_dir() else None
 
 
 def _headlines(report: Report) -> dict[str, float]:
-    """What is known of them, finite: they are saved as JSON and plotted."""
+    """Return the known headline values; all are finite, as JSON and charts need."""
     values = report.scalars(layers=())
     tags = [f"fim/{kind}/{name}" for kind in ("i1", "i2") for name in _HEADLINES]
     return {tag: values[tag] for tag in tags if tag in values}

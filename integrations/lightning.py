@@ -1,4 +1,4 @@
-"""``FimProbeCallback``: the adapter to PyTorch Lightning's Trainer."""
+"""``FimProbeCallback`` for the Trainer of PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fimprobe import Config, FimprobeError, Probe, Report, attach, load_config
+from fimprobe.torchvision_compat import hide_broken_torchvision
 
 logger = logging.getLogger("fimprobe")
+
+hide_broken_torchvision()  # before Lightning's torchmetrics imports torchvision
 
 # both names of the package may be installed; the one that the user imported first is meant
 _NAMES = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
@@ -34,24 +37,25 @@ _ATTACH_ARGUMENTS = ("likelihood", "log_dir", "mask", "labels", "output", "sinks
 
 
 class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
-    """Watch a LightningModule's training: ``Trainer(callbacks=[FimProbeCallback(...)])``.
+    """Measure during the training of a LightningModule.
 
-    The batch is what the hooked module's forward is called with inside ``training_step``, the step
-    is ``trainer.global_step``, kept when training is resumed. Files go to ``fimprobe`` below
-    ``trainer.log_dir`` (none with ``fast_dev_run``). With several optimizers a step is one of an
-    optimizer that holds the module's parameters. ``probe`` is the :class:`fimprobe.Probe` of the
-    current or last training.
+    Pass it as ``Trainer(callbacks=[FimProbeCallback(...)])``. The batch consists of the arguments
+    with which ``training_step`` calls the forward of the module. Steps are ``trainer.global_step``,
+    also after resuming. With several optimizers they are the steps of those that hold parameters of
+    the module. Files go to ``fimprobe`` below ``trainer.log_dir``; ``fast_dev_run`` writes none.
+    ``probe`` is the :class:`fimprobe.Probe` of the current or last training.
 
     Args:
-        config: as for :func:`fimprobe.attach`, and so are the ``options``.
-        module: name of the sub-module whose forward ``training_step`` calls (``"model"`` for
+        config: As for :func:`fimprobe.attach`.
+        module: Name of the sub-module whose forward ``training_step`` calls (``"model"`` for
             ``self.model(x)``); by default the LightningModule itself, ``self(x)``.
-        log: also send the model's headline values to the Trainer's loggers, as ``fim/...``: of Î₁ and
-            Î₂ the trace, ``rel_error`` (of the report), ``one_label_error`` (of the estimator with
-            one label for each input) and ``label_variance``, where they are known.
+        log: Whether headline values also go to the Trainer's loggers, as ``fim/...``: the trace,
+            ``rel_error`` (of the report), ``one_label_error`` (of the estimator with one label per
+            input) and ``label_variance`` of Î₁ and Î₂, where they are known.
+        options: Further arguments of :func:`fimprobe.attach`.
 
     Raises:
-        FimprobeError: for a configuration with mistakes, or a ``module`` that does not exist.
+        FimprobeError: For a configuration with mistakes, or a ``module`` that does not exist.
 
     >>> FimProbeCallback(schedule={"every": 100}, likelihood="categorical").probe is None
     True
@@ -68,14 +72,16 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         super().__init__()
         self.probe: Probe | None = None
         self.module, self._to_loggers = module, log
-        self._own = {name: options.pop(name) for name in _ATTACH_ARGUMENTS if name in options}
-        self._settings = load_config(config, **options)
-        self._called: list[str] = []
-        self._batches = 0
+        self._attach_arguments = {
+            name: options.pop(name) for name in _ATTACH_ARGUMENTS if name in options
+        }
+        self._config = load_config(config, **options)
+        self._called_modules: list[str] = []
+        self._num_batches = 0
         self._handles: list[Any] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach."""
+        """Attach to the module, and observe which modules ``training_step`` calls."""
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             self._disable(
                 f"training_step of {type(pl_module).__name__} is compiled, which hides its calls; "
@@ -83,50 +89,43 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
                 "FimProbeCallback(module='model')"
             )
             return
-        target = pl_module
-        if self.module is not None:
-            try:
-                target = pl_module.get_submodule(self.module)
-            except AttributeError:
-                known = ", ".join(repr(name) for name, _ in _callable(pl_module))
-                raise FimprobeError(
-                    f"module={self.module!r} is no sub-module of {type(pl_module).__name__}; it has "
-                    f"{known or 'none'}"
-                ) from None
-        own = dict(self._own)
-        if self._to_loggers:  # the Trainer puts a function of its own at self.log
-            own["sinks"] = [*(own.get("sinks") or []), _Loggers(trainer.loggers)]
-        settings = self._settings
-        log_dir = _log_dir(trainer)  # asked on every process: they exchange it
+        target = self._target(pl_module)
+        arguments = dict(self._attach_arguments)
+        if self._to_loggers:  # not named self.log: the Trainer assigns a function to that attribute
+            arguments["sinks"] = [*(arguments.get("sinks") or []), _Loggers(trainer.loggers)]
+        config = self._config
+        log_dir = _log_dir(trainer)  # on every process, because they exchange it
         if trainer.fast_dev_run:
-            settings = load_config(settings, tensorboard=False, jsonl=False)
-            own.pop("log_dir", None)
-        elif log_dir and settings.tensorboard and settings.tensorboard.log_dir is None:
-            own.setdefault("log_dir", log_dir)
+            config = load_config(config, tensorboard=False, jsonl=False)
+            arguments.pop("log_dir", None)
+        elif log_dir and config.tensorboard and config.tensorboard.log_dir is None:
+            arguments.setdefault("log_dir", log_dir)
         self._detach()
         first_step = trainer.global_step // max(1, len(trainer.optimizers))
-        self.probe = attach(target, settings, first_step=first_step, **own)
+        self.probe = attach(target, config, first_step=first_step, **arguments)
         if len(trainer.optimizers) > 1:
             logger.info(
                 "fimprobe: %d optimizers; steps are counted for those that hold parameters of %s",
                 len(trainer.optimizers),
-                self._call(),
+                self._describe_target(),
             )
-        watched = {self.module or "": target, **dict(_callable(pl_module))}
-        self._called, self._batches = [], 0
+        observed = {self.module or "": target, **dict(_callable_modules(pl_module))}
+        self._called_modules, self._num_batches = [], 0
         self._handles = [
-            module.register_forward_pre_hook(lambda m, args, name=name: self._called.append(name))
-            for name, module in watched.items()
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: self._called_modules.append(name)
+            )
+            for name, module in observed.items()
         ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count until the first optimizer step; give the step before its forward."""
-        self._batches += 1
+        """Count the batch, and set the number of the step before its forward."""
+        self._num_batches += 1
         if self.probe is not None and len(trainer.optimizers) == 1:
             self.probe.steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """At the first step, look whether what is probed was called."""
+        """Check at the first step that ``training_step`` called the probed module."""
         probe = self.probe
         if not self._handles or probe is None or probe.detached:
             return
@@ -139,23 +138,40 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach when training stops by an error or by hand."""
+        """Detach when an error or the user stops the training."""
         self._detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Detach however training ended."""
+        """Detach, however the training ended."""
         self._detach()
 
+    def _target(self, pl_module: Any) -> Any:
+        """Return the module to probe.
+
+        Raises:
+            FimprobeError: If the LightningModule has no sub-module of that name.
+        """
+        if self.module is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError:
+            names = ", ".join(repr(name) for name, _ in _callable_modules(pl_module))
+            raise FimprobeError(
+                f"module must name a sub-module of {type(pl_module).__name__}, got {self.module!r}. "
+                f"Pass one of: {names or 'none exist'}."
+            ) from None
+
     def _check_called(self, trainer: Any, pl_module: Any, probe: Probe) -> None:
-        """Say what to pass where ``training_step`` does not call what is probed."""
-        called = self._called.count(self.module or "")
+        """Stop probing with a remedy if ``training_step`` does not call the probed module."""
+        num_calls = self._called_modules.count(self.module or "")
         if self.module is None and trainer.strategy.model is not pl_module:
-            called -= self._batches  # a wrapper (DDP) passes training_step through forward
-        if called > 0:
+            num_calls -= self._num_batches  # a wrapper (DDP) runs training_step inside forward
+        if num_calls > 0:
             return
-        others = [name for name in dict.fromkeys(self._called) if name]
+        others = [name for name in dict.fromkeys(self._called_modules) if name]
         message = (
-            f"training_step of {type(pl_module).__name__} does not call {self._call()}; "
+            f"training_step of {type(pl_module).__name__} does not call {self._describe_target()}; "
             + (f"it calls {', '.join('self.' + name for name in others)}: " if others else "")
             + f"pass FimProbeCallback(module={(others or ['...'])[0]!r})"
         )
@@ -163,11 +179,11 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         self._disable(message)
 
     def _disable(self, message: str) -> None:
-        if self._settings.on_error == "raise":
+        if self._config.on_error == "raise":
             raise FimprobeError(message)
-        logger.warning("fimprobe: nothing is probed: %s", message)
+        logger.warning("fimprobe: nothing is probed, training continues: %s", message)
 
-    def _call(self) -> str:
+    def _describe_target(self) -> str:
         return "its own forward, self(...)" if self.module is None else f"self.{self.module}"
 
     def _unhook(self) -> None:
@@ -182,25 +198,25 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
 
 
 class _Loggers:
-    """Headline values for whatever loggers the Trainer has, at the report's step."""
+    """A sink that sends headline values to all loggers of the Trainer, at the report's step."""
 
     def __init__(self, loggers: list[Any]) -> None:
         self.loggers = loggers
 
     def write(self, report: Report) -> None:
-        """The model's, where they are known."""
+        """Send the known headline values of the whole model."""
         known = report.scalars(layers=())
         tags = [f"fim/{kind}/{name}" for kind in ("i1", "i2") for name in _HEADLINES]
         values = {tag: known[tag] for tag in tags if tag in known}
-        for each in self.loggers if values else ():
-            each.log_metrics(values, step=report.step)
+        for trainer_logger in self.loggers if values else ():
+            trainer_logger.log_metrics(values, step=report.step)
 
     def close(self) -> None:
-        """The loggers are the Trainer's."""
+        """Do nothing: the Trainer closes its loggers."""
 
 
 def _log_dir(trainer: Any) -> Path | None:
-    """Below the first logger's directory; a run of its own where that is not one run's."""
+    """Return ``fimprobe`` below the first logger's directory, plus the time if runs share it."""
     directory = trainer.log_dir
     if directory is None:
         return None
@@ -210,15 +226,15 @@ def _log_dir(trainer: Any) -> Path | None:
     return path
 
 
-def _callable(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The sub-modules that a step may call by name, those inside of containers included."""
+def _callable_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the sub-modules that a step may call by name, including those inside containers."""
     for name, child in module.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _callable(child, f"{prefix}{name}.")
+            yield from _callable_modules(child, f"{prefix}{name}.")
         elif any(True for _ in child.parameters()):
             yield prefix + name, child
 
 
 def _holds(optimizer: Optimizer, module: nn.Module) -> bool:
-    mine = {id(p) for p in module.parameters()}
-    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+    ids = {id(p) for p in module.parameters()}
+    return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])

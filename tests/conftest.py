@@ -1,15 +1,15 @@
 """Shared by all tests."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fimprobe.estimators import reliability
+from fimprobe.torchvision_compat import hide_broken_torchvision
 
-sys.path.insert(0, str(Path(__file__).parent))
+# BackPACK, which the tests need, installs a torchvision that breaks transformers on a CPU
+hide_broken_torchvision()
 
 # the tensors are tiny: threads would wait for each other, far longer where other programs run
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: ``fimprobe demo | check | show``."""
 
 from fimprobe.cli.commands import main
 

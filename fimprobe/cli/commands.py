@@ -1,4 +1,4 @@
-"""The command line: ``fimprobe demo | check | show``."""
+"""The parser of the command line, and its commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from fimprobe.errors import FimprobeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 1 with the mistake on standard error."""
+    """Run a command.
+
+    Args:
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0, or 1 with a message on standard error.
+    """
     parser = argparse.ArgumentParser(
         prog="fimprobe", description="Know how wrong your Fisher information is."
     )
@@ -26,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument(
         "run",
         nargs="+",
-        help="directory that attach() printed, two to compare; of one with several runs a list",
+        help="directory that attach() printed; two to compare; one with several runs to list them",
     )
     show.add_argument("--top", type=int, default=20, help="layers shown (default 20)")
     show.add_argument("--html", metavar="FILE", help="write a page to open in a browser instead")
@@ -34,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(_COMMANDS[options.command](options))
     except FimprobeError as error:
-        told = str(error)  # several mistakes start on a line of their own, to stand in a column
-        start = "\n" if "\n" in told and options.command == "check" else " "
-        print(f"fimprobe {options.command}:{start}{told}", file=sys.stderr)
+        message = str(error)
+        # several mistakes begin on a new line, so that they form a column
+        separator = "\n" if "\n" in message and options.command == "check" else " "
+        print(f"fimprobe {options.command}:{separator}{message}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 0
@@ -46,7 +54,7 @@ def _demo(options: Any) -> int:
     from fimprobe.cli.demo import run_demo
 
     if options.epochs < 1:
-        raise FimprobeError(f"--epochs={options.epochs} trains nothing; pass a number from 1")
+        raise FimprobeError(f"`--epochs` must be a positive integer, got {options.epochs}.")
     run_demo(epochs=options.epochs, log_dir=options.log_dir)
     return 0
 
@@ -64,14 +72,18 @@ def _show(options: Any) -> int:
     from fimprobe.runs.terminal import show_comparison, show_list, show_run
 
     if len(options.run) > 2:
-        raise FimprobeError(f"{len(options.run)} runs are too many; pass one, or two to compare")
+        raise FimprobeError(
+            f"`run` must be one directory, or two to compare, got {len(options.run)}."
+        )
     if len(options.run) == 2 and options.html:
-        raise FimprobeError(f"--html={options.html!r} takes one run; write a page for each")
+        raise FimprobeError(
+            "`--html` must be used with a single run, got two. Write a page for each of them."
+        )
     if options.top < 1:
-        raise FimprobeError(f"--top={options.top} shows no layer; pass a number from 1")
-    inside = find_runs(Path(options.run[0]).expanduser()) if len(options.run) == 1 else []
-    if len(inside) > 1 and not options.html:
-        show_list(options.run[0], inside)
+        raise FimprobeError(f"`--top` must be a positive integer, got {options.top}.")
+    files = find_runs(Path(options.run[0]).expanduser()) if len(options.run) == 1 else []
+    if len(files) > 1 and not options.html:
+        show_list(options.run[0], files)
         return 0
     runs = [read(run) for run in options.run]
     if options.html:

@@ -1,4 +1,4 @@
-"""``fimprobe demo``: an MLP and a CNN on scikit-learn's handwritten digits, probed as they train."""
+"""``fimprobe demo``: train an MLP and a CNN on handwritten digits with a probe attached."""
 
 from __future__ import annotations
 
@@ -6,32 +6,40 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fimprobe
+from fimprobe.cli.digits import Digits, load_digits, make_cnn, make_mlp
 from fimprobe.errors import FimprobeError
 from fimprobe.report.format import percent
 from fimprobe.report.report import Report
-from fimprobe.report.table import format_trend
+from fimprobe.report.trends import format_trend
 
 
 def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
-    """Train both models on 1,437 digits, print what the probe saw; the reports by model."""
+    """Train both models, and print the reports of their probes.
+
+    Args:
+        epochs: Epochs of each model.
+        log_dir: The folder of the runs.
+
+    Returns:
+        The reports by the name of the model.
+
+    Raises:
+        FimprobeError: If scikit-learn or tqdm is not installed.
+    """
     try:
-        from sklearn.datasets import load_digits
         from tqdm import tqdm
+
+        digits = load_digits()
     except ImportError as error:
         raise FimprobeError(
-            f"the demo needs {error.name}; run: pip install 'fimprobe[demo]'"
+            f"The demo needs {error.name}, which is not installed. Run pip install 'fimprobe[demo]'."
         ) from None
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
-    y = torch.tensor(labels)
-    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = shuffled[:1437], shuffled[1437:]
     run = Path(log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}"
-    found = {}
-    for name, make in {"mlp": _mlp, "cnn": _cnn}.items():
+    reports = {}
+    for name, make in {"mlp": make_mlp, "cnn": make_cnn}.items():
         torch.manual_seed(0)
         model = make()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -42,44 +50,26 @@ def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
         with probe:
             for _ in tqdm(range(epochs), desc=name, unit="epoch"):
                 model.train()
-                for rows in torch.randperm(len(train), generator=order).split(64):
+                for rows in torch.randperm(len(digits.x), generator=order).split(64):
                     optimizer.zero_grad()
-                    loss = nn.functional.cross_entropy(model(x[train[rows]]), y[train[rows]])
+                    loss = nn.functional.cross_entropy(model(digits.x[rows]), digits.y[rows])
                     loss.backward()
                     optimizer.step()
-        found[name] = probe.history
-        _tell(name, model, probe, x[test], y[test])
+        reports[name] = probe.history
+        _print_results(name, model, probe, digits)
     print(f"\nSee every layer over time:   tensorboard --logdir {run}")
     print("                             (its tabs Custom scalars, Images and Text)")
     print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
     print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
-    return found
+    return reports
 
 
-def _mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
-    )
-
-
-def _cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(512, 10),
-    )
-
-
-def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tensor) -> None:
+def _print_results(name: str, model: nn.Module, probe: fimprobe.Probe, digits: Digits) -> None:
+    """Print the accuracy, the last report and how the error of Î₁ changed."""
     model.eval()
     with torch.no_grad():
-        p = torch.softmax(model(x), 1)
-    accuracy = float((p.argmax(1) == y).double().mean())
+        p = torch.softmax(model(digits.test_x), 1)
+    accuracy = float((p.argmax(1) == digits.test_y).double().mean())
     reports = probe.history
     print(
         f"\n=== {name}: {accuracy:.1%} of held-out digits right, mean confidence "
@@ -88,8 +78,8 @@ def _tell(name: str, model: nn.Module, probe: fimprobe.Probe, x: Tensor, y: Tens
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
     print("\n" + format_trend([r.to_dict() for r in reports]))
-    known = [(r.step, r.error_of("i1")) for r in reports if r.error_of("i1") is not None]
-    (_, first), (step, last) = known[0], known[-1]
+    errors = [(r.step, r.error_of("i1")) for r in reports if r.error_of("i1") is not None]
+    (_, first), (step, last) = errors[0], errors[-1]
     print(
         f"\nWhat it found: as the {name} became confident, the relative error of Î₁ with one drawn "
         f"label for each of {reports[0].batch_size} inputs went from {percent(first)} to "

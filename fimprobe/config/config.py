@@ -1,19 +1,21 @@
-"""Configuration: keywords and YAML, one set of names, all mistakes reported at once."""
+"""The options of ``attach``, ``measure`` and YAML files: one model, validated in one place."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fimprobe.config.error_messages import format_validation_errors
+from fimprobe.config.option import Option, OptionDescription
 from fimprobe.config.yaml_source import YamlFile, read_yaml
 from fimprobe.errors import FimprobeError
+from fimprobe.estimators.names import KEYS, EstimatorKey
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
 from fimprobe.training.schedule import At, Budget, Every, Schedule
 
@@ -23,21 +25,42 @@ class _Section(BaseModel):
 
 
 class ScheduleConfig(_Section):
-    """Exactly one of the three."""
+    """When to measure: exactly one of the three keys."""
 
-    budget: float | None = Field(None, gt=0, lt=1, description="share of wall time")
-    every: int | None = Field(None, ge=1, description="optimizer steps between probes")
-    at: list[int] | None = Field(None, description="optimizer steps to probe at")
+    budget: Annotated[
+        float | None,
+        Option(
+            must_be="a number above 0 and below 1",
+            remedy="Use 0.02 to spend 2 % of the wall time.",
+        ),
+    ] = Field(None, gt=0, lt=1, description="share of the wall time that the probe may take")
+    every: Annotated[
+        int | None,
+        Option(
+            must_be="a positive integer",
+            remedy="Use 100 to measure at every 100th optimizer step.",
+        ),
+    ] = Field(None, ge=1, description="measure at every n-th optimizer step")
+    at: Annotated[
+        list[int] | None,
+        Option(
+            must_be="a list of integers",
+            remedy="Use [0, 10, 100] to measure at these optimizer steps.",
+        ),
+    ] = Field(None, description="measure at these optimizer steps, counted from 0")
 
     @model_validator(mode="after")
-    def _one(self) -> ScheduleConfig:
+    def _has_one_key(self) -> ScheduleConfig:
         given = [k for k in ("budget", "every", "at") if getattr(self, k) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of budget, every, at (got {given or 'none'})")
+            raise ValueError(
+                "`schedule` must have exactly one of the keys budget, every and at, got "
+                f"{' and '.join(given) or 'none'}. Use {{budget: 0.02}} for 2 % of the wall time."
+            )
         return self
 
     def build(self) -> Schedule:
-        """A fresh schedule."""
+        """Return a new schedule."""
         if self.every is not None:
             return Every(self.every)
         if self.at is not None:
@@ -46,26 +69,53 @@ class ScheduleConfig(_Section):
         return Budget(self.budget)
 
 
-class LayersConfig(_Section):
-    """Which layers get TensorBoard charts of their own; all are in the JSONL file."""
+_PATTERNS = Option(
+    must_be="a list of shell patterns",
+    remedy="Use ['encoder.*'] for all layers below `encoder`.",
+)
 
-    include: list[str] = Field(["*"], description="shell patterns of layer names")
-    exclude: list[str] = Field([], description="shell patterns of layer names")
-    top: int = Field(12, ge=0, description="layers charted, those that need most draws first")
+
+class LayersConfig(_Section):
+    """Which layers have charts of their own in TensorBoard; the JSONL file holds all layers."""
+
+    include: Annotated[list[str], _PATTERNS] = Field(
+        ["*"], description="names of layers that may have charts"
+    )
+    exclude: Annotated[list[str], _PATTERNS] = Field([], description="names of layers that have none")
+    top: Annotated[
+        int,
+        Option(must_be="an integer of at least 0", remedy="Use 12 to chart the first twelve layers."),
+    ] = Field(12, ge=0, description="number of layers with charts, those that need most pairs first")
 
 
 class SecondOrderConfig(_Section):
-    """Random probes for Î₂'s second derivatives."""
+    """Random probes for the second derivatives of Î₂."""
 
-    probes: int = Field(2, ge=2, description="probes; the noise they add falls as 1/sqrt(probes)")
+    probes: Annotated[
+        int,
+        Option(
+            must_be="an integer of at least 2",
+            remedy="Use 2 probes or more: the square of a single probe is biased.",
+        ),
+    ] = Field(2, ge=2, description="number of random probes; their noise falls as 1/√probes")
+
+
+_SWITCH = Option(must_be="true or false", remedy="Use one of the two.")
 
 
 class TensorboardConfig(_Section):
-    """Where the run is written."""
+    """What is written for TensorBoard, and where."""
 
-    log_dir: str | None = Field(None, description="default runs/fimprobe/<time>_<host>")
-    histograms: bool = Field(True, description="errors and sizes over all parameters")
-    figures: bool = Field(True, description="pictures at reports 4, 8, 16, ... (matplotlib)")
+    log_dir: Annotated[
+        str | None,
+        Option(must_be="a path or null", remedy="Use 'runs/mine', or null for the default folder."),
+    ] = Field(None, description="folder of the run; null is runs/fimprobe/TIME_HOST")
+    histograms: Annotated[bool, _SWITCH] = Field(
+        True, description="errors and sizes over all parameters"
+    )
+    figures: Annotated[bool, _SWITCH] = Field(
+        True, description="figures at reports 4, 8, 16, ..., with the extra `plots`"
+    )
 
 
 class Config(_Section):
@@ -75,112 +125,196 @@ class Config(_Section):
     0.02
     """
 
-    schedule: ScheduleConfig = ScheduleConfig(budget=0.02)
-    likelihood: Any = Field("auto", description="auto, " + ", ".join(sorted(LIKELIHOODS)))
-    estimators: list[Literal["i1", "i2", "ih", "empirical"]] = Field(
-        ["i1", "i2"], min_length=1, description="i1 is always measured"
+    schedule: Annotated[
+        ScheduleConfig,
+        Option(
+            must_be="a mapping with one of the keys budget, every and at",
+            remedy="Use {budget: 0.02}, {every: 100} or {at: [0, 10, 100]}.",
+        ),
+    ] = Field(ScheduleConfig(budget=0.02), description="when to measure")
+    likelihood: Annotated[
+        Any,
+        Option(
+            must_be=", ".join(map(repr, ("auto", *sorted(LIKELIHOODS)))) + " or a likelihood object",
+            remedy="Use 'categorical' for a softmax over classes.",
+        ),
+    ] = Field("auto", description="distribution of labels; 'auto' infers it from model or loss")
+    estimators: Annotated[
+        list[EstimatorKey],
+        Option(
+            must_be=f"a list of at least one of {', '.join(map(repr, KEYS))}",
+            remedy="Use ['i1', 'i2'] to measure both estimators of the paper.",
+        ),
+    ] = Field(
+        ["i1", "i2"], min_length=1, description="estimators to measure; 'i1' is always measured"
     )
-    draws: int | Literal["auto", "exact"] = Field(
-        2, description="labels for each input, or exact, or auto (exact where that is cheap)"
+    draws: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["exact", "auto"],
+        Option(
+            must_be="a positive integer, 'exact' or 'auto'",
+            remedy="Use 2 to estimate the label variance.",
+        ),
+    ] = Field(
+        2,
+        description="labels per input; 'exact' integrates over labels, 'auto' up to 10 passes",
     )
-    label_sampling: Literal["size_biased", "model"] = Field(
+    label_sampling: Annotated[
+        Literal["size_biased", "model"],
+        Option(
+            must_be="'size_biased' or 'model'",
+            remedy="Use 'size_biased' to see rare labels at any confidence of the model.",
+        ),
+    ] = Field(
         "size_biased",
-        description="where drawn labels come from: where the score is large (weighted back), or the "
-        "model",
+        description="distribution that labels are drawn from: in proportion to the size of the "
+        "score and weighted back, or the model",
     )
-    batch: int = Field(32, ge=1, description="inputs probed, drawn from the captured batch")
-    second_order: SecondOrderConfig | Literal["exact", "off"] = Field(
-        SecondOrderConfig(probes=2), description="how Î₂ is had: probes, exact (BackPACK) or off"
+    batch: Annotated[
+        int,
+        Option(must_be="a positive integer", remedy="Use 32 to measure 32 inputs of each batch."),
+    ] = Field(32, ge=1, description="inputs that are measured, drawn from the training batch")
+    second_order: Annotated[
+        SecondOrderConfig | Literal["exact", "off"],
+        Option(
+            must_be="{probes: 2}, 'exact' or 'off'",
+            remedy="Use {probes: 2} for random probes, which work for every model.",
+        ),
+    ] = Field(
+        SecondOrderConfig(probes=2),
+        description="how Î₂ is computed: random probes, BackPACK, or not at all",
     )
-    bounds: bool = Field(True, description="bounds, covariance norms, hidden layers")
-    engine: Literal["auto", "autograd", "backpack"] = "auto"
-    memory_mb: float = Field(512, gt=0, description="ceiling of the probe's working memory")
-    layers: LayersConfig = LayersConfig()
-    tensorboard: TensorboardConfig | Literal[False] = TensorboardConfig()
-    jsonl: str | Literal[False] | None = Field(None, description="default <log_dir>/fimprobe.jsonl")
-    on_error: Literal["warn", "raise"] = "warn"
-    seed: int = 0
+    bounds: Annotated[bool, _SWITCH] = Field(
+        True,
+        description="measure bounds, covariance norms and hidden layers; Soen & Sun (2021), "
+        "eq. 17 to 22",
+    )
+    engine: Annotated[
+        Literal["auto", "autograd", "backpack"],
+        Option(
+            must_be="'auto', 'autograd' or 'backpack'",
+            remedy="Use 'auto', which works for every model.",
+        ),
+    ] = Field("auto", description="what computes the moments of Î₁; 'auto' is 'autograd'")
+    memory_mb: Annotated[
+        float,
+        Option(
+            must_be="a finite number of megabytes above 0",
+            remedy="Use 512, or more where memory allows.",
+        ),
+    ] = Field(
+        512,
+        gt=0,
+        allow_inf_nan=False,
+        description="ceiling of the probe's working memory; larger batches are measured in chunks",
+    )
+    layers: Annotated[
+        LayersConfig,
+        Option(
+            must_be="a mapping with some of the keys include, exclude and top",
+            remedy="Use {top: 12} to chart the first twelve layers.",
+        ),
+    ] = Field(
+        LayersConfig(),
+        description="layers with TensorBoard charts of their own; the JSONL file holds all",
+    )
+    tensorboard: Annotated[
+        TensorboardConfig | Literal[False],
+        Option(
+            must_be="false or a mapping with some of the keys log_dir, histograms and figures",
+            remedy="Leave the option out to write everything to the default folder.",
+        ),
+    ] = Field(TensorboardConfig(), description="what is written for TensorBoard")
+    jsonl: Annotated[
+        str | Literal[False] | None,
+        Option(must_be="a path, false or null", remedy="Use null for the default file."),
+    ] = Field(None, description="JSONL file; null is fimprobe.jsonl in log_dir")
+    on_error: Annotated[
+        Literal["warn", "raise"],
+        Option(must_be="'warn' or 'raise'", remedy="Use 'warn' to let training continue."),
+    ] = Field("warn", description="log errors by the logger `fimprobe`, or raise them")
+    seed: Annotated[
+        int,
+        Option(must_be="a 64-bit integer", remedy="Use 0."),
+    ] = Field(
+        0,
+        ge=-(2**63),
+        lt=2**63,
+        description="random seed of labels and probes; training's random streams are not touched",
+    )
 
     @field_validator("estimators", mode="before")
     @classmethod
-    def _listed(cls, estimators: Any) -> Any:
-        """As :func:`fimprobe.measure` takes them: one name, or a tuple too."""
-        if isinstance(estimators, (tuple, set, frozenset)):
-            return list(estimators)
-        return [estimators] if isinstance(estimators, str) else estimators
+    def _as_list(cls, estimators: Any) -> Any:
+        """Accept a single name and every collection, such as a tuple or a set."""
+        if isinstance(estimators, str):
+            return [estimators]
+        is_collection = isinstance(estimators, Collection) and not isinstance(estimators, Mapping)
+        return list(estimators) if is_collection else estimators
+
+    @field_validator("second_order", mode="before")
+    @classmethod
+    def _as_dict(cls, second_order: Any) -> Any:
+        """Accept every mapping, such as the read-only default of :func:`fimprobe.measure`."""
+        return dict(second_order) if isinstance(second_order, Mapping) else second_order
 
     @field_validator("likelihood")
     @classmethod
-    def _known(cls, likelihood: Any) -> Any:
-        if likelihood != "auto":
-            try:
-                get_likelihood(likelihood)
-            except FimprobeError as error:
-                near = difflib.get_close_matches(str(likelihood).lower(), ["auto", *LIKELIHOODS], 1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{error}{meant}") from None
+    def _is_known(cls, likelihood: Any) -> Any:
+        if isinstance(likelihood, str) and likelihood == "auto":
+            return likelihood
+        try:
+            get_likelihood(likelihood)
+        except FimprobeError as error:
+            similar = difflib.get_close_matches(str(likelihood).lower(), ["auto", *LIKELIHOODS], 1)
+            hint = f" Did you mean {similar[0]!r}?" if similar else ""
+            raise ValueError(f"{str(error).rstrip('.')}.{hint}") from None
         return likelihood
 
-    @field_validator("draws")
-    @classmethod
-    def _number_of_labels(cls, draws: int | str) -> int | str:
-        if isinstance(draws, int) and draws < 1:
-            raise ValueError("this is no number of labels; use 1, 2, ..., exact or auto")
-        return draws
+
+def describe_options(
+    model: type[BaseModel] = Config, prefix: str = ""
+) -> dict[str, OptionDescription]:
+    """Return the description of every option, sections and their keys, by dotted name.
+
+    Error messages, ``docs/configuration.md`` and the tests read options here only.
+
+    >>> describe_options()["schedule.every"].must_be
+    'a positive integer'
+    """
+    described: dict[str, OptionDescription] = {}
+    for key, field in model.model_fields.items():
+        name = prefix + key
+        (words,) = [item for item in field.metadata if isinstance(item, Option)]
+        default = field.get_default(call_default_factory=True)
+        is_section = isinstance(default, BaseModel)
+        described[name] = OptionDescription(
+            name=name,
+            must_be=words.must_be,
+            remedy=words.remedy,
+            effect=field.description or "",
+            default=_without_unused_keys(default) if is_section else default,
+        )
+        if is_section:
+            described |= describe_options(type(default), f"{name}.")
+    return described
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the YAML file; ``config.schema.json`` in the package holds it."""
-    return Config.model_json_schema()
-
-
-ALLOWED_VALUES = {
-    "schedule": "{budget: 0.02} (a share of the wall time), {every: 100} or {at: [0, 10, 100]} "
-    "(steps)",
-    "schedule.budget": "a share above 0 and below 1, such as 0.02",
-    "schedule.every": "a whole number of steps from 1",
-    "schedule.at": "a list of steps, such as [0, 10, 100]",
-    "likelihood": "auto, " + ", ".join(sorted(LIKELIHOODS)),
-    "estimators": "one or several of i1, i2, ih, empirical, such as [i1, i2]",
-    "draws": "a whole number of labels from 1, exact or auto",
-    "label_sampling": "size_biased or model",
-    "batch": "a whole number of inputs from 1",
-    "second_order": "{probes: 2} (random probes), exact or off",
-    "second_order.probes": "a whole number of probes from 2",
-    "bounds": "true or false",
-    "engine": "auto, autograd or backpack",
-    "memory_mb": "a number of megabytes above 0",
-    "layers": "{include: ['*'], exclude: [], top: 12} or some of these keys",
-    "layers.include": "a list of patterns of layer names, such as ['encoder.*']",
-    "layers.exclude": "a list of patterns of layer names, such as ['encoder.*']",
-    "layers.top": "a whole number of layers from 0",
-    "tensorboard": "{log_dir: ..., histograms: ..., figures: ...} or some of these keys, or false; "
-    "without the key it is on",
-    "tensorboard.log_dir": "a path, or null for runs/fimprobe/<time>_<host>",
-    "tensorboard.histograms": "true or false",
-    "tensorboard.figures": "true or false",
-    "jsonl": "a path, false, or null for <log_dir>/fimprobe.jsonl",
-    "on_error": "warn or raise",
-    "seed": "a whole number",
-}
-"""What messages say that each option takes."""
-
-SECTIONS: dict[str, type[BaseModel]] = {
-    "": Config,
-    "schedule": ScheduleConfig,
-    "layers": LayersConfig,
-    "second_order": SecondOrderConfig,
-    "tensorboard": TensorboardConfig,
-}
-"""The mappings that a file holds, by the key they stand under."""
+def _without_unused_keys(section: BaseModel) -> dict[str, Any]:
+    """A section as plain values; of a schedule only the key that is in use, as there may be one."""
+    return section.model_dump(exclude_none=isinstance(section, ScheduleConfig))
 
 
 def load_config(config: str | Path | Mapping[str, Any] | Config | None, **options: Any) -> Config:
-    """A configuration from a YAML path, a mapping or keywords; keywords win.
+    """Return the configuration from a YAML path, a mapping or keywords; keywords win.
 
-    Raises :class:`FimprobeError` with every mistake, each with file and line where there is one.
+    Args:
+        config: Path of a YAML file, a mapping, a :class:`Config`, or None for the defaults.
+        options: Fields of :class:`Config`.
+
+    Raises:
+        FimprobeError: With every mistake, each with file and line if it is in a file.
     """
-    file = YamlFile({}, {}, [])
+    file = YamlFile(values={}, lines={}, duplicates=[])
     if config is None:
         values: dict[str, Any] = {}
     elif isinstance(config, Config):
@@ -192,24 +326,23 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
         values = file.values
     else:
         raise FimprobeError(
-            f"config={config!r} is no configuration; pass a YAML path, a mapping or fimprobe.Config"
+            f"`config` must be a YAML path, a mapping or a fimprobe.Config, got {config!r}. "
+            "Pass 'fimprobe.yaml', or options as keywords."
         )
     values = {str(key): value for key, value in values.items()} | options
+    # a keyword replaces the file's value, so that its mistakes are not on a line of the file
     lines = {place: line for place, line in file.lines.items() if place[0] not in options}
     mistakes = list(file.duplicates)
     try:
-        made = Config(**values)
+        loaded = Config(**values)
     except ValidationError as error:
-        keys = {name: section.model_fields for name, section in SECTIONS.items()}
-        mistakes += format_validation_errors(
-            error.errors(), allowed=ALLOWED_VALUES, keys=keys, lines=lines
-        )
+        mistakes += format_validation_errors(error.errors(), options=describe_options(), lines=lines)
     if mistakes:
-        raise FimprobeError("\n".join(sorted(mistakes, key=_line)))
-    return made
+        raise FimprobeError("\n".join(sorted(mistakes, key=_line_number)))
+    return loaded
 
 
-def _line(mistake: str) -> int:
-    """The number in ``file:line: ...``; those without one come last."""
-    found = re.match(r"[^\n]*?:(\d+): ", mistake)
-    return int(found[1]) if found else sys.maxsize
+def _line_number(mistake: str) -> int:
+    """The number in ``file:line: ...``; mistakes without one are sorted to the end."""
+    match = re.match(r"[^\n]*?:(\d+): ", mistake)
+    return int(match[1]) if match else sys.maxsize

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, in sentences: where, the value, what is allowed, what was meant."""
+"""Mistakes in a configuration as sentences: the option, what it must be, the value, the remedy."""
 
 from __future__ import annotations
 
@@ -7,97 +7,107 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fimprobe.config.option import OptionDescription
 from fimprobe.config.yaml_source import Place
 
 BOOLEANS = {
     "yes": "true", "on": "true", "y": "true", "true": "true",
     "no": "false", "off": "false", "n": "false", "false": "false",
 }  # fmt: skip
-"""What people write for true and false: text, in YAML 1.2."""
+"""Words that people write for true and false, and that YAML 1.2 reads as text."""
+
+MAX_VALUE_CHARACTERS = 60
+"""Longer values are cut in messages."""
 
 
 def format_validation_errors(
     problems: Iterable[Mapping[str, Any]],
     *,
-    allowed: Mapping[str, str],
-    keys: Mapping[str, Iterable[str]],
+    options: Mapping[str, OptionDescription],
     lines: Mapping[Place, str],
 ) -> list[str]:
-    """A sentence for each value that ``problems`` (pydantic's ``errors()``) find fault with.
+    """Return one sentence for each wrong value.
 
-    A value that fits no branch of a union is one mistake, not one a branch. ``allowed``: by the
-    option's name, what it takes; ``keys``: the keys of each mapping; ``lines``: ``file:line``.
+    A value that fits no branch of a union is one mistake, although pydantic lists each branch.
+
+    Args:
+        problems: What ``errors()`` of pydantic's exception lists.
+        options: Description of every option by dotted name.
+        lines: ``file:line`` of the values that are in a file.
     """
     problems = list(problems)
-    inner = {_place(p) for p in problems if len(_place(p)) > 1}
+    nested_places = {_place(p) for p in problems if len(_place(p)) > 1}
     grouped: dict[Place, list[Mapping[str, Any]]] = {}
     for problem in problems:
         place = _place(problem)
-        mapping = isinstance(problem.get("input"), dict)
-        if mapping and any(p[: len(place)] == place and len(p) > len(place) for p in inner):
-            continue  # a mapping was meant: what is wrong inside of it says more
+        if isinstance(problem.get("input"), dict) and any(
+            p[: len(place)] == place and len(p) > len(place) for p in nested_places
+        ):
+            continue  # a mapping was meant: the mistake inside of it is more precise
         grouped.setdefault(place, []).append(problem)
-    found = []
+    sentences = []
     for place, group in grouped.items():
-        at = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), "")
-        text = _sentence(place, group, allowed, keys)
-        found.append(f"{at}: {text}" if at else text)
-    return found
+        # a missing line is that of the mapping around it
+        known = (lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines)
+        line = next(known, "")
+        sentence = _sentence(place, group, options)
+        sentences.append(f"{line}: {sentence}" if line else sentence)
+    return sentences
 
 
 def _sentence(
-    place: Place,
-    group: list[Mapping[str, Any]],
-    allowed: Mapping[str, str],
-    keys: Mapping[str, Iterable[str]],
+    place: Place, group: list[Mapping[str, Any]], options: Mapping[str, OptionDescription]
 ) -> str:
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
-    option = ".".join(str(part) for part in place if not isinstance(part, int))
     kinds = {problem["type"] for problem in group}
     if kinds & {"extra_forbidden", "invalid_key"}:
-        known = list(keys[".".join(map(str, place[:-1]))])
-        return f"unknown key {name!r}; {_near(place[-1], known) or 'known keys: ' + ', '.join(known)}"
+        return _unknown_option(place, options)
+    if kinds == {"value_error"}:  # the validator wrote the whole message
+        return str(group[0]["msg"]).removeprefix("Value error, ")
+    option = options[".".join(part for part in place if not isinstance(part, int))]
     value = group[0].get("input")
-    shown = f"{name}={_short(value)}"
-    if kinds == {"value_error"}:  # a sentence of our own
-        told = str(group[0]["msg"]).removeprefix("Value error, ")
-        if told.startswith(name):
-            return told
-        return f"{name}: {told}" if isinstance(value, dict) else f"{shown}: {told}"
-    words = [  # of every branch that is a word
+    literals = [  # of every branch that is a literal
         word
         for problem in group
         if problem["type"] == "literal_error"
         for word in re.findall(r"'([^']*)'", problem["ctx"]["expected"])
     ]
-    near = _near(value, words)
-    meant = BOOLEANS.get(value.lower()) if isinstance(value, str) else None
-    if meant is not None and meant in re.findall(r"\w+", allowed[option]):
-        near = f"did you mean {meant}?"
-    text = f"{shown}: use {allowed[option]}"
-    return f"{text}; {near}" if near else text
+    boolean = BOOLEANS.get(value.lower()) if isinstance(value, str) else None
+    if boolean is not None and boolean in re.findall(r"\w+", option.must_be):
+        hint = f"Did you mean {boolean}?"
+    else:
+        hint = _similar(value, literals) or option.remedy
+    positions = "".join(f" at position {part}" for part in place if isinstance(part, int))
+    return f"`{option.name}` must be {option.must_be}, got {_short(value)}{positions}. {hint}"
+
+
+def _unknown_option(place: Place, options: Mapping[str, OptionDescription]) -> str:
+    section = "".join(f"{part}." for part in place[:-1])
+    names = [name.removeprefix(section) for name in options if name.startswith(section)]
+    keys = [name for name in names if "." not in name]
+    hint = _similar(place[-1], keys) or f"Known keys: {', '.join(keys)}."
+    return f"`{section}{place[-1]}` is not an option. {hint}"
 
 
 def _place(problem: Mapping[str, Any]) -> Place:
-    """Where a problem is, without the names that pydantic gives the branches of a union."""
+    """The keys that lead to a problem, without pydantic's names for the branches of a union."""
     return tuple(part for part in problem["loc"] if not _is_branch(part))
 
 
 def _is_branch(part: Any) -> bool:
     return isinstance(part, str) and (
-        part in ("int", "float", "str", "bool", "none", "[key]")
+        part in ("int", "constrained-int", "float", "str", "bool", "none", "[key]")
         or part.startswith("literal[")
         or part[:1].isupper()
     )
 
 
-def _near(value: Any, words: list[str]) -> str:
-    """The word that was meant, where one is close."""
+def _similar(value: Any, words: list[str]) -> str:
+    """The question after the word that was meant, or an empty string if none is similar."""
     by_lower = {word.lower(): word for word in words}
-    near = difflib.get_close_matches(str(value).lower(), by_lower, 1)
-    return f"did you mean {by_lower[near[0]]!r}?" if near else ""
+    similar = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    return f"Did you mean {by_lower[similar[0]]!r}?" if similar else ""
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"

@@ -1,10 +1,11 @@
-"""A YAML file's values, the line of each, and keys that stand twice."""
+"""A YAML file with the line of every value, and with keys that are given twice."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -14,49 +15,56 @@ Place = tuple[Any, ...]
 """The keys (and positions in lists) that lead to a value."""
 
 
-class YamlFile(NamedTuple):
-    """What a file holds."""
+@dataclass(frozen=True, kw_only=True)
+class YamlFile:
+    """The content of a file.
+
+    Attributes:
+        values: Its keys and values.
+        lines: ``file:line`` of every value.
+        duplicates: One sentence for each key that is given twice.
+    """
 
     values: dict[str, Any]
     lines: dict[Place, str]
-    """``file:line`` of every value."""
     duplicates: list[str]
-    """A sentence for each key that is given twice."""
 
 
 def read_yaml(path: Path) -> YamlFile:
     """Read a file of keys and values.
 
     Raises:
-        FimprobeError: with file and line, where it cannot be read or holds something else.
+        FimprobeError: With file and line, if it cannot be read or is no mapping.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FimprobeError(f"config={str(path)!r} cannot be read: {error}") from None
+        raise FimprobeError(
+            f"`config` must be a readable text file, got {str(path)!r}: {error}. Check the path."
+        ) from None
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             raise FimprobeError(
-                f"{path}:1: the file is empty; write at least one key, such as draws: 2"
+                f"{path}:1: the file is empty. Write at least one key, such as draws: 2."
             )
-        found = YamlFile({}, {}, [])
-        _mark(node, (), path, found)
+        file = YamlFile(values={}, lines={}, duplicates=[])
+        _record_lines(node, (), path, file)
         values = loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         problem = getattr(error, "problem", None) or error
-        raise FimprobeError(f"{path}:{line}: not YAML: {problem}") from None
+        raise FimprobeError(f"{path}:{line}: the file must be YAML: {problem}.") from None
     finally:
         loader.dispose()
     if not isinstance(values, dict):
         raise FimprobeError(
-            f"{path}:{node.start_mark.line + 1}: the file holds {values!r}; write keys and values, "
-            "such as draws: 2"
+            f"{path}:{node.start_mark.line + 1}: the file must be a mapping, got {values!r}. Write "
+            "keys and values, such as draws: 2."
         )
-    return found._replace(values=values)
+    return replace(file, values=values)
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,18 +88,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mark(node: yaml.Node, at: Place, path: Path, found: YamlFile) -> None:
-    """Remember the line of every value, and find keys given twice."""
+def _record_lines(node: yaml.Node, at: Place, path: Path, file: YamlFile) -> None:
+    """Store the line of every value below ``node``, and report keys that are given twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             place = (*at, key.value)
             line = f"{path}:{key.start_mark.line + 1}"
-            if place in found.lines:
-                found.duplicates.append(f"{line}: key {'.'.join(map(str, place))!r} is given twice")
-            found.lines[place] = line
-            _mark(value, place, path, found)
+            if place in file.lines:
+                key_name = ".".join(map(str, place))
+                file.duplicates.append(f"{line}: `{key_name}` is given twice. Remove one.")
+            file.lines[place] = line
+            _record_lines(value, place, path, file)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             place = (*at, i)
-            found.lines[place] = f"{path}:{value.start_mark.line + 1}"
-            _mark(value, place, path, found)
+            file.lines[place] = f"{path}:{value.start_mark.line + 1}"
+            _record_lines(value, place, path, file)

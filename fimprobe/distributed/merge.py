@@ -1,7 +1,7 @@
-"""Several processes' measurements of their shares of a batch, as one measurement of the whole.
+"""Merge the statistics of several processes, each of its share of a batch, to those of the batch.
 
-Everything that is measured is a sum over samples or a row for each sample: sums are added, rows are
-put one after another in the processes' order.
+Every statistic is a sum over samples or has one row for each sample: sums are added, rows are
+concatenated in the order of the processes.
 """
 
 from __future__ import annotations
@@ -21,48 +21,59 @@ from fimprobe.model.fsdp import is_part
 from fimprobe.statistics import Curvature, CurvatureBatch, Measured, Moments, MomentsBatch
 
 Key = tuple[str, str, str]
-"""A tensor of a parameter's shape: kind of seeds, parameter, field."""
-ACTIVATIONS = "activations"
-_PER_ENTRY = ("a2", "a4", "q", "r")
-_CURVED_PER_ENTRY = ("diagonal", "diagonal_square")
-
+"""A tensor of a parameter's shape: kind of cotangents, parameter, field."""
 
 Shapes = dict[Key, tuple[torch.Size, torch.dtype]]
+"""Shape and type of each such tensor."""
+
+ACTIVATIONS = "activations"
+"""The kind under which the moments of activations are merged."""
+
+_MOMENT_SUMS = ("a2", "a4", "q", "r")
+_CURVATURE_SUMS = ("diagonal", "diagonal_square")
 
 
-def shapes_of(measured: Measured) -> Shapes:
-    """Of the tensors that are to be added."""
+def sum_shapes(measured: Measured) -> Shapes:
+    """Return shapes and types of the tensors that are added over processes."""
     return {key: (x.shape, x.dtype) for key, x in _sums(measured).items()}
 
 
-def common_shapes(parts: Sequence[Shapes]) -> Shapes:
-    """What all processes add: activations only where all of them have the same shape.
+def common_shapes(shapes: Sequence[Shapes]) -> Shapes:
+    """Return the shapes of the tensors that all processes add.
+
+    Activations are included only if they have the same shape in all processes.
+
+    Args:
+        shapes: :func:`sum_shapes` of each process.
 
     Raises:
-        FimprobeError: where a parameter has another shape or type on another process.
+        FimprobeError: If a parameter has different shapes or types.
     """
-    found: Shapes = {}
-    for key in sorted({key for part in parts for key in part}):
-        known = [part[key] for part in parts if key in part]
-        if key[0] == ACTIVATIONS and known != [known[0]] * len(parts):
-            continue  # another length on another process: no common sum
+    common: Shapes = {}
+    for key in sorted({key for local in shapes for key in local}):
+        known = [local[key] for local in shapes if key in local]
+        if key[0] == ACTIVATIONS and known != [known[0]] * len(shapes):
+            continue  # the length of sequences differs: there is no common sum
         if len(set(known)) > 1:
-            raise FimprobeError(f"parameter {key[1]!r} differs between the processes: {known}")
-        found[key] = known[0]
-    return found
+            raise FimprobeError(
+                f"parameter {key[1]!r} must have one shape and type in all processes, got {known}. "
+                "Load the same model on every process."
+            )
+        common[key] = known[0]
+    return common
 
 
 def local_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
-    """This process's tensors of these shapes, zeros for what it did not meet."""
-    here = _sums(measured)
+    """Return this process's tensors of the given shapes, zeros for those that it did not measure."""
+    sums = _sums(measured)
     return {
-        key: here[key] if key in here else torch.zeros(shape, dtype=dtype)
+        key: sums[key] if key in sums else torch.zeros(shape, dtype=dtype)
         for key, (shape, dtype) in shapes.items()
     }
 
 
 def sharded_sums(measured: Measured) -> dict[Key, Any]:
-    """This process's parts of the sums of sharded parameters, which were added already."""
+    """Return this process's rows of the sums of sharded parameters, which are already added."""
     return {
         (kind, name, "a2"): moments.a2
         for kind, batch in measured.moments.items()
@@ -72,20 +83,28 @@ def sharded_sums(measured: Measured) -> dict[Key, Any]:
 
 
 def drop_sums(measured: Measured) -> Measured:
-    """The rest: small enough to be sent to every process, and on no device of this one."""
-    no_entries: dict[str, Any] = dict.fromkeys(_PER_ENTRY) | {"a2": torch.empty(0)}
-    no_diagonals: dict[str, Any] = dict.fromkeys(_CURVED_PER_ENTRY)
+    """Return the statistics without tensors of parameters' shapes, on the CPU.
 
-    def rest(m: Moments) -> Moments:
-        gram = None if m.gram is None else m.gram.cpu()
-        some = None if m.entries is None else m.entries.cpu()
-        norms = m.squared_norms.cpu()
-        powers = m.powers.cpu()
-        return replace(m, gram=gram, squared_norms=norms, powers=powers, entries=some, **no_entries)
+    They are small enough to be sent to every process.
+    """
+    no_sums: dict[str, Any] = dict.fromkeys(_MOMENT_SUMS) | {"a2": torch.empty(0)}
+    no_diagonals: dict[str, Any] = dict.fromkeys(_CURVATURE_SUMS)
+
+    def without_sums(m: Moments) -> Moments:
+        return replace(
+            m,
+            gram=None if m.gram is None else m.gram.cpu(),
+            squared_norms=m.squared_norms.cpu(),
+            powers=m.powers.cpu(),
+            entries=None if m.entries is None else m.entries.cpu(),
+            **no_sums,
+        )
 
     moments = {
-        kind: replace(batch, parameters={name: rest(m) for name, m in batch.parameters.items()})
-        for kind, batch in _batches(measured).items()
+        kind: replace(
+            batch, parameters={name: without_sums(m) for name, m in batch.parameters.items()}
+        )
+        for kind, batch in _moments_by_kind(measured).items()
     }
     curvature = measured.curvature
     if curvature is not None:
@@ -97,194 +116,219 @@ def drop_sums(measured: Measured) -> Measured:
     return replace(measured, moments=moments, activations=activations, curvature=curvature)
 
 
-def merge(parts: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
-    """One measurement from the parts :func:`drop_sums`, and the sums added over the processes."""
-    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    batches = [_batches(part) for part in parts]
+def merge(shares: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
+    """Return the statistics of the whole batch.
+
+    Args:
+        shares: :func:`drop_sums` of each process's statistics, in the order of processes.
+        sums: Tensors of the parameters' shapes, added over the processes.
+    """
+    by_kind = [_moments_by_kind(share) for share in shares]
     moments = {
-        kind: _merge_batch(kind, [b[kind] for b in batches], sums)
-        for kind in batches[0]
-        if all(kind in b for b in batches)
+        kind: _merge_moments(kind, [batches[kind] for batches in by_kind], sums)
+        for kind in by_kind[0]
+        if all(kind in batches for batches in by_kind)
     }
     activations = moments.pop(ACTIVATIONS, None)
     if activations is not None and not activations.parameters:
         activations = None
-    curvatures = [part.curvature for part in parts]
-    curvature = None
-    if all(c is not None for c in curvatures):
-        curvature = _merge_curvature([c for c in curvatures if c is not None], sums)
+    curvatures = [share.curvature for share in shares if share.curvature is not None]
+    curvature = _merge_curvature(curvatures, sums) if len(curvatures) == len(shares) else None
     norms = None
-    if all(part.norms is not None for part in parts):
+    if all(share.norms is not None for share in shares):
         norms = OutputNorms(
-            *(torch.cat([getattr(p.norms, f.name) for p in parts]) for f in fields(OutputNorms))
+            **{
+                f.name: torch.cat([getattr(share.norms, f.name) for share in shares])
+                for f in fields(OutputNorms)
+            }
         )
     seconds = {
-        key: max(part.seconds.get(key, 0.0) for part in parts)
-        for key in dict.fromkeys(k for part in parts for k in part.seconds)
+        key: max(share.seconds.get(key, 0.0) for share in shares)
+        for key in dict.fromkeys(k for share in shares for k in share.seconds)
     }
-    bent = parts if curvature is not None else []
-    kinks = list(dict.fromkeys(kink for part in bent for kink in part.kinks))
-    return Measured(moments, curvature, norms, activations, seconds, notes, kinks)
+    kinks = [] if curvature is None else [kink for share in shares for kink in share.kinks]
+    return Measured(
+        moments=moments,
+        curvature=curvature,
+        norms=norms,
+        activations=activations,
+        seconds=seconds,
+        notes=list(dict.fromkeys(note for share in shares for note in share.notes)),
+        kinks=list(dict.fromkeys(kinks)),
+    )
 
 
-def merge_bounds(parts: Sequence[Mapping[str, LayerBound]]) -> dict[str, LayerBound]:
-    """Each layer's bounds for the whole batch."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: concatenate_bounds([p[name] for p in parts if name in p]) for name in names}
+def merge_bounds(shares: Sequence[Mapping[str, LayerBound]]) -> dict[str, LayerBound]:
+    """Return each layer's bounds for the whole batch, from those of each process's share."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: concatenate_bounds([s[name] for s in shares if name in s]) for name in names}
 
 
-def _batches(measured: Measured) -> dict[str, MomentsBatch]:
-    """The moments by kind, those of the activations beside them."""
-    found = dict(measured.moments)
+def _moments_by_kind(measured: Measured) -> dict[str, MomentsBatch]:
+    """The moments by kind, with those of the activations as one more kind."""
+    by_kind = dict(measured.moments)
     if measured.activations is not None:
-        found[ACTIVATIONS] = measured.activations
-    return found
+        by_kind[ACTIVATIONS] = measured.activations
+    return by_kind
 
 
 def _sums(measured: Measured) -> dict[Key, Tensor]:
-    found: dict[Key, Tensor] = {}
-    for kind, batch in _batches(measured).items():
+    """The tensors of parameters' shapes, on the CPU, without those of sharded parameters."""
+    sums: dict[Key, Tensor] = {}
+    for kind, batch in _moments_by_kind(measured).items():
         for name, moments in batch.parameters.items():
-            for f in _PER_ENTRY:
-                x = getattr(moments, f)
+            for field in _MOMENT_SUMS:
+                x = getattr(moments, field)
                 if x is not None and not is_part(x):
-                    found[kind, name, f] = x.detach().cpu()
+                    sums[kind, name, field] = x.detach().cpu()
     if measured.curvature is not None:
-        for name, curve in measured.curvature.parameters.items():
-            for f in _CURVED_PER_ENTRY:
-                if getattr(curve, f) is not None:
-                    found["curvature", name, f] = getattr(curve, f).detach().cpu()
-    return found
+        for name, curvature in measured.curvature.parameters.items():
+            for field in _CURVATURE_SUMS:
+                x = getattr(curvature, field)
+                if x is not None:
+                    sums["curvature", name, field] = x.detach().cpu()
+    return sums
 
 
-def _merge_batch(kind: str, parts: list[MomentsBatch], sums: Mapping[Key, Tensor]) -> MomentsBatch:
-    names = _all_names([p.parameters for p in parts])
+def _merge_moments(kind: str, shares: list[MomentsBatch], sums: Mapping[Key, Tensor]) -> MomentsBatch:
+    names = _all_names([share.parameters for share in shares])
     if kind == ACTIVATIONS:
         names = [n for n in names if (kind, n, "a2") in sums]
-    sizes = [p.batch_size for p in parts]
+    sizes = [share.batch_size for share in shares]
 
-    def whole(name: str) -> Moments:
-        found = [p.parameters.get(name) for p in parts]
-        known = [m for m in found if m is not None]
-        gram = None
-        if all(m.gram is not None for m in known):
-            gram = _rows([getattr(m, "gram", None) for m in found], sizes)
-        norms = _rows([getattr(m, "squared_norms", None) for m in found], sizes)
-        assert norms is not None
-        powers = _rows([getattr(m, "powers", None) for m in found], sizes, 1)
-        assert powers is not None
-        added: dict[str, Any] = {"a2_sum": sum(m.a2_sum for m in known), "powers": powers}
-        added |= {f: sums.get((kind, name, f)) for f in _PER_ENTRY}
-        if is_part(added["a2"]):
-            square = sum(m.a2_square for m in known)
-        else:
-            square = float(added["a2"].double().square().sum())
-        if all(m.entries is not None for m in known):
-            added["entries"] = sum(m.entries for m in known if m.entries is not None)
-        return Moments(squared_norms=norms, gram=gram, a2_square=square, **added)
+    def concatenated(field: str) -> Tensor | None:
+        return _concatenate([getattr(share, field) for share in shares], sizes)
 
-    def cat(field: str) -> Tensor | None:
-        return _rows([getattr(p, field) for p in parts], sizes)
+    def of_parameter(name: str) -> Moments:
+        tensors = {field: sums.get((kind, name, field)) for field in _MOMENT_SUMS}
+        return _merge_parameter([s.parameters.get(name) for s in shares], sizes, tensors)
 
-    coverage = dict(parts[0].coverage)
-    for part in parts[1:]:
-        for name, how in part.coverage.items():
+    # a parameter that one process did not use may be used by another one
+    coverage = dict(shares[0].coverage)
+    for share in shares[1:]:
+        for name, how in share.coverage.items():
             if coverage.get(name, "left out").startswith("left out"):
                 coverage[name] = how
+    traces = [share.fisher_trace for share in shares if share.fisher_trace is not None]
     return replace(
-        parts[0],
-        parameters={name: whole(name) for name in names},
+        shares[0],
+        parameters={name: of_parameter(name) for name in names},
         batch_size=sum(sizes),
-        second=cat("second"),
-        fourth=cat("fourth"),
-        inverse_weights=cat("inverse_weights"),
-        seen_mass=_seen_mass(parts),
-        fisher_trace=None
-        if any(p.fisher_trace is None for p in parts)
-        else sum(p.fisher_trace or 0.0 for p in parts),
-        blocks=max((p.blocks for p in parts if p.blocks is not None), key=len, default=None),
+        square_weights=concatenated("square_weights"),
+        quartic_weights=concatenated("quartic_weights"),
+        inverse_weights=concatenated("inverse_weights"),
+        seen_mass=_seen_mass(shares),
+        fisher_trace=sum(traces) if len(traces) == len(shares) else None,
+        blocks=max((s.blocks for s in shares if s.blocks is not None), key=len, default=None),
         coverage=coverage,
     )
 
 
-def _seen_mass(parts: Sequence[MomentsBatch]) -> float | None:
-    """Of all processes' labels together."""
-    known = [(p.seen_mass, p.fisher_trace or 0.0) for p in parts if p.seen_mass is not None]
+def _merge_parameter(shares: list[Moments | None], sizes: list[int], sums: dict[str, Any]) -> Moments:
+    """The moments of one parameter; None for a process that did not use it."""
+    known = [m for m in shares if m is not None]
+
+    def concatenated(field: str, dim: int = 0) -> Tensor:
+        rows = _concatenate([getattr(m, field, None) for m in shares], sizes, dim)
+        assert rows is not None
+        return rows
+
+    if is_part(sums["a2"]):  # rows of one process: the square needs those of all
+        a2_square = sum(m.a2_square for m in known)
+    else:
+        a2_square = float(sums["a2"].double().square().sum())
+    entries = [m.entries for m in known if m.entries is not None]
+    return Moments(
+        a2_sum=sum(m.a2_sum for m in known),
+        a2_square=a2_square,
+        powers=concatenated("powers", 1),
+        squared_norms=concatenated("squared_norms"),
+        gram=concatenated("gram") if all(m.gram is not None for m in known) else None,
+        entries=sum(entries[1:], entries[0]) if len(entries) == len(known) else None,
+        **sums,
+    )
+
+
+def _seen_mass(shares: Sequence[MomentsBatch]) -> float | None:
+    """The seen mass of all processes' labels, weighted by its expectation in each process."""
+    known = [(s.seen_mass, s.fisher_trace or 0.0) for s in shares if s.seen_mass is not None]
     expected = sum(weight for _, weight in known)
     return sum(mass * weight for mass, weight in known) / expected if expected > 0 else None
 
 
-def _merge_curvature(parts: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -> CurvatureBatch:
-    sizes, most = [len(p.weights) for p in parts], max(p.draws for p in parts)
-    weights = _rows([p.weights for p in parts], sizes)
+def _merge_curvature(shares: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -> CurvatureBatch:
+    sizes, draws = [len(share.weights) for share in shares], max(share.draws for share in shares)
+    weights = _concatenate([share.weights for share in shares], sizes)
     assert weights is not None
     partners: dict[str, set[str]] = {}
-    for part in parts:
-        for name, others in part.partners.items():
+    for share in shares:
+        for name, others in share.partners.items():
             partners.setdefault(name, set()).update(others)
 
-    def whole(name: str) -> Curvature:
-        found = [p.parameters.get(name) for p in parts]
-        known = [c for c in found if c is not None]
+    def of_parameter(name: str) -> Curvature:
+        curvatures = [share.parameters.get(name) for share in shares]
+        known = [c for c in curvatures if c is not None]
         # longer sequences have more passes, and of many passes only the diagonal is kept
-        flat = min(c.block.dim() for c in known) == 3
+        diagonal_only = min(c.block.dim() for c in known) == 3
 
-        def seeds(field: str, dim: int) -> Tensor | None:
-            given = []
-            for part, c in zip(parts, found, strict=True):
+        def concatenated(field: str, dim: int) -> Tensor | None:
+            rows: list[Tensor | None] = []
+            for share, c in zip(shares, curvatures, strict=True):
                 x = getattr(c, field, None)
                 if x is None and c is not None and field == "joint":
-                    x = c.block  # a parameter that does not meet itself here
-                if x is not None and dim == 1 and flat and x.dim() == 4:
-                    x = x.diagonal(dim1=-2, dim2=-1)
-                for d in range(dim + 1, 2 if dim == 0 or x is None else x.dim()):
-                    x = None if x is None else _with_room(x, d, part.draws, most)
-                given.append(x)
-            return _rows(given, sizes, dim)
+                    x = c.block  # no interacting uses in this process
+                if x is not None:
+                    if dim == 1 and diagonal_only and x.dim() == 4:
+                        x = x.diagonal(dim1=-2, dim2=-1)
+                    for d in range(dim + 1, 2 if dim == 0 else x.dim()):
+                        x = _pad_draws(x, d, share.draws, draws)
+                rows.append(x)
+            return _concatenate(rows, sizes, dim)
 
-        made: dict[str, Any] = {f: seeds(f, 0) for f in ("trace", "square", "probe_squares")}
-        made |= {f: seeds(f, 1) for f in ("block", "whole", "joint")}
+        merged: dict[str, Any] = {f: concatenated(f, 0) for f in ("trace", "square", "probe_squares")}
+        merged |= {f: concatenated(f, 1) for f in ("block", "whole", "joint")}
         if all(c.joint is None for c in known):
-            made["joint"] = None
-        made["signs"] = _rows([getattr(c, "signs", None) for c in found], sizes, 1)
-        made |= {f: sums.get(("curvature", name, f)) for f in _CURVED_PER_ENTRY}
-        return Curvature(**made)
+            merged["joint"] = None
+        merged["signs"] = _concatenate([getattr(c, "signs", None) for c in curvatures], sizes, 1)
+        merged |= {f: sums.get(("curvature", name, f)) for f in _CURVATURE_SUMS}
+        return Curvature(**merged)
 
     return replace(
-        parts[0],
-        parameters={name: whole(name) for name in _all_names([p.parameters for p in parts])},
-        draws=most,
+        shares[0],
+        parameters={n: of_parameter(n) for n in _all_names([s.parameters for s in shares])},
+        draws=draws,
         weights=weights,
         partners=partners,
     )
 
 
-def _all_names(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In the order of the process that knows most of them."""
-    longest = max(parts, key=len)
-    return list(dict.fromkeys([*longest, *(name for part in parts for name in part)]))
+def _all_names(shares: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All names, in the order of the process that has most of them."""
+    longest = max(shares, key=len)
+    return list(dict.fromkeys([*longest, *(name for share in shares for name in share)]))
 
 
-def _rows(parts: Sequence[Tensor | None], sizes: list[int], dim: int = 0) -> Tensor | None:
-    """The processes' rows one after another.
+def _concatenate(tensors: Sequence[Tensor | None], sizes: list[int], dim: int = 0) -> Tensor | None:
+    """The processes' tensors one after another along ``dim``, of which each has ``sizes`` rows.
 
-    Zeros where a process met no such parameter, and for the passes that a longer sequence has more.
+    Zeros fill in for a parameter that a process did not use, and for the passes that a longer
+    sequence has more.
     """
-    known = [p for p in parts if p is not None]
+    known = [x for x in tensors if x is not None]
     if not known:
         return None
-    shape = [max(p.shape[d] for p in known) for d in range(known[0].dim())]
+    shape = [max(x.shape[d] for x in known) for d in range(known[0].dim())]
     shape[dim] = sum(sizes)
-    whole = known[0].new_zeros(shape)
-    for p, rows in zip(parts, whole.split(sizes, dim), strict=True):
-        if p is not None:
-            rows[tuple(slice(n) for n in p.shape)] = p
-    return whole
+    result = known[0].new_zeros(shape)
+    for x, rows in zip(tensors, result.split(sizes, dim), strict=True):
+        if x is not None:
+            rows[tuple(slice(n) for n in x.shape)] = x
+    return result
 
 
-def _with_room(x: Tensor, dim: int, draws: int, most: int) -> Tensor:
-    """Zeros for seeds that other processes have; the seeds of the bounds stay behind them."""
+def _pad_draws(x: Tensor, dim: int, draws: int, padded_draws: int) -> Tensor:
+    """Insert zeros for label scores that other processes have; the bounds' cotangents follow them."""
     shape = list(x.shape)
-    shape[dim] = most - draws
+    shape[dim] = padded_draws - draws
     later = x.shape[dim] - draws
     return torch.cat([x.narrow(dim, 0, draws), x.new_zeros(shape), x.narrow(dim, draws, later)], dim)

@@ -1,4 +1,4 @@
-"""Processes that measure one batch together, each its share."""
+"""Processes that measure one batch together, each of them its share."""
 
 from __future__ import annotations
 
@@ -17,167 +17,196 @@ from fimprobe.distributed.merge import (
     local_sums,
     merge,
     merge_bounds,
-    shapes_of,
     sharded_sums,
+    sum_shapes,
 )
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.jacobian_bounds.layer_bounds import LayerBound
 from fimprobe.statistics import Measured
 
 T = TypeVar("T")
-Found = tuple[Measured, Mapping[str, LayerBound]]
-BUCKET = 2**24
-"""Numbers that are added in one message."""
+MeasuredShare = tuple[Measured, Mapping[str, LayerBound]]
+"""Statistics of some samples, and the bounds of each layer for them."""
+
+MAX_REDUCED_NUMBERS = 2**24
+"""Numbers that one all-reduce adds: 64 MiB in float32, so that few messages copy little memory."""
+
 JOIN_TIMEOUT_SECONDS = 60.0
-"""Seconds that processes wait for each other in ``attach``."""
-TIMEOUT = 300.0
-"""Seconds that they wait for each other in a measurement."""
-WEIGHTS_TIMEOUT = 60.0
-"""Seconds for one weight of a sharded model; shorter, so that who waits in vain can still tell."""
-_joined = itertools.count()
+"""Time that processes wait for each other in ``attach``, chosen longer than they start apart."""
+
+MEASUREMENT_TIMEOUT_SECONDS = 300.0
+"""Time that processes wait for each other in a measurement, chosen longer than a share takes."""
+
+WEIGHTS_TIMEOUT_SECONDS = 60.0
+"""Time for one weight of a sharded model.
+
+It is shorter than that of a measurement, so that a process that waits in vain can still report it.
+"""
+
+_join_numbers = itertools.count()
 
 
 class ProcessGroup(Protocol):
-    """What a measurement needs of the processes it is shared by."""
+    """Processes that share a measurement; :func:`join_processes` returns one.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+    """
 
     rank: int
     size: int
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """Every process's result of its ``act``; the error of one is raised on all of them."""
+    def run_everywhere(self, action: Callable[[], T]) -> list[T]:
+        """Return the results of all processes' ``action``; an error of one is raised on all."""
 
-    def combine(self, act: Callable[[], Found]) -> Found:
-        """The measurement of the whole batch from that of each process's share."""
+    def measure_together(self, action: Callable[[], MeasuredShare]) -> MeasuredShare:
+        """Return the measurement of the whole batch; ``action`` measures this process's share."""
 
-    def for_weights(self) -> Any:
-        """A process group for a sharded model's weights, so that no message meets another kind."""
+    def weights_group(self) -> Any:
+        """Return a ``torch.distributed`` group for the weights of a sharded model.
+
+        A group of their own keeps their messages apart from those of :meth:`run_everywhere`.
+        """
 
 
 class SingleProcess:
-    """A single process."""
+    """The group of a single process."""
 
     rank, size = 0, 1
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """The one result."""
-        return [act()]
+    def run_everywhere(self, action: Callable[[], T]) -> list[T]:
+        """Return the only result."""
+        return [action()]
 
-    def combine(self, act: Callable[[], Found]) -> Found:
-        """What was measured."""
-        return act()
+    def measure_together(self, action: Callable[[], MeasuredShare]) -> MeasuredShare:
+        """Return the measurement of the only share."""
+        return action()
 
-    def for_weights(self) -> Any:
-        """There is none."""
+    def weights_group(self) -> Any:
+        """Return None: nothing is sent."""
 
 
 class GlooProcessGroup:
     """All processes of ``torch.distributed``'s default group, over gloo and with bounded waits.
 
-    Measurements of their shares are added (:mod:`fimprobe.distributed.merge`): tensors of the
+    Measurements of the shares are merged (:mod:`fimprobe.distributed.merge`): tensors of the
     parameters' shapes by all-reduce, rows of single samples by all-gather.
     """
 
-    def __init__(self, *, timeout: float) -> None:
-        self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
-        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self._for_weights: Any = None
+    def __init__(self, *, timeout_seconds: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.timeout_seconds = timeout_seconds
+        timeout = timedelta(seconds=timeout_seconds)
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self._weights_group: Any = None
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """Every process's result; where any failed, all raise.
+    def run_everywhere(self, action: Callable[[], T]) -> list[T]:
+        """Return the results of all processes; if any process failed, all raise.
+
+        Args:
+            action: Called on this process. Its result must be picklable.
 
         Raises:
-            BatchError: where all that failed did so for their batch only.
-            FimprobeError: else; also where a process does not answer in time.
+            BatchError: If every failure concerns this batch only.
+            FimprobeError: For other failures, and if a process does not answer in time.
         """
         result: Any = None
-        failure: Exception | None = None
-        told: tuple[bool, str] | None = None
+        error: Exception | None = None
+        failure: tuple[bool, str] | None = None
         try:
-            result = act()
-        except Exception as error:
-            kind = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
-            failure, told = error, (isinstance(error, BatchError), f"{kind}{error}")
+            result = action()
+        except Exception as caught:
+            kind = "" if isinstance(caught, FimprobeError) else f"{type(caught).__name__}: "
+            error, failure = caught, (isinstance(caught, BatchError), f"{kind}{caught}")
         answers: list[Any] = [None] * self.size
-        self._bounded(lambda: dist.all_gather_object(answers, (result, told), group=self.group))
-        failed = {rank: told for rank, (_, told) in enumerate(answers) if told is not None}
-        if not failed:
+        self._bounded(lambda: dist.all_gather_object(answers, (result, failure), group=self.group))
+        failures = {rank: failed for rank, (_, failed) in enumerate(answers) if failed is not None}
+        if not failures:
             return [result for result, _ in answers]
-        fatal = [rank for rank, (batch_only, _) in failed.items() if not batch_only]
-        if failure is not None and (not fatal or self.rank in fatal):
-            raise failure
-        worst = fatal[0] if fatal else min(failed)
-        raise (FimprobeError if fatal else BatchError)(f"process {worst}: {failed[worst][1]}")
+        fatal = [rank for rank, (is_batch_error, _) in failures.items() if not is_batch_error]
+        # all processes must agree on the kind of error: a batch error lets them continue
+        if error is not None and (not fatal or self.rank in fatal):
+            raise error
+        worst = fatal[0] if fatal else min(failures)
+        raise (FimprobeError if fatal else BatchError)(f"process {worst}: {failures[worst][1]}")
 
-    def combine(self, act: Callable[[], Found]) -> Found:
-        """The measurement of the whole batch, the same on all processes."""
-        own: list[Measured] = []
+    def measure_together(self, action: Callable[[], MeasuredShare]) -> MeasuredShare:
+        """Return the measurement of the whole batch, equal on all processes."""
+        local: list[Measured] = []
 
-        def share() -> Any:
-            measured, bounds = act()
-            own.append(measured)
-            return drop_sums(measured), shapes_of(measured), bounds
+        def measure_share() -> Any:
+            measured, bounds = action()
+            local.append(measured)
+            return drop_sums(measured), sum_shapes(measured), bounds
 
-        rests, shapes, bounds = zip(*self.together(share), strict=True)
-        sums = local_sums(own[0], common_shapes(shapes))
+        rests, shapes, bounds = zip(*self.run_everywhere(measure_share), strict=True)
+        sums = local_sums(local[0], common_shapes(shapes))
         self._bounded(lambda: self._add(list(sums.values())))
-        return merge(rests, sums | sharded_sums(own[0])), merge_bounds(bounds)
+        return merge(rests, sums | sharded_sums(local[0])), merge_bounds(bounds)
 
-    def for_weights(self) -> Any:
-        """Made where it is first asked for, by all processes."""
-        if self._for_weights is None:
-            wait = timedelta(seconds=WEIGHTS_TIMEOUT)
-            self._for_weights = dist.new_group(backend="gloo", timeout=wait)
-        return self._for_weights
+    def weights_group(self) -> Any:
+        """Return the group, made at the first call, which all processes make together."""
+        if self._weights_group is None:
+            timeout = timedelta(seconds=WEIGHTS_TIMEOUT_SECONDS)
+            self._weights_group = dist.new_group(backend="gloo", timeout=timeout)
+        return self._weights_group
 
     def _add(self, tensors: list[Tensor]) -> None:
-        """Replace each by its sum over the processes."""
+        """Replace each tensor by its sum over the processes."""
         for dtype in dict.fromkeys(x.dtype for x in tensors):
             bucket: list[Tensor] = []
-            for x in [*(x for x in tensors if x.dtype == dtype), None]:
-                if bucket and (x is None or sum(y.numel() for y in bucket) + x.numel() > BUCKET):
-                    flat = torch.cat([y.reshape(-1) for y in bucket])
-                    dist.all_reduce(flat, group=self.group)
-                    for y, part in zip(bucket, flat.split([y.numel() for y in bucket]), strict=True):
-                        y.copy_(part.view(y.shape))
+            for x in (x for x in tensors if x.dtype == dtype):
+                if bucket and sum(y.numel() for y in [*bucket, x]) > MAX_REDUCED_NUMBERS:
+                    self._all_reduce(bucket)
                     bucket = []
-                if x is not None:
-                    bucket.append(x)
+                bucket.append(x)
+            self._all_reduce(bucket)
 
-    def _bounded(self, act: Callable[[], Any]) -> None:
+    def _all_reduce(self, bucket: list[Tensor]) -> None:
+        flat = torch.cat([x.reshape(-1) for x in bucket])
+        dist.all_reduce(flat, group=self.group)
+        for x, total in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            x.copy_(total.view(x.shape))
+
+    def _bounded(self, action: Callable[[], Any]) -> None:
+        """Run ``action``; gloo reports an exceeded timeout as a RuntimeError."""
         try:
-            act()
+            action()
         except RuntimeError as error:
             raise FimprobeError(
-                f"the other processes did not answer (waited at most {self.timeout:g} s): "
-                f"{str(error).splitlines()[0]}"
+                f"the other processes did not answer within {self.timeout_seconds:g} s. Check "
+                f"whether they still run: {str(error).splitlines()[0]}"
             ) from error
 
 
-def join() -> ProcessGroup:
-    """The processes of this training that probe as well; :class:`SingleProcess` for a single process.
+def join_processes() -> ProcessGroup:
+    """Return the group of this training's processes; all of them must call this.
 
-    Waits up to ``JOIN_TIMEOUT_SECONDS`` seconds for all of them to come here.
+    It waits up to ``JOIN_TIMEOUT_SECONDS`` for the others. Without ``torch.distributed``, or with one
+    process, it returns a :class:`SingleProcess` at once.
 
     Raises:
-        FimprobeError: where some do not.
+        FimprobeError: If not all processes call it in time.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SingleProcess()
     store = dist.distributed_c10d._get_default_store()
-    meeting = f"fimprobe/{next(_joined)}"
-    keys = [f"{meeting}/{rank}" for rank in range(dist.get_world_size())]
+    prefix = f"fimprobe/{next(_join_numbers)}"
+    keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
     store.set(keys[dist.get_rank()], "here")
-    end = "met"
+    outcome = "complete"
     try:
         store.wait(keys, timedelta(seconds=JOIN_TIMEOUT_SECONDS))
     except RuntimeError:
-        end = "left"
-    # the first to say how it ended says it for all: nobody is left alone in making the group
-    if store.compare_set(f"{meeting}/end", "", end) == b"left":
+        outcome = "incomplete"
+    # the first process to write the outcome decides for all: otherwise one that waited longer
+    # could create the group alone, while the others have stopped waiting
+    if store.compare_set(f"{prefix}/outcome", "", outcome) == b"incomplete":
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         who = f"processes {missing} of {len(keys)}" if missing else "some processes"
         raise FimprobeError(
-            f"{who} attached no probe within {JOIN_TIMEOUT_SECONDS:g} s of the others; "
-            "attach on every process at the same place (only the first one writes)"
+            f"{who} attached no probe within {JOIN_TIMEOUT_SECONDS:g} s of the others. Call attach "
+            "on every process at the same place; only the first one writes files."
         )
-    return GlooProcessGroup(timeout=TIMEOUT)
+    return GlooProcessGroup(timeout_seconds=MEASUREMENT_TIMEOUT_SECONDS)

@@ -1,1 +1,1 @@
-"""Estimators: pure functions from moments to estimates."""
+"""The estimators of the Fisher information: pure functions from statistics to estimates."""

@@ -1,4 +1,4 @@
-"""How large the entries of diag F̂ are: their number by half decades."""
+"""The sizes of the entries of diag F̂: their number in half decades."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ import torch
 from torch import Tensor
 
 STEP = 0.5
-"""Of log10."""
+"""Width of a bin in log10."""
 
 _LOW, _HIGH = -80, 40
-"""log10 of the smallest and the largest entry told apart."""
+"""log10 of the smallest and the largest entry with a bin of its size; others are clamped to these."""
 
 
 def diagonal_histogram(
     samples: Iterable[tuple[Tensor, int]], scale: float = 1.0
 ) -> list[tuple[float, float]]:
-    """Pairs (log10 of the lower end, entries in [lower, lower · √10)), ascending, without empty ones.
+    """Return a histogram of the diagonal's entries in half-decade bins.
 
-    Of ``scale`` · the entries of diagonals, given as
-    :func:`fimprobe.statistics.subsample_entries` of each and its size. Entries that are not above 0 are left out. Each of a sample counts for several, so that
-    the counts are estimates. What is 0 but for rounding (a key's bias in attention) is counted as it
-    is.
+    Each entry of a subsample counts for several, so that the counts are estimates. Entries that are
+    not positive are left out. Entries that are 0 up to rounding (the bias of a key in attention) are
+    counted with their rounded value.
 
-    >>> count_sizes([(torch.tensor([1.0, 2.0, 50.0, 0.0]), 4)])
+    Args:
+        samples: For each parameter, a subsample of its diagonal
+            (:func:`fimprobe.statistics.subsample_entries`) and its full size.
+        scale: Factor applied to every entry.
+
+    Returns:
+        (log10 of the lower bin edge, number of entries) for every non-empty bin, ascending.
+
+    >>> diagonal_histogram([(torch.tensor([1.0, 2.0, 50.0, 0.0]), 4)])
     [(0.0, 2.0), (1.5, 1.0)]
     """
-    known_sizes = [(entries, size) for entries, size in samples if len(entries)]
-    parts = [entries for entries, _ in known_sizes]
-    weights = [size / len(entries) for entries, size in known_sizes]
-    if not parts:
+    nonempty = [(entries, size) for entries, size in samples if len(entries)]
+    if not nonempty:
         return []
-    values = (torch.cat(parts).cpu() * scale).log10()
-    lengths = torch.tensor([len(part) for part in parts])
-    weight = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)
-    weight *= values.isfinite()
-    bins = ((values.nan_to_num(0.0, 0.0, 0.0).clamp(_LOW, _HIGH) - _LOW) / STEP).long()
-    counts = torch.bincount(bins, weights=weight)
+    subsamples = [entries for entries, _ in nonempty]
+    multiplicities = [size / len(entries) for entries, size in nonempty]
+    logs = (torch.cat(subsamples).cpu() * scale).log10()
+    lengths = torch.tensor([len(entries) for entries in subsamples])
+    weights = torch.tensor(multiplicities, dtype=torch.float64).repeat_interleave(lengths)
+    weights *= logs.isfinite()
+    bins = ((logs.nan_to_num(0.0, 0.0, 0.0).clamp(_LOW, _HIGH) - _LOW) / STEP).long()
+    counts = torch.bincount(bins, weights=weights)
     return [(_LOW + STEP * i, float(n)) for i, n in enumerate(counts.tolist()) if n > 0]

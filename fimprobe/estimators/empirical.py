@@ -1,4 +1,4 @@
-"""The empirical Fisher (labels of the data) and how far it is from the Fisher information."""
+"""The empirical Fisher (labels of the data) compared with the Fisher information."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ import torch
 from fimprobe.statistics import MomentsBatch
 
 
-def compare(
+def compare_with_fisher(
     empirical: MomentsBatch, fisher: MomentsBatch, names: list[str]
 ) -> tuple[float | None, float | None]:
-    """Cosine between the diagonals of the two matrices, and the ratio of their traces.
+    """Return the cosine between the diagonals of the two matrices, and the ratio of their traces.
 
-    eF − F = Σ_y (q_y − p_y) g_y g_yᵀ, q the data's labels: zero only where the model is calibrated
-    (Kunstner, Hennig & Balles 2019). Both None where a matrix is zero.
+    Their difference is eF − F = Σ_y (q_y − p_y) g_y g_yᵀ, q the data's labels: it is zero only where
+    the model is calibrated (Kunstner, Hennig & Balles, 2019).
+
+    Args:
+        empirical: Moments of the scores of the data's labels.
+        fisher: Moments whose A2 estimates F.
+        names: The parameters to compare.
+
+    Returns:
+        (cosine, trace of the empirical Fisher / trace of F); both None where a matrix is zero.
     """
-    inner = ours = theirs = trace = data = 0.0
+    inner = fisher_square = empirical_square = fisher_trace = empirical_trace = 0.0
     for name in names:
-        e, f = (m.parameters[name] for m in (empirical, fisher))
+        e, f = (moments.parameters[name] for moments in (empirical, fisher))
         inner += float(torch.dot(e.a2.flatten().double(), f.a2.flatten().double()))
-        theirs += e.a2_square
-        ours += f.a2_square
-        data += e.a2_sum
-        trace += f.a2_sum
-    if ours <= 0 or theirs <= 0 or trace <= 0:
+        empirical_square += e.a2_square
+        fisher_square += f.a2_square
+        empirical_trace += e.a2_sum
+        fisher_trace += f.a2_sum
+    if fisher_square <= 0 or empirical_square <= 0 or fisher_trace <= 0:
         return None, None
-    count = fisher.draws or 1
-    return inner / (ours * theirs) ** 0.5, data / (trace / count)
+    draws = fisher.draws or 1
+    cosine = inner / (fisher_square * empirical_square) ** 0.5
+    return cosine, empirical_trace / (fisher_trace / draws)

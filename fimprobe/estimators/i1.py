@@ -1,7 +1,8 @@
 """Î₁, the mean outer product of scores, and its variance over labels and over inputs.
 
-Formulas and names: Soen & Sun 2021 (arXiv 2107.04205) eq. (3), (10), (12), (13); the split by the
-law of total variance: Soen & Sun 2024 (arXiv 2402.05379).
+Formulas and names follow Soen & Sun (2021), eq. 3, 10, 12 and 13 (arXiv 2107.04205). The split by
+the law of total variance follows Soen & Sun (2024) (arXiv 2402.05379). Symbols: B inputs, S draws or
+passes, G groups of parameters; A4, Q and R are those of :class:`fimprobe.statistics.Moments`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ Value = TypeVar("Value", float, Tensor)
 
 
 def label_variance(a4: Value, q: Value, r: Value, batch_size: int, draws: int | None) -> Value | None:
-    """V̂_y, the variance of one draw's g² over labels, unbiased, averaged over inputs.
+    """Return V̂_y, the variance of one draw's g² over labels: unbiased, mean over the inputs.
 
-    Drawn: A4/(BS) − (Q − R)/(BS(S−1)), None for S = 1; R is A4 where labels come from the model.
-    Exact (``draws=None``), by the additivity of fourth cumulants over independent labels:
-    (A4 − 3R + 2Q)/B, which is (A4 − Q)/B for one label.
+    Drawn labels: A4/(BS) − (Q − R)/(BS(S−1)); R is A4 where labels come from the model. Exact labels:
+    (A4 − 3R + 2Q)/B, because fourth cumulants add up over independent labels; for one label it is
+    (A4 − Q)/B.
+
+    Args:
+        a4: A4, a number or one value per entry; so are ``q`` and ``r``.
+        q: Q.
+        r: R.
+        batch_size: B.
+        draws: S; None for exact labels.
+
+    Returns:
+        The variance, in the shape of ``a4``; None for S = 1.
 
     >>> label_variance(10.0, 12.0, 10.0, 2, 2)
     2.0
@@ -41,91 +52,100 @@ def label_variance(a4: Value, q: Value, r: Value, batch_size: int, draws: int | 
 def between_input_variance(
     q: Value, diagonal_square: Value, batch_size: int, draws: int | None
 ) -> Value | None:
-    """T̂, the sample variance over inputs of a_b = Σ_s w g²/S: Q/S² and F̂² give it. None for B = 1.
+    """Return T̂, the sample variance over the inputs of a_b = Σ_s w g²/S.
+
+    Args:
+        q: Q, a number or one value per entry.
+        diagonal_square: F̂_ii², in the shape of ``q``.
+        batch_size: B.
+        draws: S; None for exact labels.
+
+    Returns:
+        The variance, in the shape of ``q``; None for B = 1.
 
     >>> between_input_variance(10.0, 4.0, 2, 1)
     2.0
     """
     if batch_size < 2:
         return None
-    count = draws or 1
-    return (q / count**2 - batch_size * diagonal_square) / (batch_size - 1)
+    labels = draws or 1
+    return (q / labels**2 - batch_size * diagonal_square) / (batch_size - 1)
 
 
 def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
-    """L1 = E‖g‖⁴ − ‖F‖_F² of blocks, for each input [..., B], from Gram matrices [..., B, S, S].
+    """Return L1 = E‖g‖⁴ − ‖F‖_F² of blocks of parameters, for each input.
 
-    Drawn (S ≥ 2), of ĝ = √w g, unbiased: mean_s ‖ĝ_s‖⁴/w_s − mean_{s≠t} (ĝ_s·ĝ_t)². Exact passes with
-    weights w: each independent label adds its own L1, and pairs of labels s ≠ t add
+    Drawn labels (S ≥ 2), of ĝ = √w g, unbiased: mean_s ‖ĝ_s‖⁴/w_s − mean_{s≠t} (ĝ_s·ĝ_t)². Exact
+    passes with weights w: each independent label adds its L1, and each pair of labels s ≠ t adds
     tr F_s tr F_t + tr(F_s F_t) (docs/theory.md, "Sequences").
+
+    Args:
+        moments: The moments that the Gram matrices belong to, for their weights.
+        gram: Inner products of per-sample gradients [..., B, S, S].
+
+    Returns:
+        L1 of every block and input [..., B].
     """
     square = gram.square()
-    own = square.diagonal(dim1=-2, dim2=-1)
+    diagonal = square.diagonal(dim1=-2, dim2=-1)
     if moments.draws is not None:
         draws = moments.draws
-        cross = (square.sum((-2, -1)) - own.sum(-1)) / (draws * (draws - 1))
-        fourth = own if moments.inverse_weights is None else own * moments.inverse_weights.cpu()
+        cross = (square.sum((-2, -1)) - diagonal.sum(-1)) / (draws * (draws - 1))
+        inverse = moments.inverse_weights
+        fourth = diagonal if inverse is None else diagonal * inverse.cpu()
         return fourth.mean(-1) - cross
-    assert moments.second is not None and moments.fourth is not None
+    assert moments.square_weights is not None and moments.quartic_weights is not None
     assert moments.blocks is not None
-    w, m = moments.second.double(), moments.fourth.double()
+    w, w4 = moments.square_weights.double(), moments.quartic_weights.double()
     blocks = moments.blocks.to(gram.device)
-    member = torch.nn.functional.one_hot(blocks).to(w.dtype)  # passes x blocks
-    same = member @ member.T
+    membership = torch.nn.functional.one_hot(blocks).to(w.dtype)  # [S, labels]
+    same_label = membership @ membership.T
     weighted = square * w.unsqueeze(-1) * w.unsqueeze(-2)
-    trace = (w * gram.diagonal(dim1=-2, dim2=-1)) @ member
-    total = (m * own).sum(-1) - (weighted * same).sum((-2, -1))
-    total += trace.sum(-1).square() - trace.square().sum(-1) + (weighted * (1 - same)).sum((-2, -1))
-    return total
+    traces = (w * gram.diagonal(dim1=-2, dim2=-1)) @ membership
+    within = (w4 * diagonal).sum(-1) - (weighted * same_label).sum((-2, -1))
+    between = traces.sum(-1).square() - traces.square().sum(-1)
+    return within + (between + (weighted * (1 - same_label)).sum((-2, -1)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSums:
-    """Of every group and input [G, B], summed over the group's entries; unbiased."""
+    """Unbiased sums over the entries of every group, for each input [G, B]."""
 
     trace: Tensor
     """Σ_i F_i(x)."""
     fourth: Tensor
     """Σ_i E_y g_i⁴."""
     square: Tensor | None
-    """Σ_i F_i(x)²; None where one label for each input cannot tell."""
+    """Σ_i F_i(x)²; None with a single drawn label, which does not determine it."""
     error_square: Tensor | None
-    """Σ_i Var F̂_i of the mean over inputs, from their spread [G]; None for one input."""
+    """Σ_i Var F̂_i of the mean over inputs, from their variance [G]; None for one input."""
     norm_square: Tensor
     """‖diag F‖² [G], debiased: ‖diag F̂‖² − ``error_square``."""
 
     @classmethod
     def of(cls, moments: MomentsBatch, groups: Groups) -> InputSums:
-        """From the moments of any kind of cotangents."""
-        members, draws = GroupSums(groups), moments.draws
-        size, count = moments.batch_size, draws or 1
-        norms = members.sum(moments.parameters, "squared_norms")
+        """Return the sums of moments of any kind of cotangents."""
+        group_sums, draws = GroupSums(groups), moments.draws
+        size, labels = moments.batch_size, draws or 1
+        norms = group_sums.sum(moments.parameters, "squared_norms")
         square: Tensor | None
-        a4, q, r, _ = members.sum(moments.parameters, "powers").unbind(1)
+        a4, q, r, _ = group_sums.sum(moments.parameters, "powers").unbind(1)
         if draws is None:
-            assert moments.second is not None
-            trace = (norms * moments.second.double().cpu()).sum(-1)
+            assert moments.square_weights is not None
+            trace = (norms * moments.square_weights.double().cpu()).sum(-1)
             fourth, square = a4 - 3 * r + 3 * q, q
         else:
             trace, fourth = norms.mean(-1), a4 / draws
             square = (q - r) / (draws * (draws - 1)) if draws > 1 else None
-        whole = members.sum_numbers(moments.parameters, "a2_square")[0] / (size * count) ** 2
-        across = between_input_variance(q.sum(-1), whole, size, draws)
-        if across is None:
-            alone = whole if square is None else square[:, 0]
-            return cls(
-                trace=trace, fourth=fourth, square=square, error_square=None, norm_square=alone
-            )
-        error = across.clamp(min=0) / size
-        norm = whole - error
-        norm = norm.masked_fill(norm.abs() < ROUNDING * whole, 0.0)
-        return cls(
-            trace=trace,
-            fourth=fourth,
-            square=square,
-            error_square=error,
-            norm_square=norm,
-        )
+        biased = group_sums.sum_numbers(moments.parameters, "a2_square")[0] / (size * labels) ** 2
+        variance = between_input_variance(q.sum(-1), biased, size, draws)
+        if variance is None:
+            error, norm = None, biased if square is None else square[:, 0]
+        else:
+            error = variance.clamp(min=0) / size
+            norm = biased - error
+            norm = norm.masked_fill(norm.abs() < ROUNDING * biased, 0.0)
+        return cls(trace=trace, fourth=fourth, square=square, error_square=error, norm_square=norm)
 
 
 def estimate_groups(
@@ -136,59 +156,56 @@ def estimate_groups(
     sums: InputSums | None = None,
     common: InputSums | None = None,
 ) -> dict[str, Estimate]:
-    """Î₁, or another mean of g gᵀ, of each group of parameters, all groups at once.
+    """Estimate Î₁, or another mean of g gᵀ, for each group of parameters.
 
     Args:
-        moments: of the cotangents that the estimator is made of.
-        groups: the parameters of each group.
-        diagonals: keep the diagonals and their variances.
-        sums: of these moments and groups, where they are known already.
-        common: the sums that tell F's variance over inputs and its norm best, where these are others.
+        moments: Moments of the cotangents that define the estimator.
+        groups: The parameters of each group.
+        diagonals: Whether to keep the diagonals and their variances.
+        sums: ``InputSums.of(moments, groups)``, where they are computed already.
+        common: The sums with the most reliable norm of F and variance over inputs; None for ``sums``.
+
+    Returns:
+        The estimate of each group, by its name.
     """
     size, draws = moments.batch_size, moments.draws
-    count = size * (draws or 1)
     sums = sums or InputSums.of(moments, groups)
     best = common or sums
     pairs = pair_variances(sums.fourth, best.square, best.trace, best.norm_square)
     gram = GroupSums(groups).sum_known(moments.parameters, "gram")
-    whole = None if gram is None else total_label_variance(moments, gram)
-    errors = None if whole is None or draws is None else _mean_error(whole)
-    labels, label_errors = None, None
-    if sums.square is not None:  # the same draws' fourth powers and squares vary together
-        each = sums.fourth - sums.square
-        labels, label_errors = each.mean(-1), None if draws is None else _mean_error(each)
+    total = None if gram is None else total_label_variance(moments, gram)
+    total_error = None if total is None or draws is None else _standard_error(total)
+    labels, label_error = None, None
+    if sums.square is not None:  # one difference: fourth powers and squares of a draw are correlated
+        variances = sums.fourth - sums.square
+        labels = variances.mean(-1)
+        label_error = None if draws is None else _standard_error(variances)
     columns = {
         "trace": sums.trace.mean(-1),
         "norm": best.norm_square.clamp(min=0).sqrt(),
         "label_variance": labels,
-        "label_variance_error": label_errors,
+        "label_variance_error": label_error,
         "input_variance": None
         if best.square is None or size < 2
         else best.square.mean(-1) - best.norm_square,
         "total_variance": sums.fourth.mean(-1) - best.norm_square,
-        "std_error": _mean_error(sums.trace),
+        "std_error": _standard_error(sums.trace),
         "rel_error": relative_error(sums.error_square, best.norm_square),
         "effective_inputs": effective_inputs(best.trace),
         "skewness": skewness(sums.trace),
-        "total_label_variance": None if whole is None else whole.mean(-1),
-        "total_label_variance_error": errors,
+        "total_label_variance": None if total is None else total.mean(-1),
+        "total_label_variance_error": total_error,
     }
-    values = {n: [None] * len(groups) if c is None else c.tolist() for n, c in columns.items()}
-    found = {}
+    values = columns_to_lists(columns, len(groups))
+    estimates = {}
     for row, (group, names) in enumerate(groups.items()):
-        mine = {n: moments.parameters[n] for n in names} if diagonals else {}
-        found[group] = Estimate(
-            **row_of(values, row),
-            pair_variance=pairs[row],
-            diagonal={n: m.a2 / count for n, m in mine.items()} if diagonals else None,
-            diagonal_label_variance=_diagonal_labels(moments, mine) if diagonals else None,
-            diagonal_input_variance=diagonal_inputs(moments, mine) if diagonals else None,
-        )
-    return found
+        more = _diagonals(moments, names) if diagonals else {}
+        estimates[group] = Estimate(**row_of(values, row), pair_variance=pairs[row], **more)
+    return estimates
 
 
 def effective_inputs(trace: Tensor) -> Tensor:
-    """(Σa)²/Σa² of the inputs' shares of the trace [G, B]: how many inputs it comes from.
+    """Return (Σa)²/Σa² of the inputs' shares a of the trace [G, B]: how many inputs carry it [G].
 
     >>> effective_inputs(torch.tensor([[1.0, 1.0, 0.0, 0.0]])).item()
     2.0
@@ -198,7 +215,7 @@ def effective_inputs(trace: Tensor) -> Tensor:
 
 
 def skewness(trace: Tensor) -> Tensor | None:
-    """The third standardised moment of the inputs' shares [G, B]; None for one input.
+    """Return the third standardised moment [G] of the inputs' shares [G, B]; None for one input.
 
     >>> skewness(torch.tensor([[0.0, 0.0, 0.0, 2.0]])).item()
     1.1547006368637085
@@ -206,58 +223,90 @@ def skewness(trace: Tensor) -> Tensor | None:
     if trace.shape[-1] < 2:
         return None
     centred = trace - trace.mean(-1, keepdim=True)
-    spread = centred.square().mean(-1).sqrt()
+    deviation = centred.square().mean(-1).sqrt()
     cube = centred.pow(3).mean(-1)
-    return torch.where(spread > 0, cube / spread.where(spread > 0, 1).pow(3), 0)
+    return torch.where(deviation > 0, cube / deviation.where(deviation > 0, 1).pow(3), 0)
 
 
 def relative_error(error_square: Tensor | None, norm_square: Tensor) -> Tensor | None:
-    """√(Σ_i Var F̂_i)/‖diag F‖ [G]; NaN where noise is all that is left of the norm."""
+    """Return √(Σ_i Var F̂_i)/‖diag F‖ [G]; NaN where the debiased norm is not positive."""
     if error_square is None:
         return None
     known = norm_square > 0
     return torch.where(known, error_square / norm_square.where(known, 1), torch.nan).sqrt()
 
 
-def _mean_error(each: Tensor) -> Tensor | None:
-    """Standard error [G] of a mean over inputs [G, B]."""
-    size = each.shape[-1]
-    return each.std(-1) / size**0.5 if size > 1 else None
+def _standard_error(values: Tensor) -> Tensor | None:
+    """Return the standard error [G] of a mean over inputs [G, B]; None for one input."""
+    size = values.shape[-1]
+    return values.std(-1) / size**0.5 if size > 1 else None
+
+
+def columns_to_lists(
+    columns: Mapping[str, Tensor | None], rows: int
+) -> dict[str, list[float | None]]:
+    """Return columns [G] as lists of ``rows`` numbers, a missing one as a list of None."""
+    return {
+        name: [None] * rows if column is None else column.tolist() for name, column in columns.items()
+    }
 
 
 def row_of(values: Mapping[str, Sequence[float | None]], row: int) -> dict[str, Any]:
-    """One group's values, None in place of NaN."""
-    column = {name: of[row] for name, of in values.items()}
-    return {name: None if x is None or x != x else x for name, x in column.items()}
+    """Return the values of one group, None in place of NaN."""
+    row_values = {name: column[row] for name, column in values.items()}
+    return {name: None if x is None or x != x else x for name, x in row_values.items()}
 
 
-def _diagonal_labels(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
-    found = {}
+def _diagonals(moments: MomentsBatch, names: Sequence[str]) -> dict[str, Any]:
+    """Return the diagonals of some parameters and their variances, by the fields of ``Estimate``."""
+    group = {name: moments.parameters[name] for name in names}
+    count = moments.batch_size * (moments.draws or 1)
+    return {
+        "diagonal": {name: m.a2 / count for name, m in group.items()},
+        "diagonal_label_variance": _diagonal_label_variance(moments, group),
+        "diagonal_input_variance": diagonal_input_variance(moments, group),
+    }
+
+
+def _diagonal_label_variance(
+    moments: MomentsBatch, group: Mapping[str, Moments]
+) -> dict[str, Tensor] | None:
+    """Return V_y of every entry; None for a single drawn label."""
+    variances = {}
     for name, m in group.items():
         assert m.a4 is not None and m.q is not None and m.r is not None
-        value = label_variance(m.a4, m.q, m.r, moments.batch_size, moments.draws)
-        if value is None:
+        variance = label_variance(m.a4, m.q, m.r, moments.batch_size, moments.draws)
+        if variance is None:
             return None
-        found[name] = value
-    return found
+        variances[name] = variance
+    return variances
 
 
-def diagonal_inputs(moments: MomentsBatch, group: Mapping[str, Moments]) -> dict[str, Tensor] | None:
-    """V_x of every entry; None for one input or a single drawn label."""
-    labels = _diagonal_labels(moments, group)
-    if labels is None:
+def diagonal_input_variance(
+    moments: MomentsBatch, group: Mapping[str, Moments]
+) -> dict[str, Tensor] | None:
+    """Return V_x of every entry; None for one input or a single drawn label.
+
+    Args:
+        moments: The moments of the whole measurement, for B and S.
+        group: The moments of some parameters, by name.
+
+    Returns:
+        V_x of every parameter, in its shape.
+    """
+    if _diagonal_label_variance(moments, group) is None:
         return None
-    found = {}
+    variances = {}
     for name, m in group.items():
         assert m.q is not None
         diagonal = m.a2.double() / (moments.batch_size * (moments.draws or 1))
         across = between_input_variance(m.q, diagonal.square(), moments.batch_size, moments.draws)
         if across is None:
             return None
-        found[name] = across
-        if moments.draws is not None:  # less what the draws vary by: that of w g², not of g²
+        variances[name] = across
+        if moments.draws is not None:  # minus the part of the draws: the variance of w g², not of g²
             assert m.r is not None
             within = label_variance(m.r, m.q, m.r, moments.batch_size, moments.draws)
             assert within is not None
-            found[name] = across - within / moments.draws
-    return found
+            variances[name] = across - within / moments.draws
+    return variances

@@ -1,12 +1,14 @@
 """Î₂ = F − R, minus the mean Hessian: its estimate, variance over labels and matrix total.
 
-R = Σ_a δ_a ∂²h_a has mean zero over labels and V2_ii = E R_ii². F, at fixed inputs, has no label
-variance; it comes from Hutchinson's seeds (or exact labels). Source: eq. (4), (11), (15), (16).
+R = Σ_a δ_a ∂²h_a has mean zero over labels, and V2_ii = E R_ii². At fixed inputs F has no label
+variance; it is estimated with Hutchinson's vectors or exact labels. See Soen & Sun (2021), eq. 4, 11,
+15 and 16. Symbols: B inputs, n cotangents, K probes, J directions, G groups of parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.estimators.i1 import (
     InputSums,
-    diagonal_inputs,
+    columns_to_lists,
+    diagonal_input_variance,
     effective_inputs,
     relative_error,
     row_of,
@@ -26,7 +29,11 @@ from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch
 
 
 def label_variance(squares: Tensor, weights: Tensor) -> Tensor:
-    """Σ_i V2_ii, mean over inputs: Σ_y w_by Σ_i R_byi² for ``squares`` and ``weights`` [B, n].
+    """Return Σ_i V2_ii = Σ_y w_by Σ_i R_byi², mean over the inputs.
+
+    Args:
+        squares: Σ_i R_byi² [..., B, n].
+        weights: w [B, n].
 
     >>> label_variance(torch.tensor([[4.0, 2.0]]), torch.tensor([[0.5, 0.5]])).item()
     3.0
@@ -35,42 +42,56 @@ def label_variance(squares: Tensor, weights: Tensor) -> Tensor:
 
 
 def probe_error(probe_squares: Tensor, weights: Tensor) -> Tensor:
-    """Standard error of ``label_variance`` from K probes' own squares [..., B, n, K].
+    """Return the standard error of ``label_variance`` from the squares of the single probes.
 
-    r_k = R_ii + noise; the spread over k of Σ r_k² is that of the noise. Exact for K = 2 and
-    noise of Gaussian third moments, an upper bound for more probes.
+    r_k = R_ii + noise, so that the variance over k of Σ r_k² is that of the noise. It is exact for
+    K = 2 and noise with the third moments of a Gaussian, an upper bound for more probes.
+
+    Args:
+        probe_squares: Σ_i r_byik² [..., B, n, K].
+        weights: w [B, n].
+
+    Returns:
+        The standard error of each leading index [...].
     """
-    each = (probe_squares * weights.unsqueeze(-1)).sum(-2)  # [..., B, K]
-    return (each.var(-1) / each.shape[-1]).sum(-1).sqrt() / each.shape[-2]
+    squares = (probe_squares * weights.unsqueeze(-1)).sum(-2)  # [..., B, K]
+    return (squares.var(-1) / squares.shape[-1]).sum(-1).sqrt() / squares.shape[-2]
 
 
 def block_gram(curvature: CurvatureBatch, names: Sequence[str]) -> Tensor:
-    """⟨R_y, R_z⟩ of the block of some parameters: [J, B, n, n] (or its diagonal [J, B, n]).
+    """Return ⟨R_y, R_z⟩ of the block of some parameters.
 
-    Unbiased: with directions u and flips σ, E σ_q ⟨(Ru)_p, (Rσu)_p⟩ = ‖R_pq‖_F².
+    It is unbiased: with directions u and sign flips σ, E σ_q ⟨(Ru)_p, (Rσu)_p⟩ = ‖R_pq‖_F².
+
+    Args:
+        curvature: The second derivatives of all parameters.
+        names: The parameters of the block.
+
+    Returns:
+        The Gram matrices [J, B, n, n], or their diagonal [J, B, n].
     """
-    parts = [curvature.parameters[n] for n in names]
-    flips = torch.stack([p.signs for p in parts]).sum(0)  # [J, B]
-    total = torch.zeros_like(parts[0].block)
-    for name, part in zip(names, parts, strict=True):
-        meets = curvature.partners.get(name, set()) & set(names)
-        total += part.joint if meets and part.joint is not None else part.block
+    records = [curvature.parameters[name] for name in names]
+    flips = torch.stack([record.signs for record in records]).sum(0)  # [J, B]
+    total = torch.zeros_like(records[0].block)
+    for name, record in zip(names, records, strict=True):
+        interacting = curvature.partners.get(name, set()) & set(names)
+        total += record.joint if interacting and record.joint is not None else record.block
     # each parameter's inner product is multiplied by the sum of the group's flips
     return total * flips.view(*flips.shape, *[1] * (total.dim() - 2))
 
 
 def whole_gram(curvature: CurvatureBatch) -> Tensor:
-    """⟨R_y, R_z⟩ of all parameters together: [J, B, n, n] (or its diagonal [J, B, n])."""
-    return torch.stack([p.whole for p in curvature.parameters.values()]).sum(0)
+    """Return ⟨R_y, R_z⟩ of all parameters together [J, B, n, n], or its diagonal [J, B, n]."""
+    return torch.stack([record.whole for record in curvature.parameters.values()]).sum(0)
 
 
-def diagonal_of(gram: Tensor, seeds: int) -> Tensor:
-    """The seeds' own ⟨R_y, R_y⟩ [J, B, n], whether or not the rest of the Gram matrix is there."""
+def diagonal_of(gram: Tensor) -> Tensor:
+    """Return ⟨R_y, R_y⟩ [J, B, n] of a Gram matrix [J, B, n, n] or of its diagonal [J, B, n]."""
     return gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 4 else gram
 
 
 def fisher_part(measured: Measured) -> MomentsBatch:
-    """Where F comes from: exact labels, BackPACK's exact diagonals, or Hutchinson's seeds."""
+    """Return the moments that F comes from: exact labels, exact factors of I(h), or Hutchinson's."""
     assert measured.curvature is not None
     if measured.curvature.exact:
         return measured.moments["i1"]
@@ -85,40 +106,50 @@ def estimate_groups(
     *,
     diagonals: bool,
 ) -> dict[str, Estimate]:
-    """Î₂ of each group. ``common``: the sums that tell F's variance over inputs and its norm best.
+    """Estimate Î₂ for each group of parameters.
 
-    The trace in the report is made of the cotangents that F comes from and, where labels are drawn
-    from the model, of R: so is its standard error. Size-biased and exact labels leave R out, whose
-    expectation is 0.
+    The trace combines the moments that F comes from with R where labels are drawn from the model;
+    its standard error covers both. Size-biased and exact labels leave R out, whose expectation is 0.
+
+    Args:
+        measured: The statistics of the batch.
+        groups: The parameters of each group.
+        common: The sums with the most reliable norm of F and variance over inputs.
+        grams: The Gram matrix of R of each group (``block_gram``, ``whole_gram``).
+        diagonals: Whether to keep the diagonals and their variances.
+
+    Returns:
+        The estimate of each group, by its name.
     """
     curvature = measured.curvature
     assert curvature is not None
-    fisher, subtracted = fisher_part(measured), subtracts_residual(measured)
-    weights, draws, bent = curvature.weights, curvature.draws, curvature.parameters
+    fisher, weights, draws = fisher_part(measured), curvature.weights, curvature.draws
     size = fisher.batch_size
-    members = GroupSums(groups)
-    own = InputSums.of(fisher, groups)
-    squares = (members.sum(bent, "square")[..., :draws] * weights).sum(-1)  # [G, B]: Σ_i V2_ii
-    probes = members.sum_known(bent, "probe_squares")
-    random = None if probes is None else probe_error(probes[..., :draws, :], weights)
-    trace, error_square = own.trace, own.error_square
-    if subtracted:
-        trace = trace - (members.sum(bent, "trace")[..., :draws] * weights).sum(-1)
+    group_sums = GroupSums(groups)
+    fisher_sums = InputSums.of(fisher, groups)
+    square = group_sums.sum(curvature.parameters, "square")[..., :draws]
+    squares = (square * weights).sum(-1)  # [G, B]: Σ_i V2_ii
+    probe_squares = group_sums.sum_known(curvature.parameters, "probe_squares")
+    noise = None if probe_squares is None else probe_error(probe_squares[..., :draws, :], weights)
+    trace, error_square = fisher_sums.trace, fisher_sums.error_square
+    if subtracts_residual(measured):
+        residual = group_sums.sum(curvature.parameters, "trace")[..., :draws]
+        trace = trace - (residual * weights).sum(-1)
         if error_square is not None:
-            error_square = error_square + _residual_error_square(members, curvature)
+            error_square = error_square + _residual_error_square(group_sums, curvature)
     pairs = pair_variances(
         squares if common.square is None else common.square + squares,
         common.square,
         common.trace,
         common.norm_square,
     )
-    blocks = torch.stack([diagonal_of(grams[group], draws)[..., :draws] for group in groups], 1)
-    whole = (blocks * weights).sum(-1)  # [J, G, B]
+    blocks = torch.stack([diagonal_of(grams[group])[..., :draws] for group in groups], 1)
+    total = (blocks * weights).sum(-1)  # [J, G, B]
     columns = {
         "trace": trace.mean(-1),
         "norm": common.norm_square.clamp(min=0).sqrt(),
         "label_variance": squares.mean(-1),
-        "label_variance_error": _variance_error(squares, random, curvature.exact),
+        "label_variance_error": _label_variance_error(squares, noise, curvature.exact),
         "input_variance": None
         if common.square is None or size < 2
         else common.square.mean(-1) - common.norm_square,
@@ -129,90 +160,89 @@ def estimate_groups(
         "rel_error": relative_error(error_square, common.norm_square),
         "effective_inputs": effective_inputs(common.trace),
         "skewness": skewness(trace),
-        "total_label_variance": whole.mean((0, -1)),
-        "total_label_variance_error": block_error(whole, curvature.exact),
-        "probe_error": random,
+        "total_label_variance": total.mean((0, -1)),
+        "total_label_variance_error": _total_label_variance_error(total, curvature.exact),
+        "probe_error": noise,
     }
-    values = {n: [None] * len(groups) if c is None else c.tolist() for n, c in columns.items()}
-    found = {}
+    values = columns_to_lists(columns, len(groups))
+    estimates = {}
     for row, (group, names) in enumerate(groups.items()):
-        found[group] = Estimate(
-            **row_of(values, row),
-            pair_variance=pairs[row] if common.square is not None else None,
-            diagonal=_diagonal(measured, names) if diagonals else None,
-            diagonal_label_variance=_squares(curvature, names, size) if diagonals else None,
-            diagonal_input_variance=diagonal_inputs(
-                measured.moments["i1"], {n: measured.moments["i1"].parameters[n] for n in names}
-            )
-            if diagonals
-            else None,
-        )
-    return found
+        more = _diagonals(measured, names) if diagonals else {}
+        pair_variance = pairs[row] if common.square is not None else None
+        estimates[group] = Estimate(**row_of(values, row), pair_variance=pair_variance, **more)
+    return estimates
 
 
 def subtracts_residual(measured: Measured) -> bool:
-    """Whether the estimate is F − R, or F alone: of size-biased and exact labels E R = 0 is known."""
+    """Return whether Î₂ is F − R, not F alone: with drawn labels of equal weight only.
+
+    Size-biased and exact labels use E R = 0 instead.
+    """
     curvature, labels = measured.curvature, measured.moments["i1"]
     assert curvature is not None
     return not curvature.exact and labels.inverse_weights is None
 
 
-def block_error(blocks: Tensor, exact: bool) -> Tensor | None:
-    """Standard error [G] of L2 from ‖R‖² of J directions, G groups and B inputs [J, G, B].
+def _total_label_variance_error(blocks: Tensor, exact: bool) -> Tensor | None:
+    """Return the standard error [G] of L2 from ‖R‖² of J directions, G groups, B inputs [J, G, B].
 
-    Drawn labels: the spread over inputs, which has the noise of labels and of the flips; that of a
-    direction, the same for all inputs, only where there are several.
+    With drawn labels the variance over inputs includes the noise of labels and of sign flips. The
+    noise of a direction, which all inputs share, is included only where there are several directions.
     """
     directions, _, size = blocks.shape
-    parts = []
+    variances = []
     if directions > 1:
-        parts.append(blocks.mean(-1).var(0) / directions)
+        variances.append(blocks.mean(-1).var(0) / directions)
     if not exact and size > 1:
-        parts.append(blocks.mean(0).var(-1) / size)
-    return torch.stack(parts).sum(0).sqrt() if parts else None
+        variances.append(blocks.mean(0).var(-1) / size)
+    return torch.stack(variances).sum(0).sqrt() if variances else None
 
 
-def _residual_error_square(members: GroupSums, curvature: CurvatureBatch) -> Tensor:
-    """Σ_i Var of the mean of R_ii over inputs and draws, the noise of its probes included [G]."""
+def _residual_error_square(group_sums: GroupSums, curvature: CurvatureBatch) -> Tensor:
+    """Return Σ_i Var of the mean of R_ii over inputs and draws, with the noise of its probes [G]."""
     draws, probes = curvature.draws, curvature.probes
-    square = members.sum(curvature.parameters, "square")[..., :draws]
-    each = members.sum_known(curvature.parameters, "probe_squares")
-    if each is not None:
-        square = square + (each[..., :draws, :].mean(-1) - square) / probes
+    square = group_sums.sum(curvature.parameters, "square")[..., :draws]
+    probe_squares = group_sums.sum_known(curvature.parameters, "probe_squares")
+    if probe_squares is not None:
+        square = square + (probe_squares[..., :draws, :].mean(-1) - square) / probes
     size = square.shape[-2]
     return square.mean(-1).clamp(min=0).mean(-1) / draws / size
 
 
-def _variance_error(squares: Tensor, random: Tensor | None, exact: bool) -> Tensor | None:
-    """Standard error of V2 [G] from draws and probes.
+def _label_variance_error(squares: Tensor, noise: Tensor | None, exact: bool) -> Tensor | None:
+    """Return the standard error of V2 [G] from draws and probes.
 
-    The spread over inputs of ``squares`` [G, B] holds both, and how the inputs differ: with exact
-    labels it bounds the probes' part from above, as ``random`` does.
+    The variance over inputs of ``squares`` [G, B] includes the noise of both, and the differences
+    between inputs. With exact labels it therefore bounds the noise of the probes from above, and so
+    does ``noise`` [G]: the smaller one is used.
     """
     size = squares.shape[-1]
-    if exact and (random is None or size < 5):
-        return random
-    spread = squares.std(-1) / size**0.5 if size > 1 else random
-    if exact and random is not None and spread is not None:
-        return torch.minimum(random, spread)
-    return spread
+    if exact and (noise is None or size < 5):
+        return noise
+    standard_error = squares.std(-1) / size**0.5 if size > 1 else noise
+    if exact and noise is not None and standard_error is not None:
+        return torch.minimum(noise, standard_error)
+    return standard_error
 
 
-def _diagonal(measured: Measured, names: Sequence[str]) -> dict[str, Tensor]:
-    curvature = measured.curvature
+def _diagonals(measured: Measured, names: Sequence[str]) -> dict[str, Any]:
+    """Return the diagonals of some parameters and their variances, by the fields of ``Estimate``."""
+    curvature, scores = measured.curvature, measured.moments["i1"]
     assert curvature is not None
     fisher = fisher_part(measured)
     count = fisher.batch_size * (1 if curvature.exact else (fisher.draws or 1))
-    found = {}
-    for n in names:
-        mean = fisher.parameters[n].a2.double() / count
-        bent = curvature.parameters[n].diagonal
-        if subtracts_residual(measured) and bent is not None:
-            mean = mean - bent / fisher.batch_size
-        found[n] = mean
-    return found
-
-
-def _squares(curvature: CurvatureBatch, names: Sequence[str], size: int) -> dict[str, Tensor]:
-    squares = {n: curvature.parameters[n].diagonal_square for n in names}
-    return {n: square / size for n, square in squares.items() if square is not None}
+    means, squares = {}, {}
+    for name in names:
+        record = curvature.parameters[name]
+        means[name] = fisher.parameters[name].a2.double() / count
+        if subtracts_residual(measured) and record.diagonal is not None:
+            means[name] = means[name] - record.diagonal / fisher.batch_size
+        if record.diagonal_square is not None:
+            squares[name] = record.diagonal_square / fisher.batch_size
+    return {
+        "diagonal": means,
+        "diagonal_label_variance": squares,
+        "diagonal_input_variance": diagonal_input_variance(
+            scores, {name: scores.parameters[name] for name in names}
+        ),
+    }

@@ -1,9 +1,9 @@
-"""How far off an estimator is with N inputs and S labels each, and how well that is known.
+"""The relative error of an estimator with N inputs and S labels each, and its standard error.
 
-For the diagonal of an estimator whose draw of one (input, label) pair is g∘g:
-M₄ = Σ_i E_x E_y g_i⁴, E₂ = Σ_i E_x F_i(x)², U = ‖diag F‖². Then V_y = M₄ − E₂, V_x = E₂ − U, and the
-squared relative error with N inputs and S labels is (V_x + V_y/S)/(N U).
-Source: Soen & Sun (2024) for the split; docs/theory.md, "Two questions, two numbers".
+The draw of one (input, label) pair estimates the diagonal by g∘g. Its moments are
+M₄ = Σ_i E_x E_y g_i⁴, E₂ = Σ_i E_x F_i(x)² and U = ‖diag F‖². Then V_y = M₄ − E₂, V_x = E₂ − U, and
+the squared relative error with N inputs and S labels is (V_x + V_y/S)/(N U). See Soen & Sun (2024)
+for the split, and docs/theory.md, "Two questions, two numbers".
 """
 
 from __future__ import annotations
@@ -15,30 +15,34 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-5
-"""Relative variances so little below zero are zero: float32's sums are no better."""
+"""Relative variances down to this much below zero count as zero: the rounding of sums in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairVariance:
-    """Mean squares of one group of parameters, and their covariance over the inputs."""
+    """The three moments of one group of parameters, and the covariance of their estimates."""
 
     fourth: float
     """M₄."""
     square: float | None
-    """E₂; None where one label for each input does not tell it from the labels' variance."""
+    """E₂; None with one label for each input, which does not separate it from the label variance."""
     norm_square: float
-    """U, debiased: it may be below 0 where noise is all there is."""
+    """U, debiased: it is negative where the noise is larger than the diagonal."""
     covariance: tuple[tuple[float, ...], ...]
-    """Of the three, as means over the inputs; NaN for a single input."""
+    """Covariance of the three as means over the inputs [3, 3]; NaN for a single input."""
 
     def is_finite(self) -> bool:
-        """Whether the three moments are; their covariance may be NaN, of a single input."""
+        """Return whether the moments are finite; for a single input the covariance is NaN."""
         return all(math.isfinite(x) for x in (self.fourth, self.square or 0.0, self.norm_square))
 
     def relative(self, labels: int | None = 1) -> tuple[float, float] | None:
-        """(V_x + V_y/S)/U for S ``labels`` (None: exact), and its standard error.
+        """Return (V_x + V_y/S)/U and its standard error.
 
-        None where it cannot be told: U is not above 0, or S > 1 and E₂ is not known.
+        Args:
+            labels: S for each input; None for exact labels.
+
+        Returns:
+            Both; None where they are undefined: U is not positive, or S > 1 and E₂ is unknown.
         """
         share = 0.0 if labels is None else 1 / labels
         if self.norm_square <= 0 or (self.square is None and share != 1):
@@ -51,7 +55,7 @@ class PairVariance:
         a, b, c = share, 1 - share, -second / self.norm_square
         (aa, ab, ac), (_, bb, bc), (_, _, cc) = self.covariance
         variance = a * a * aa + c * c * cc + 2 * a * c * ac
-        if b != 0:  # else E₂ may not be known
+        if b != 0:  # else E₂ may be unknown
             variance += b * b * bb + 2 * b * (a * ab + c * bc)
         return value, max(variance, 0.0) ** 0.5 / self.norm_square
 
@@ -59,31 +63,38 @@ class PairVariance:
 def pair_variances(
     fourth: Tensor, square: Tensor | None, trace: Tensor, norm_square: Tensor
 ) -> list[PairVariance]:
-    """The record of every group.
+    """Return the record of every group.
+
+    U is not a mean over the inputs. To first order an input changes it by 2⟨F(x), F⟩, approximated
+    here by 2U times the input's share of the trace.
 
     Args:
         fourth: Σ_i E_y g_i⁴ of each input [G, B], unbiased.
-        square: Σ_i F_i(x)² of each input [G, B], unbiased; None where it is not known.
-        trace: Σ_i F_i(x) of each input [G, B]. ``norm_square`` is no mean over inputs: an input moves
-            it by 2⟨F(x), F⟩, of which 2U times its share of the trace is taken.
+        square: Σ_i F_i(x)² of each input [G, B], unbiased; None where it is unknown.
+        trace: Σ_i F_i(x) of each input [G, B].
         norm_square: U [G].
+
+    Returns:
+        G records.
     """
     mean = trace.mean(-1, keepdim=True)
-    share = torch.where(mean > 0, trace / mean.where(mean > 0, 1), 0)
-    moved = 2 * norm_square.unsqueeze(-1) * share
-    rows = torch.stack([fourth, torch.zeros_like(fourth) if square is None else square, moved], 1)
+    shares = torch.where(mean > 0, trace / mean.where(mean > 0, 1), 0)
+    norm_change = 2 * norm_square.unsqueeze(-1) * shares
+    squares = torch.zeros_like(fourth) if square is None else square
+    rows = torch.stack([fourth, squares, norm_change], 1)
     size = rows.shape[-1]
     centred = rows - rows.mean(-1, keepdim=True)
-    covariance = (
-        centred @ centred.mT / (size - 1) / size if size > 1 else centred @ centred.mT * torch.nan
-    )
+    products = centred @ centred.mT
+    covariance = products / (size - 1) / size if size > 1 else products * torch.nan
     means = rows.mean(-1).tolist()
     return [
         PairVariance(
-            fourth=of[0],
-            square=None if square is None else of[1],
+            fourth=mean_fourth,
+            square=None if square is None else mean_square,
             norm_square=norm,
             covariance=tuple(map(tuple, matrix)),
         )
-        for of, norm, matrix in zip(means, norm_square.tolist(), covariance.tolist(), strict=True)
+        for (mean_fourth, mean_square, _), norm, matrix in zip(
+            means, norm_square.tolist(), covariance.tolist(), strict=True
+        )
     ]

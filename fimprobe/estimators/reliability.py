@@ -1,7 +1,7 @@
-"""Which numbers of an estimate can be believed; the others become None, with the reason.
+"""Reliability checks: unreliable numbers of an estimate become None, with the reason.
 
-A sample holds no trace of what it misses: labels that were never drawn, inputs that carry F and were
-not among the batch. What tells of them is checked here, in one place for all outputs.
+A sample does not show what it misses: labels that were never drawn, and inputs that carry F but are
+not in the batch. The signs of both are checked here, in one place for all outputs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from typing import Any
 from fimprobe.estimators.estimate import Estimate
 
 MIN_EFFECTIVE_INPUTS = 5
-"""Below so many effective inputs no error is claimed."""
+"""Number of effective inputs below which no error is reported."""
 FEW_EFFECTIVE_INPUTS = 10
-"""Below so many none is claimed where they are less than ``HEAVY_TAIL`` of the inputs: then few of
-many inputs carry F, and others like them are likely not among the batch. Measured on digits trained
-to confidence (as in tests/test_error_bars.py): trace ± 2 standard errors covered the truth in 25 to
-87 % of the samples of 32 inputs with 5 to 8 effective ones, in 93 % of those above."""
+"""Number of effective inputs below which no error is reported if they are less than ``HEAVY_TAIL`` of
+the inputs. Then few of many inputs carry F, and similar ones are likely missing from the batch.
+Measured on digits trained to confidence (as in tests/integration/test_error_bars.py): trace ± 2
+standard errors covered the truth in 25 to 87 % of the samples of 32 inputs with 5 to 8 effective
+ones, in 93 % of the samples with more."""
 HEAVY_TAIL = 0.25
 
 MIN_SEEN_MASS, MAX_SEEN_MASS = 0.5, 2.0
-"""Between them, labels drawn from the model carry enough of the expected score."""
+"""Range of ``seen_mass`` in which labels drawn from the model carry enough of the expected score."""
 
-JOINT_ERRORS = 4
-"""Two estimates of one trace may differ by so many joint standard errors."""
+MAX_JOINT_ERRORS = 4
+"""Number of joint standard errors by which two estimates of one trace may differ."""
+
+ROUNDING = 1e-6
+"""Relative difference of two exact traces that is rounding."""
 
 _ERRORS = ("std_error", "rel_error", "pairs")
 _LABELS = (
@@ -37,16 +41,21 @@ _LABELS = (
 )
 _DIAGONALS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
 _ALL = ("trace", "norm", "input_variance", "effective_inputs", *_LABELS, *_ERRORS, *_DIAGONALS)
-_OF_TWO_LABELS = ("label_variance", "input_variance", "total_variance", "total_label_variance")
-_SINGLE = "one label for each input does not tell labels from inputs; take draws=2"
+_NEEDS_TWO_LABELS = ("label_variance", "input_variance", "total_variance", "total_label_variance")
+_SINGLE = "one label for each input does not separate labels from inputs; take draws=2"
 _ZERO = "zero to rounding"
 _NOT_FINITE = "not a finite number: gradients at these inputs, or their powers, leave float64's range"
 _NO_GRAM = "inner products of draws are kept up to 16 draws or passes only"
 _BOUNDS = ("bound", "sharp_bound", "trace_bound")
+_BELOW = "its noise puts it below the value that it bounds"
 
 
 def seen_mass_reason(seen_mass: float | None, *, size_biased: bool = False) -> str:
-    """Why labels drawn from the model tell nothing; empty where they do.
+    """Return why labels drawn from the model miss F; empty where they do not.
+
+    Args:
+        seen_mass: Σ‖δ‖² of the drawn labels over its expectation; None where all labels are seen.
+        size_biased: Whether size-biased labels were requested.
 
     >>> seen_mass_reason(0.017)[:62]
     'the drawn labels carry 1.7 % of the expected score; pass label'
@@ -55,7 +64,7 @@ def seen_mass_reason(seen_mass: float | None, *, size_biased: bool = False) -> s
         return ""
     share = f"{100 * seen_mass:.2g} % of" if seen_mass < 1 else f"{seen_mass:.2g} times"
     remedy = "label_sampling='size_biased' or draws='exact'"
-    if size_biased:  # the family could not
+    if size_biased:  # the family cannot draw them
         remedy = "draws='exact', or a likelihood whose probabilities reach further"
     return f"the drawn labels carry {share} the expected score; pass {remedy}"
 
@@ -63,23 +72,25 @@ def seen_mass_reason(seen_mass: float | None, *, size_biased: bool = False) -> s
 def disagreement_reason(
     one: Estimate | None, other: Estimate | None, *, plain_labels: bool = False
 ) -> str:
-    """Why the traces of Î₁ and Î₂, which estimate the same F, cannot both be right; else empty.
+    """Return why the traces of Î₁ and Î₂, which estimate the same F, contradict each other; else "".
 
-    Of ``plain_labels``, drawn from the model, two joint standard errors and a factor of two are
-    enough: in a single layer labels that carry F may be missing, and their own spread does not tell.
+    For labels drawn from the model two joint standard errors and a factor of two are enough. In a
+    single layer labels that carry F may be missing, which the variance of the others does not show.
+
+    Args:
+        one: Î₁.
+        other: Î₂.
+        plain_labels: Whether labels were drawn from the model with equal weights.
     """
     if one is None or other is None or one.trace is None or other.trace is None:
         return ""
-    errors = (one.std_error, other.std_error)
-    if errors[0] is None or errors[1] is None:
+    if one.std_error is None or other.std_error is None:
         return ""
-    joint = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    joint = (one.std_error**2 + other.std_error**2) ** 0.5
     difference = abs(one.trace - other.trace)
+    limit = 2 if plain_labels and one.trace < 0.5 * other.trace else MAX_JOINT_ERRORS
     # exact zeros differ by rounding only
-    limit = JOINT_ERRORS
-    if plain_labels and one.trace < 0.5 * other.trace:
-        limit = 2
-    if difference <= limit * joint + 1e-6 * abs(one.trace) or joint == 0:
+    if difference <= limit * joint + ROUNDING * abs(one.trace) or joint == 0:
         return ""
     return (
         f"the traces of Î₁ and Î₂ estimate the same F and differ by {difference / joint:.2g} joint "
@@ -88,12 +99,16 @@ def disagreement_reason(
 
 
 def widening(skewness: float, batch_size: int) -> float:
-    """How much wider than 2 standard errors an interval has to be to cover 95 %.
+    """Return the factor on 2 standard errors with which an interval covers 95 %.
 
-    To second order the coverage of mean ± z s.e. falls short of the normal one by
-    2φ(z) z (γ²(z⁴ + 2z² − 3)/18 + (z² + 3)/4)/B, γ the skewness and the kurtosis' share left out;
-    widening z by the same amount over 2φ(z) makes up for it.
-    Source: Hall (1992), The Bootstrap and Edgeworth Expansion, section 3.5 (two-sided t intervals).
+    To second order the coverage of mean ± z s.e. is below the normal one by
+    2φ(z) z (γ²(z⁴ + 2z² − 3)/18 + (z² + 3)/4)/B. Here γ is the skewness, and the term of the kurtosis
+    is left out. Widening z by this amount over 2φ(z) compensates for it. See Hall (1992), The
+    Bootstrap and Edgeworth Expansion, section 3.5 (two-sided t intervals).
+
+    Args:
+        skewness: γ of the inputs' shares of the trace.
+        batch_size: B.
 
     >>> round(widening(0.0, 1000), 4), round(widening(2.0, 32), 2)
     (1.0017, 1.2)
@@ -111,16 +126,20 @@ def withhold(
     only_labels: bool = False,
     disagreement: str = "",
 ) -> Estimate:
-    """The estimate without the numbers that cannot be believed.
+    """Return the estimate without its unreliable numbers.
 
     Args:
-        estimate: as measured.
+        estimate: The estimate as measured.
         batch_size: B.
-        exact_labels: labels were integrated over, so that the inputs' part has no noise.
-        single_label: one label was drawn for each input.
-        labels_unseen: why the drawn labels tell nothing.
-        only_labels: F itself was not made of labels (Î₂): only what they vary by is withheld.
-        disagreement: why its errors cannot be right.
+        exact_labels: Whether labels were integrated over, so that their part has no noise.
+        single_label: Whether one label was drawn for each input.
+        labels_unseen: Why the drawn labels miss F; empty where they do not.
+        only_labels: Whether F was estimated without labels (Î₂), so that only the variances over
+            labels are unreliable where ``labels_unseen``.
+        disagreement: Why the errors of the estimate cannot be right; empty where they can.
+
+    Returns:
+        The estimate, with None for each unreliable number and its reason in ``unknown``.
     """
     reasons: dict[str, str] = {}
     if labels_unseen:
@@ -137,7 +156,7 @@ def withhold(
     if estimate.trace is None and "trace" not in reasons:
         reasons = dict.fromkeys(_ALL, _NOT_FINITE) | reasons
     if single_label:
-        missing = [n for n in _OF_TWO_LABELS if getattr(estimate, n) is None]
+        missing = [n for n in _NEEDS_TWO_LABELS if getattr(estimate, n) is None]
         if estimate.pair_variance is None:
             missing += ["pairs"]
         reasons = dict.fromkeys(missing, _SINGLE) | reasons
@@ -152,10 +171,11 @@ def withhold(
 
 
 def _few_inputs(e: Estimate, batch_size: int) -> str:
+    """Return why the inputs are too few for an error; empty where they are enough."""
     effective = e.effective_inputs
     if batch_size < MIN_EFFECTIVE_INPUTS:
         count = "one input is" if batch_size == 1 else f"{batch_size} inputs are"
-        return f"{count} too few to tell an error; take {MIN_EFFECTIVE_INPUTS} or more"
+        return f"{count} too few for an error; take {MIN_EFFECTIVE_INPUTS} or more"
     if effective is None:
         return ""
     if effective == 0:
@@ -167,64 +187,90 @@ def _few_inputs(e: Estimate, batch_size: int) -> str:
 
 
 def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
-    """One rule: below twice its own error a variance, norm, bound or L is not known."""
-    found = {}
+    """Return why fields are unknown by one rule: a value below twice its own error is noise."""
+    reasons = _noisy_variances(e, exact_labels) | _noisy_bounds(e)
+    if e.covariance_norm == 0 and e.total_label_variance and e.probe_error is not None:
+        reasons["covariance_norm"] = "lost in the noise of random probes; take more of them"
+    if e.norm == 0 and e.trace:
+        norm_reason = "the norm of F is lost in its noise"
+        reasons |= dict.fromkeys(("norm", "rel_error", "pairs"), norm_reason)
+    elif e.pair_variance is not None and e.relative_variance(1) is None:
+        variance = e.pair_variance.relative(1)
+        numbers = ""
+        if variance is not None:
+            numbers = f" ({variance[0]:.3g} ± {variance[1]:.3g} times ‖diag F‖²)"
+        reasons["pairs"] = f"the variance of a pair is lost in its noise{numbers}; take more inputs"
+    return reasons
 
-    def lost(value: float | None, error: float | None) -> bool:
-        return value is not None and (value < 0 or (error is not None and value < 2 * error))
 
-    def noise(value: float | None, error: float | None) -> str:
-        told = f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.3g}"
-        return f"lost in its noise ({told}); take more inputs"
-
+def _noisy_variances(e: Estimate, exact_labels: bool) -> dict[str, str]:
+    """Return why the variances over labels and inputs are unknown."""
+    reasons = {}
     for name in ("label_variance", "total_label_variance"):
         value, error = getattr(e, name), getattr(e, f"{name}_error")
-        if lost(value, error):
-            found[name] = noise(value, error)
-    if e.pair_variance is not None and e.input_variance is not None and e.trace != 0:
-        inputs = e.pair_variance.relative(None)
-        scale = e.pair_variance.norm_square
-        if inputs is None or (not exact_labels and inputs[0] < 2 * inputs[1]) or inputs[0] < 0:
-            error = None if inputs is None else inputs[1] * scale
-            found["input_variance"] = noise(e.input_variance, error)
-        elif e.input_variance < 0:  # rounding
-            found["input_variance"] = _ZERO
-    if lost(e.bound, e.bound_error):
-        found |= {n: noise(e.bound, e.bound_error) for n in _BOUNDS if getattr(e, n) is not None}
+        if _is_noise(value, error):
+            reasons[name] = _noise_reason(value, error)
+    if e.pair_variance is None or e.input_variance is None or e.trace == 0:
+        return reasons
+    relative = e.pair_variance.relative(None)
+    if relative is None:
+        reasons["input_variance"] = _noise_reason(e.input_variance, None)
+        return reasons
+    variance, error = relative
+    if variance < 0 or (not exact_labels and variance < 2 * error):
+        reasons["input_variance"] = _noise_reason(
+            e.input_variance, error * e.pair_variance.norm_square
+        )
+    elif e.input_variance < 0:  # rounding
+        reasons["input_variance"] = _ZERO
+    return reasons
+
+
+def _noisy_bounds(e: Estimate) -> dict[str, str]:
+    """Return why the bounds, and the covariance's norm next to them, are unknown."""
+    reasons = {}
+    if e.bound is not None and _is_noise(e.bound, e.bound_error):
+        reasons = dict.fromkeys(_known_bounds(e), _noise_reason(e.bound, e.bound_error))
     elif e.trace_bound is not None and e.total_label_variance is not None:
-        relative = (e.bound_error or 0.0) / e.bound if e.bound else 0.0
-        slack = 2 * (relative * e.trace_bound + (e.total_label_variance_error or 0.0))
-        if e.total_label_variance > e.trace_bound and e.total_label_variance - e.trace_bound < slack:
-            reason = "its noise takes it below what it bounds"
-            found |= {n: reason for n in _BOUNDS if getattr(e, n) is not None}
+        relative_error = (e.bound_error or 0.0) / e.bound if e.bound else 0.0
+        slack = 2 * (relative_error * e.trace_bound + (e.total_label_variance_error or 0.0))
+        # a larger excess is a violated bound, which the advice reports
+        if 0 < e.total_label_variance - e.trace_bound < slack:
+            reasons = dict.fromkeys(_known_bounds(e), _BELOW)
     for name in (*_BOUNDS, "diagonal_bound", "covariance_norm"):
         value = getattr(e, name)
         if value is not None and value < 0:
-            found[name] = noise(value, None)
+            reasons[name] = _noise_reason(value, None)
     if (
         e.diagonal_bound is not None
         and e.label_variance is not None
         and e.bound_error is not None
         and e.diagonal_bound < e.label_variance
     ):
-        found["diagonal_bound"] = "its noise takes it below what it bounds"
-    if e.covariance_norm == 0 and e.total_label_variance and e.probe_error is not None:
-        found["covariance_norm"] = "lost in the noise of random probes; take more of them"
-    if e.norm == 0 and e.trace:
-        found |= dict.fromkeys(("norm", "rel_error", "pairs"), "the norm of F is lost in its noise")
-    elif e.pair_variance is not None and e._relative(1) is None:
-        value = e.pair_variance.relative(1)
-        told = "" if value is None else f" ({value[0]:.3g} ± {value[1]:.3g} times ‖diag F‖²)"
-        found["pairs"] = f"the variance of a pair is lost in its noise{told}; take more inputs"
-    return found
+        reasons["diagonal_bound"] = _BELOW
+    return reasons
+
+
+def _known_bounds(e: Estimate) -> list[str]:
+    return [name for name in _BOUNDS if getattr(e, name) is not None]
+
+
+def _is_noise(value: float | None, error: float | None) -> bool:
+    """Return whether a non-negative quantity is below zero or below twice its error."""
+    return value is not None and (value < 0 or (error is not None and value < 2 * error))
+
+
+def _noise_reason(value: float, error: float | None) -> str:
+    numbers = f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.3g}"
+    return f"lost in its noise ({numbers}); take more inputs"
 
 
 def _without(estimate: Estimate, changes: dict[str, Any], reasons: dict[str, str]) -> Estimate:
-    """The estimate with ``changes``, and None for what has a reason."""
-    wild = [n for n, x in vars(estimate).items() if isinstance(x, float) and not math.isfinite(x)]
+    """Return the estimate with ``changes``, and with None for each field that has a reason."""
+    infinite = [n for n, x in vars(estimate).items() if isinstance(x, float) and not math.isfinite(x)]
     if estimate.pair_variance is not None and not estimate.pair_variance.is_finite():
-        wild.append("pairs")
-    reasons = dict.fromkeys(wild, _NOT_FINITE) | reasons
+        infinite.append("pairs")
+    reasons = dict.fromkeys(infinite, _NOT_FINITE) | reasons
     changes |= {name: None for name in reasons if name != "pairs"}
     if estimate.total_variance is not None and estimate.total_variance < 0:  # rounding, or lost
         changes["total_variance"] = 0.0

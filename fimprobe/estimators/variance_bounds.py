@@ -1,4 +1,7 @@
-"""Bounds and covariance norms of every group of parameters, added to its estimates."""
+"""Bounds and covariance norms of every group of parameters, added to its estimates.
+
+Symbols: B inputs, G groups, n cotangents, K random signs, J directions of the parameters.
+"""
 
 from __future__ import annotations
 
@@ -26,50 +29,63 @@ from fimprobe.statistics import Measured, MomentsBatch
 def add_i1_bounds(
     measured: Measured, groups: Groups, estimates: Mapping[str, Estimate]
 ) -> tuple[dict[str, Estimate], dict[str, Geometry]]:
-    """Î₁ with ‖Cov Î₁‖, (17), its sharper forms, the trace and the diagonal bounds."""
+    """Add to Î₁ the norms of its covariance, (17) and its sharper forms, trace and diagonal bounds.
+
+    Args:
+        measured: The statistics of the batch, with ``norms`` and the moments of the Jacobian.
+        groups: The parameters of each group.
+        estimates: Î₁ of each group.
+
+    Returns:
+        The estimates with their bounds, and the norms of the Jacobian of each group.
+    """
     norms, jacobian = measured.norms, measured.moments["jacobian"]
     scores = measured.moments["i1"]
     assert norms is not None
-    exact = scores.draws is None  # then the seeds are unit vectors
+    exact = scores.draws is None  # then the output cotangents are unit vectors
     size = jacobian.batch_size
-    members = GroupSums(groups)
-    square = members.sum(jacobian.parameters, "squared_norms")
-    gram = members.sum_known(jacobian.parameters, "gram")
-    a4, q, _, _ = members.sum(jacobian.parameters, "powers").sum(-1).unbind(1)
-    if gram is None and square.shape[-1] == 1:
-        gram = square.unsqueeze(-1)
-    low_fourth, spectral, error = None, None, None
+    group_sums = GroupSums(groups)
+    squares = group_sums.sum(jacobian.parameters, "squared_norms")
+    gram = group_sums.sum_known(jacobian.parameters, "gram")
+    a4, q, _, _ = group_sums.sum(jacobian.parameters, "powers").sum(-1).unbind(1)
+    if gram is None and squares.shape[-1] == 1:
+        gram = squares.unsqueeze(-1)
+    sharp_fourth, spectral, error = None, None, None  # ‖J‖⁴ in its sharper form, s_max(J)
     if exact:
-        frobenius = square.sum(-1)
+        frobenius = squares.sum(-1)
         fourth = frobenius.square()
         diagonal = q / size
         if gram is not None:
-            low_fourth = largest_eigenvalue(centre_classes(gram, jacobian.classes)).square()
+            sharp_fourth = largest_eigenvalue(centre_classes(gram, jacobian.classes)).square()
             spectral = largest_eigenvalue(gram).mean(-1).sqrt()
     else:
-        count = _signs(jacobian)
-        frobenius = square[..., :count].mean(-1)
-        fourth, variance = square_of_mean(square[..., :count])
+        signs = _num_signs(jacobian)
+        frobenius = squares[..., :signs].mean(-1)
+        fourth, variance = square_of_mean(squares[..., :signs])
         error = (variance * norms.moment_norm.square()).sum(-1).sqrt() / size
-        diagonal = (q - a4) / (count * (count - 1)) / size
-        if gram is not None and gram.shape[-1] == 2 * count:
-            low_fourth = square_of_mean(_without_mean(gram, count))[0]
-    sharp = fourth if low_fourth is None else low_fourth
+        diagonal = (q - a4) / (signs * (signs - 1)) / size
+        if gram is not None and gram.shape[-1] == 2 * signs:
+            sharp_fourth = square_of_mean(_centred_squares(gram, signs))[0]
+    if sharp_fourth is None:
+        sharp_fourth = fourth
     columns = {
         "bound": (fourth * norms.moment_norm).mean(-1),
         "bound_error": error,
-        "sharp_bound": (sharp * norms.moment_norm).mean(-1),
-        "trace_bound": (sharp * norms.moment_trace).mean(-1),
+        "sharp_bound": (sharp_fourth * norms.moment_norm).mean(-1),
+        "trace_bound": (sharp_fourth * norms.moment_trace).mean(-1),
         "diagonal_bound": diagonal,
-        **_covariance(scores, members, jacobian.classes),
+        **_covariance_columns(scores, group_sums, jacobian.classes),
     }
-    low, high = ((frobenius * of).mean(-1) for of in (norms.fisher_min, norms.fisher_max))
+    low, high = ((frobenius * norm).mean(-1) for norm in (norms.fisher_min, norms.fisher_max))
     ranges = list(zip(low.tolist(), high.tolist(), strict=True))
-    bounded = _replaced(estimates, groups, columns, trace_range=ranges)
-    roots = frobenius.mean(-1).clamp(min=0).sqrt().tolist()
-    tops = [None] * len(groups) if spectral is None else spectral.tolist()
-    shapes = (Geometry(root, top) for root, top in zip(roots, tops, strict=True))
-    return bounded, dict(zip(groups, shapes, strict=True))
+    bounded = _with_columns(estimates, groups, columns, trace_range=ranges)
+    jacobian_norms = frobenius.mean(-1).clamp(min=0).sqrt().tolist()
+    spectral_norms = [None] * len(groups) if spectral is None else spectral.tolist()
+    geometries = (
+        Geometry(jacobian_norm=norm, jacobian_spectral_norm=spectral_norm)
+        for norm, spectral_norm in zip(jacobian_norms, spectral_norms, strict=True)
+    )
+    return bounded, dict(zip(groups, geometries, strict=True))
 
 
 def add_i2_bounds(
@@ -78,117 +94,140 @@ def add_i2_bounds(
     estimates: Mapping[str, Estimate],
     grams: Mapping[str, Tensor],
 ) -> dict[str, Estimate]:
-    """Î₂ with ‖Cov Î₂‖_F, (18), its sharper form, the trace and the diagonal bounds."""
+    """Add to Î₂ the norms of its covariance, (18) and its sharper form, trace and diagonal bounds.
+
+    Args:
+        measured: The statistics of the batch, with ``norms`` and ``curvature``.
+        groups: The parameters of each group.
+        estimates: Î₂ of each group.
+        grams: ⟨R_y, R_z⟩ of each group [J, B, n, n], or its diagonal [J, B, n].
+
+    Returns:
+        The estimates with their bounds.
+    """
     norms, curvature = measured.norms, measured.curvature
     assert norms is not None and curvature is not None
     classes, draws = measured.moments["jacobian"].classes, curvature.draws
     gram = torch.stack([grams[group] for group in groups], 1)  # [J, G, B, n, n]
     full = gram.dim() == 5
-    own = gram.diagonal(dim1=-2, dim2=-1) if full else gram
-    each = _of_outputs(own, draws, curvature.exact, classes)  # [J, G, B, K]: ‖H‖²
-    square = low = each.mean((0, -1))
-    random = not curvature.exact or (classes is not None and draws > classes)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1) if full else gram
+    hessian_squares = hessian_norm_squares(diagonal, draws, curvature.exact, classes)  # [J, G, B, K]
+    square = sharp_square = hessian_squares.mean((0, -1))
+    random_signs = not curvature.exact or (classes is not None and draws > classes)
     columns: dict[str, Tensor | None] = {
         "bound": (square * norms.fisher_norm).mean(-1),
-        "bound_error": _error(each * norms.fisher_norm.unsqueeze(-1), random),
+        "bound_error": _mean_error(hessian_squares * norms.fisher_norm.unsqueeze(-1), random_signs),
     }
     if curvature.exact and full:
         mean = gram.mean(0)[..., :draws, :draws]
         centred = centre_classes(mean, classes)
-        # by size: noise of the probes bends eigenvalues of a block below zero, and with them the
-        # norm, taken from the same probes, never exceeds this bound
-        top = eigenvalues(centred).abs().amax(-1)
-        low = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
-        columns["sharp_bound"] = (top * norms.fisher_norm).mean(-1)
+        # absolute values: the noise of the probes makes eigenvalues of a block negative, and then
+        # covariance_norm, from the same probes, still does not exceed this bound
+        largest = eigenvalues(centred).abs().amax(-1)
+        sharp_square = centred.diagonal(dim1=-2, dim2=-1).sum(-1)
+        columns["sharp_bound"] = (largest * norms.fisher_norm).mean(-1)
         inner = hessian_covariance_square(gram[..., :draws, :draws], curvature.weights)
         columns["covariance_norm"] = inner.clamp(min=0).sqrt().mean(-1)
-        root = curvature.weights.clamp(min=0).sqrt()
-        weighed = mean * root.unsqueeze(-1) * root.unsqueeze(-2)
-        columns["covariance_spectral_norm"] = largest_eigenvalue(weighed).mean(-1)
-    columns["trace_bound"] = (low * norms.fisher_max).mean(-1)
+        roots = curvature.weights.clamp(min=0).sqrt()
+        weighted = mean * roots.unsqueeze(-1) * roots.unsqueeze(-2)
+        columns["covariance_spectral_norm"] = largest_eigenvalue(weighted).mean(-1)
+    columns["trace_bound"] = (sharp_square * norms.fisher_max).mean(-1)
     if curvature.exact:
         squares = GroupSums(groups).sum(curvature.parameters, "square")
-        entries = _of_outputs(squares, draws, True, classes).mean(-1)
+        entries = hessian_norm_squares(squares, draws, True, classes).mean(-1)
         columns["diagonal_bound"] = (entries * norms.fisher_max).mean(-1)
-    return _replaced(estimates, groups, columns)
+    return _with_columns(estimates, groups, columns)
 
 
-def _replaced(
+def _with_columns(
     estimates: Mapping[str, Estimate],
     groups: Groups,
     columns: Mapping[str, Tensor | None],
     **lists: list[Any],
 ) -> dict[str, Estimate]:
-    """The groups' estimates with further fields, each a tensor [G] or a list."""
+    """Return the groups' estimates with further fields, each a tensor [G] or a list of G values."""
     values: dict[str, list[Any]] = {n: c.tolist() for n, c in columns.items() if c is not None}
     values |= lists
-    found = {}
+    replaced = {}
     for row, group in enumerate(groups):
-        mine = {name: of[row] for name, of in values.items()}
-        lost = [name for name, x in mine.items() if isinstance(x, float) and x != x]
-        mine |= dict.fromkeys(lost)
+        fields = {name: column[row] for name, column in values.items()}
+        lost = [name for name, x in fields.items() if isinstance(x, float) and x != x]
+        fields |= dict.fromkeys(lost)
         reasons = dict.fromkeys(lost, "not a finite number: eigenvalues leave float64's range")
         unknown = {**estimates[group].unknown, **reasons}
-        found[group] = dataclasses.replace(estimates[group], **mine, unknown=unknown)
-    return found
+        replaced[group] = dataclasses.replace(estimates[group], **fields, unknown=unknown)
+    return replaced
 
 
-def _covariance(
-    scores: MomentsBatch, members: GroupSums, classes: int | None
+def _covariance_columns(
+    scores: MomentsBatch, group_sums: GroupSums, classes: int | None
 ) -> dict[str, Tensor | None]:
-    if scores.draws is not None or scores.second is None or scores.fourth is None:
+    """Return the norms of Cov Î₁ and the range bound of every group [G]; empty for drawn labels."""
+    if scores.draws is not None or scores.square_weights is None or scores.quartic_weights is None:
         return {}
     assert scores.blocks is not None
-    second, fourth = scores.second.double(), scores.fourth.double()
-    found: dict[str, Tensor | None] = {}
+    square, quartic = scores.square_weights.double(), scores.quartic_weights.double()
+    columns: dict[str, Tensor | None] = {}
     if classes is not None and bool((scores.blocks == scores.blocks[0]).all()):
-        _, q, _, top = members.sum(scores.parameters, "powers").sum(-1).unbind(1)
-        found["diagonal_range_bound"] = (top - q) / scores.batch_size
-    gram = members.sum_known(scores.parameters, "gram")
-    if gram is None and scores.second.shape[1] == 1:
-        gram = members.sum(scores.parameters, "squared_norms").unsqueeze(-1)
+        _, q, _, top = group_sums.sum(scores.parameters, "powers").sum(-1).unbind(1)
+        columns["diagonal_range_bound"] = (top - q) / scores.batch_size
+    gram = group_sums.sum_known(scores.parameters, "gram")
+    if gram is None and scores.square_weights.shape[1] == 1:
+        gram = group_sums.sum(scores.parameters, "squared_norms").unsqueeze(-1)
     if gram is None:
-        return found
-    found["covariance_norm"] = score_covariance_norm(gram, second, fourth, scores.blocks).mean(-1)
-    norm = score_covariance_spectral_norm(gram, second, fourth, scores.blocks)
-    found["covariance_spectral_norm"] = None if norm is None else norm.mean(-1)
-    return found
+        return columns
+    norm = score_covariance_norm(gram, square, quartic, scores.blocks)
+    spectral = score_covariance_spectral_norm(gram, square, quartic, scores.blocks)
+    columns["covariance_norm"] = norm.mean(-1)
+    columns["covariance_spectral_norm"] = None if spectral is None else spectral.mean(-1)
+    return columns
 
 
-def _of_outputs(squares: Tensor, draws: int, exact: bool, classes: int | None) -> Tensor:
-    """Σ_a ‖H_a‖² [..., K] of the outputs a, from ‖R‖² [..., n] of ``curvature_cotangents``."""
+def hessian_norm_squares(squares: Tensor, draws: int, exact: bool, classes: int | None) -> Tensor:
+    """Return Σ_a ‖H_a‖² over the outputs a from ‖R‖² of ``curvature_cotangents``.
+
+    Args:
+        squares: ‖R‖² of every cotangent [..., n].
+        draws: Number of cotangents that are label scores, the first of the n.
+        exact: Whether labels were integrated over exactly.
+        classes: Number of outputs that share one label (softmax); None for independent outputs.
+
+    Returns:
+        The sums [..., K]: one for each random sign vector, K = 1 without them.
+    """
     more = squares[..., draws:]
     if not exact:
         return more
-    found = squares[..., :draws].sum(-1, keepdim=True)
-    return found if classes is None else found + (more[..., :1] - more[..., 1:]) / classes
+    sums = squares[..., :draws].sum(-1, keepdim=True)
+    return sums if classes is None else sums + (more[..., :1] - more[..., 1:]) / classes
 
 
-def _error(values: Tensor, random: bool) -> Tensor | None:
-    """Standard error [G] of means of values [J, G, B, K]: J directions for all inputs, K signs each.
+def _mean_error(values: Tensor, random_signs: bool) -> Tensor | None:
+    """Return the standard error [G] of means of values [J, G, B, K].
 
-    The spread over inputs has the signs' part (where they are ``random``) and more; a direction
-    moves all inputs together, and the spread over a single one is not known.
+    J directions are shared by all inputs; each input has K sign vectors of its own. The variance over
+    inputs includes the noise of the signs (where these are random) and more. A direction changes
+    all inputs together, so that a single direction does not show its noise.
     """
-    parts = []
+    variances = []
     directions, _, size, signs = values.shape
     if directions > 1:
-        parts.append(values.mean((2, 3)).var(0) / directions)
-    if random and size > 1:
-        parts.append(values.mean((0, 3)).var(-1) / size)
-    elif random and signs > 1:
-        parts.append(values.mean((0, 2)).var(-1) / signs)
-    return torch.stack(parts).sum(0).sqrt() if parts else None
+        variances.append(values.mean((2, 3)).var(0) / directions)
+    if random_signs and size > 1:
+        variances.append(values.mean((0, 3)).var(-1) / size)
+    elif random_signs and signs > 1:
+        variances.append(values.mean((0, 2)).var(-1) / signs)
+    return torch.stack(variances).sum(0).sqrt() if variances else None
 
 
-def _signs(jacobian: MomentsBatch) -> int:
-    """Random sign seeds, those with a weight; means over classes may stand behind them."""
+def _num_signs(jacobian: MomentsBatch) -> int:
+    """Return the number of random sign cotangents; the class means after them have no weight."""
     assert jacobian.blocks is not None
     return int((jacobian.blocks == 0).sum())
 
 
-def _without_mean(gram: Tensor, count: int) -> Tensor:
-    """‖Jᵀ(u − ū1)‖² [B, K] from the Gram matrix of u_1 … u_K, ū_1 … ū_K."""
-    own = gram.diagonal(dim1=-2, dim2=-1)
-    between = gram[..., :count, count:].diagonal(dim1=-2, dim2=-1)
-    return own[..., :count] - 2 * between + own[..., count:]
+def _centred_squares(gram: Tensor, signs: int) -> Tensor:
+    """Return ‖Jᵀ(u − ū1)‖² [B, K] from the Gram matrix of u_1 … u_K, ū_1 … ū_K [B, 2K, 2K]."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    cross = gram[..., :signs, signs:].diagonal(dim1=-2, dim2=-1)
+    return diagonal[..., :signs] - 2 * cross + diagonal[..., signs:]

@@ -1,4 +1,4 @@
-"""Layers as the graph shows them: a weight, its operator on one input, the rows it meets."""
+"""Layers in the autograd graph: the weight, its operator on one input, and the rows it multiplies."""
 
 from __future__ import annotations
 
@@ -19,63 +19,84 @@ from fimprobe.jacobian_bounds.operator_norms import OperatorNorms, convolution_n
 
 
 def operator_norms(
-    net: AutogradGraph, edge: Edge, *, compute_spectral: bool = True
+    graph: AutogradGraph, edge: Edge, *, compute_spectral: bool = True
 ) -> OperatorNorms | None:
-    """Norms of a layer's operator on one input; s_max without ``compute_spectral`` only if cheap."""
-    node, weight, parent = edge.node, weight_of(net, edge), edge.parent(0)
+    """Norms of a layer's operator on one input.
+
+    Args:
+        graph: The autograd graph; it keeps the norms of the twin's weights.
+        edge: The layer, of a kind in ``AFFINE``.
+        compute_spectral: Whether s_max is computed even if it is expensive.
+
+    Returns:
+        The norms; None for an operator that is not covered.
+    """
+    node, weight, parent = edge.node, weight_of(graph, edge), edge.parent(0)
     if weight is None or not weight.is_floating_point():
         return None
     convolution = edge.kind == "Convolution"
-    positions = max(1, math.prod(edge.shape[: 1 if convolution else -1]) // net.size)
+    positions = max(1, math.prod(edge.shape[: 1 if convolution else -1]) // graph.size)
     key: tuple[Any, ...] = (weight.data_ptr(), weight.shape, positions)
     if convolution:
         if node._saved_transposed or (parent is None and node._saved_input is None):
             return None
-        window = window_on(node, node._saved_input if parent is None else parent)
-        key = (*key, window, node._saved_groups)
+        geometry = geometry_on(node, node._saved_input if parent is None else parent)
+        key = (*key, geometry, node._saved_groups)
     elif weight.dim() != 2:
         return None
-    kept = weight.data_ptr() in net.stored  # the twin's parameters stay what they are
-    if kept and (key in net.norms):
-        return net.norms[key]
+    # the twin's parameters do not change during a measurement; computed weights may
+    reusable = weight.data_ptr() in graph.addresses
+    if reusable and (key in graph.norms):
+        return graph.norms[key]
     if convolution:
         options = {
             "groups": node._saved_groups,
             "positions": positions,
             "compute_spectral": compute_spectral,
         }
-        norms = convolution_norms(weight.detach(), window, **options)
+        norms = convolution_norms(weight.detach(), geometry, **options)
     else:
         norms = linear_norms(weight.detach(), positions, compute_spectral=compute_spectral)
-    if kept and compute_spectral:
-        net.norms[key] = norms
+    if reusable and compute_spectral:
+        graph.norms[key] = norms
     return norms
 
 
 def input_norms(
-    net: AutogradGraph, edge: Edge, outer: int, weight: bool, bias: bool
+    graph: AutogradGraph, edge: Edge, outer: int, weight: bool, bias: bool
 ) -> tuple[InputNorms, int]:
-    """Norms of X̃, and how often each of its blocks occurs in ∂z/∂W."""
+    """Norms of the rows X̃ that a layer multiplies, with a column of ones for the bias.
+
+    Args:
+        graph: The autograd graph.
+        edge: The layer, of a kind in ``AFFINE`` (or any that adds a bias, if ``weight`` is false).
+        outer: Elements before the batch in the layout of the layer's output.
+        weight: Whether the weight is trained.
+        bias: Whether a bias is trained.
+
+    Returns:
+        The norms [B], and how often each block of X̃ occurs in ∂z/∂W.
+    """
     node, shape = edge.node, edge.shape
-    layout = (outer, net.size, -1)
+    layout = (outer, graph.size, -1)
     if edge.kind == "Convolution":
         out, groups = shape[1], node._saved_groups
         if not weight:
-            positions = math.prod(shape) // (out * net.size)
-            return bias_norms(net.size, positions, groups), out // groups
+            positions = math.prod(shape) // (out * graph.size)
+            return bias_norms(graph.size, positions, groups), out // groups
         x = node._saved_input.detach().unflatten(0, layout).transpose(0, 1).flatten(1, 2)
-        norms = convolution_input_norms(x, window_on(node, x), groups=groups, bias=bias)
+        norms = convolution_input_norms(x, geometry_on(node, x), groups=groups, bias=bias)
         return norms, out // groups
     if not weight:
-        return bias_norms(net.size, math.prod(shape[:-1]) // net.size), shape[-1]
+        return bias_norms(graph.size, math.prod(shape[:-1]) // graph.size), shape[-1]
     name = {"Addmm": "_saved_mat1", "Mm": "_saved_self"}.get(edge.kind, "_saved_input")
     x = getattr(node, name).detach().flatten(0, -2)
     x = x.unflatten(0, layout).transpose(0, 1).flatten(1, 2)
     return linear_input_norms(x, weight=weight, bias=bias), shape[-1]
 
 
-def weight_of(net: AutogradGraph, edge: Edge) -> Tensor | None:
-    """A layer's weight (transposed or not); None where autograd kept none."""
+def weight_of(graph: AutogradGraph, edge: Edge) -> Tensor | None:
+    """A layer's weight, transposed or not; None if autograd kept none."""
     node, slot = edge.node, edge.parent(AFFINE[edge.kind][1])
     if edge.kind == "Convolution":
         return slot.node.variable if slot and hasattr(slot.node, "variable") else node._saved_weight
@@ -85,13 +106,14 @@ def weight_of(net: AutogradGraph, edge: Edge) -> Tensor | None:
         matrix: Tensor | None = slot.node.variable
         return matrix
     saved: Tensor | None = node._saved_weight if edge.kind == "Linear" else node._saved_mat2
-    if edge.kind == "Bmm" and saved is not None:  # one frozen matrix, expanded over the batch
+    if edge.kind == "Bmm" and saved is not None:
+        # one frozen matrix that is expanded over the batch counts as a weight
         return saved[0] if saved.stride(0) == 0 or saved.shape[0] == 1 else None
     return saved
 
 
-def window_on(node: Any, images: Tensor | Edge) -> ConvGeometry:
-    """Where a convolution's kernel lies on images [..., n₁, n₂, ...]."""
+def geometry_on(node: Any, images: Tensor | Edge) -> ConvGeometry:
+    """The geometry of a convolution, given by its backward node, on images [..., n₁, n₂, ...]."""
     kernel = node._saved_weight.shape[2:]
     size = images.shape[len(images.shape) - len(kernel) :]
     return ConvGeometry.of(

@@ -1,4 +1,4 @@
-"""Where the kernel of a convolution lies on its input."""
+"""The place of a convolution's kernel on its input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Output m meets input s m + d τ − p at tap τ, in each of the spatial dimensions."""
+    """Sizes and options of a convolution, one number for each spatial dimension.
+
+    At tap τ output m reads input s m + d τ − p, with stride s, dilation d and padding p.
+    """
 
     size: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -28,7 +31,17 @@ class ConvGeometry:
         padding: Sequence[int],
         dilation: Sequence[int],
     ) -> ConvGeometry:
-        """One number for each dimension: torch keeps (0,) for the padding "valid"."""
+        """The geometry, with options of one number repeated for every dimension.
+
+        torch keeps (0,) for the padding "valid".
+
+        Args:
+            size: Spatial size of the input.
+            kernel: Size of the kernel.
+            stride: The convolution's option, like the following two.
+            padding: See ``stride``.
+            dilation: See ``stride``.
+        """
         options = (stride, padding, dilation)
         full = (tuple(o) * len(size) if len(o) == 1 else tuple(o) for o in options)
         return cls(tuple(size), tuple(kernel), *full)
@@ -40,6 +53,7 @@ class ConvGeometry:
 
     @property
     def out_size(self) -> list[int]:
+        """Spatial size of the output."""
         return [
             (n + 2 * p - r) // s + 1
             for n, p, r, s in zip(self.size, self.padding, self.reach, self.stride, strict=True)
@@ -47,7 +61,7 @@ class ConvGeometry:
 
     @property
     def output_padding(self) -> list[int]:
-        """Inputs at the end that no output meets: output_padding of the adjoint."""
+        """Inputs at the end that no output reads: ``output_padding`` of the adjoint."""
         return [
             n - ((m - 1) * s - 2 * p + r)
             for n, m, p, r, s in zip(
@@ -56,8 +70,11 @@ class ConvGeometry:
         ]
 
     def counts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """For each dimension the outputs that a tap [k] meets inside the input, that an input [n] is
-        met by.
+        """How often taps and inputs are used, in each dimension.
+
+        Returns:
+            For each dimension, the outputs at which each tap [k] reads an input and not the padding;
+            and the outputs that read each input [n].
         """
         taps, inputs = [], []
         for n, m, k, s, p, d in zip(
@@ -69,15 +86,15 @@ class ConvGeometry:
             self.dilation,
             strict=True,
         ):
-            met = s * torch.arange(m) + d * torch.arange(k)[:, None] - p
-            inside = (met >= 0) & (met < n)
+            read = s * torch.arange(m) + d * torch.arange(k)[:, None] - p
+            inside = (read >= 0) & (read < n)
             taps.append(inside.sum(1).double())
-            inputs.append(torch.bincount(met[inside], minlength=n).double())
+            inputs.append(torch.bincount(read[inside], minlength=n).double())
         return taps, inputs
 
 
 def weighted(x: Tensor, counts: list[Tensor]) -> Tensor:
-    """``x`` [..., n₁, n₂, ...] times a count for each index of its last dimensions."""
+    """``x`` [..., n₁, n₂, ...] times a count [n] for each index of its last dimensions."""
     for dim, count in enumerate(reversed(counts)):
         x = x * count.to(x.device).view(-1, *[1] * dim)
     return x

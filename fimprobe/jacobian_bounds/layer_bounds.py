@@ -1,4 +1,4 @@
-"""Bounds on a layer's Jacobian from the norms of the weights between it and the outputs."""
+"""Bounds on the Jacobian of every layer, from the norms of the weights that follow it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,35 @@ __all__ = ["LayerBound", "bound_layer_jacobians"]
 
 
 def bound_layer_jacobians(problem: Problem, batch: Batch) -> dict[str, LayerBound]:
-    """Bounds of every module that owns a trained weight which the outputs depend on.
+    """Bounds of every module with a trained weight on which the outputs depend.
 
-    From the outputs towards the input, ∂h_L/∂z_l = A_1 ⋯ A_k with z_l the layer's output before its
+    From the outputs towards the input, ∂h_L/∂z_l = A_1 ⋯ A_k, z_l being the layer's output before its
     activation. With s_i ≥ s_max(A_i), S = Π s_i, f_i = ‖A_i‖_F of the weights' operators, n the
-    least dimension on the way (and of W_l), X̃_l the rows that meet W_l (h̄_lᵀ for a Linear):
+    least dimension on the path (and of W_l) and X̃_l the rows that W_l is applied to (h̄_lᵀ for a
+    Linear layer):
 
     - ``spectral``: S s_max(X̃_l);
     - ``frobenius``: the least of √n S s_max(X̃_l), min_j (f_j/s_j) S s_max(X̃_l) and S ‖X̃_l ⊗ I‖_F.
 
-    s_i is a Lipschitz constant for an activation; for LayerNorm, max pooling and a function written
-    out in elementwise steps it is the norm of their derivative at this input. The chain is read off
-    the autograd graph of one forward pass. A layer has bounds if one path leads from it to the
-    outputs: layers inside one branch of a sum have, those before a fork have not. Source: Soen &
-    Sun 2021, (19)–(21); (20) as printed fails at the last layer.
+    s_i is a Lipschitz constant for an activation. For LayerNorm, max pooling and functions written in
+    elementwise steps it is the norm of their derivative at this input. The operators are read from
+    the autograd graph of one forward pass. A layer has bounds if a single path leads from it to the
+    outputs: layers inside one branch of a sum have bounds, those in front of a fork have none.
 
-    Samples are taken in parts where the forward pass would keep more than half of ``memory_mb``.
+    If the forward pass would keep more than half of ``memory_mb``, parts of the batch are measured
+    one after the other.
+
+    Source: Soen & Sun (2021), eq. 19 to 21. Eq. 20 as printed fails at the last layer.
+
+    Args:
+        problem: The question of the measurement, with the twin.
+        batch: Inputs of the forward pass.
 
     Returns:
-        Module path -> bounds or reason, in the modules' order.
+        Bounds or the reason for their absence, by module path, in the order of the modules.
 
     Raises:
-        BatchError: where the outputs are not finite.
+        BatchError: If the outputs are not finite.
     """
     norms: dict[tuple[Any, ...], OperatorNorms] = {}
     parts: list[dict[str, LayerBound]] = []
@@ -49,15 +56,14 @@ def bound_layer_jacobians(problem: Problem, batch: Batch) -> dict[str, LayerBoun
         try:
             with torch.enable_grad(), limit_saved_bytes(problem, part.size):
                 outputs = problem.forward(part)
-        except MemoryLimitExceeded as over:
-            step = over.fit
+        except MemoryLimitExceeded as exceeded:
+            step = exceeded.feasible
             continue
         if outputs.grad_fn is None:
             return {}
         with torch.enable_grad():
-            parts.append(
-                BoundPropagation(AutogradGraph(problem.twin, outputs, part.size, norms)).result()
-            )
+            graph = AutogradGraph(problem.twin, outputs, part.size, norms)
+            parts.append(BoundPropagation(graph).result())
         start += part.size
     return {
         path: concatenate_bounds([p[path] for p in parts if path in p])

@@ -1,4 +1,4 @@
-"""Constants of the functions between layers, by the name of their backward node."""
+"""Lipschitz constants and kinds of the functions between layers, by name of their backward node."""
 
 from __future__ import annotations
 
@@ -41,20 +41,22 @@ LIPSCHITZ: dict[str, Callable[[Any], float]] = {
     "RreluWithNoise": lambda node: max(1.0, abs(node._saved_lower + node._saved_upper) / 2),
     "PreluKernel": lambda node: max(1.0, float(node._saved_weight.detach().abs().max())),
 }
-"""Lipschitz constants of the activations, rounded up, by the name of their backward node."""
+"""Lipschitz constants of activations, rounded up."""
 
 ELEMENTWISE = {"Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Exp", "Log", "Log1P", "Sqrt", "Rsqrt",
              "Reciprocal", "Where", "MaskedFill", "Expm1", "Sign"}  # fmt: skip
+"""Steps of which activations are written by hand."""
+
 BATCH_NORMS = {"NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"}
 
 
 def last(count: int) -> Callable[[Any, int], set[int]]:
-    """The last ``count`` dimensions."""
+    """A function that returns the last ``count`` dimensions, from a node and the number of them."""
     return lambda node, dims: set(range(max(0, dims - count), dims))
 
 
 def saved_dims(node: Any, dims: int) -> set[int]:
-    """The dimensions that a node saved."""
+    """The dimensions that a node saved; all ``dims`` of them if it saved none."""
     for name in ("_saved_dim", "_saved_dims"):
         if hasattr(node, name):
             saved = getattr(node, name)
@@ -62,7 +64,6 @@ def saved_dims(node: Any, dims: int) -> set[int]:
     return set(range(dims))
 
 
-# what each of these touches: dimensions of its input; every output is a copy of one input or 0
 GATHERING: dict[str, Callable[[Any, int], set[int]]] = {
     **{f"MaxPool{d}DWithIndices": last(d) for d in (2, 3)},
     **{f"AdaptiveMaxPool{d}D": last(d) for d in (2, 3)},
@@ -75,7 +76,8 @@ GATHERING: dict[str, Callable[[Any, int], set[int]]] = {
     **dict.fromkeys(["Slice", "Select", "Flip", "IndexSelect"], saved_dims),
     **dict.fromkeys(["Expand", "Repeat"], lambda node, dims: set()),
 }
-# ... and every output is a sum of inputs with coefficients of one sign
+"""Functions whose outputs are copies of one input or 0: the dimensions of the input they act on."""
+
 AVERAGING: dict[str, Callable[[Any, int], set[int]]] = {
     **{f"AvgPool{d}D": last(d) for d in (2, 3)},
     **{f"AdaptiveAvgPool{d}D": last(d) for d in (2, 3)},
@@ -84,10 +86,11 @@ AVERAGING: dict[str, Callable[[Any, int], set[int]]] = {
     "UpsampleTrilinear3D": last(3),
     **dict.fromkeys(["Mean", "Sum", "Amax", "Amin", "Max"], saved_dims),
 }
+"""Functions whose outputs are sums of inputs with coefficients of one sign: the same dimensions."""
 
 
-def is_apart(edge: Edge) -> bool:
-    """Whether it is a max pooling whose windows have no input in common."""
+def has_disjoint_windows(edge: Edge) -> bool:
+    """Whether a function is a max pooling whose windows have no input in common."""
     node = edge.saved
     if not re.fullmatch(r"MaxPool[23]DWithIndices", edge.kind):
         return False

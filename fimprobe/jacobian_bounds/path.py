@@ -1,4 +1,4 @@
-"""What is known of the outputs' derivative on the way down, and where the batch is in a tensor."""
+"""Norm of the outputs' derivative along a path, and the place of the batch in a tensor's layout."""
 
 from __future__ import annotations
 
@@ -11,68 +11,88 @@ from torch import Tensor
 from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge, signed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PathNorm:
-    """What is known of ∂h_L/∂(a tensor); ``outer`` elements come before the batch in its layout."""
+    """What is known of ∂h_L/∂z, z the tensor that the path has reached."""
 
     spectral: Tensor
-    constant: Tensor
+    """A bound of s_max(∂h_L/∂z) for each sample, float64 [B]."""
     frobenius_ratio: float = math.inf
-    """min_j ‖A_j‖_F / s_j over the weights' operators."""
-    unsafe: float = 1.0
+    """min_j ‖A_j‖_F / s_j over the weights' operators on the path."""
     dims: int | float = math.inf
+    """The least dimension of a sample's tensor on the path, which bounds the rank."""
     outer: int = 1
+    """Elements of z that come before the batch dimension in its layout."""
     above: str = "the outputs"
+    """The last layer on the path, quoted for messages."""
     bias: Tensor | None = None
-    """A bias added after the product with its weight, which comes next."""
+    """A bias that is added after the product with its weight, which comes next."""
     edges: int = 1
-    """Uses of the next node that are accounted for."""
+    """Uses of the next node that the path covers."""
 
 
 class Unbounded(Exception):
-    """The chain ends here: the reason."""
+    """The path ends here; the message is the reason."""
 
 
 def scaled(
-    net: AutogradGraph, path: PathNorm, factor: Tensor | float, edge: Edge, *, outer: int = 0
+    graph: AutogradGraph, path: PathNorm, factor: Tensor | float, edge: Edge, *, outer: int = 0
 ) -> PathNorm:
-    """The path behind an operator of norm ``factor``."""
+    """The path behind an operator.
+
+    Args:
+        graph: The autograd graph.
+        path: The path in front of the operator.
+        factor: A bound of the operator's norm, one for all samples or [B].
+        edge: The operator, for messages.
+        outer: Elements before the batch behind it; 0 if they do not change.
+
+    Raises:
+        Unbounded: If the factor is not finite.
+    """
     factor = torch.as_tensor(factor, dtype=torch.float64)
     if not bool(torch.isfinite(factor).all()):
-        raise Unbounded(f"the derivative is not bounded {net.between(edge, path.above)}")
-    return replace(
-        path,
-        spectral=path.spectral * factor,
-        constant=path.constant * factor,
-        outer=outer or path.outer,
-    )
+        raise Unbounded(f"the derivative is not bounded {graph.location(edge, path.above)}")
+    return replace(path, spectral=path.spectral * factor, outer=outer or path.outer)
 
 
-def per_sample(net: AutogradGraph, x: Tensor, outer: int) -> Tensor:
-    """The largest element of each sample [B]."""
-    return x.reshape(outer, net.size, -1).amax((0, 2)).cpu().double()
+def per_sample(graph: AutogradGraph, x: Tensor, outer: int) -> Tensor:
+    """The largest element of each sample [B]; ``x`` has ``outer`` elements before the batch."""
+    return x.reshape(outer, graph.size, -1).amax((0, 2)).cpu().double()
 
 
 def outer_behind(
-    net: AutogradGraph,
+    graph: AutogradGraph,
     edge: Edge,
     shape: tuple[int, ...],
     shape_behind: tuple[int, ...],
     touched: set[int],
     path: PathNorm,
 ) -> int:
-    """Elements before the batch behind an operator that acts on the dimensions ``touched``."""
-    if net.size == 1:
+    """Elements before the batch behind an operator.
+
+    Args:
+        graph: The autograd graph.
+        edge: The operator, for messages.
+        shape: Shape of its output.
+        shape_behind: Shape of its input, with as many dimensions.
+        touched: The dimensions that it acts on.
+        path: The path in front of it.
+
+    Raises:
+        Unbounded: If it acts on the dimension that holds the batch.
+    """
+    if graph.size == 1:
         return 1
-    dim, inside = _batch_dim(net, edge, shape, path)
+    dim, inside = _batch_dim(graph, edge, shape, path)
     if dim in touched or shape[dim] != shape_behind[dim]:
-        raise Unbounded(net.mixes(edge, path.above))
+        raise Unbounded(graph.mixed_samples(edge, path.above))
     return math.prod(shape_behind[:dim]) * inside
 
 
-def outer_moved(net: AutogradGraph, edge: Edge, path: PathNorm) -> int:
+def outer_transposed(graph: AutogradGraph, edge: Edge, path: PathNorm) -> int:
     """Elements before the batch behind a transpose or permutation."""
-    if net.size == 1:
+    if graph.size == 1:
         return 1
     shape, node = edge.shape, edge.node
     order = list(range(len(shape)))  # dimension of the output -> dimension of the input
@@ -81,21 +101,24 @@ def outer_moved(net: AutogradGraph, edge: Edge, path: PathNorm) -> int:
     elif len(shape) > 1:
         a, b = (0, 1) if edge.kind == "T" else (signed(node._saved_dim0), signed(node._saved_dim1))
         order[a], order[b] = order[b], order[a]
-    dim, inside = _batch_dim(net, edge, shape, path)
+    dim, inside = _batch_dim(graph, edge, shape, path)
     before = [shape[order.index(d)] for d in range(order[dim])]
     return math.prod(before) * inside
 
 
 def _batch_dim(
-    net: AutogradGraph, edge: Edge, shape: tuple[int, ...], path: PathNorm
+    graph: AutogradGraph, edge: Edge, shape: tuple[int, ...], path: PathNorm
 ) -> tuple[int, int]:
-    """The dimension that holds the batch, and the elements before the batch inside of it."""
+    """The dimension that holds the batch, and how many of its elements come before the batch.
+
+    A dimension may hold the batch together with others, as after ``flatten``.
+    """
     before = 1
     for dim, n in enumerate(shape):
         if path.outer < before * n:
             inside = path.outer // before
-            if path.outer % before or n % (inside * net.size):
+            if path.outer % before or n % (inside * graph.size):
                 break
             return dim, inside
         before *= n
-    raise Unbounded(net.mixes(edge, path.above))
+    raise Unbounded(graph.mixed_samples(edge, path.above))

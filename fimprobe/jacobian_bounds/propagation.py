@@ -1,4 +1,4 @@
-"""The walk from the outputs down the graph that gives every layer its bounds, or the reason."""
+"""Bounds of every layer, propagated from the outputs down the autograd graph."""
 
 from __future__ import annotations
 
@@ -20,148 +20,196 @@ from fimprobe.jacobian_bounds.lipschitz_constants import (
     GATHERING,
     LIPSCHITZ,
 )
-from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, outer_moved, scaled
+from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, outer_transposed, scaled
 from fimprobe.jacobian_bounds.spectral_norm import ROUNDING
 from fimprobe.jacobian_bounds.tensor_functions import branches, copied_or_summed, normalised
 
 ELSEWHERE = "its outputs are parameters of another function"
+"""The reason for layers that compute an argument other than the data of a function."""
 
-
-CALLED = {
+SOFTMAXES = {
     "Softmax": "softmax between layers",
     "LogSoftmax": "log-softmax between layers",
 }
+"""Functions that are known and have no useful bound, with the reason that is reported."""
+
+LAYER_NORMS = {"NativeLayerNorm", "NativeGroupNorm"}
+
+UNARY = {*RESHAPING, *TRANSPOSING, *LIPSCHITZ, *GATHERING, *AVERAGING, *LAYER_NORMS}
+"""Functions of one tensor, whose norm :meth:`BoundPropagation._behind_unary` knows."""
+
+Steps = list[tuple[Edge, PathNorm]]
+"""Edges to visit next, each with the norm of the path to it."""
 
 
 class BoundPropagation:
-    """From the outputs down every path, until a fork or a function that is not known."""
+    """Bounds along every path from the outputs, down to a fork or an unknown function.
 
-    def __init__(self, net: AutogradGraph) -> None:
-        self.net = net
-        self.found: dict[str, tuple[LayerBound, set[int]]] = {}
+    Attributes:
+        graph: The autograd graph.
+        bounds: The bounds of a module by its path, with the ids of the parameters that they cover.
+        reasons: Why the path to a parameter ends before it, by the parameter's id.
+    """
+
+    def __init__(self, graph: AutogradGraph) -> None:
+        self.graph = graph
+        self.bounds: dict[str, tuple[LayerBound, set[int]]] = {}
         self.reasons: dict[int, str] = {}
-        self.flooded: set[Any] = set()
-        one = torch.ones(net.size, dtype=torch.float64)
-        self.walk(net.root, PathNorm(one, one))
+        self._unbounded: set[Any] = set()
+        self._propagate(PathNorm(spectral=torch.ones(graph.size, dtype=torch.float64)))
 
-    def walk(self, root: Edge, path: PathNorm) -> None:
-        """Give every layer on the way its bounds; everything beyond a stop the stop's reason."""
-        stack = [(root, path)]
+    def result(self) -> dict[str, LayerBound]:
+        """Bounds, or the reason for their absence, of every module whose parameters are used."""
+        owned: dict[str, list[Tensor]] = {}
+        for name, parameter in self.graph.twin.named_parameters():
+            if self.graph.parameter_uses[id(parameter)]:
+                owned.setdefault(name.rpartition(".")[0], []).append(parameter)
+        return {path: self._bound_of(path, parameters) for path, parameters in owned.items()}
+
+    def _propagate(self, path: PathNorm) -> None:
+        """Bound every layer on the paths from the outputs; mark all that lies behind an end."""
+        stack = [(self.graph.root, path)]
         while stack:
             edge, path = stack.pop()
             if hasattr(edge.node, "variable"):
                 continue
             try:
-                if self.net.uses[edge.node] > path.edges:
-                    times = self.net.uses[edge.node]
-                    raise Unbounded(f"the output of {self.net.below(edge)} is used {times} times")
-                numel = math.prod(edge.shape)
-                if numel % (path.outer * self.net.size):
-                    raise Unbounded(self.net.mixes(edge, path.above))
-                if not edge.node._input_metadata[edge.nr].dtype.is_floating_point:
-                    raise Unbounded(self.net.unknown(edge, path.above))
-                path = replace(path, dims=min(path.dims, numel // self.net.size), edges=1)
-                onward = self.step(edge, path)
-            except Unbounded as stop:
-                self.mark_unbounded([edge], str(stop))
+                onward = self._step(edge, self._enter(edge, path))
+            except Unbounded as end:
+                self._mark_unbounded([edge], str(end))
                 continue
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # checkpointed, or changed in place since
-                self.mark_unbounded([edge], f"what {edge.name} saved cannot be read")
+                self._mark_unbounded([edge], f"what {edge.name} saved cannot be read")
                 continue
             stack += onward
-            walked = {following.node for following, _ in onward}
-            self.mark_unbounded([p for p in edge.parents() if p.node not in walked], ELSEWHERE)
+            visited = {following.node for following, _ in onward}
+            others = [p for p in edge.parents() if p.node not in visited]
+            self._mark_unbounded(others, ELSEWHERE)
 
-    def mark_unbounded(self, edges: list[Edge], reason: str) -> None:
-        """Note why everything from here to the input has no bounds."""
+    def _enter(self, edge: Edge, path: PathNorm) -> PathNorm:
+        """The path at a node, once it is certain that the path may go on there.
+
+        Raises:
+            Unbounded: At a fork, at whole numbers, or where the samples are not separate.
+        """
+        graph = self.graph
+        if graph.uses[edge.node] > path.edges:
+            times = graph.uses[edge.node]
+            raise Unbounded(f"the output of {graph.nearest_module(edge)} is used {times} times")
+        numel = math.prod(edge.shape)
+        if numel % (path.outer * graph.size):
+            raise Unbounded(graph.mixed_samples(edge, path.above))
+        if not edge.node._input_metadata[edge.nr].dtype.is_floating_point:
+            raise Unbounded(graph.unknown_function(edge, path.above))
+        return replace(path, dims=min(path.dims, numel // graph.size), edges=1)
+
+    def _mark_unbounded(self, edges: list[Edge], reason: str) -> None:
+        """Note why nothing from these edges down to the inputs has bounds."""
         stack = [edge.node for edge in edges]
         while stack:
             node = stack.pop()
-            if node is None or node in self.flooded:
+            if node is None or node in self._unbounded:
                 continue
-            self.flooded.add(node)
+            self._unbounded.add(node)
             if hasattr(node, "variable"):
                 self.reasons.setdefault(id(node.variable), reason)
             stack += [following for following, _ in node.next_functions]
 
-    def step(self, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
-        """One node: the edges behind it with what is known of the outputs' derivative there."""
-        kind, parent = edge.kind, edge.parent(0) if edge.node.next_functions else None
+    def _step(self, edge: Edge, path: PathNorm) -> Steps:
+        """The edges behind one node, with the norms of the paths to them."""
+        kind = edge.kind
         if kind in AFFINE:
-            return self.affine_step(edge, path)
-        if kind in RESHAPING:
-            return [] if parent is None else [(parent, path)]
-        path_after = replace(path, bias=None)
-        if kind in TRANSPOSING:
-            assert parent is not None
-            return [(parent, replace(path_after, outer=outer_moved(self.net, edge, path)))]
-        if kind in LIPSCHITZ:
-            if parent is None:
-                return []
-            return [(parent, scaled(self.net, path_after, LIPSCHITZ[kind](edge.saved), edge))]
-        if kind in GATHERING or kind in AVERAGING:
-            if parent is None:
-                return []
-            return [(parent, copied_or_summed(self.net, edge, parent, path_after))]
-        if kind in ("NativeLayerNorm", "NativeGroupNorm"):
-            return [] if parent is None else [(parent, normalised(self.net, edge, path_after))]
+            return self._behind_affine(edge, path)
+        without_bias = replace(path, bias=None)
         if kind in ELEMENTWISE or (kind in BATCH_NORMS and not edge.saved._saved_training):
             return elementwise(
-                self.net, edge, path, lambda bias: self.layer(edge, path_after, None, bias)
+                self.graph,
+                edge,
+                path,
+                lambda bias: self._bound_layer(edge, without_bias, None, bias),
             )
         if kind == "Cat":
-            return branches(self.net, edge, path_after)
-        if kind in CALLED:
-            raise Unbounded(CALLED[kind])
+            return branches(self.graph, edge, without_bias)
+        if kind in SOFTMAXES:
+            raise Unbounded(SOFTMAXES[kind])
         if "Attention" in kind:
             raise Unbounded("attention")
-        raise Unbounded(self.net.unknown(edge, path.above))
+        if kind not in UNARY:
+            raise Unbounded(self.graph.unknown_function(edge, path.above))
+        parent = edge.parent(0) if edge.node.next_functions else None
+        return [] if parent is None else [(parent, self._behind_unary(edge, parent, path))]
 
-    def affine_step(self, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
-        """A layer z = X̃ Wᵀ: its own bounds, and its operator for what comes before it."""
+    def _behind_unary(self, edge: Edge, parent: Edge, path: PathNorm) -> PathNorm:
+        """The path behind a function of one tensor."""
+        kind = edge.kind
+        if kind in RESHAPING:
+            return path
+        path = replace(path, bias=None)
+        if kind in TRANSPOSING:
+            return replace(path, outer=outer_transposed(self.graph, edge, path))
+        if kind in LIPSCHITZ:
+            return scaled(self.graph, path, LIPSCHITZ[kind](edge.saved), edge)
+        if kind in LAYER_NORMS:
+            return normalised(self.graph, edge, path)
+        return copied_or_summed(self.graph, edge, parent, path)
+
+    def _behind_affine(self, edge: Edge, path: PathNorm) -> Steps:
+        """Bound a layer z = X̃ Wᵀ; the path behind its operator."""
+        graph = self.graph
         data, weight_slot, bias_slot = AFFINE[edge.kind]
-        node, parent = edge.node, edge.parent(data)
-        weight = self.net.parameter(edge.parent(weight_slot))
-        bias = None if bias_slot is None else self.net.parameter(edge.parent(bias_slot))
-        if edge.kind == "Bmm" and (parent is None or edge.parent(weight_slot) is not None):
-            raise Unbounded(f"two activations are multiplied {self.net.between(edge, path.above)}")
-        plain = edge.kind != "Addmm" or node._saved_alpha == node._saved_beta == 1
-        turned = parent is not None and self.net.parameter(parent) is not None
-        turned = turned or (parent is None and weight is None and bias is None)
-        if not plain or turned or (edge.kind == "Convolution" and node._saved_transposed):
-            raise Unbounded(self.net.unknown(edge, path.above))
+        parent, weight = edge.parent(data), graph.parameter(edge.parent(weight_slot))
+        bias = None if bias_slot is None else graph.parameter(edge.parent(bias_slot))
+        self._check_affine(edge, path, weight, bias)
         width = edge.shape[1 if edge.kind == "Convolution" else -1]
         if bias is None and weight is not None and path.bias is not None:
-            bias = path.bias if self.net.owner(path.bias) == self.net.owner(weight) else None
+            bias = path.bias if graph.owner(path.bias) == graph.owner(weight) else None
         if bias is not None and bias.shape != (width,):
             bias = None
-        rows = edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1]
-        if math.prod(rows) % (path.outer * self.net.size):
-            raise Unbounded(self.net.mixes(edge, path.above))
         named = weight if weight is not None else bias
         if named is not None:
-            self.layer(edge, replace(path, bias=None), weight, bias)
+            self._bound_layer(edge, replace(path, bias=None), weight, bias)
         if parent is None:
             return []
-        norms = operator_norms(self.net, edge)
+        norms = operator_norms(graph, edge)
         if norms is None:
-            raise Unbounded(self.net.unknown(edge, path.above))
+            raise Unbounded(graph.unknown_function(edge, path.above))
         ratio = norms.frobenius / norms.spectral if norms.spectral else 1.0
         onward = replace(
             path,
             spectral=path.spectral * norms.spectral,
             frobenius_ratio=min(path.frobenius_ratio, ratio),
-            unsafe=path.unsafe * norms.frobenius,
-            above=path.above if named is None else repr(self.net.owner(named)),
+            above=path.above if named is None else repr(graph.owner(named)),
             bias=None,
         )
         return [(parent, onward)]
 
-    def layer(self, edge: Edge, path: PathNorm, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Bounds of one layer from the path to its output."""
-        inputs, blocks = input_norms(self.net, edge, path.outer, weight is not None, bias is not None)
+    def _check_affine(
+        self, edge: Edge, path: PathNorm, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """Raise Unbounded unless the product is that of data with a weight, sample by sample."""
+        graph, node = self.graph, edge.node
+        data, weight_slot, _ = AFFINE[edge.kind]
+        parent = edge.parent(data)
+        if edge.kind == "Bmm" and (parent is None or edge.parent(weight_slot) is not None):
+            raise Unbounded(f"two activations are multiplied {graph.location(edge, path.above)}")
+        unscaled = edge.kind != "Addmm" or node._saved_alpha == node._saved_beta == 1
+        # W x instead of x Wᵀ: the weight is where the data belong
+        swapped = parent is not None and graph.parameter(parent) is not None
+        swapped = swapped or (parent is None and weight is None and bias is None)
+        if not unscaled or swapped or (edge.kind == "Convolution" and node._saved_transposed):
+            raise Unbounded(graph.unknown_function(edge, path.above))
+        rows = edge.shape[:1] if edge.kind == "Convolution" else edge.shape[:-1]
+        if math.prod(rows) % (path.outer * graph.size):
+            raise Unbounded(graph.mixed_samples(edge, path.above))
+
+    def _bound_layer(
+        self, edge: Edge, path: PathNorm, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
+        """Bound one layer, from the norm of the path to its output."""
+        graph = self.graph
+        inputs, blocks = input_norms(graph, edge, path.outer, weight is not None, bias is not None)
         trained = [p for p in (weight, bias) if p is not None]
         rank = min(path.dims, sum(p.numel() for p in trained))
         spectral = path.spectral * inputs.spectral * ROUNDING
@@ -169,56 +217,45 @@ class BoundPropagation:
             spectral * min(math.sqrt(rank), path.frobenius_ratio),
             path.spectral * inputs.frobenius * (math.sqrt(blocks) * ROUNDING),
         )
-        bound = LayerBound(
-            frobenius=frobenius,
-            spectral=spectral,
-            unsafe_frobenius=path.unsafe * inputs.frobenius,
-            input_norm=inputs.spectral,
-            activation_constant=path.constant,
-        )
-        self.found[self.net.owner(trained[0])] = bound, {id(p) for p in trained}
+        bound = LayerBound(frobenius=frobenius, spectral=spectral)
+        self.bounds[graph.owner(trained[0])] = bound, {id(p) for p in trained}
 
-    def result(self) -> dict[str, LayerBound]:
-        """Bounds or reasons of every module with trained parameters that were reached."""
-        owned: dict[str, list[Tensor]] = {}
-        for name, parameter in self.net.twin.named_parameters():
-            if self.net.times[id(parameter)]:
-                owned.setdefault(name.rpartition(".")[0], []).append(parameter)
-        return {path: self.conclude(path, parameters) for path, parameters in owned.items()}
-
-    def conclude(self, path: str, parameters: list[Tensor]) -> LayerBound:
-        """A module's bounds, or the reason why there are none."""
-        bound, covers = self.found.get(path, (LayerBound(), set()))
-        uses = self.net.affine.get(path, [])
-        kind = type(self.net.twin.get_submodule(path)).__name__
-        again = [p for p in parameters if self.net.times[id(p)] > 1]
-        told = next((self.reasons[id(p)] for p in parameters if id(p) in self.reasons), ELSEWHERE)
-        reason = None
-        if not uses and not covers:
-            if kind not in ("Linear", "Conv1d", "Conv2d", "Conv3d", "ParametrizationList"):
-                reason = f"the bounds are for Linear and Conv1d to Conv3d layers; this is {kind}"
-            else:
-                reason = "its weight is computed" if told == ELSEWHERE else told
-        elif again:
-            local = self.net.parameters[id(again[0])].rpartition(".")[2]
-            reason = (
-                f"its {local} is used {self.net.times[id(again[0])]} times (tied or called again)"
-            )
-        elif not covers:
-            reason = told
-        elif covers != {id(p) for p in parameters}:
-            reason = f"this {kind} has parameters besides one weight and its bias"
-        try:
-            norms = (
-                operator_norms(self.net, uses[0], compute_spectral=False) if len(uses) == 1 else None
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # what its node saved cannot be read
-            norms = None
-        bound = bound if reason is None else LayerBound(reason=reason)
+    def _bound_of(self, path: str, parameters: list[Tensor]) -> LayerBound:
+        """The bounds of a module or the reason for their absence, with the norms of its weight."""
+        reason = self._reason(path, parameters)
+        bound = LayerBound(reason=reason) if reason is not None else self.bounds[path][0]
+        uses = self.graph.affine.get(path, [])
+        norms = None
+        if len(uses) == 1:
+            try:
+                norms = operator_norms(self.graph, uses[0], compute_spectral=False)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # what its node saved cannot be read
+                pass
         if norms is not None:
             bound = replace(bound, weight_frobenius_norm=norms.frobenius)
-        if norms is not None and norms.spectral < math.inf:
-            bound = replace(bound, weight_spectral_norm=norms.spectral)
+            if norms.spectral < math.inf:
+                bound = replace(bound, weight_spectral_norm=norms.spectral)
         return bound
+
+    def _reason(self, path: str, parameters: list[Tensor]) -> str | None:
+        """Why a module has no bounds; None if it has."""
+        graph = self.graph
+        _, covered = self.bounds.get(path, (None, set()))
+        kind = type(graph.twin.get_submodule(path)).__name__
+        end = next((self.reasons[id(p)] for p in parameters if id(p) in self.reasons), ELSEWHERE)
+        if not graph.affine.get(path) and not covered:
+            if kind not in ("Linear", "Conv1d", "Conv2d", "Conv3d", "ParametrizationList"):
+                return f"the bounds are for Linear and Conv1d to Conv3d layers; this is {kind}"
+            return "its weight is computed" if end == ELSEWHERE else end
+        reused = [p for p in parameters if graph.parameter_uses[id(p)] > 1]
+        if reused:
+            local = graph.names[id(reused[0])].rpartition(".")[2]
+            times = graph.parameter_uses[id(reused[0])]
+            return f"its {local} is used {times} times (tied or called again)"
+        if not covered:
+            return end
+        if covered != {id(p) for p in parameters}:
+            return f"this {kind} has parameters besides one weight and its bias"
+        return None

@@ -12,7 +12,7 @@ from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge
 from fimprobe.jacobian_bounds.lipschitz_constants import (
     AVERAGING,
     GATHERING,
-    is_apart,
+    has_disjoint_windows,
     last,
     saved_dims,
 )
@@ -20,85 +20,102 @@ from fimprobe.jacobian_bounds.path import PathNorm, Unbounded, outer_behind, per
 from fimprobe.jacobian_bounds.spectral_norm import ROUNDING
 
 
-def copied_or_summed(net: AutogradGraph, edge: Edge, parent: Edge, path: PathNorm) -> PathNorm:
-    """Copies: s_max² is the largest number of copies. Sums: s_max² ≤ ‖A‖₁ ‖A‖_∞."""
+def copied_or_summed(graph: AutogradGraph, edge: Edge, parent: Edge, path: PathNorm) -> PathNorm:
+    """The path behind a function whose outputs are copies or sums of inputs.
+
+    Copies: s_max² is the largest number of copies of one input. Sums: s_max² ≤ ‖A‖₁ ‖A‖_∞.
+
+    Args:
+        graph: The autograd graph.
+        edge: The function, of a kind in ``GATHERING`` or ``AVERAGING``.
+        parent: The edge of its input.
+        path: The path to its output.
+    """
     touched = (GATHERING if edge.kind in GATHERING else AVERAGING)[edge.kind](
         edge.saved, len(parent.shape)
     )
     shape = list(edge.shape)
     if len(shape) > len(parent.shape):
-        raise Unbounded(net.unknown(edge, path.above))
-    if len(shape) < len(parent.shape):  # the touched dimensions are gone
+        raise Unbounded(graph.unknown_function(edge, path.above))
+    if len(shape) < len(parent.shape):  # a reduction without keepdim
         for dim in sorted(touched):
             shape.insert(dim, 1)
-    outer = outer_behind(net, edge, tuple(shape), parent.shape, touched, path)
-    if is_apart(edge):
-        return scaled(net, path, 1.0, edge, outer=outer)
-    seed = ones(edge)
+    outer = outer_behind(graph, edge, tuple(shape), parent.shape, touched, path)
+    if has_disjoint_windows(edge):
+        return scaled(graph, path, 1.0, edge, outer=outer)
+    unit = ones(edge)
     if edge.kind in GATHERING:
-        columns = pulled(edge, parent, seed)
-        squared = per_sample(net, columns, outer)
+        column_sums = _adjoint(edge, parent, unit)
+        squared = per_sample(graph, column_sums, outer)
     else:
-        seed.requires_grad_()
-        columns = pulled(edge, parent, seed, create_graph=True)
-        (rows,) = torch.autograd.grad(columns, seed, torch.ones_like(columns))
-        columns = columns.detach().abs()
-        squared = per_sample(net, columns, outer) * per_sample(net, rows.abs(), path.outer)
-    return scaled(net, path, squared.sqrt() * margin_of(seed.dtype), edge, outer=outer)
+        unit.requires_grad_()
+        column_sums = _adjoint(edge, parent, unit, create_graph=True)
+        # A applied to ones, as the derivative of the linear map v ↦ 1ᵀ Aᵀ v
+        (row_sums,) = torch.autograd.grad(column_sums, unit, torch.ones_like(column_sums))
+        column_sums = column_sums.detach().abs()
+        squared = per_sample(graph, column_sums, outer)
+        squared = squared * per_sample(graph, row_sums.abs(), path.outer)
+    return scaled(graph, path, squared.sqrt() * margin_of(unit.dtype), edge, outer=outer)
 
 
-def normalised(net: AutogradGraph, edge: Edge, path: PathNorm) -> PathNorm:
-    """LayerNorm, GroupNorm: the derivative γ/σ (I − 11ᵀ/n − x̂x̂ᵀ/n) has norm ≤ max|γ|/σ."""
+def normalised(graph: AutogradGraph, edge: Edge, path: PathNorm) -> PathNorm:
+    """The path behind LayerNorm or GroupNorm.
+
+    The derivative γ/σ (I − 11ᵀ/n − x̂x̂ᵀ/n) has norm ≤ max|γ|/σ.
+    """
     node, shape = edge.saved, edge.shape
     group = edge.kind == "NativeGroupNorm"
     touched = set(range(1, len(shape)))
     if not group:
         touched = last(len(node._saved_normalized_shape))(node, len(shape))
-    outer_behind(net, edge, shape, shape, touched, path)
-    scale = per_sample(net, node._saved_result2.detach(), path.outer)
+    outer_behind(graph, edge, shape, shape, touched, path)
+    scale = per_sample(graph, node._saved_result2.detach(), path.outer)
     if node._saved_weight is not None:
         scale = scale * float(node._saved_weight.detach().abs().max())
-    return scaled(net, path, scale * margin_of(node._saved_result2.dtype), edge)
+    return scaled(graph, path, scale * margin_of(node._saved_result2.dtype), edge)
 
 
-def branches(net: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
-    """A sum or concatenation: each branch by itself (what they share is met as a fork)."""
+def branches(graph: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
+    """The arguments of a sum or concatenation, each with the norm of the path through it alone.
+
+    Where two branches meet again, the propagation finds a fork.
+    """
     onward = []
     for slot in range(len(edge.node.next_functions)):
         parent = edge.parent(slot)
-        if parent is None or net.parameter(parent) is not None:
+        if parent is None or graph.parameter(parent) is not None:
             continue
         if len(parent.shape) != len(edge.shape):
-            raise Unbounded(net.unknown(edge, path.above))
+            raise Unbounded(graph.unknown_function(edge, path.above))
         concatenated = edge.kind == "Cat"
         touched = saved_dims(edge.saved, len(edge.shape)) if concatenated else set()
-        outer = outer_behind(net, edge, edge.shape, parent.shape, touched, path)
+        outer = outer_behind(graph, edge, edge.shape, parent.shape, touched, path)
         factor = 1.0
         if not concatenated:  # s_max of a broadcast is the root of the number of copies
             factor = math.sqrt(math.prod(edge.shape) // math.prod(parent.shape)) * ROUNDING
             factor *= abs(edge.saved._saved_alpha) if slot == 1 else 1.0
-        onward.append((parent, scaled(net, path, factor, edge, outer=outer)))
+        onward.append((parent, scaled(graph, path, factor, edge, outer=outer)))
     return onward
 
 
 def ones(edge: Edge) -> Tensor:
-    """Of the tensor's shape."""
+    """A tensor of ones of the shape, type and device of the tensor at an edge."""
     metadata = edge.node._input_metadata[edge.nr]
     return torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
 
 
-def pulled(edge: Edge, parent: Edge, seed: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Aᵀ seed for the operator A between two edges, all samples at once."""
-    (gradient,) = torch.autograd.grad(
+def margin_of(dtype: torch.dtype) -> float:
+    """A factor that covers the rounding errors of a few operations in ``dtype``."""
+    return 1 + 16 * torch.finfo(dtype).eps
+
+
+def _adjoint(edge: Edge, parent: Edge, cotangent: Tensor, *, create_graph: bool = False) -> Tensor:
+    """Aᵀ v for the operator A between two edges, all samples at once."""
+    (product,) = torch.autograd.grad(
         [GradientEdge(edge.node, edge.nr)],
         [GradientEdge(parent.node, parent.nr)],
-        [seed],
+        [cotangent],
         retain_graph=True,
         create_graph=create_graph,
     )
-    return gradient
-
-
-def margin_of(dtype: torch.dtype) -> float:
-    """What a few operations in ``dtype`` may take from a measured slope."""
-    return 1 + 16 * torch.finfo(dtype).eps
+    return product

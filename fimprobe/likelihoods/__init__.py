@@ -1,4 +1,4 @@
-"""Label distributions p(y | h): what is drawn, its score, and the norms of its moments."""
+"""Label distributions p(y | h): draws, scores, and norms of moments of the score."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ __all__ = [
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
-    """The family behind a name; an object that satisfies the protocol passes through.
+    """Return the family of a name, or the given family.
+
+    Args:
+        likelihood: A key of ``LIKELIHOODS``, or an object with the methods of :class:`Likelihood`.
+
+    Raises:
+        FimprobeError: If it is neither.
 
     >>> get_likelihood("poisson").name
     'poisson'
@@ -41,20 +47,28 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, str):
         if likelihood not in LIKELIHOODS:
             raise FimprobeError(
-                f"likelihood={likelihood!r} is unknown; use one of {sorted(LIKELIHOODS)} "
-                "or an object like fimprobe.likelihoods.Gaussian(sigma=0.5)"
+                f"likelihood={likelihood!r} is unknown; use one of {sorted(LIKELIHOODS)} or an "
+                "object such as fimprobe.likelihoods.Gaussian(sigma=0.5)"
             )
         return LIKELIHOODS[likelihood]()
     if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):
         raise FimprobeError(
-            f"likelihood={likelihood!r} is no likelihood; pass one of {sorted(LIKELIHOODS)} or an "
-            "instance with the methods of fimprobe.likelihoods.base.Likelihood"
+            f"likelihood must be one of {sorted(LIKELIHOODS)} or an instance with the methods of "
+            f"fimprobe.Likelihood, got {likelihood!r}. Call a class, as in Gaussian(sigma=0.5)."
         )
     return likelihood
 
 
 def sample(likelihood: Likelihood, outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """One draw of labels y ~ p(y | h) from the given generator; torch's global one is not touched.
+    """Draw labels y ~ p(y | h), one set per input.
+
+    Args:
+        likelihood: The family.
+        outputs: h [B, ...].
+        generator: Source of all random numbers, on the CPU; the global generator is not used.
+
+    Returns:
+        Labels, of the shape ``likelihood.label_shape(outputs)``.
 
     >>> sample(Bernoulli(), torch.full((2, 1), 50.0), torch.Generator()).tolist()
     [[1.0], [1.0]]

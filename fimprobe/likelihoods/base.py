@@ -13,9 +13,12 @@ from torch import Tensor
 class Pass(NamedTuple):
     """One backward pass of an exact expectation over labels.
 
-    ``seed`` [B, ...] has the shape of the outputs. ``second`` and ``fourth`` [B] are the
-    factors of (Jᵀ seed)² and (Jᵀ seed)⁴ in E g² and E g⁴. ``block`` numbers the independent
-    random variable that the pass belongs to: fourth cumulants add over blocks.
+    Attributes:
+        seed: Cotangent at the outputs, of their shape [B, ...]. It is not a random seed.
+        second: Factor [B] of (Jᵀ seed)² in E g².
+        fourth: Factor [B] of (Jᵀ seed)⁴ in E g⁴.
+        block: Number of the independent random variable that the pass belongs to. Fourth cumulants
+            add over blocks.
     """
 
     seed: Tensor
@@ -24,15 +27,18 @@ class Pass(NamedTuple):
     block: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputNorms:
-    """Sizes of an input's output Fisher information I(h) and fourth moment M, float64 [B].
+    """Norms of the output Fisher information I(h) and the fourth moment M of inputs, float64 [B].
 
-    The output vector is all of an input's labelled positions together, independent given the
-    input; M = K − I⊗I = Cov(vec δδᵀ) is a C²×C² matrix, δ being the score at the outputs and
-    K_abcd = E δ_a δ_b δ_c δ_d. Norms and traces are exact. The largest eigenvalues are exact for
-    independent components and for softmax outputs where ``Categorical.norms`` says so, otherwise
-    upper bounds. ``fisher_min`` is exact. Without any labelled position all are 0.
+    The output vector joins all labelled positions of an input, which are independent given the input.
+    M = K − I⊗I = Cov(vec δδᵀ) is a C²×C² matrix, where δ is the score at the outputs and
+    K_abcd = E δ_a δ_b δ_c δ_d (docs/theory.md, "Constants of the output distributions").
+
+    Norms, traces and ``fisher_min`` are exact. The largest eigenvalues are exact for independent
+    components and for softmax outputs of moderate size (``Categorical.norms``); otherwise they are
+    upper bounds. All values are 0 for an input without a labelled position. Units: those of the score
+    squared for I, to the fourth power for M.
     """
 
     fisher_norm: Tensor
@@ -53,45 +59,48 @@ class OutputNorms:
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """A family p(y | h) of label distributions, h being the network's outputs [B, ...].
+    """A family p(y | h) of label distributions, where h are the outputs [B, ...] of the network.
 
-    Subclass :class:`fimprobe.likelihoods.Independent` for one label per output component:
-    it needs ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only.
+    For one label per output component subclass :class:`fimprobe.likelihoods.Independent`, which needs
+    ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only.
+
+    In all methods ``outputs`` are h [B, ...], and ``mask`` is boolean, of the labels' shape; False
+    leaves a label out.
     """
 
     @property
     def name(self) -> str:
-        """How messages and reports call the family."""
+        """The name of the family in messages and reports."""
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Raise :class:`FimprobeError` where the outputs' shape does not fit."""
+        """Raise :class:`FimprobeError` if the shape of the outputs does not fit."""
 
     def label_shape(self, outputs: Tensor) -> torch.Size:
-        """Shape of one draw of the labels, batch first."""
+        """Return the shape of one draw of the labels, batch first."""
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Labels at the float64 ``uniforms`` [B, ...] in (0, 1): the inverse CDF."""
+        """Return the labels at the float64 ``uniforms`` [B, ...] in (0, 1): the inverse CDF."""
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """∂ log p(y | h) / ∂h, in the shape of the outputs (t(y) − η for natural h)."""
+        """Return ∂ log p(y | h) / ∂h, of the outputs' shape (t(y) − η if h is natural)."""
 
     def count_passes(self, outputs: Tensor) -> int:
-        """Backward passes that an exact expectation over the labels takes."""
+        """Return the number of backward passes of an exact expectation over the labels."""
 
     def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Passes whose weighted squares and fourth powers sum to the exact moments."""
+        """Yield the passes whose weighted squares and fourth powers sum to the exact moments."""
 
     def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
-        """Norms, traces and extreme eigenvalues of I(h) and M, one value per input."""
+        """Return norms, traces and extreme eigenvalues of I(h) and M, one value per input."""
 
     def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
-        """L ξ with L Lᵀ = I(h) and ξ of the outputs' shape: the seed of one Hutchinson draw."""
+        """Return L ξ, where L Lᵀ = I(h) and ξ has the outputs' shape: a Hutchinson cotangent."""
 
     def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Passes of the exact expectation over Rademacher ξ: the columns of L, a block each."""
+        """Yield the passes of the exact expectation over Rademacher ξ: each column of L, a block."""
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raise :class:`FimprobeError` where a data set's labels do not fit the outputs."""
+        """Raise :class:`FimprobeError` if the labels of a data set do not fit the outputs."""
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """``score`` at labels that ``check_labels`` let pass, zero where they are ignored."""
+        """Return ``score`` at labels that ``check_labels`` accepts, zero at ignored labels."""

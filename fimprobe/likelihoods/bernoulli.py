@@ -12,35 +12,42 @@ from fimprobe.likelihoods.independent import Independent, precise
 
 @dataclass(frozen=True)
 class Bernoulli(Independent):
-    """p(y = 1 | h) = sigmoid(h) for each component; the score is y − sigmoid(h)."""
+    """p(y = 1 | h) = p = sigmoid(h) for each output component.
+
+    h is the natural parameter and t(y) = y. The score is y − p, with variance p(1−p) and fourth
+    moment p(1−p)(p³ + (1−p)³). Outputs and labels have the shape [B, ...]; labels are 0 or 1.
+
+    >>> Bernoulli().variance(torch.zeros(1, 1)).item()
+    0.25
+    """
 
     name: str = "bernoulli"
     support = "labels 0 and 1 (not probabilities)"
 
     def in_support(self, labels: Tensor) -> Tensor:
-        """0 and 1."""
+        """Return where a label is 0 or 1."""
         return (labels == 0) | (labels == 1)
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """1 where the uniform exceeds P(y = 0) = sigmoid(−h)."""
+        """Return 1 where the uniform exceeds P(y = 0) = sigmoid(−h), else 0."""
         return (uniforms > torch.sigmoid(-outputs.double())).to(precise(outputs).dtype)
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """1 with probability 1 − p: each label is drawn as often as the other one should be."""
+        """Return 1 with probability 1 − p, else 0: q(y) = p(1 − y) for each label."""
         return (uniforms > torch.sigmoid(outputs.double())).double()
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Y − p, as sigmoid(−h) for y = 1 and −sigmoid(h) for y = 0: no cancellation."""
+        """Return y − p, as sigmoid(−h) for y = 1 and −sigmoid(h) for y = 0, without cancellation."""
         h = precise(outputs)
         return torch.where(labels > 0.5, torch.sigmoid(-h), -torch.sigmoid(h))
 
     def variance(self, outputs: Tensor) -> Tensor:
-        """P(1−p)."""
+        """Return p(1−p)."""
         h = precise(outputs)
         return torch.sigmoid(h) * torch.sigmoid(-h)
 
     def fourth_moment(self, outputs: Tensor) -> Tensor:
-        """Pq(p³ + q³)."""
+        """Return pq(p³ + q³) with q = 1 − p."""
         h = precise(outputs)
         p, q = torch.sigmoid(h), torch.sigmoid(-h)
         return p * q * (p.pow(3) + q.pow(3))

@@ -1,4 +1,4 @@
-"""How labels are drawn."""
+"""Draws of labels: their number, their method, and the uniform variates behind them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Draws:
-    """How labels come about: ``count`` samples per input, or ``count=None`` for exact.
+    """The draws of labels for one batch.
 
-    ``uniforms`` [B, count, ...] are made once for the whole batch, so that chunking, the
-    engine, the device and the number of processes change no label. Where processes share a batch,
-    ``first`` is the place of this one's first sample among all ``total``. ``size_biased``: labels
-    are drawn where their score is large and weighted back to the model
-    (:mod:`fimprobe.likelihoods.size_biased`), for families that can.
+    The variates are made once for the whole batch. Chunks, engine, device and number of processes
+    therefore change no label.
+
+    Attributes:
+        count: Labels per input; None for exact expectations.
+        seed: Random seed.
+        first: Index of this process's first sample in a batch that processes share.
+        total: Number of samples of that batch; None if it is not shared.
+        uniforms: Variates in (0, 1), float64 [B, count, ...]; made when first needed.
+        size_biased: Whether labels with a large score are drawn more often and weighted back to the
+            model (:mod:`fimprobe.likelihoods.size_biased`), for families that support it.
+        positions: Variates in (0, 1), float64 [B, count], which select the size-biased label.
     """
 
     count: int | None
@@ -28,16 +35,33 @@ class Draws:
     positions: Tensor | None = None
 
     def uniforms_for(self, rows: slice, size: int, label_shape: torch.Size) -> Tensor:
-        """The (0, 1) variates, float64 [rows, count, ...], of some rows of a batch of ``size``."""
+        """Return the variates of some rows of the batch.
+
+        Args:
+            rows: Rows of the batch.
+            size: Number of samples of the batch in this process.
+            label_shape: Shape of the labels of those rows, batch first.
+
+        Returns:
+            In (0, 1), float64 [rows, count, ...].
+        """
         assert self.count is not None
         if self.uniforms is None:
             self.uniforms = self._uniforms(self.seed, size, label_shape[1:])
         return self.uniforms[rows]
 
     def positions_for(self, rows: slice, size: int) -> Tensor:
-        """The (0, 1) variates, float64 [rows, count], that pick the label that is size-biased."""
+        """Return the variates that select the size-biased label of an input.
+
+        Args:
+            rows: Rows of the batch.
+            size: Number of samples of the batch in this process.
+
+        Returns:
+            In (0, 1), float64 [rows, count].
+        """
         if self.positions is None:
-            # another stream: the labels of the other positions are those of plain draws
+            # a stream of random numbers that leaves the labels of plain draws as they are
             self.positions = self._uniforms(self.seed ^ _POSITION_STREAM, size, torch.Size())
         return self.positions[rows]
 
@@ -46,9 +70,9 @@ class Draws:
         generator = torch.Generator().manual_seed(seed)
         shape = (self.total or size, self.count, *label_shape)
         # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
-        return drawn.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
+        variates = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
+        return variates.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]
 
 
 _POSITION_STREAM = 0x5BD1E995
-"""Exclusive or of the seed: a stream of its own for the positions of size-biased labels."""
+"""The random seed is combined with it by exclusive or, for the stream of the positions."""

@@ -13,33 +13,47 @@ from fimprobe.likelihoods.independent import Independent, precise
 
 @dataclass(frozen=True)
 class Gaussian(Independent):
-    """Y ~ N(h, σ²) for each component, σ fixed and known; the score is (y − h)/σ².
+    """y ~ N(h, σ²) for each output component, with fixed σ.
 
-    Training on ½·mean squared error over n components corresponds to no particular σ: give the
-    residual's standard deviation, or leave 1 and read the Fisher information in units of 1/σ².
+    The score is (y − h)/σ², with variance 1/σ² and fourth moment 3/σ⁴. Outputs and labels have the
+    shape [B, ...] and the unit of σ. The mean squared error implies no particular σ: pass the
+    standard deviation of the residuals, or keep 1 and read the Fisher information in units of 1/σ².
+
+    Args:
+        sigma: σ, positive and finite.
+        name: The name in messages and reports.
+
+    Raises:
+        FimprobeError: If σ is not a standard deviation.
+
+    >>> Gaussian(sigma=0.5).variance(torch.zeros(1, 1)).item()
+    4.0
     """
 
     sigma: float = 1.0
     name: str = "gaussian"
 
     def __post_init__(self) -> None:
-        """Check σ."""
+        """Check that σ is positive and finite."""
         if not 0 < self.sigma < float("inf"):
-            raise FimprobeError(f"sigma={self.sigma!r} is no standard deviation; pass a number > 0")
+            raise FimprobeError(
+                f"sigma must be a positive and finite standard deviation, got {self.sigma!r}. Pass "
+                "that of the residuals, as in Gaussian(sigma=0.5)."
+            )
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """H + σ Φ⁻¹(u)."""
+        """Return h + σ Φ⁻¹(u)."""
         return precise(outputs).double() + self.sigma * torch.special.ndtri(uniforms)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """(y − h)/σ²."""
+        """Return (y − h)/σ²."""
         h = precise(outputs)
         return ((labels - h.double()) / self.sigma**2).to(h.dtype)
 
     def variance(self, outputs: Tensor) -> Tensor:
-        """1/σ²."""
+        """Return 1/σ²."""
         return torch.full_like(precise(outputs), self.sigma**-2)
 
     def fourth_moment(self, outputs: Tensor) -> Tensor:
-        """3/σ⁴."""
+        """Return 3/σ⁴."""
         return torch.full_like(precise(outputs), 3 * self.sigma**-4)

@@ -1,4 +1,4 @@
-"""Families whose output components carry one independent label each; the base for a user's own."""
+"""Base class of families with one independent label per output component, custom ones included."""
 
 from __future__ import annotations
 
@@ -9,61 +9,73 @@ from torch import Tensor
 
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import OutputNorms, Pass
-from fimprobe.likelihoods.output_norms import combine, position_mask
+from fimprobe.likelihoods.output_norms import combine_positions, position_mask
 
-REMAINDER = 1e-9
-"""The share of E score² that the probabilities of a family may leave out."""
+MAX_MISSING_SHARE = 1e-9
+"""Share of E score² that the probabilities of a family may miss: a relative bias below 1e-9."""
 
 
 class Independent:
     """One label per output component, independent given the outputs h.
 
-    A family of one's own gives four elementwise methods, computed in at least float32:
-    ``quantile(h, u)`` the inverse CDF, ``score(h, y)`` = ∂ log p/∂h, and the score's
-    ``variance(h)`` and ``fourth_moment(h)`` (about its mean, which is 0). For a natural parameter
-    h the score is t(y) − η, so that these are the central moments of t(y). ``in_support(y)`` and
-    ``support`` (its description) tell which data labels are possible. See
+    A custom family defines four elementwise methods, computed in at least float32: ``quantile``,
+    ``score``, ``variance`` and ``fourth_moment``. The moments are those of the score, whose mean is
+    0. For a natural parameter h the score is t(y) − η, and they are the central moments of t(y).
+    ``in_support`` and its description ``support`` decide which data labels are possible. See
     ``examples/own_family.py``.
 
-    With components of variance v and fourth moment m: ‖I‖_F² = Σv²,
-    ‖M‖_F² = Σ(m−v²)² + 2[(Σv²)² − Σv⁴], tr M = Σ(m−v²) + (Σv)² − Σv²; per input, over all
-    its components.
+    For components of variance v and fourth moment m: ‖I‖_F² = Σv²,
+    ‖M‖_F² = Σ(m−v²)² + 2[(Σv²)² − Σv⁴], tr M = Σ(m−v²) + (Σv)² − Σv². The sums extend over all
+    components of an input (docs/theory.md, "Sequences").
+
+    In all methods ``outputs`` and ``labels`` have the shape [B, ...], and ``mask`` is boolean, of
+    that shape; False leaves a label out.
     """
 
     name = "independent"
     support = "finite numbers"
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Labels at the uniforms."""
+        """Return the labels at the uniforms: the inverse CDF.
+
+        Args:
+            outputs: h [B, ...].
+            uniforms: In (0, 1), float64, of the same shape.
+        """
         raise NotImplementedError
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """∂ log p(y | h)/∂h."""
+        """Return ∂ log p(y | h)/∂h."""
         raise NotImplementedError
 
     def variance(self, outputs: Tensor) -> Tensor:
-        """E score²."""
+        """Return E score²."""
         raise NotImplementedError
 
     def fourth_moment(self, outputs: Tensor) -> Tensor:
-        """E score⁴."""
+        """Return E score⁴."""
         raise NotImplementedError
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
-        """p(y | h) of the labels 0, 1, ..., K − 1 [..., K] in float64; None where there are none.
+        """Return p(y | h) of the labels 0, 1, ..., K − 1, float64 [..., K]; None if not defined.
 
-        Optional: a family whose labels are whole numbers gives it to be measured with size-biased
-        labels. Where K leaves more than ``REMAINDER`` of E score² out, that input's labels are drawn
+        Optional, for families of whole-number labels: it makes size-biased labels possible. If the K
+        labels miss more than ``MAX_MISSING_SHARE`` of E score², the labels of that input are drawn
         from the model.
         """
         return None
 
     def expected_squared_score(self, outputs: Tensor) -> Tensor:
-        """E score² of each label, in float64 and the labels' shape: τ of size-biased draws."""
+        """Return E score² of each label, float64 [B, ...]: τ of size-biased draws."""
         return self.variance(outputs.double())
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor | None:
-        """Labels at the uniforms, of q(y) ∝ p(y) score²; None where the family has no such draws."""
+        """Return labels from q(y) ∝ p(y) score²; None if the family has no size-biased draws.
+
+        Args:
+            outputs: h [B, ...].
+            uniforms: In (0, 1), float64, of the same shape.
+        """
         mass = self._masses(outputs)
         if mass is None:
             return None
@@ -73,15 +85,15 @@ class Independent:
         return index.clamp_(max=cdf.shape[-1] - 1).to(cdf.dtype)
 
     def cut_off(self, outputs: Tensor) -> Tensor | None:
-        """Labels of which ``probabilities`` leave out too much of E score²; None: none of them."""
+        """Return where ``probabilities`` miss too much of E score² [B, ...]; None for nowhere."""
         mass = self._masses(outputs)
         if mass is None:
             return None
         total = self.variance(outputs.double())
-        return (total - mass.sum(-1)).abs() > REMAINDER * total
+        return (total - mass.sum(-1)).abs() > MAX_MISSING_SHARE * total
 
     def _masses(self, outputs: Tensor) -> Tensor | None:
-        """p(y) score² of the labels 0, 1, ... [..., K]."""
+        """Return p(y) score² of the labels 0, 1, ..., float64 [..., K]."""
         h = outputs.double()
         p = self.probabilities(h)
         if p is None:
@@ -90,18 +102,30 @@ class Independent:
         return p * self.score(h.unsqueeze(-1), labels.expand(p.shape)).square()
 
     def in_support(self, labels: Tensor) -> Tensor:
-        """Where a label is possible under the family (elementwise, bool)."""
+        """Return where a label is possible under the family, bool."""
         return torch.isfinite(labels)
 
     def check_outputs(self, outputs: Tensor) -> None:
-        """Raise unless there is a batch dimension."""
+        """Check that the outputs have a batch dimension.
+
+        Raises:
+            FimprobeError: If they do not.
+        """
         if outputs.dim() < 1:
             raise FimprobeError(
                 f"likelihood={self.name!r} needs outputs [B, ...], but they have shape ()"
             )
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raise unless there is one possible label per output component."""
+        """Check that there is one possible label per output component.
+
+        Args:
+            outputs: h [B, ...].
+            labels: Data labels.
+
+        Raises:
+            FimprobeError: If the shape differs, or a label is not possible.
+        """
         if labels.shape != outputs.shape:
             remedy = "pass one label per output component"
             if labels.numel() == outputs.numel():
@@ -112,85 +136,109 @@ class Independent:
             )
         if labels.is_complex():
             raise FimprobeError(f"labels have type {labels.dtype}; pass real numbers")
-        wrong = ~self.in_support(labels)
-        if bool(wrong.any()):
+        invalid = ~self.in_support(labels)
+        if bool(invalid.any()):
             raise FimprobeError(
-                f"labels hold {int(wrong.sum())} of {labels.numel()} values that likelihood="
-                f"{self.name!r} cannot draw, the first {labels[wrong][0].item()}; pass "
-                f"{self.support} (where mask is False too, any will do there), or another likelihood"
+                f"labels hold {int(invalid.sum())} of {labels.numel()} values that likelihood="
+                f"{self.name!r} cannot draw, the first {labels[invalid][0].item()}; pass "
+                f"{self.support} (any of them where mask is False), or another likelihood"
             )
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The score at a data set's labels of any type, taken in float64 as drawn labels are."""
+        """Return the score at data labels of any type, converted to float64 as drawn labels are."""
         return self.score(outputs, labels.to(outputs.device, torch.float64))
 
     def label_shape(self, outputs: Tensor) -> torch.Size:
-        """One label per component: the outputs' shape."""
+        """Return the outputs' shape: one label per component."""
         return outputs.shape
 
     def output_fisher(self, outputs: Tensor) -> Tensor:
-        """I(h) = diag v [..., C, C] over the last dimension."""
+        """Return I(h) = diag v [..., C, C] over the last dimension."""
         return torch.diag_embed(self.variance(outputs))
 
     def fisher_norm(self, outputs: Tensor) -> Tensor:
-        """‖I(h)‖_F per input [B]."""
+        """Return ‖I(h)‖_F of every input [B]."""
         return self.norms(outputs, None).fisher_norm.to(precise(outputs).dtype)
 
     def fourth_moment_trace(self, outputs: Tensor) -> Tensor:
-        """Tr M per input [B]."""
+        """Return tr M of every input [B]."""
         return self.norms(outputs, None).moment_trace.to(precise(outputs).dtype)
 
     def fourth_moment_norm(self, outputs: Tensor) -> Tensor:
-        """‖M‖_F per input [B]."""
+        """Return ‖M‖_F of every input [B]."""
         return self.norms(outputs, None).moment_norm.to(precise(outputs).dtype)
 
     def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
-        """All norms per input [B], exact: each component is a position with I = v, M = m − v²."""
+        """Return the exact norms of every input [B], float64.
+
+        Each component is a position with I = v and M = m − v².
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the same shape; False leaves a label out.
+        """
         h = outputs.double()
         v, m = self._flat(self.variance(h)).double(), self._flat(self.fourth_moment(h)).double()
-        own = (m - v.square()).clamp(min=0)
-        return combine(
+        moment = (m - v.square()).clamp(min=0)
+        return combine_positions(
             OutputNorms(
                 fisher_norm=v,
                 fisher_trace=v,
                 fisher_max=v,
                 fisher_min=v,
-                moment_norm=own,
-                moment_trace=own,
-                moment_max=own,
+                moment_norm=moment,
+                moment_trace=moment,
+                moment_max=moment,
             ),
             mask,
         )
 
     def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
-        """√v ∘ ξ."""
+        """Return √v ∘ ξ, with ξ of the outputs' shape."""
         root = self.variance(outputs).sqrt()
         return root * xi.to(root.dtype)
 
     def count_passes(self, outputs: Tensor) -> int:
-        """One pass per output component, however large the labels' support."""
+        """Return the number of output components: one pass each, whatever the labels' support."""
         return outputs[0].numel() if outputs.dim() > 1 else 1
 
     def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Unit seeds weighted with the component's variance and fourth moment; each is a block."""
+        """Yield unit cotangents weighted by the component's variance and fourth moment, each a block.
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the same shape; False leaves a label out.
+        """
         v, m = self._flat(self.variance(outputs)), self._flat(self.fourth_moment(outputs))
         if mask is not None:
             keep = mask.reshape(mask.shape[0], -1)
             v, m = v * keep, m * keep
         for component in range(v.shape[1]):
-            seed = torch.zeros_like(v)
-            seed[:, component] = 1
-            yield Pass(seed.view(outputs.shape), v[:, component], m[:, component], component)
+            cotangent = torch.zeros_like(v)
+            cotangent[:, component] = 1
+            yield Pass(
+                seed=cotangent.view(outputs.shape),
+                second=v[:, component],
+                fourth=m[:, component],
+                block=component,
+            )
 
     def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Seeds √v e_c with second = fourth = 1 (0 where masked); each is a block."""
+        """Yield cotangents √v e_c with second = fourth = 1 (0 where masked), each a block.
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the same shape; False leaves a label out.
+        """
         root = self._flat(self.variance(outputs).sqrt())
         keep = position_mask(mask, root).to(root.dtype)
         for component in range(root.shape[1]):
-            seed = torch.zeros_like(root)
-            seed[:, component] = root[:, component]
+            cotangent = torch.zeros_like(root)
+            cotangent[:, component] = root[:, component]
             weight = keep[:, component]
-            yield Pass(seed.view(outputs.shape), weight, weight, component)
+            yield Pass(
+                seed=cotangent.view(outputs.shape), second=weight, fourth=weight, block=component
+            )
 
     @staticmethod
     def _flat(x: Tensor) -> Tensor:
@@ -198,5 +246,5 @@ class Independent:
 
 
 def precise(outputs: Tensor) -> Tensor:
-    """Outputs in at least float32."""
+    """Return the outputs in at least float32."""
     return outputs if outputs.dtype == torch.float64 else outputs.float()

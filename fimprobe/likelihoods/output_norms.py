@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,65 +11,66 @@ from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import OutputNorms
 
 
-def combine(positions: OutputNorms, mask: Tensor | None = None) -> OutputNorms:
-    """Norms per input [B] from those of each of its positions [B, T]; docs/theory.md, "Sequences".
+def combine_positions(positions: OutputNorms, mask: Tensor | None = None) -> OutputNorms:
+    """Return the norms of every input [B] from those of its positions [B, T].
 
-    δ = (δ_1, …, δ_T) has independent parts of mean zero. I is block diagonal:
-    ‖I‖² = Σ‖I_t‖², tr I = Σ tr I_t, λ_max(I) = max λ_max(I_t), λ_min(I) = min λ_min(I_t).
-    M = Cov(vec δδᵀ) falls apart into the M_t and, for each pair s < t, [1 1; 1 1]⊗(I_s⊗I_t) up to
-    an orthogonal change of basis, as δ_sδ_tᵀ and its transpose both occur:
+    The score δ = (δ_1, …, δ_T) has independent blocks of mean zero (docs/theory.md, "Sequences").
+    I is block diagonal: ‖I‖² = Σ‖I_t‖², tr I = Σ tr I_t, λ_max(I) = max λ_max(I_t),
+    λ_min(I) = min λ_min(I_t).
+
+    M = Cov(vec δδᵀ) is block diagonal in an orthogonal basis: one block M_t for each position, and
+    [1 1; 1 1]⊗(I_s⊗I_t) for each pair s < t, because δ_sδ_tᵀ and its transpose both occur:
     ‖M‖² = Σ‖M_t‖² + 2 Σ_{s≠t}‖I_s‖²‖I_t‖², tr M = Σ tr M_t + Σ_{s≠t} tr I_s tr I_t,
     λ_max(M) = max{λ_max(M_t), 2 λ_max(I_s) λ_max(I_t) for s ≠ t}.
-    Upper bounds on the λ_max of the positions give upper bounds.
+    Upper bounds on λ_max of the positions yield upper bounds.
 
     Args:
-        positions: the seven values, each [B, T].
-        mask: bool, [B, T] or the labels' shape; False leaves a position out.
+        positions: Norms of single positions, each [B, T].
+        mask: Bool, [B, T] or of the labels' shape; False leaves a position out.
 
-    >>> one = torch.ones(1, 2)
-    >>> combine(OutputNorms(one, one, one, one, one, one, one)).moment_trace
+    >>> ones = {field.name: torch.ones(1, 2) for field in dataclasses.fields(OutputNorms)}
+    >>> combine_positions(OutputNorms(**ones)).moment_trace
     tensor([4.])
     """
     keep = position_mask(mask, positions.fisher_norm)
-    fisher_norm, fisher_trace, fisher_max, moment_norm, moment_trace, moment_max = (
-        x.where(keep, 0)
-        for x in (
-            positions.fisher_norm,
-            positions.fisher_trace,
-            positions.fisher_max,
-            positions.moment_norm,
-            positions.moment_trace,
-            positions.moment_max,
-        )
-    )
-    square = fisher_norm.square()
+    kept = {f.name: getattr(positions, f.name).where(keep, 0) for f in dataclasses.fields(positions)}
+    square = kept["fisher_norm"].square()
+    fisher_max = kept["fisher_max"]
     largest = fisher_max.topk(min(2, fisher_max.shape[1])).values
     pair = 2 * largest.prod(1) if largest.shape[1] == 2 else torch.zeros_like(largest[:, 0])
     smallest = positions.fisher_min.where(keep, torch.inf).amin(1)
     return OutputNorms(
         fisher_norm=square.sum(1).sqrt(),
-        fisher_trace=fisher_trace.sum(1),
+        fisher_trace=kept["fisher_trace"].sum(1),
         fisher_max=largest[:, 0],
         fisher_min=smallest.where(keep.any(1), 0),
-        moment_norm=(moment_norm.square().sum(1) + 2 * _pairs(square)).sqrt(),
-        moment_trace=moment_trace.sum(1) + _pairs(fisher_trace),
-        moment_max=torch.maximum(moment_max.amax(1), pair),
+        moment_norm=(kept["moment_norm"].square().sum(1) + 2 * _pairs(square)).sqrt(),
+        moment_trace=kept["moment_trace"].sum(1) + _pairs(kept["fisher_trace"]),
+        moment_max=torch.maximum(kept["moment_max"].amax(1), pair),
     )
 
 
 def position_mask(mask: Tensor | None, like: Tensor) -> Tensor:
-    """The mask as bool [B, T], T positions as ``like`` has; all True for None."""
+    """Return the mask as bool [B, T], the shape of ``like``; all True for None.
+
+    Args:
+        mask: Of the labels' shape, or None.
+        like: A value for each position [B, T].
+
+    Raises:
+        FimprobeError: If the mask has another number of positions or inputs.
+    """
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
     if mask.shape[:1] != like.shape[:1] or mask.numel() != like.numel():
         raise FimprobeError(
             f"mask has shape {tuple(mask.shape)}, but there are {like.shape[1]} labels for each of "
-            f"{like.shape[0]} inputs; pass a boolean mask shaped like the labels"
+            f"{like.shape[0]} inputs; pass a boolean mask of the labels' shape"
         )
     return mask.reshape(like.shape).bool()
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """Σ_{s≠t} x_s x_t of x [B, T], as a sum of products: (Σx)² − Σx² would cancel."""
+    """Return Σ_{s≠t} x_s x_t of x [B, T] as a sum of products: (Σx)² − Σx² would cancel."""
     before = x.cumsum(1)[:, :-1]
     return 2 * (before * x[:, 1:]).sum(1)

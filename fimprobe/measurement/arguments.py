@@ -1,165 +1,156 @@
-"""What can be asked of a measurement: every option checked, with argument, value and remedy."""
+"""Checks of ``measure``'s arguments: options by the configuration's model, tensors and model here."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fimprobe.config.config import Config, SecondOrderConfig
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
+from fimprobe.model.twin import trainable
 
-ESTIMATORS = ("i1", "i2", "ih", "empirical")
+MAX_AUTO_PASSES = 10
+"""Backward passes up to which ``draws="auto"`` uses exact labels: those of ten classes."""
 
 
-def parse_request(
-    estimators: Any, second_order: Any, bounds: Any, engine: Any, labels: Any = None
-) -> Request:
-    """What to measure, checked; raises with argument, value and remedy."""
-    wanted = [estimators] if isinstance(estimators, str) else estimators
-    sequence = isinstance(wanted, Collection)
-    if not sequence or not wanted or any(e not in ESTIMATORS for e in wanted):
-        raise FimprobeError(f"estimators={estimators!r}: use some of {', '.join(ESTIMATORS)}")
-    if labels is None and "empirical" in wanted:
+def check_model(model: Any) -> None:
+    """Check that there is something to measure.
+
+    Raises:
+        FimprobeError: If ``model`` is no module, or has no trainable parameters.
+    """
+    if not isinstance(model, nn.Module):
         raise FimprobeError(
-            "estimators holds 'empirical', which is made of the data's labels; pass labels="
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}. Pass the module that "
+            "the training loop calls."
         )
-    if labels is not None and "empirical" not in wanted:
+    if not trainable(model):
         raise FimprobeError(
-            f"labels are given, but estimators={estimators!r} has no use for them: labels are drawn "
-            "from the model. Add 'empirical' to estimators, or leave labels out"
+            "`model` must have trainable parameters, got none with requires_grad=True. Unfreeze "
+            "the parameters that are to be measured."
         )
-    if not isinstance(bounds, bool):
-        raise FimprobeError(f"bounds={bounds!r} is no switch; use True or False")
-    if engine not in ("auto", "autograd", "backpack"):
-        raise FimprobeError(f"engine={engine!r} is unknown; use auto, autograd or backpack")
-    probes = 2
-    if isinstance(second_order, Mapping):
-        probes = second_order.get("probes")  # type: ignore[assignment]
-        if set(second_order) != {"probes"} or isinstance(probes, bool):
-            raise FimprobeError(f"second_order={dict(second_order)!r}: use {{'probes': 2}}")
-        if not isinstance(probes, int) or probes < 2:
-            raise FimprobeError(
-                f"second_order={dict(second_order)!r}: squares of a single probe are biased; use 2 "
-                "probes or more"
-            )
-    elif second_order not in ("exact", "off"):
+
+
+def make_request(options: Config, labels: Any) -> Request:
+    """Return what is measured besides Î₁.
+
+    Args:
+        options: Checked options.
+        labels: Labels of the data [B, ...] for the empirical Fisher, or None.
+
+    Raises:
+        FimprobeError: If labels are missing, or not used by any estimator.
+    """
+    estimators = options.estimators
+    if labels is None and "empirical" in estimators:
         raise FimprobeError(
-            f"second_order={second_order!r} is unknown; use {{'probes': 2}}, 'exact' or 'off'"
+            f"`labels` must be given for the estimator 'empirical', got None with "
+            f"estimators={estimators!r}. Pass labels= or leave 'empirical' out."
         )
+    if labels is not None and "empirical" not in estimators:
+        raise FimprobeError(
+            f"`labels` must be None without the estimator 'empirical', got labels with "
+            f"estimators={estimators!r}: the others draw labels from the model. Add 'empirical' to "
+            "estimators, or leave labels out."
+        )
+    second_order = options.second_order
+    probes = second_order.probes if isinstance(second_order, SecondOrderConfig) else 2
     return Request(
-        i2="i2" in wanted and second_order != "off",
-        ih="ih" in wanted,
-        labels=labels if "empirical" in wanted else None,
-        bounds=bounds,
+        i2="i2" in estimators and second_order != "off",
+        ih="ih" in estimators,
+        labels=labels,
+        bounds=options.bounds,
         probes=probes,
-        exact=second_order == "exact" and "i2" in wanted,
-        backpack=engine == "backpack",
+        exact=second_order == "exact" and "i2" in estimators,
+        backpack=options.engine == "backpack",
     )
 
 
-AUTO_PASSES = 10
-"""Most backward passes that ``draws="auto"`` takes for exact labels: those of ten classes."""
-
-
-def check_draws(draws: Any) -> int | Literal["auto"] | None:
-    """The number of labels drawn for each input; None for exact."""
-    if isinstance(draws, str) and draws in ("exact", "auto"):
-        return None if draws == "exact" else "auto"
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise FimprobeError(
-            f"draws={draws!r} is no number of labels; pass 1, 2, ..., 'exact' or 'auto'"
-        )
-    return draws
-
-
-def choose_draws(problem: Problem) -> int | None:
-    """What ``draws="auto"`` stands for: exact labels where they are cheap, else two drawn ones."""
-    with torch.no_grad():
-        h = problem.forward(problem.batch[:1])
-    return None if problem.likelihood.count_passes(h) <= AUTO_PASSES else 2
-
-
-def check_label_sampling(label_sampling: Any) -> bool:
-    """Whether drawn labels are size-biased."""
-    if label_sampling not in ("size_biased", "model"):
-        raise FimprobeError(
-            f"label_sampling={label_sampling!r} is unknown; use 'size_biased' or 'model'"
-        )
-    return bool(label_sampling == "size_biased")
-
-
-def check_numbers(memory_mb: Any, seed: Any) -> None:
-    """Raise where the ceiling or the seed is none."""
-    number = isinstance(memory_mb, (int, float)) and not isinstance(memory_mb, bool)
-    if not number or not 0 < memory_mb < float("inf"):
-        raise FimprobeError(f"memory_mb={memory_mb!r} is no ceiling; pass megabytes above 0")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise FimprobeError(f"seed={seed!r} is no seed; pass a whole number of 64 bits")
-
-
 def check_mask_and_output(mask: Any, output: Any) -> None:
-    """Raise where the mask is no boolean tensor or ``output`` no function."""
+    """Check the types of both.
+
+    Raises:
+        FimprobeError: If the mask is no boolean tensor, or ``output`` no function.
+    """
     if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise FimprobeError(
-            f"mask={kind} is no boolean tensor; pass one with an entry for each label, False where "
-            "there is none, such as attention_mask.bool()"
+            f"`mask` must be a boolean tensor with an entry for each label, got {kind}. Pass "
+            "attention_mask.bool() or the like, with False where there is no label."
         )
     if output is not None and not callable(output):
         raise FimprobeError(
-            f"output={output!r} is no function; pass one from what the model returns to the outputs "
-            "[B, ...]"
+            f"`output` must be a function, got {output!r}. Pass one from what the model returns to "
+            "the outputs [B, ...]."
         )
+
+
+def choose_draws(problem: Problem) -> int | None:
+    """Return the draws of ``draws="auto"``: None (exact) if exact labels are cheap, else 2."""
+    with torch.no_grad():
+        outputs = problem.forward(problem.batch[:1])
+    return None if problem.likelihood.count_passes(outputs) <= MAX_AUTO_PASSES else 2
 
 
 def check_labels(problem: Problem) -> None:
-    """Raise where the data's labels do not fit the outputs."""
-    if problem.ask.labels is None:
+    """Check that the labels of the data fit the outputs; None is accepted.
+
+    Raises:
+        FimprobeError: If they are no tensor, have another number of samples, or do not suit the
+            likelihood.
+    """
+    labels = problem.request.labels
+    if labels is None:
         return
-    family: Any = problem.likelihood
-    with torch.no_grad():
-        first = problem.forward(problem.batch[:1])
-    labels = problem.ask.labels
+    size = problem.batch.size
     if not isinstance(labels, Tensor):
         raise FimprobeError(
-            f"labels={type(labels).__name__} is no tensor; pass torch.as_tensor(labels), one entry "
-            "for each label"
+            f"`labels` must be a tensor with one entry for each label, got {type(labels).__name__}. "
+            "Pass torch.as_tensor(labels)."
         )
-    if labels.dim() == 0:
+    if labels.dim() == 0 or len(labels) != size:
         raise FimprobeError(
-            f"labels is a single number, but the batch holds {problem.batch.size} samples; pass "
-            "labels [B, ...]"
+            f"`labels` must be [B, ...] with B = {size} samples as in the batch, got shape "
+            f"{tuple(labels.shape)}. Pass the labels of these samples, in their order."
         )
-    if len(labels) != problem.batch.size:
-        raise FimprobeError(
-            f"labels has {len(labels)} entries, but the batch holds {problem.batch.size} samples; "
-            "pass the labels of these samples, in their order"
-        )
-    family.check_labels(first.expand(problem.batch.size, *first.shape[1:]), labels)
+    with torch.no_grad():
+        first = problem.forward(problem.batch[:1])
+    likelihood: Any = problem.likelihood  # the method is optional in the protocol
+    likelihood.check_labels(first.expand(size, *first.shape[1:]), labels)
 
 
 def check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
-    """Raise outside the domain where BackPACK is right, naming every offending module."""
+    """Check that every module is in the domain where BackPACK was verified.
+
+    Args:
+        problem: The measurement.
+        plan: Keeps the answer for later measurements of the model.
+        second_order: Whether exact second derivatives are computed, or first-order moments.
+
+    Raises:
+        FimprobeError: With every module outside of the domain, or if BackPACK is not installed.
+    """
     if plan.backpack is None or second_order not in plan.backpack:
         try:
             from fimprobe.engines import backpack
         except ImportError as error:
             raise FimprobeError(
-                "engine='backpack' and second_order='exact' need BackPACK; run: pip install "
+                "engine='backpack' and second_order='exact' need BackPACK. Run: pip install "
                 f"'fimprobe[backpack]' ({error})"
             ) from None
         plan.backpack = (plan.backpack or {}) | {
             second_order: backpack.offending_modules(problem, second_order=second_order)
         }
-    wrong = plan.backpack[second_order]
-    if wrong:
-        told = "; ".join(f"{path or 'the model'}: {why}" for path, why in wrong.items())
-        what = "second_order='exact'" if second_order else "engine='backpack'"
+    offending = plan.backpack[second_order]
+    if offending:
+        reasons = "; ".join(f"{path or 'the model'}: {why}" for path, why in offending.items())
+        option = "second_order='exact'" if second_order else "engine='backpack'"
         remedy = "second_order={'probes': 2}" if second_order else "engine='auto'"
         raise FimprobeError(
-            f"{what} is outside the domain where BackPACK is right, because of {told}. Use {remedy}"
+            f"{option} is outside the domain where BackPACK is right, because of {reasons}. Use "
+            f"{remedy}"
         )

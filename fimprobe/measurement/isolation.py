@@ -1,4 +1,4 @@
-"""A measurement leaves autograd, autocast and random streams as they were."""
+"""Isolation of a measurement: autograd, autocast and random streams are restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from fimprobe.model.twin import unwrap
 
 
 @contextmanager
-def _isolated_state(model: nn.Module, seed: int) -> Iterator[None]:
-    """Autograd on, autocast off, and every random stream put back as it was."""
+def isolated_state(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run the block with autograd on, autocast off and torch seeded; restore all random states.
+
+    Args:
+        model: Its devices are those whose generators are restored.
+        seed: Seed of torch's generators inside of the block.
+    """
     devices = {p.device for p in model.parameters()} if torch.cuda.is_initialized() else set()
     generators = [torch.default_generator]
-    on_gpu = [d for d in devices if d.type == "cuda"]
-    generators += [torch.cuda.default_generators[d.index or 0] for d in on_gpu]
+    gpus = [d for d in devices if d.type == "cuda"]
+    generators += [torch.cuda.default_generators[d.index or 0] for d in gpus]
     states = [g.get_state() for g in generators]
+    # numpy is not imported for this: a module that is not loaded draws no numbers
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    kind = next(iter(unwrap(model).parameters())).device.type
+    device_type = next(iter(unwrap(model).parameters())).device.type
     try:
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
-            torch.autocast(kind, enabled=False),
+            torch.autocast(device_type, enabled=False),
             torch.autocast("cpu", enabled=False),
         ):
             for generator in generators:

@@ -1,1 +1,1 @@
-"""Figures of a run, from records; matplotlib is imported in ``style.py`` only."""
+"""The figures of a run, from records; only ``style.py`` imports matplotlib."""

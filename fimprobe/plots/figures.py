@@ -1,7 +1,7 @@
-"""Pictures of a run: from records (as ``Report.to_dict`` gives them) to figures.
+"""The figures of a run, from the records of its reports.
 
-TensorBoard and the HTML page show the same ones. Every function returns None where the records hold
-nothing to draw.
+TensorBoard and the HTML page show the same ones. Every function returns None where the records have
+no values for its figure.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from fimprobe.estimators.diagonal_histogram import STEP
-from fimprobe.plots.history import MOST_COLUMNS, Record
+from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS, UNBIASED_KEYS
+from fimprobe.plots.history import MAX_COLUMNS
 from fimprobe.plots.style import (
     BLUE,
     GREEN,
     INK,
     ORANGE,
-    TEXT,
+    TEXT_POINTS,
     Axes,
     Figure,
     add_legend,
@@ -33,90 +34,90 @@ from fimprobe.plots.style import (
     name_rows,
 )
 from fimprobe.report.format import subsample
-from fimprobe.report.table import need_of, one_label_error, rank_layers
+from fimprobe.report.record import (
+    Record,
+    error_with_drawn_labels,
+    pairs_needed,
+    rank_layers,
+)
 
-NAMES = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
 COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
-STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may lie on each other
-MARKERS = {"i1": "o", "i2": "D"}
+STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may overlap
+MARKERS = {"i1": "o", "i2": "D", "ih": "^"}
 
-MOST_ROWS = 30
-"""Layers with bars, each of which is to be named."""
+MAX_ROWS = 30
+"""Layers in a figure with one row for each: more names would overlap."""
 
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
-    """Relative errors of the whole model's estimators over steps, on a logarithmic scale."""
-    found = {kind: _errors(records, kind) for kind in NAMES}
-    found = {kind: values for kind, values in found.items() if (values > 0).any()}
-    if not found:
+    """Draw the relative errors of the whole model over steps, on a logarithmic scale."""
+    errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
+    errors = {key: values for key, values in errors.items() if (values > 0).any()}
+    if not errors:
         return None
     figure, axis = make_chart()
-    for kind, values in found.items():
-        _line(axis, records, values, kind)
+    for key, values in errors.items():
+        _draw_line(axis, records, values, key)
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
     make_steps(axis, shares=True)
     return add_legend(figure, axis)
 
 
 def draw_traces(records: Sequence[Record]) -> Figure | None:
-    """Traces over steps with ± 2 standard errors; hollow points where these are not known."""
-    found = {kind: _series(records, kind, "trace") for kind in NAMES}
-    found = {kind: values for kind, values in found.items() if np.isfinite(values).any()}
-    if not found:
+    """Draw traces over steps with ± 2 standard errors; hollow points where these are unknown."""
+    traces = {key: _series(records, key, "trace") for key in UNBIASED_KEYS}
+    traces = {key: values for key, values in traces.items() if np.isfinite(values).any()}
+    if not traces:
         return None
     figure, axis = make_chart()
-    for kind, values in found.items():
-        wide = 2 * _series(records, kind, "std_error")
-        steps = np.array([r["step"] for r in records])
-        _line(axis, records, values, kind, marked=np.isfinite(wide))
-        axis.fill_between(steps, values - wide, values + wide, color=COLORS[kind], alpha=0.18, lw=0)
-        vague = np.isfinite(values) & ~np.isfinite(wide)
-        if vague.any():
-            axis.plot(steps[vague], values[vague], "o", ms=5, mfc="none", color=COLORS[kind])
+    steps = np.array([record["step"] for record in records])
+    for key, values in traces.items():
+        margin = 2 * _series(records, key, "std_error")
+        _draw_line(axis, records, values, key, marked=np.isfinite(margin))
+        axis.fill_between(
+            steps, values - margin, values + margin, color=COLORS[key], alpha=0.18, lw=0
+        )
+        unknown = np.isfinite(values) & ~np.isfinite(margin)
+        if unknown.any():
+            axis.plot(steps[unknown], values[unknown], "o", ms=5, mfc="none", color=COLORS[key])
     label_axis(axis, "trace of F", upright=True)
     make_steps(axis)
     return add_legend(figure, axis)
 
 
 def draw_error_map(records: Sequence[Record]) -> Figure | None:
-    """Layer × step heat maps of the relative errors of Î₁ and Î₂, one scale of colours."""
-    shown = subsample(records, MOST_COLUMNS)
+    """Draw layer × step heat maps of the relative errors of Î₁ and Î₂ on one colour scale."""
+    shown = subsample(records, MAX_COLUMNS)
     layers = list(dict.fromkeys(name for record in shown for name in record["layers"]))
-    found = {}
-    for kind in ("i1", "i2"):
-        rows = [
-            [
-                one_label_error(record["layers"].get(name, {}).get(kind, {}), record["batch_size"])
-                for record in shown
-            ]
-            for name in layers
-        ]
-        grid = np.array(rows, dtype=float).reshape(len(layers), len(shown))
-        grid[~(grid > 0)] = np.nan
-        if np.isfinite(grid).any():
-            found[kind] = grid
-    if not found:
+    grids = {key: _error_grid(shown, layers, key) for key in LAYER_KEYS}
+    grids = {key: grid for key, grid in grids.items() if np.isfinite(grid).any()}
+    if not grids:
         return None
-    figure, axes = make_panels(len(layers), len(found))
-    draw_grids(figure, axes, list(found.values()), [record["step"] for record in shown])
-    name_panels(axes, [NAMES[kind] for kind in found])
+    figure, axes = make_panels(len(layers), len(grids))
+    draw_grids(figure, axes, list(grids.values()), [record["step"] for record in shown])
+    name_panels(axes, [SYMBOLS[key] for key in grids])
     name_rows(axes[0], layers)
     return figure
 
 
 def draw_variances(record: Record) -> Figure | None:
-    """Bars of a layer's variance of one pair, from labels and from inputs, and the labels' bound."""
+    """Draw the variance of one pair in each layer, from labels and from inputs, and its bound."""
     layers = shown_layers(record)
-    names = ("label_variance", "input_variance")
-    kinds = [k for k in ("i1", "i2") if any(np.isfinite(_column(layers, k, n)).any() for n in names)]
-    if not kinds:
+    fields = ("label_variance", "input_variance", "diagonal_bound")
+    columns = {key: [_column(layers, key, field) for field in fields] for key in LAYER_KEYS}
+    columns = {
+        key: values
+        for key, values in columns.items()
+        if any(np.isfinite(variance).any() for variance in values[:2])
+    }
+    if not columns:
         return None
-    figure, axes = make_panels(len(layers), len(kinds))
+    figure, axes = make_panels(len(layers), len(columns))
     rows = np.arange(len(layers))
-    columns = {k: [_column(layers, k, n) for n in (*names, "diagonal_bound")] for k in kinds}
-    # the estimators are to be compared: one scale
-    floor = min(np.nanmin(v) for both in columns.values() for v in both[:2] if (v > 0).any()) / 3
-    highest = max(np.nanmax(v) for all in columns.values() for v in all if (v > 0).any())
+    # one scale for all panels, which are to be compared
+    variances = [v for values in columns.values() for v in values[:2] if (v > 0).any()]
+    floor = min(np.nanmin(v) for v in variances) / 3
+    highest = max(np.nanmax(v) for values in columns.values() for v in values if (v > 0).any())
     for axis, (labels, inputs, bounds) in zip(axes, columns.values(), strict=True):
         for values, shift, color, label in (
             (labels, -0.2, BLUE, "from labels"),
@@ -128,23 +129,23 @@ def draw_variances(record: Record) -> Figure | None:
         label_axis(axis, "no bar: none, or unknown")
         make_logarithmic(axis)
         axis.set_xlim(floor, 2 * highest)
-    name_panels(axes, [NAMES[kind] for kind in kinds])
+    name_panels(axes, [SYMBOLS[key] for key in columns])
     name_rows(axes[0], [name for name, _ in layers])
     return add_legend(figure, axes[0])
 
 
 def draw_needs(record: Record) -> Figure | None:
-    """(input, label) pairs for a relative error of 10 %, by layer, against those measured."""
+    """Draw the (input, label) pairs of each layer for 10 % error, next to the number measured."""
     layers = shown_layers(record)
-    found = {kind: _column(layers, kind, "pairs_for_10_percent") for kind in ("i1", "i2")}
-    found = {kind: np.maximum(v, 1.0) for kind, v in found.items() if np.isfinite(v).any()}
-    if not found:
+    pairs = {key: _column(layers, key, "pairs_for_10_percent") for key in LAYER_KEYS}
+    pairs = {key: np.maximum(v, 1.0) for key, v in pairs.items() if np.isfinite(v).any()}
+    if not pairs:
         return None
     figure, (axis,) = make_panels(len(layers), 1)
     rows = np.arange(len(layers))
-    for kind, needs in found.items():
+    for key, values in pairs.items():
         axis.scatter(
-            needs, rows, s=26, c=COLORS[kind], marker=MARKERS[kind], label=NAMES[kind], zorder=3,
+            values, rows, s=26, c=COLORS[key], marker=MARKERS[key], label=SYMBOLS[key], zorder=3,
             alpha=0.85,
         )  # fmt: skip
     inputs = record["batch_size"]
@@ -155,38 +156,36 @@ def draw_needs(record: Record) -> Figure | None:
 
 
 def draw_bounds(record: Record) -> Figure | None:
-    """‖Cov‖_F beside (17), (18); where labels were drawn, L beside the bound on it."""
+    """Draw ‖Cov‖_F and its bound (17), (18) in each layer; for drawn labels L and its bound."""
     exact = record["draws"] == "exact"
-    names = ("covariance_norm", "bound") if exact else ("total_label_variance", "trace_bound")
+    fields = ("covariance_norm", "bound") if exact else ("total_label_variance", "trace_bound")
     layers = shown_layers(record)
-    found = {kind: [_column(layers, kind, name) for name in names] for kind in ("i1", "i2")}
-    found = {k: ends for k, ends in found.items() if np.isfinite(ends).all(0).any()}
-    if not found:
+    ends = {key: [_column(layers, key, field) for field in fields] for key in LAYER_KEYS}
+    ends = {key: pair for key, pair in ends.items() if np.isfinite(pair).all(0).any()}
+    if not ends:
         return None
-    figure, axes = make_panels(len(layers), len(found))
+    figure, axes = make_panels(len(layers), len(ends))
     rows = np.arange(len(layers))
-    for axis, (kind, (measured, bounds)) in zip(axes, found.items(), strict=True):
+    for axis, (key, (measured, bounds)) in zip(axes, ends.items(), strict=True):
         axis.hlines(rows, measured, bounds, color=INK, alpha=0.3, lw=1.5)
-        axis.plot(measured, rows, "o", ms=5, color=COLORS[kind], label="measured")
+        axis.plot(measured, rows, "o", ms=5, color=COLORS[key], label="measured")
         axis.plot(bounds, rows, "|", ms=9, mew=2, color=INK, label="bound")
         make_logarithmic(axis)
-    name_panels(axes, [NAMES[kind] for kind in found])
+    name_panels(axes, [SYMBOLS[key] for key in ends])
     name_rows(axes[0], [name for name, _ in layers])
     return add_legend(figure, axes[0])
 
 
 def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
-    """Relative errors with one label for each input, against tr I(h): both axes logarithmic."""
-    sure = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
-    found = {kind: _errors(records, kind) for kind in NAMES}
-    found = {k: v for k, v in found.items() if ((v > 0) & (sure > 0)).sum() > 1}
-    if not found:
+    """Draw the relative errors against tr I(h), with logarithmic axes."""
+    traces = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
+    errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
+    errors = {k: v for k, v in errors.items() if ((v > 0) & (traces > 0)).sum() > 1}
+    if not errors:
         return None
     figure, axis = make_chart()
-    for kind, values in found.items():
-        axis.scatter(
-            sure, values, s=22, c=COLORS[kind], marker=MARKERS.get(kind, "^"), label=NAMES[kind]
-        )
+    for key, values in errors.items():
+        axis.scatter(traces, values, s=22, c=COLORS[key], marker=MARKERS[key], label=SYMBOLS[key])
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
     make_shares(axis)
     make_falling(axis)
@@ -195,14 +194,14 @@ def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
 
 
 def draw_convergence(record: Record) -> Figure | None:
-    """Error of the trace by Î₁ against the number of inputs, measured and predicted."""
+    """Draw the error of the trace by Î₁ against the number of inputs, measured and predicted."""
     points = [(n, error) for n, error in record.get("convergence") or [] if error > 0]
-    e = record["total"]["i1"]
-    if len(points) < 2 or not e.get("std_error") or not e.get("trace"):
+    estimate = record["total"]["i1"]
+    if len(points) < 2 or not estimate.get("std_error") or not estimate.get("trace"):
         return None
     figure, axis = make_chart()
     sizes, errors = np.array(points, dtype=float).T
-    size, final = record["batch_size"], e["std_error"] / e["trace"]
+    size, final = record["batch_size"], estimate["std_error"] / estimate["trace"]
     line = np.array([1.0, 100.0 * size])
     axis.scatter(sizes, errors, s=26, c=BLUE, label="groups of inputs", zorder=3)
     axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="all of them", zorder=3)
@@ -215,93 +214,112 @@ def draw_convergence(record: Record) -> Figure | None:
 
 
 def draw_diagonal(record: Record) -> Figure | None:
-    """How large the entries of diag F are, by Î₁.
+    """Draw the histogram of the entries of diag F by Î₁.
 
-    Of records without their sizes (old ones, sharded models): each parameter tensor's mean, counted
-    by its size.
+    A record without their sizes (an old one, or of a sharded model) gives the mean entry of each
+    parameter tensor instead, weighted by the size of the tensor.
     """
     if record.get("sizes") and record["total"]["i1"]["trace"] is not None:
         figure, axis = make_chart()
         logs, numbers = np.array(record["sizes"], dtype=float).T
         lower, upper = 10.0**logs, 10.0 ** (logs + STEP)
         axis.bar(lower, numbers, width=upper - lower, align="edge", color=BLUE)
-        _name_sizes(axis, "entry of diag F by Î₁")
+        _label_sizes(axis, "entry of diag F by Î₁")
         return figure
-    found = {kind: _sizes(record, kind) for kind in ("i1", "i2")}
-    found = {kind: pair for kind, pair in found.items() if pair[0].size}
-    if not found:
+    means = {key: _mean_entries(record, key) for key in LAYER_KEYS}
+    means = {key: pair for key, pair in means.items() if pair[0].size}
+    if not means:
         return None
     figure, axis = make_chart()
-    values = np.concatenate([values for values, _ in found.values()])
+    values = np.concatenate([logs for logs, _ in means.values()])
     edges = np.linspace(np.floor(values.min()), np.ceil(values.max()) + 1e-9, 31)
-    for kind, (logs, weights) in found.items():
+    for key, (logs, weights) in means.items():
         counts, _ = np.histogram(logs, edges, weights=weights)
         axis.stairs(
-            counts, 10.0**edges, color=COLORS[kind], linewidth=2, label=NAMES[kind],
-            linestyle=STYLES[kind],
+            counts, 10.0**edges, color=COLORS[key], linewidth=2, label=SYMBOLS[key],
+            linestyle=STYLES[key],
         )  # fmt: skip
-    _name_sizes(axis, "mean entry of diag F of each parameter tensor")
+    _label_sizes(axis, "mean entry of diag F of each parameter tensor")
     return add_legend(figure, axis)
 
 
 def shown_layers(record: Record) -> list[tuple[str, Record]]:
-    """At most ``MOST_ROWS`` layers, those that need most pairs, in the order of the model."""
-    chosen = {name for name, _ in rank_layers(record, MOST_ROWS)}
+    """Return the ``MAX_ROWS`` layers that need the most pairs, in the order of the model."""
+    chosen = {name for name, _ in rank_layers(record, MAX_ROWS)}
     return [(name, group) for name, group in record["layers"].items() if name in chosen]
 
 
-# -- parts ---------------------------------------------------------------------------------
-
-
-def _line(
+def _draw_line(
     axis: Axes,
     records: Sequence[Record],
     values: np.ndarray,
-    kind: str,
+    key: str,
     marked: np.ndarray | None = None,
 ) -> None:
+    """Draw an estimator's values over steps, with marks where ``marked`` [records]."""
     steps = [record["step"] for record in records]
     every = None if marked is None else list(np.flatnonzero(marked))
     axis.plot(
-        steps, values, STYLES[kind], marker="o", ms=3, color=COLORS[kind], label=NAMES[kind],
+        steps, values, STYLES[key], marker="o", ms=3, color=COLORS[key], label=SYMBOLS[key],
         markevery=every,
     )  # fmt: skip
 
 
-def _errors(records: Sequence[Record], kind: str) -> np.ndarray:
-    """Relative errors of the whole model with one label for each input, NaN where not above 0."""
-    found = [one_label_error(r["total"].get(kind, {}), r["batch_size"]) for r in records]
-    errors = np.array(found, dtype=float)
-    errors[~(errors > 0)] = np.nan
-    return errors
+def _positive(values: Sequence[float | None]) -> np.ndarray:
+    """Return values as floats, NaN where they are unknown or not positive."""
+    array = np.array(values, dtype=float)
+    array[~(array > 0)] = np.nan
+    return array
 
 
-def _series(records: Sequence[Record], kind: str, name: str) -> np.ndarray:
-    """A value of the whole model over records, NaN where it is not known."""
-    return np.array([r["total"].get(kind, {}).get(name) for r in records], dtype=float)
+def _errors(records: Sequence[Record], key: str) -> np.ndarray:
+    """Return the relative errors of the whole model with one label for each input [records]."""
+    return _positive(
+        [error_with_drawn_labels(r["total"].get(key, {}), r["batch_size"]) for r in records]
+    )
 
 
-def _column(layers: Sequence[tuple[str, Record]], kind: str, name: str) -> np.ndarray:
-    """A value of every layer, NaN where there is none above zero."""
-    estimates = [group.get(kind, {}) for _, group in layers]
-    need = name == "pairs_for_10_percent"
-    values = [need_of(e) if need else e.get(name) for e in estimates]
-    column = np.array(values, dtype=float)
-    column[~(column > 0)] = np.nan
-    return column
+def _error_grid(records: Sequence[Record], layers: Sequence[str], key: str) -> np.ndarray:
+    """Return the relative errors with one label for each input [layers, records]."""
+    rows = [
+        _positive(
+            [
+                error_with_drawn_labels(r["layers"].get(name, {}).get(key, {}), r["batch_size"])
+                for r in records
+            ]
+        )
+        for name in layers
+    ]
+    return np.array(rows).reshape(len(layers), len(records))
 
 
-def _name_sizes(axis: Axes, what: str) -> None:
+def _series(records: Sequence[Record], key: str, field: str) -> np.ndarray:
+    """Return a value of the whole model over records, NaN where it is unknown [records]."""
+    return np.array([r["total"].get(key, {}).get(field) for r in records], dtype=float)
+
+
+def _column(layers: Sequence[tuple[str, Record]], key: str, field: str) -> np.ndarray:
+    """Return a value of every layer, NaN where it is unknown or not positive [layers]."""
+    estimates = [group.get(key, {}) for _, group in layers]
+    if field == "pairs_for_10_percent":
+        return _positive([pairs_needed(estimate) for estimate in estimates])
+    return _positive([estimate.get(field) for estimate in estimates])
+
+
+def _label_sizes(axis: Axes, quantity: str) -> None:
     axis.set_yscale("log")
     label_axis(axis, "entries", upright=True)
-    label_axis(axis, what)
+    label_axis(axis, quantity)
     make_logarithmic(axis)
-    axis.tick_params(labelsize=TEXT)
+    axis.tick_params(labelsize=TEXT_POINTS)
 
 
-def _sizes(record: Record, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """log10 of each parameter tensor's mean entry of diag F̂, where above 0, and its number."""
-    known = record.get("parameters", {}).values()
-    groups = [g for g in known if (g.get(kind, {}).get("trace") or 0) > 0]
-    logs = np.log10([group[kind]["trace"] / group["numel"] for group in groups])
+def _mean_entries(record: Record, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return log10 of the positive mean entries of diag F̂ by parameter tensor, and their sizes."""
+    groups = [
+        group
+        for group in record.get("parameters", {}).values()
+        if (group.get(key, {}).get("trace") or 0) > 0
+    ]
+    logs = np.log10([group[key]["trace"] / group["numel"] for group in groups])
     return logs, np.array([float(group["numel"]) for group in groups])

@@ -1,12 +1,13 @@
-"""Which pictures a run gets, and what each says; drawn when asked for."""
+"""The list of the figures of a run with their captions; each is drawn on request."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fimprobe.plots.figures import (
-    MOST_ROWS,
+    MAX_ROWS,
     draw_bounds,
     draw_convergence,
     draw_diagonal,
@@ -17,18 +18,18 @@ from fimprobe.plots.figures import (
     draw_traces,
     draw_variances,
 )
-from fimprobe.plots.history import Record
-from fimprobe.report.table import inputs_of
+from fimprobe.report.record import Record, describe_inputs
 
 if TYPE_CHECKING:
     from fimprobe.plots.style import Figure
 
 OVER_STEPS = ("errors", "traces")
-"""Pictures that TensorBoard draws itself, as charts."""
+"""Figures that TensorBoard draws itself, as charts."""
 
 
-class CaptionedFigure(NamedTuple):
-    """A figure with what it shows."""
+@dataclass(frozen=True, kw_only=True)
+class CaptionedFigure:
+    """A figure with its title and caption."""
 
     name: str
     title: str
@@ -36,90 +37,137 @@ class CaptionedFigure(NamedTuple):
     figure: Figure
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A figure before it is drawn; ``draw`` returns None where there are no values for it."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure | None]
+
+
 def make_figures(
     records: Sequence[Record], last: Record | None = None, *, without: Sequence[str] = ()
 ) -> Iterator[CaptionedFigure]:
-    """All pictures for which there are values: over ``records``, and of the ``last`` of them.
+    """Yield all figures for which there are values.
 
-    ``records`` may be the ``compact``\\ d ones, where ``last`` is whole.
+    Args:
+        records: The records of the run, or the condensed ones of a ``PlotHistory``.
+        last: The whole record of the last report; None for the last one of ``records``.
+        without: Names of the figures to leave out.
     """
     last = last or records[-1]
-    at = f"at step {last['step']:,}"
-    size = f"{inputs_of(last)}, 1 label from the model each"
-    cut = "" if len(last["layers"]) <= MOST_ROWS else f" The {MOST_ROWS} layers with most need."
-    makers: list[tuple[str, str, str, Callable[[], Figure | None]]] = [
-        (
-            "errors",
-            "Relative error over the training",
-            f"How far off the diagonal of the whole model's Fisher information is at {size}: the "
-            "lower the better; from 100 % (dashed) on it is noise. Gaps: not known. Logarithmic.",
-            lambda: draw_errors(records),
+    over_steps, of_report = _entries_over_steps(records, last), _entries_of_report(last)
+    for name in _ORDER:
+        if name in without:
+            continue
+        entry = over_steps.get(name) or of_report[name]
+        figure = entry.draw()
+        if figure is not None:
+            yield CaptionedFigure(name=name, title=entry.title, caption=entry.caption, figure=figure)
+
+
+_ORDER = (
+    "errors",
+    "traces",
+    "1_relative_error",
+    "2_variance_and_bound",
+    "3_pairs_needed",
+    "4_bound_of_the_matrix",
+    "5_diagonal",
+    "6_error_by_confidence",
+    "7_convergence",
+)
+"""The figures as readers need them; TensorBoard sorts its tags by their numbers."""
+
+
+def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _Entry]:
+    """Return the figures over all reports by name."""
+    sample = f"{describe_inputs(last)}, 1 label from the model each"
+    entries = [
+        _Entry(
+            name="errors",
+            title="Relative error over the training",
+            caption="How far off the diagonal of the whole model's Fisher information is at "
+            f"{sample}: the lower the better; from 100 % (dashed) on it is noise. Gaps: unknown. "
+            "Logarithmic.",
+            draw=lambda: draw_errors(records),
         ),
-        (
-            "traces",
-            "Trace of the Fisher information",
-            "Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors. Hollow points: their errors are "
-            "not known.",
-            lambda: draw_traces(records),
+        _Entry(
+            name="traces",
+            title="Trace of the Fisher information",
+            caption="Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors. Hollow points: unknown "
+            "errors.",
+            draw=lambda: draw_traces(records),
         ),
-        (
-            "1_relative_error",
-            f"Relative error of diag F: {size}",
-            f"Which layer errs, and when: at {size}, layers in the order of the model. Yellow: "
-            "noise. Grey: not known.",
-            lambda: draw_error_map(records),
+        _Entry(
+            name="1_relative_error",
+            title=f"Relative error of diag F: {sample}",
+            caption=f"The relative error of each layer over the steps at {sample}; layers in the "
+            "order of the model. Yellow: noise. Grey: unknown.",
+            draw=lambda: draw_error_map(records),
         ),
-        (
-            "2_variance_and_bound",
-            "Variance of one (input, label) pair",
-            f"Where the variance comes from {at}: from the choice of the label, from the choice of "
-            "the input, summed over the layer's diagonal; | is the bound on the labels' part. "
-            f"Logarithmic.{cut}",
-            lambda: draw_variances(last),
-        ),
-        (
-            "3_pairs_needed",
-            "(input, label) pairs for 10 % error",
-            f"Pairs that a relative error of 10 % takes {at} with labels from the model. No mark: "
-            f"not known. Logarithmic.{cut}",
-            lambda: draw_needs(last),
-        ),
-        (
-            "4_bound_of_the_matrix",
-            "Labels' covariance of the whole matrix, and its bound",
-            f"How loose the bounds are {at}: {_bound_of(last)}. Logarithmic.{cut}",
-            lambda: draw_bounds(last),
-        ),
-        (
-            "5_diagonal",
-            "Sizes of the entries of diag F",
-            f"How many entries are how large {at}. Small ones are the hard ones. Logarithmic.",
-            lambda: draw_diagonal(last),
-        ),
-        (
-            "6_error_by_confidence",
-            "Relative error as the model grows confident",
-            f"A point for each report: how far off the diagonal is at {size}. As outputs grow "
-            "confident tr I(h) goes to 0, and labels from the model show what carries F ever more "
-            "rarely. Logarithmic.",
-            lambda: draw_errors_by_confidence(records),
-        ),
-        (
-            "7_convergence",
-            "Error of the trace against the number of inputs",
-            f"How far off the trace is {at} with fewer or more inputs, measured like this: of groups "
-            "of the inputs, by their spread, and of all of them. Errors fall as 1/√inputs where "
-            "inputs are independent. Dotted: 10 %. Logarithmic.",
-            lambda: draw_convergence(last),
+        _Entry(
+            name="6_error_by_confidence",
+            title="Relative error as the model grows confident",
+            caption=f"A point for each report: how far off the diagonal is at {sample}. As outputs "
+            "grow confident tr I(h) goes to 0, and labels from the model rarely show what carries F. "
+            "Logarithmic.",
+            draw=lambda: draw_errors_by_confidence(records),
         ),
     ]
-    for name, title, caption, make in makers:
-        figure = None if name in without else make()
-        if figure is not None:
-            yield CaptionedFigure(name, title, caption, figure)
+    return {entry.name: entry for entry in entries}
 
 
-def _bound_of(record: Record) -> str:
+def _entries_of_report(last: Record) -> dict[str, _Entry]:
+    """Return the figures of the last report by name."""
+    at = f"at step {last['step']:,}"
+    cut = ""
+    if len(last["layers"]) > MAX_ROWS:
+        cut = f" The {MAX_ROWS} layers that need the most pairs."
+    entries = [
+        _Entry(
+            name="2_variance_and_bound",
+            title="Variance of one (input, label) pair",
+            caption=f"The sources of the variance {at}: the choice of the label and the choice of "
+            "the input, summed over the layer's diagonal; | is the bound on the labels' part. "
+            f"Logarithmic.{cut}",
+            draw=lambda: draw_variances(last),
+        ),
+        _Entry(
+            name="3_pairs_needed",
+            title="(input, label) pairs for 10 % error",
+            caption=f"Pairs for a relative error of 10 % {at} with labels from the model. No mark: "
+            f"unknown. Logarithmic.{cut}",
+            draw=lambda: draw_needs(last),
+        ),
+        _Entry(
+            name="4_bound_of_the_matrix",
+            title="Labels' covariance of the whole matrix, and its bound",
+            caption=f"How loose the bounds are {at}: {_describe_bound(last)}. Logarithmic.{cut}",
+            draw=lambda: draw_bounds(last),
+        ),
+        _Entry(
+            name="5_diagonal",
+            title="Sizes of the entries of diag F",
+            caption=f"The number of entries of each size {at}. Small ones are the hard ones. "
+            "Logarithmic.",
+            draw=lambda: draw_diagonal(last),
+        ),
+        _Entry(
+            name="7_convergence",
+            title="Error of the trace against the number of inputs",
+            caption=f"How far off the trace is {at} with fewer or more inputs, measured like this: "
+            "for groups of the inputs from their standard deviation, and for all of them. Errors "
+            "fall as 1/√inputs where inputs are independent. Dotted: 10 %. Logarithmic.",
+            draw=lambda: draw_convergence(last),
+        ),
+    ]
+    return {entry.name: entry for entry in entries}
+
+
+def _describe_bound(record: Record) -> str:
     if record["draws"] == "exact":
         return "‖Cov‖ and ‖J‖⁴‖M‖ (17) for Î₁, ‖H‖²‖I‖ (18) for Î₂"
     return "the sum of all entries' variances, and s_max(J)⁴ tr M for Î₁, λ_max(I)‖H‖² for Î₂"

@@ -1,26 +1,25 @@
-"""What a run's pictures over steps need, kept small; drawing is the gallery's."""
+"""The reports of a run, condensed to what its figures over steps need."""
 
 from __future__ import annotations
 
-from typing import Any
+from fimprobe.estimators.names import LAYER_KEYS
+from fimprobe.report.record import Record
 
-Record = dict[str, Any]
-"""A report as ``to_dict`` gives it, or as it is read back from a file."""
+MAX_COLUMNS = 120
+"""Reports in the heat map; longer runs are subsampled evenly."""
 
-MOST_COLUMNS = 120
-"""Reports in the heat map; of longer runs they are taken evenly."""
+_KEPT = ("step", "draws", "batch_size", "total", "outputs", "label_sampling")
+_KEPT_OF_LAYERS = ("rel_error", "one_label_error", "pairs_for_10_percent")
 
 
 def compact(record: Record) -> Record:
-    """What of a record the pictures over steps need: a run may hold thousands."""
-    values = ("rel_error", "one_label_error", "pairs_for_10_percent")
-    kept = ("step", "draws", "batch_size", "total", "outputs", "label_sampling")
-    return {name: record.get(name) for name in kept} | {
+    """Return the part of a record that figures over steps need: a run may have thousands."""
+    return {name: record.get(name) for name in _KEPT} | {
         "layers": {
             name: {
-                kind: {value: group[kind][value] for value in values}
-                for kind in ("i1", "i2")
-                if kind in group
+                key: {value: group[key][value] for value in _KEPT_OF_LAYERS}
+                for key in LAYER_KEYS
+                if key in group
             }
             for name, group in record["layers"].items()
         }
@@ -28,18 +27,18 @@ def compact(record: Record) -> Record:
 
 
 class PlotHistory:
-    """Remembers a run, condensed, of long ones evenly taken reports only."""
+    """The condensed reports of a run, at most ``MAX_COLUMNS`` of them, evenly spaced."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
-        self._seen, self._stride = 0, 1
+        self._count, self._stride = 0, 1
 
     def remember(self, record: Record) -> None:
-        """Keep a report."""
-        self._seen += 1
-        if (self._seen - 1) % self._stride:
+        """Keep the record of a report, or leave it out if the run is long."""
+        self._count += 1
+        if (self._count - 1) % self._stride:
             return
         self.records.append(compact(record))
-        if len(self.records) > MOST_COLUMNS:
+        if len(self.records) > MAX_COLUMNS:
             self._stride *= 2
             self.records = self.records[::2]

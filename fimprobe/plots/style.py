@@ -1,7 +1,7 @@
-"""The parts of a picture, by matplotlib's objects: no pyplot, no state outside of a figure.
+"""Axes, colours and file formats of the figures, by matplotlib's objects without pyplot's state.
 
-The one importer of matplotlib. Figures are transparent, as wide as TensorBoard shows them; all that
-is neither data nor a colour map is drawn in ``INK``.
+This is the only module that imports matplotlib. Figures are transparent and as wide as TensorBoard
+shows them. Everything except data and colour maps is drawn in ``INK``.
 """
 
 from __future__ import annotations
@@ -22,74 +22,78 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from fimprobe.report.format import percent
 
 INK = "#010203"
-"""A colour of its own, so that a page can put the text's colour in its place."""
+"""A colour that nothing else has, so that a page can replace it with the colour of its text."""
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
-"""Okabe and Ito's colours: told apart by colour-blind readers."""
+"""Colours of Okabe and Ito, which colour-blind readers distinguish."""
 
 GREY = "#9AA0A6"
-"""What is not known, on light and on dark pages."""
+"""Colour of unknown values, visible on light and on dark pages."""
 
 DPI = 140
-WIDTH = 5.2
-"""Inches: TensorBoard shows pictures 350 pixels wide, where larger ones could not be read."""
+WIDTH_INCHES = 5.2
+"""TensorBoard shows images 350 pixels wide: the text of a wider figure would be too small."""
 
-TEXT, TITLE, NAME = 9, 10.5, 14
-LINE = 0.17
-"""Inches that a row's label takes."""
+TEXT_POINTS, TITLE_POINTS, NAME_POINTS = 9, 10.5, 14
+LINE_INCHES = 0.17
+"""Height of a row's label."""
 
 
 def make_panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side that share their rows, as high as the rows' labels need."""
-    return _panels(min(max(1.5 + LINE * rows, 2.6), 6.5), columns)
+    """Return panels side by side with common rows, as high as the labels of the rows need."""
+    return _panels(min(max(1.5 + LINE_INCHES * rows, 2.6), 6.5), columns)
 
 
 def make_chart() -> tuple[Figure, Axes]:
-    """One panel for lines or a histogram."""
+    """Return one panel for lines or a histogram."""
     figure, (axis,) = _panels(3.2, 1)
     return figure, axis
 
 
 def name_panels(axes: Sequence[Axes], names: Sequence[str]) -> None:
-    """An estimator's name above each panel."""
+    """Write an estimator's name above each panel."""
     for axis, name in zip(axes, names, strict=True):
-        axis.set_title(name, fontsize=NAME, color=INK)
+        axis.set_title(name, fontsize=NAME_POINTS, color=INK)
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
-    """Names at the rows, every k-th where all would overlap, the first layer on top."""
-    room = int((axis.figure.get_figure(root=True).get_figheight() - 1.3) / LINE)
-    stride = -(-len(names) // max(room, 1))
+    """Write names at the rows, the first on top; only every k-th one where all would overlap."""
+    available = int((axis.figure.get_figure(root=True).get_figheight() - 1.3) / LINE_INCHES)
+    stride = -(-len(names) // max(available, 1))
     rows = range(0, len(names), stride)
     shown = shorten(names)
-    axis.set_yticks(list(rows), [shown[i] for i in rows], fontsize=TEXT)
+    axis.set_yticks(list(rows), [shown[i] for i in rows], fontsize=TEXT_POINTS)
     axis.set_ylim(len(names) - 0.5, -0.5)
 
 
 def shorten(names: Sequence[str], most: int = 20) -> list[str]:
-    """Names without the modules that all share, cut to the end, which tells them apart.
+    """Return names without their common modules, cut to their ends, which distinguish them.
+
+    Args:
+        names: Names of modules.
+        most: Maximum number of characters.
 
     >>> shorten(["model.layers.0.mlp", "model.layers.10.mlp"])
     ['0.mlp', '10.mlp']
     """
-    parts = [name.split(".") for name in names]
+    paths = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(
-        len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts
+        len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths
     ):
         shared += 1
-    short = [".".join(p[shared:]) for p in parts]
+    short = [".".join(path[shared:]) for path in paths]
     return [name if len(name) <= most else f"…{name[1 - most :]}" for name in short]
 
 
-def label_axis(axis: Axes, what: str, *, upright: bool = False) -> None:
-    """What the values along the axis are."""
-    put = axis.set_ylabel if upright else axis.set_xlabel
-    put(what, fontsize=TEXT, color=INK)
+def label_axis(axis: Axes, quantity: str, *, upright: bool = False) -> None:
+    """Label the horizontal axis, or the ``upright`` one, with its quantity."""
+    set_label = axis.set_ylabel if upright else axis.set_xlabel
+    set_label(quantity, fontsize=TEXT_POINTS, color=INK)
 
 
 def make_logarithmic(axis: Axes) -> None:
-    """Few powers of ten, large ones in words."""
+    """Make the horizontal axis logarithmic, with few powers of ten."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(numticks=4))
     axis.xaxis.set_major_formatter(FuncFormatter(_power))
@@ -97,7 +101,7 @@ def make_logarithmic(axis: Axes) -> None:
 
 
 def make_steps(axis: Axes, *, shares: bool = False) -> None:
-    """Whole steps to the right; ``shares``: upright, in percent, on a logarithmic scale."""
+    """Make the horizontal axis one of steps, and with ``shares`` the upright one of shares."""
     label_axis(axis, "step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -107,7 +111,7 @@ def make_steps(axis: Axes, *, shares: bool = False) -> None:
 
 
 def make_shares(axis: Axes) -> None:
-    """Upright, in percent, on a logarithmic scale."""
+    """Make the upright axis logarithmic, in percent."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
@@ -115,7 +119,7 @@ def make_shares(axis: Axes) -> None:
 
 
 def make_falling(axis: Axes) -> None:
-    """To the right, from large to small on a logarithmic scale."""
+    """Make the horizontal axis logarithmic, from large to small."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -126,7 +130,14 @@ def make_falling(axis: Axes) -> None:
 def draw_grids(
     figure: Figure, axes: Sequence[Axes], grids: Sequence[np.ndarray], steps: Sequence[int]
 ) -> None:
-    """Heat maps of shares [rows, steps] on one scale of colours, which is the same in every run."""
+    """Draw heat maps of shares on one colour scale, which is the same in every run.
+
+    Args:
+        figure: The figure of the panels.
+        axes: The panels.
+        grids: The shares of each panel [rows, steps]; NaN where unknown.
+        steps: The step of each column.
+    """
     highest = max(float(np.nanmax(grid)) for grid in grids)
     ticks = [0.01, 0.03, 0.1, 0.3, 1.0] if highest < 1.5 else [0.01, 0.1, 1.0, 10.0]
     norm = LogNorm(ticks[0], ticks[-1])
@@ -135,28 +146,28 @@ def draw_grids(
         image = axis.imshow(grid, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
         axis.grid(False)
         shown = np.unique(np.linspace(0, len(steps) - 1, min(3, len(steps))).round().astype(int))
-        axis.set_xticks(shown, [f"{steps[i]:,}" for i in shown], fontsize=TEXT)
+        axis.set_xticks(shown, [f"{steps[i]:,}" for i in shown], fontsize=TEXT_POINTS)
         label_axis(axis, "step")
     bar = figure.colorbar(image, ax=list(axes), extend="both", pad=0.02, fraction=0.05, aspect=22)
     bar.set_ticks(ticks, labels=[f"{100 * tick:,.0f} %" for tick in ticks])
-    bar.ax.tick_params(labelsize=TEXT, colors=INK)
+    bar.ax.tick_params(labelsize=TEXT_POINTS, colors=INK)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 
 def add_legend(figure: Figure, axis: Axes) -> Figure:
-    """What the marks mean, below the panels."""
+    """Add a legend below the panels."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=TEXT + 0.5,
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=TEXT_POINTS + 0.5,
         frameon=False, labelcolor=INK, handletextpad=0.4, columnspacing=1.2,
     )  # fmt: skip
     return figure
 
 
 def to_png(figure: Figure, title: str) -> tuple[bytes, tuple[int, int]]:
-    """A PNG on white with its title, and its (width, height) in pixels."""
-    figure.suptitle(title, fontsize=TITLE, color=INK)
+    """Return a PNG on white with a title, and its (width, height) in pixels."""
+    figure.suptitle(title, fontsize=TITLE_POINTS, color=INK)
     figure.set_facecolor("white")
     canvas = FigureCanvasAgg(figure)
     file = io.BytesIO()
@@ -165,30 +176,32 @@ def to_png(figure: Figure, title: str) -> tuple[bytes, tuple[int, int]]:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """An ``<svg>`` element, its text as text, ``INK`` the colour of the text around it.
+    """Return an ``<svg>`` element with text as text, ``INK`` replaced by the page's text colour.
 
-    ``name`` keeps its ids apart from those of other pictures in the same page.
+    Args:
+        figure: The figure.
+        name: Name in the ids of the element, which must be unique in a page.
     """
     out = io.StringIO()
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", bbox_inches="tight", metadata=nothing)
+        figure.savefig(out, format="svg", bbox_inches="tight", metadata=no_metadata)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     start, rest = text.split(">", 1)
     width = re.search(r'viewBox="0 0 ([\d.]+)', start)
     assert width is not None
     start = re.sub(r' (width|height)="[^"]*"', "", start)
-    # as wide as drawn; a page makes it less on narrow screens
+    # the size of the figure; the style of the page reduces it on narrow screens
     return f'{start} style="width:{float(width[1]) * 1.35:.0f}px">{rest}'
 
 
 def _panels(height: float, columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure((WIDTH, height), dpi=DPI, facecolor="none", layout="constrained")
+    figure = Figure((WIDTH_INCHES, height), dpi=DPI, facecolor="none", layout="constrained")
     axes = list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
     for axis in axes:
         axis.set_facecolor("none")
-        axis.tick_params(which="both", colors=INK, labelsize=TEXT)
+        axis.tick_params(which="both", colors=INK, labelsize=TEXT_POINTS)
         axis.grid(True, color=INK, alpha=0.12, lw=0.7)
         axis.set_axisbelow(True)
         for side, spine in axis.spines.items():
@@ -199,7 +212,7 @@ def _panels(height: float, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def _power(x: float, _: Any) -> str:
-    """1, 10, ..., 100 k, 100 M in words, others as powers of ten."""
+    """Return 1, 10, ..., 100 k, 100 M in words, other numbers as powers of ten."""
     for size, unit in ((1e6, " M"), (1e4, " k"), (1.0, "")):
         if size <= x < 1e9:
             return f"{x / (1e3 if unit == ' k' else size):,.0f}{unit}"

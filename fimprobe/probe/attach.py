@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fimprobe.config.config import Config, load_config
-from fimprobe.errors import FimprobeError
+from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
-from fimprobe.probe.optimizers import OptimizerFilter, _closure, _holds
+from fimprobe.probe.optimizers import (
+    Arguments,
+    OptimizerFilter,
+    find_closure,
+    holds_parameters,
+    parameter_versions,
+    replace_closure,
+)
 from fimprobe.probe.probe import Probe
 from fimprobe.sinks.base import Sink
 
@@ -32,30 +40,36 @@ def attach(
     first_step: int = 0,
     **options: Any,
 ) -> Probe:
-    """Watch a model's training; the loop stays as it is.
+    """Watch the training of a model; the loop stays as it is.
 
-    The batch is captured by a hook on ``model`` (attach to the object that the loop calls, after
-    ``torch.compile`` and other wrappers); an optimizer that holds its parameters triggers, before
-    it changes them. Steps are optimizer steps: accumulation counts once (its last batch is probed),
-    a step that GradScaler skips not at all, an LBFGS step once (at its first closure call).
+    A hook on ``model`` captures the batch, so attach to the object that the loop calls, after
+    ``torch.compile`` and other wrappers. An optimizer that holds parameters of the model triggers the
+    probe before it changes them. Steps are optimizer steps. Accumulated batches count as one step,
+    whose last batch is measured; steps that GradScaler skips are not counted; a step of LBFGS counts
+    once, at the first call of its closure.
 
     Args:
-        model: the module, ``torch.compile``d or DDP-wrapped ones included.
-        config: YAML path, mapping or :class:`fimprobe.Config`; ``options`` (its fields as keywords:
-            ``schedule``, ``draws``, ``batch``, ``memory_mb``, ``seed``, ...) win over it.
-        optimizer: listen to this one only; by default to every torch optimizer of these parameters.
-        likelihood: ``"auto"`` reads it off the model or the first loss gradients, and says so or
-            says what to pass.
-        log_dir: where TensorBoard files and ``fimprobe.jsonl`` go; default ``runs/fimprobe/...``.
-        mask: from the forward's (args, kwargs) to a boolean tensor of the labels' shape.
-        labels: the same for the data's labels, which the empirical Fisher needs; by default the
-            keyword ``labels``, or what the loss's gradient at softmax or sigmoid outputs tells.
-        output: from what the model returns to its outputs [B, ...].
-        sinks: further objects with ``write(report)`` and ``close()``.
-        first_step: the number of the step that a training resumes at.
+        model: The module, compiled or DDP-wrapped ones included.
+        config: YAML path, mapping or :class:`fimprobe.Config`; ``options`` win over it.
+        optimizer: The only optimizer to listen to; by default all torch optimizers of the parameters.
+        likelihood: ``"auto"`` infers it from the model or the first loss gradients, and reports the
+            result or what to pass.
+        log_dir: Folder of TensorBoard files and ``fimprobe.jsonl``; by default one below
+            ``runs/fimprobe``.
+        mask: From the forward's (args, kwargs) to a boolean tensor of the labels' shape.
+        labels: From the forward's (args, kwargs) to the labels of the data [B, ...] for the empirical
+            Fisher; by default the keyword ``labels``, or what the loss gradient at softmax or sigmoid
+            outputs shows.
+        output: From what the model returns to its outputs [B, ...].
+        sinks: Further objects with ``write(report)`` and ``close()``.
+        first_step: Number of the step at which a training resumes.
+        options: Fields of :class:`fimprobe.Config`, such as ``schedule``, ``draws`` or ``batch``.
+
+    Returns:
+        The probe, which measures until its ``detach`` is called.
 
     Raises:
-        FimprobeError: for a configuration with mistakes, a model that already has a probe, or one
+        FimprobeError: For a configuration with mistakes, a model that already has a probe, or one
             without trainable parameters.
 
     >>> net = nn.Linear(2, 2)
@@ -67,10 +81,10 @@ def attach(
     if likelihood != "auto":
         options["likelihood"] = likelihood
     settings = load_config(config, **options)
-    if optimizer is not None and not _holds(optimizer, model):
+    if optimizer is not None and not holds_parameters(optimizer, model):
         raise FimprobeError(
-            f"optimizer={type(optimizer).__name__} holds none of the model's parameters; pass the "
-            "one that trains this model"
+            f"`optimizer` must hold parameters of the model, got {type(optimizer).__name__} without "
+            "any. Pass the one that trains this model."
         )
     probe = Probe(
         model,
@@ -81,32 +95,67 @@ def attach(
         sinks=sinks,
         first_step=first_step,
     )
-
-    trains = OptimizerFilter(model)
-
-    def before_step(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        if probe.detached or (optimizer is not None and opt is not optimizer):
-            return None
-        if optimizer is None and not trains.known(opt, afresh=probe.due):
-            return None
-        found_inf = getattr(opt, "found_inf", None)  # GradScaler with a fused optimizer
-        closure, put = _closure(args, kwargs)
-        if closure is None:
-            probe.step(found_inf=found_inf)
-            return None
-        first = True
-
-        def probed() -> Any:
-            nonlocal first
-            loss = closure()
-            if first:  # the parameters are still those of the batch
-                first = False
-                probe.step(found_inf=found_inf)
-            return loss
-
-        return put(probed)
-
-    probe.on_detach(register_optimizer_step_pre_hook(before_step).remove)
+    _trigger_by_optimizers(probe, optimizer)
     if probe.log_dir is not None:
         print(f"fimprobe: tensorboard --logdir {probe.log_dir}")
     return probe
+
+
+def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> None:
+    """Call ``probe.step`` before each step of the model's optimizers, or of ``only`` that one."""
+    of_model = OptimizerFilter(probe.model)
+
+    def before_step(
+        optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if probe.detached or (only is not None and optimizer is not only):
+            return None
+        if only is None and not of_model.matches(optimizer, refresh=probe.due):
+            return None
+        # GradScaler sets it on a fused optimizer, which skips the step itself
+        step = partial(probe.step, found_inf=getattr(optimizer, "found_inf", None))
+        closure = find_closure(args, kwargs)
+        if closure is not None:
+            return replace_closure(args, kwargs, _observe_closure(probe, step, closure))
+        step()
+        return None
+
+    probe.on_detach(register_optimizer_step_pre_hook(before_step).remove)
+
+
+def _observe_closure(
+    probe: Probe, step: Callable[[], Any], closure: Callable[[], Any]
+) -> Callable[[], Any]:
+    """Return a closure that calls ``step`` once, at the parameters before the optimizer's step.
+
+    Args:
+        probe: The probe.
+        step: Measures the captured batch if it is due.
+        closure: The closure that the loop passed.
+    """
+    pending = True
+    if probe.backward_done:
+        # sharpness-aware optimizers: the gradients exist, and the parameters move before the closure
+        step()
+        pending = False
+    versions = parameter_versions(probe.model) if pending and probe.due else []
+
+    def observed_closure() -> Any:
+        nonlocal pending
+        moved = bool(versions) and pending and versions != parameter_versions(probe.model)
+        loss = closure()
+        if not pending:
+            probe.discard_batch()  # later evaluations are at other parameters
+            return loss
+        pending = False
+        if moved:
+            probe.discard_batch(
+                BatchError(
+                    "the optimizer changed the parameters before it called its closure. Call "
+                    "backward before optimizer.step(closure), or probe.step(inputs) yourself."
+                )
+            )
+        step()
+        return loss
+
+    return observed_closure

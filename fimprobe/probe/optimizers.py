@@ -1,58 +1,95 @@
-"""Which optimizers train this model."""
+"""The optimizers of a model, and the closures that they are called with."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class OptimizerFilter:
-    """Which optimizers hold parameters of a model.
+@dataclass(kw_only=True)
+class _Answer:
+    """Whether an optimizer holds parameters of the model, when it was last searched."""
 
-    To walk all parameters at every step would cost most of what a step between probes costs. An
-    answer is looked up again where the optimizer gained or lost a group, at a step that is measured
-    (``afresh``), and a "no", which parameters that the model gains may turn, after 1, 2, 4, 8, ...
-    steps.
+    holds: bool
+    num_groups: int
+    num_reuses: int
+
+
+class OptimizerFilter:
+    """Selects the optimizers that hold parameters of a model.
+
+    Searching all parameters at every step would cost most of a step that is not measured, so answers
+    are kept. They are renewed if the optimizer gained or lost a group, and at a step that is measured
+    (``refresh``). New parameters of the model may change a negative answer: it is renewed after
+    1, 2, 4, 8, ... steps too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._found: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[int]] = (
+        self._answers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Answer] = (
             weakref.WeakKeyDictionary()
         )
 
-    def known(self, optimizer: torch.optim.Optimizer, *, afresh: bool) -> bool:
-        """Whether the optimizer holds any."""
-        groups = len(optimizer.param_groups)
-        found = self._found.get(optimizer)
-        if found is not None and found[1] == groups and not afresh:
-            if found[0]:
+    def matches(self, optimizer: torch.optim.Optimizer, *, refresh: bool) -> bool:
+        """Return whether the optimizer holds any parameter of the model.
+
+        Args:
+            optimizer: Any optimizer.
+            refresh: Whether to search again in any case.
+        """
+        num_groups = len(optimizer.param_groups)
+        answer = self._answers.get(optimizer)
+        if answer is not None and answer.num_groups != num_groups:
+            answer = None
+        if answer is not None and not refresh:
+            if answer.holds:
                 return True
-            found[2] += 1
-            if found[2] & (found[2] - 1):
+            answer.num_reuses += 1
+            is_power_of_two = answer.num_reuses & (answer.num_reuses - 1) == 0
+            if not is_power_of_two:
                 return False
-        asked = 0 if found is None or found[1] != groups else found[2]
-        holds = _holds(optimizer, self.model)
-        self._found[optimizer] = [holds, groups, asked]
+        holds = holds_parameters(optimizer, self.model)
+        num_reuses = 0 if answer is None else answer.num_reuses
+        self._answers[optimizer] = _Answer(holds=holds, num_groups=num_groups, num_reuses=num_reuses)
         return holds
 
 
-def _holds(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    mine = {id(p) for p in model.parameters()}
-    return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+def holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Return whether the optimizer holds any parameter of the model."""
+    ids = {id(p) for p in model.parameters()}
+    return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
 
 
-def _closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[[], Any] | None, Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The closure of ``step(closure)``, and how to put another in its place."""
-    # args[0] is the optimizer itself
+def parameter_versions(model: nn.Module) -> list[int]:
+    """Return the version counters of all parameters, which grow when they are written to."""
+    return [p._version for p in model.parameters()]
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of ``optimizer.step``, of which the first is the optimizer."""
+
+
+def find_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """Return the closure of ``optimizer.step(closure)``, or None."""
+    closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
+    return closure if callable(closure) else None
+
+
+def replace_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]
+) -> Arguments:
+    """Return the arguments of ``optimizer.step`` with another closure.
+
+    Args:
+        args: Positional arguments, the optimizer itself first.
+        kwargs: Keyword arguments.
+        closure: Takes the place of the present one.
+    """
     if len(args) > 1 and callable(args[1]):
-        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
-    if callable(kwargs.get("closure")):
-        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
-    return None, lambda new: (args, kwargs)
+        return (args[0], closure, *args[2:]), kwargs
+    return args, {**kwargs, "closure": closure}

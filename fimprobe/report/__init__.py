@@ -1,1 +1,1 @@
-"""From the engines' statistics to a report: estimates by group, advice, tables."""
+"""From the statistics of the engines to a report: estimates by group, advice, tables."""

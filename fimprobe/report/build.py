@@ -1,17 +1,20 @@
-"""From the engines' statistics to a report: groups, estimates, what can be believed."""
+"""From the statistics of the engines to a report: groups, estimates, reliability checks."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fimprobe.estimators import i1, i2, reliability
 from fimprobe.estimators.diagonal_histogram import diagonal_histogram
-from fimprobe.estimators.empirical import compare
+from fimprobe.estimators.empirical import compare_with_fisher
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
 from fimprobe.estimators.groups import Groups, split_groups
 from fimprobe.estimators.i1 import InputSums
@@ -21,124 +24,216 @@ from fimprobe.report.report import Report
 from fimprobe.statistics import Measured, MomentsBatch
 
 ROOT = "(model)"
-"""Layer name of parameters that the model itself holds."""
+"""Layer name of the parameters that the model itself holds."""
+
+TOTAL = "total"
+"""Group of all parameters; the others are "parameter <name>" and "layer <name>"."""
+
+
+@dataclass
+class _Estimates:
+    """The estimates of every group, by the group's name and the fields of ``GroupEstimates``."""
+
+    i1: dict[str, Estimate] = field(default_factory=dict)
+    i2: dict[str, Estimate] = field(default_factory=dict)
+    ih: dict[str, Estimate] = field(default_factory=dict)
+    empirical: dict[str, Estimate] = field(default_factory=dict)
+    activation: dict[str, Estimate] = field(default_factory=dict)
+    geometry: dict[str, Geometry] = field(default_factory=dict)
+    input_traces: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Trace of the whole model by Î₁, for each input [B]."""
 
 
 def build_report(
     measured: Measured,
-    chain: Mapping[str, Any],
+    layer_bounds: Mapping[str, Any],
     *,
     step: int,
-    seconds: float,
+    started: float,
     likelihood: str,
     ask_ih: bool,
     diagonals: bool,
+    notes: Sequence[str] = (),
 ) -> Report:
-    """Group what was measured by parameter, by the layer that owns it, and over all."""
+    """Return the estimates of every parameter, of every layer and of the whole model.
+
+    Args:
+        measured: The statistics of the batch.
+        layer_bounds: The bounds (20) and (21) of each layer, by its name.
+        step: Training step of the measurement.
+        started: ``time.perf_counter()`` at its start.
+        likelihood: Name of the likelihood.
+        ask_ih: Whether Î_H was requested; its moments may also be there for Î₂.
+        diagonals: Whether to keep the diagonals.
+        notes: Further notes of the report, after those of the engine.
+    """
     scores = measured.moments["i1"]
     layers: dict[str, list[str]] = {}
     for name in scores.parameters:
         layers.setdefault(name.rpartition(".")[0] or ROOT, []).append(name)
-    groups = {f"parameter {n}": [n] for n in scores.parameters}
-    groups |= {f"layer {n}": names for n, names in layers.items()}
-    groups["total"] = list(scores.parameters)
-    biased = scores.inverse_weights is not None
-    unseen = reliability.seen_mass_reason(scores.seen_mass, size_biased=biased)
-    measured_i1: dict[str, Estimate] = {}
-    measured_i2: dict[str, Estimate] = {}
-    measured_ih: dict[str, Estimate] = {}
-    geometry: dict[str, Geometry] = {}
-    for part in split_groups(groups, _numbers(scores)):
-        common = _common(measured, part, unseen=bool(unseen))
-        own = common if not unseen else InputSums.of(scores, part)
-        found = i1.estimate_groups(scores, part, diagonals=diagonals, sums=own)
-        trace = own.trace[-1]  # the last group is the model
-        if measured.norms is not None:
-            found, shapes = add_i1_bounds(measured, part, found)
-            geometry |= shapes
-        measured_i1 |= found
-        if measured.curvature is not None:
-            curvature = measured.curvature
-            grams = {
-                key: i2.whole_gram(curvature) if key == "total" else i2.block_gram(curvature, names)
-                for key, names in part.items()
-            }
-            bent = i2.estimate_groups(measured, part, common, grams, diagonals=diagonals)
-            if measured.norms is not None:
-                bent = add_i2_bounds(measured, part, bent, grams)
-            measured_i2 |= bent
-        if ask_ih:
-            moments = measured.moments["ih"]
-            measured_ih |= i1.estimate_groups(moments, part, diagonals=diagonals, common=common)
-    estimates, second, hutchinson = _believed(scores, unseen, measured_i1, measured_i2, measured_ih)
-    if scores.draws is not None and measured.curvature is not None and unseen:
-        # the residual was subtracted with labels that are not those that carry it
-        second = {key: _without_residual(e, unseen) for key, e in second.items()}
-    data: dict[str, Estimate] = {}
-    if "empirical" in measured.moments:
-        data = i1.estimate_groups(measured.moments["empirical"], groups, diagonals=diagonals)
-        best = measured.moments["ih" if scores.draws and "ih" in measured.moments else "i1"]
-        for key, names in groups.items():
-            cosine, ratio = compare(measured.moments["empirical"], best, names)
-            judged = reliability.withhold(data[key], batch_size=scores.batch_size)
-            data[key] = dataclasses.replace(judged, cosine=cosine, trace_ratio=ratio)
-    hidden: dict[str, Estimate] = {}
-    if measured.activations is not None:
-        paths = {f"layer {n}": [n] for n in measured.activations.parameters}
-        hidden = {
-            key: reliability.withhold(e, labels_unseen=unseen, **_how(scores))
-            for key, e in i1.estimate_groups(measured.activations, paths, diagonals=False).items()
-        }
+    groups = {f"parameter {name}": [name] for name in scores.parameters}
+    groups |= {f"layer {layer}": names for layer, names in layers.items()}
+    groups[TOTAL] = list(scores.parameters)
+    unseen = reliability.seen_mass_reason(
+        scores.seen_mass, size_biased=scores.inverse_weights is not None
+    )
+    estimates = _estimate_fisher(measured, groups, unseen, ask_ih=ask_ih, diagonals=diagonals)
+    estimates = _withhold_unreliable(measured, estimates, unseen)
+    estimates.empirical = _estimate_empirical(measured, groups, diagonals=diagonals)
+    estimates.activation = _estimate_activations(measured, unseen)
+    _add_layer_bounds(estimates.geometry, layers, layer_bounds)
 
     def group(key: str) -> GroupEstimates:
-        numel = sum(scores.parameters[n].a2.numel() for n in groups[key])
-        shape = geometry.get(key)
-        kind, _, layer = key.partition(" ")
-        if shape is not None and kind == "layer":
-            shape = _with_chain(shape, chain.get(layer), measured.norms is not None)
         return GroupEstimates(
-            numel,
-            estimates[key],
-            second.get(key),
-            hutchinson.get(key),
-            data.get(key),
-            hidden.get(key),
-            shape,
+            numel=sum(scores.parameters[name].a2.numel() for name in groups[key]),
+            i1=estimates.i1[key],
+            i2=estimates.i2.get(key),
+            ih=estimates.ih.get(key),
+            empirical=estimates.empirical.get(key),
+            activation=estimates.activation.get(key),
+            geometry=estimates.geometry.get(key),
         )
 
-    count = scores.batch_size * (scores.draws or 1)
-    known = scores.parameters.values()
-    entries = [(m.entries, m.a2.numel()) for m in known if m.entries is not None]
+    total = group(TOTAL)
     return Report(
         step=step,
         batch_size=scores.batch_size,
         draws=scores.draws,
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         likelihood=likelihood,
         parameters={name: group(f"parameter {name}") for name in scores.parameters},
         layers={name: group(f"layer {name}") for name in layers},
-        total=group("total"),
+        total=total,
         coverage=scores.coverage,
         kinks=measured.kinks,
-        notes=measured.notes,
-        sizes=[] if unseen else diagonal_histogram(entries, 1 / count),
+        notes=[*measured.notes, *notes],
+        sizes=[] if unseen else _entry_sizes(scores),
         seconds_by_part=measured.seconds,
         label_sampling=_label_sampling(scores),
         seen_mass=scores.seen_mass,
         outputs=_summarise_outputs(measured),
         advise=make_advice,
-        convergence=_converge(trace) if estimates["total"].std_error is not None else [],
+        convergence=[] if total.i1.std_error is None else _convergence(estimates.input_traces),
     )
 
 
-def _converge(trace: Tensor) -> list[tuple[int, float]]:
-    """The spread of the trace's mean over n inputs, from disjoint groups, at least four of them."""
-    mean, found, size = float(trace.mean()), [], 1
-    while mean > 0 and 4 * size <= len(trace):
-        groups = trace[: len(trace) // size * size].view(-1, size).mean(1)
-        found.append((size, float(groups.std()) / mean))
-        size *= 2
-    return found
+def _estimate_fisher(
+    measured: Measured, groups: Groups, unseen: str, *, ask_ih: bool, diagonals: bool
+) -> _Estimates:
+    """Return Î₁, Î₂ and Î_H of every group with their bounds, before the reliability checks."""
+    scores, curvature = measured.moments["i1"], measured.curvature
+    estimates = _Estimates()
+    for part in split_groups(groups, _elements_of_group(scores)):
+        common = _common_sums(measured, part, unseen=bool(unseen))
+        sums = common if not unseen else InputSums.of(scores, part)
+        estimates.input_traces = sums.trace[-1]  # the last group of the last part is the model
+        first = i1.estimate_groups(scores, part, diagonals=diagonals, sums=sums)
+        if measured.norms is not None:
+            first, geometry = add_i1_bounds(measured, part, first)
+            estimates.geometry |= geometry
+        estimates.i1 |= first
+        if curvature is not None:
+            grams = {
+                key: i2.whole_gram(curvature) if key == TOTAL else i2.block_gram(curvature, names)
+                for key, names in part.items()
+            }
+            second = i2.estimate_groups(measured, part, common, grams, diagonals=diagonals)
+            if measured.norms is not None:
+                second = add_i2_bounds(measured, part, second, grams)
+            estimates.i2 |= second
+        if ask_ih:
+            moments = measured.moments["ih"]
+            estimates.ih |= i1.estimate_groups(moments, part, diagonals=diagonals, common=common)
+    return estimates
+
+
+def _withhold_unreliable(measured: Measured, estimates: _Estimates, unseen: str) -> _Estimates:
+    """Return the estimates without the numbers that fail a reliability check."""
+    scores = measured.moments["i1"]
+    sampling = _sampling(scores)
+    plain_labels = scores.seen_mass is not None
+    checked = dataclasses.replace(estimates, i1={}, i2={}, ih={})
+    for key, first in estimates.i1.items():
+        second = estimates.i2.get(key)
+        disagreement = ""
+        if not unseen:
+            disagreement = reliability.disagreement_reason(first, second, plain_labels=plain_labels)
+        checked.i1[key] = reliability.withhold(
+            first, labels_unseen=unseen, disagreement=disagreement, **sampling
+        )
+        if second is not None:
+            second = reliability.withhold(
+                second, labels_unseen=unseen, only_labels=True, disagreement=disagreement, **sampling
+            )
+            if scores.draws is not None and unseen:
+                # the residual R was subtracted with labels that miss what carries it
+                second = _without_trace(second, unseen)
+            checked.i2[key] = second
+        if key in estimates.ih:
+            checked.ih[key] = reliability.withhold(estimates.ih[key], **sampling)
+    return checked
+
+
+def _estimate_empirical(
+    measured: Measured, groups: Groups, *, diagonals: bool
+) -> dict[str, Estimate]:
+    """Return the empirical Fisher of every group, compared with F; empty without data labels."""
+    if "empirical" not in measured.moments:
+        return {}
+    scores, moments = measured.moments["i1"], measured.moments["empirical"]
+    # Hutchinson's vectors see all of F, drawn labels may not
+    fisher = measured.moments["ih" if scores.draws and "ih" in measured.moments else "i1"]
+    estimates = i1.estimate_groups(moments, groups, diagonals=diagonals)
+    for key, names in groups.items():
+        cosine, ratio = compare_with_fisher(moments, fisher, list(names))
+        reliable = reliability.withhold(estimates[key], batch_size=scores.batch_size)
+        estimates[key] = dataclasses.replace(reliable, cosine=cosine, trace_ratio=ratio)
+    return estimates
+
+
+def _estimate_activations(measured: Measured, unseen: str) -> dict[str, Estimate]:
+    """Return Î₁ of the input of every layer; empty where it was not measured."""
+    if measured.activations is None:
+        return {}
+    groups = {f"layer {name}": [name] for name in measured.activations.parameters}
+    estimates = i1.estimate_groups(measured.activations, groups, diagonals=False)
+    sampling = _sampling(measured.moments["i1"])
+    return {
+        key: reliability.withhold(estimate, labels_unseen=unseen, **sampling)
+        for key, estimate in estimates.items()
+    }
+
+
+def _common_sums(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
+    """Return the sums with the most reliable norm of F and variance over inputs.
+
+    They come from the labels of Î₁ where these see what carries F, else from Hutchinson's vectors.
+    """
+    ih = measured.moments.get("ih")
+    return InputSums.of(ih if unseen and ih is not None else measured.moments["i1"], groups)
+
+
+def _elements_of_group(scores: MomentsBatch) -> int:
+    """Return the elements in memory for one group: its Gram matrices, with products of three."""
+    record = next(iter(scores.parameters.values()))
+    if record.gram is None:
+        return record.squared_norms.numel()
+    passes = record.gram.shape[-1]
+    return record.gram.numel() * (passes if scores.draws is None else 1)
+
+
+def _sampling(scores: MomentsBatch) -> dict[str, Any]:
+    """Return the arguments of ``withhold`` on inputs and labels."""
+    return {
+        "batch_size": scores.batch_size,
+        "exact_labels": scores.draws is None,
+        "single_label": scores.draws == 1,
+    }
+
+
+def _without_trace(estimate: Estimate, reason: str) -> Estimate:
+    unknown = {**estimate.unknown, "trace": reason}
+    return dataclasses.replace(estimate, trace=None, unknown=unknown)
 
 
 def _label_sampling(scores: MomentsBatch) -> str:
@@ -149,91 +244,72 @@ def _label_sampling(scores: MomentsBatch) -> str:
     return "size_biased"
 
 
+def _entry_sizes(scores: MomentsBatch) -> list[tuple[float, float]]:
+    """Return the histogram of the entries of diag F̂ by Î₁."""
+    samples = [
+        (moments.entries, moments.a2.numel())
+        for moments in scores.parameters.values()
+        if moments.entries is not None
+    ]
+    return diagonal_histogram(samples, 1 / (scores.batch_size * (scores.draws or 1)))
+
+
+def _convergence(traces: Tensor) -> list[tuple[int, float]]:
+    """Return (n, relative standard deviation of the mean trace of n inputs), n = 1, 2, 4, ...
+
+    It is that over disjoint groups of the inputs, at least four of them.
+    """
+    mean, points, size = float(traces.mean()), [], 1
+    while mean > 0 and 4 * size <= len(traces):
+        means = traces[: len(traces) // size * size].view(-1, size).mean(1)
+        points.append((size, float(means.std()) / mean))
+        size *= 2
+    return points
+
+
 def _summarise_outputs(measured: Measured) -> OutputSummary | None:
+    """Return the means of tr I(h), ‖I(h)‖ and ‖M‖; None where tr I(h) is unknown."""
     scores, norms = measured.moments["i1"], measured.norms
+    values: list[float | None]
     if norms is not None:
         values = [float(x.mean()) for x in (norms.fisher_trace, norms.fisher_norm, norms.moment_norm)]
     elif scores.fisher_trace is not None:
-        values = [scores.fisher_trace / scores.batch_size]
+        values = [scores.fisher_trace / scores.batch_size, None, None]
     else:
         return None
-    if not math.isfinite(values[0]):
+    trace, fisher, moment = [x if x is not None and math.isfinite(x) else None for x in values]
+    if trace is None:
         return None
-    trace, *rest = [x if math.isfinite(x) else None for x in values]
-    assert trace is not None
-    return OutputSummary(trace, *rest)
+    return OutputSummary(fisher_trace=trace, fisher_norm=fisher, moment_norm=moment)
 
 
-def _common(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
-    """The sums that tell F's variance over inputs and its norm best.
+def _add_layer_bounds(
+    geometry: dict[str, Geometry], layers: Mapping[str, Any], bounds: Mapping[str, Any]
+) -> None:
+    """Add (20) and (21), root mean squares over the inputs, to the norms that they bound.
 
-    Î₁'s labels where these see what carries F; else Hutchinson's vectors, which always do.
+    Args:
+        geometry: The norms of every group; empty without bounds.
+        layers: The layers of the report.
+        bounds: The bounds of each layer; a layer without a rule has none.
     """
-    ih = measured.moments.get("ih")
-    return InputSums.of(ih if unseen and ih is not None else measured.moments["i1"], groups)
-
-
-def _how(scores: MomentsBatch) -> dict[str, Any]:
-    """What the numbers were made of, as far as it tells which can be believed."""
-    return {
-        "batch_size": scores.batch_size,
-        "exact_labels": scores.draws is None,
-        "single_label": scores.draws == 1,
-    }
-
-
-def _believed(
-    scores: MomentsBatch,
-    unseen: str,
-    i1_estimates: dict[str, Estimate],
-    i2_estimates: dict[str, Estimate],
-    ih_estimates: dict[str, Estimate],
-) -> tuple[dict[str, Estimate], dict[str, Estimate], dict[str, Estimate]]:
-    """Without what cannot be believed, in every group."""
-    how = _how(scores)
-    plain = scores.seen_mass is not None
-    first, second, third = {}, {}, {}
-    for key, one in i1_estimates.items():
-        other = i2_estimates.get(key)
-        apart = "" if unseen else reliability.disagreement_reason(one, other, plain_labels=plain)
-        first[key] = reliability.withhold(one, labels_unseen=unseen, disagreement=apart, **how)
-        if other is not None:
-            second[key] = reliability.withhold(
-                other, labels_unseen=unseen, only_labels=True, disagreement=apart, **how
+    for layer in layers:
+        key = f"layer {layer}"
+        if key not in geometry:
+            continue
+        bound = bounds.get(layer)
+        if bound is None:
+            geometry[key] = dataclasses.replace(geometry[key], reason="no Linear or Conv layer")
+        else:
+            geometry[key] = dataclasses.replace(
+                geometry[key],
+                frobenius_bound=_root_mean_square(bound.frobenius),
+                spectral_bound=_root_mean_square(bound.spectral),
+                weight_spectral_norm=bound.weight_spectral_norm,
+                weight_frobenius_norm=bound.weight_frobenius_norm,
+                reason=bound.reason or "",
             )
-        if key in ih_estimates:
-            third[key] = reliability.withhold(ih_estimates[key], **how)
-    return first, second, third
 
 
-def _without_residual(estimate: Estimate, reason: str) -> Estimate:
-    unknown = {**estimate.unknown, "trace": reason}
-    return dataclasses.replace(estimate, trace=None, unknown=unknown)
-
-
-def _numbers(scores: MomentsBatch) -> int:
-    """What the estimates of one group hold at once: Gram matrices, and products of three."""
-    record = next(iter(scores.parameters.values()))
-    if record.gram is None:
-        return record.squared_norms.numel()
-    passes = record.gram.shape[-1]
-    return record.gram.numel() * (passes if scores.draws is None else 1)
-
-
-def _with_chain(geometry: Geometry, bound: Any, wanted: bool) -> Geometry:
-    """(20) and (21) of a layer beside what they bound: root mean squares over the inputs."""
-    if bound is None:
-        reason = "no Linear or Conv layer" if wanted else ""
-        return dataclasses.replace(geometry, reason=reason)
-
-    def rms(x: Any) -> float | None:
-        return None if x is None else float(x.double().square().mean()) ** 0.5
-
-    return dataclasses.replace(
-        geometry,
-        frobenius_bound=rms(bound.frobenius),
-        spectral_bound=rms(bound.spectral),
-        weight_spectral_norm=bound.weight_spectral_norm,
-        weight_frobenius_norm=bound.weight_frobenius_norm,
-        reason=bound.reason or "",
-    )
+def _root_mean_square(x: Tensor | None) -> float | None:
+    return None if x is None else float(x.double().square().mean()) ** 0.5

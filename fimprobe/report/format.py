@@ -8,12 +8,16 @@ from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
 
-
 Row = tuple[str, ...]
+"""The cells of a row of a table."""
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many more there are.
+    """Return the first names, and the number of the others.
+
+    Args:
+        names: The names.
+        most: Number of names in the text.
 
     >>> some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -22,8 +26,17 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return all names as an enumeration.
+
+    >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
+    ('a', 'a and b', 'a, b and c')
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def align(rows: Sequence[Row]) -> list[str]:
-    """Lines of equal columns, the first to the left."""
+    """Return lines of equal columns, the first column aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -35,7 +48,11 @@ def align(rows: Sequence[Row]) -> list[str]:
 
 
 def trend(values: Sequence[float | None], show: Callable[[float | None], str]) -> str:
-    """First value, bars, last value; a dash where that is not known.
+    """Return the first value, bars and the last value, or a dash where all are unknown.
+
+    Args:
+        values: The values over time; None where unknown.
+        show: The format of a value.
 
     >>> trend([0.01, 0.1, None], percent)
     '     1 % ▁█         –'
@@ -46,9 +63,11 @@ def trend(values: Sequence[float | None], show: Callable[[float | None], str]) -
 
 
 def sparkline(values: Sequence[float | None], width: int = 16) -> str:
-    """Bars on a logarithmic scale from the least to the greatest; blank where nothing is known.
+    """Return bars on a logarithmic scale from the least to the greatest value.
 
-    Values that are not above 0 count as the least.
+    Args:
+        values: The values; an unknown one (None) is blank, one that is not positive is the least.
+        width: Number of bars; more values are subsampled.
 
     >>> sparkline([1, 10, 100, None, 1000, 0])
     '▁▃▆ █▁'
@@ -71,9 +90,9 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
 
 
 def subsample(items: Sequence[Any], most: int) -> list[Any]:
-    """At most ``most`` items, evenly spaced, the first and the last among them.
+    """Return at most ``most`` items, evenly spaced, with the first and the last one.
 
-    >>> thin(range(10), 4)
+    >>> subsample(range(10), 4)
     [0, 3, 6, 9]
     """
     last, shown = len(items) - 1, min(most, len(items))
@@ -81,7 +100,7 @@ def subsample(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def number(x: float | None) -> str:
-    """Three digits, or a dash.
+    """Return three digits, or a dash.
 
     >>> number(1234.5), number(0.00012345), number(None)
     ('1,230', '0.000123', '–')
@@ -93,7 +112,7 @@ def number(x: float | None) -> str:
 
 
 def percent(x: float | None) -> str:
-    """A share in percent.
+    """Return a share in percent, or a dash.
 
     >>> percent(0.1234), percent(12.345), percent(123456.7), percent(1e-9)
     ('12.3 %', '1,234 %', '12.3 million %', '< 0.001 %')
@@ -106,18 +125,18 @@ def percent(x: float | None) -> str:
     return f"{count(share) if float(f'{share:.3g}') >= 1e3 else f'{share:.3g}'} %"
 
 
-def times(ratio: float) -> str:
-    """How many times as much.
+def factor(ratio: float) -> str:
+    """Return a ratio with two digits, from 100 on as a whole number.
 
-    >>> times(0.123), times(99.9), times(2e6)
-    ('0.12×', '100×', '2 million×')
+    >>> factor(0.123), factor(99.9), factor(667.2), factor(2e6)
+    ('0.12', '100', '667', '2 million')
     """
     short = float(f"{ratio:.2g}")
-    return f"{count(ratio)}×" if short >= 100 else f"{short:.2g}×"
+    return count(ratio) if short >= 100 else f"{short:.2g}"
 
 
 def count(x: float | None) -> str:
-    """A number of pairs or inputs, at least one.
+    """Return a number of pairs or inputs, at least one, or a dash.
 
     >>> count(0.2), count(12345.6), count(123456), count(5.48e6), count(1e20)
     ('1', '12,346', '123,000', '5.48 million', '> 1,000 trillion')

@@ -1,4 +1,4 @@
-"""A report: estimates grouped by parameter, layer and model."""
+"""The report of one measurement: estimates by parameter, by layer and for the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.estimate import Estimate, GroupEstimates, OutputSummary
+from fimprobe.estimators.names import KEYS, LAYER_KEYS, RECORD_KEYS, UNBIASED_KEYS
 from fimprobe.report.table import format_table
 
 
@@ -17,48 +18,50 @@ def _no_advice(report: Report) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One measurement of one or more estimators, by parameter, by layer and for the model.
 
-    ``rel_error`` and ``std_error`` say how far off its numbers are; ``error_of`` and ``pairs_for``
-    how far off an estimator is with other numbers of inputs and labels.
+    ``rel_error`` and ``std_error`` are the errors of its numbers. ``error_of`` and ``pairs_for`` are
+    the errors of an estimator with other numbers of inputs and labels.
     """
 
     step: int
     batch_size: int
     draws: int | None
-    """Labels drawn for each input; None: exact expectation."""
+    """Labels drawn for each input; None for the exact expectation."""
     seconds: float
     likelihood: str
     parameters: dict[str, GroupEstimates]
     layers: dict[str, GroupEstimates]
     total: GroupEstimates
     coverage: dict[str, str] = field(default_factory=dict)
+    """How each parameter was measured."""
     kinks: list[str] = field(default_factory=list)
-    """Modules (or autograd nodes) that are not twice differentiable, where Î₂ was measured."""
+    """Modules or autograd nodes that are not twice differentiable, where Î₂ was measured."""
     notes: list[str] = field(default_factory=list)
-    """What was asked for and could not be measured, with the reason."""
+    """Requested quantities that could not be measured, with the reason."""
     sizes: list[tuple[float, float]] = field(default_factory=list)
-    """How large the entries of diag F̂ (Î₁) are: log10 of the lower end of half a decade, entries in
-    it; those that are not above 0 are left out. Empty of a sharded model."""
+    """Histogram of the positive entries of diag F̂ (Î₁): log10 of the lower end of half a decade, and
+    the number of entries in it. Empty for a sharded model."""
     seconds_by_part: dict[str, float] = field(default_factory=dict)
-    """Where the time went: forward, i1, ih, bounds, i2, and of that "i2 diagonal"."""
+    """Seconds of each part: forward, i1, ih, bounds, i2, and "i2 diagonal", which i2 includes."""
     advise: Callable[[Report], list[str]] = field(default=_no_advice, repr=False, compare=False)
-    """Makes ``advice`` when it is asked for."""
+    """Function that makes ``advice``."""
     label_sampling: str = "model"
-    """How the labels of the measurement came about: size_biased, model, or exact."""
+    """How the labels of the measurement were sampled: size_biased, model, or exact."""
     seen_mass: float | None = None
-    """Of labels drawn from the model: Σ‖δ‖² over its expectation; far from 1 nothing is known."""
+    """Σ‖δ‖² of labels drawn from the model over its expectation: far from 1 they miss F."""
     outputs: OutputSummary | None = None
     """tr I(h) of the outputs; with bounds also ‖I(h)‖_F and ‖M‖_F."""
     convergence: list[tuple[int, float]] = field(default_factory=list)
-    """Numbers n of inputs, and the relative spread of Î₁'s trace over groups of n inputs of this
-    report: it falls as 1/√n where inputs are independent. Empty where an error is not known."""
+    """Numbers n of inputs, and the relative standard deviation of the trace by Î₁ over groups of n
+    inputs of this report. It falls as 1/√n where inputs are independent. Empty where the error of the
+    trace is unknown."""
 
     @property
     def advice(self) -> list[str]:
-        """What the numbers say and what to do about it, in sentences."""
+        """Sentences on the meaning of the numbers, and on what to do."""
         return self.advise(self)
 
     def error_of(
@@ -69,18 +72,21 @@ class Report:
         labels: int | None = 1,
         layer: str | None = None,
     ) -> float | None:
-        """Relative error of an estimator with labels drawn from the model.
+        """Return the relative error of an estimator with labels drawn from the model.
 
-        √((V_x + V_y/S)/N) / ‖diag F‖₂, whatever labels this report was measured with.
+        It is √((V_x + V_y/S)/N) / ‖diag F‖₂, for any labels that this report was measured with.
 
         Args:
             estimator: "i1", "i2" or "ih".
-            inputs: N; None: as many as in this report.
-            labels: S for each input; None: exact.
-            layer: a layer's name; None: the whole model.
+            inputs: N; None for the number of this report.
+            labels: S for each input; None for exact labels.
+            layer: The name of a layer; None for the whole model.
+
+        Returns:
+            The error; None where it is unknown.
 
         Raises:
-            FimprobeError: an estimator or layer that was not measured.
+            FimprobeError: If the estimator or the layer was not measured.
         """
         return self._estimate(estimator, layer).error_of(
             inputs=self.batch_size if inputs is None else inputs, labels=labels
@@ -89,36 +95,36 @@ class Report:
     def pairs_for(
         self, estimator: str, eps: float = 0.1, *, layer: str | None = None
     ) -> float | None:
-        """Pairs (input, label) that an estimator takes for a relative error ``eps``."""
+        """Return the (input, label) pairs that an estimator needs for a relative error.
+
+        Args:
+            estimator: "i1", "i2" or "ih".
+            eps: The relative error.
+            layer: The name of a layer; None for the whole model.
+
+        Returns:
+            The number of pairs; None where it is unknown.
+
+        Raises:
+            FimprobeError: If the estimator or the layer was not measured.
+        """
         return self._estimate(estimator, layer).pairs_for(eps)
 
     def _estimate(self, estimator: str, layer: str | None) -> Estimate:
         group = self.total if layer is None else self.layers.get(layer)
         if group is None:
             known = ", ".join(map(repr, self.layers))
-            raise FimprobeError(f"layer={layer!r} was not measured; use one of {known}")
-        found = getattr(group, estimator, None) if estimator in ("i1", "i2", "ih") else None
-        if found is None:
-            known = ", ".join(k for k in ("i1", "i2", "ih") if getattr(group, k) is not None)
-            raise FimprobeError(f"estimator={estimator!r} was not measured; use one of {known}")
-        return found
+            raise FimprobeError(f"`layer` must be one of {known}, got {layer!r}.")
+        estimate = group.get(estimator) if estimator in UNBIASED_KEYS else None
+        if estimate is None:
+            known = ", ".join(repr(key) for key in UNBIASED_KEYS if group.get(key) is not None)
+            raise FimprobeError(
+                f"`estimator` must be one of {known}, got {estimator!r}. No other was measured."
+            )
+        return estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and names only: what JSON can hold."""
-
-        def group(g: GroupEstimates) -> dict[str, Any]:
-            found: dict[str, Any] = {"numel": g.numel, "i1": self._record(g.i1)}
-            for kind in ("i2", "ih", "empirical", "activation"):
-                estimate = getattr(g, kind)
-                if estimate is not None:
-                    found[kind] = self._record(estimate)
-            if g.geometry is not None:
-                found["geometry"] = {
-                    name: None if isinstance(x, float) and not math.isfinite(x) else x
-                    for name, x in dataclasses.asdict(g.geometry).items()
-                }
-            return found
-
+        """Return the report as numbers, names and lists, which JSON can hold."""
         return {
             "step": self.step,
             "batch_size": self.batch_size,
@@ -128,9 +134,9 @@ class Report:
             "label_sampling": self.label_sampling,
             "seen_mass": self.seen_mass,
             "outputs": None if self.outputs is None else dataclasses.asdict(self.outputs),
-            "total": group(self.total),
-            "layers": {name: group(g) for name, g in self.layers.items()},
-            "parameters": {name: group(g) for name, g in self.parameters.items()},
+            "total": self._group_record(self.total),
+            "layers": {name: self._group_record(g) for name, g in self.layers.items()},
+            "parameters": {name: self._group_record(g) for name, g in self.parameters.items()},
             "coverage": self.coverage,
             "kinks": self.kinks,
             "notes": self.notes,
@@ -140,11 +146,14 @@ class Report:
         }
 
     def scalars(self, layers: Collection[str] | None = None) -> dict[str, float]:
-        """What TensorBoard is given, by its tags: finite numbers only, for loggers of any kind.
+        """Return the finite numbers by their TensorBoard tags, for any logger.
 
-        ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
-        ``fim_layers/<layer>/<estimator>_<value>`` for each of ``layers`` (None: all; TensorBoard
-        charts fewer values of them), ``fim_outputs/<value>``, ``fim_probe/seconds``.
+        The tags are ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
+        ``fim_layers/<layer>/<estimator>_<value>`` for layers, ``fim_outputs/<value>`` and
+        ``fim_probe/seconds``.
+
+        Args:
+            layers: The layers to include; None for all. TensorBoard charts fewer values of them.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")
@@ -152,21 +161,21 @@ class Report:
         True
         """
         values: dict[str, float | None] = {}
-        for kind in ("i1", "i2", "ih", "empirical"):
-            total = getattr(self.total, kind)
+        for key in KEYS:
+            total = self.total.get(key)
             if total is not None:
-                values |= {f"fim/{kind}/{name}": getattr(total, name) for name in _TOTAL}
-                values |= {f"fim_bounds/{kind}/{name}": getattr(total, name) for name in _BOUNDS}
-                if kind != "empirical":
-                    values[f"fim/{kind}/pairs_for_10_percent"] = total.pairs_for(0.1)
-                    values[f"fim/{kind}/one_label_error"] = self._one_label_error(total)
+                values |= {f"fim/{key}/{name}": getattr(total, name) for name in _TOTAL}
+                values |= {f"fim_bounds/{key}/{name}": getattr(total, name) for name in _BOUNDS}
+                if key in UNBIASED_KEYS:
+                    values[f"fim/{key}/pairs_for_10_percent"] = total.pairs_for(0.1)
+                    values[f"fim/{key}/one_label_error"] = self._one_label_error(total)
         if self.outputs is not None:
             for name, value in dataclasses.asdict(self.outputs).items():
                 values[f"fim_outputs/{name}"] = value
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
             if layers is None or layer in layers:
-                values |= self._of_layer(f"fim_layers/{layer}/", group)
+                values |= self._layer_scalars(f"fim_layers/{layer}/", group)
         return {
             tag: float(value)
             for tag, value in values.items()
@@ -174,12 +183,25 @@ class Report:
         }
 
     def __str__(self) -> str:
-        """A table of the layers."""
+        """Return the table of the layers, with the advice."""
         return format_table(self.to_dict())
 
     def _one_label_error(self, estimate: Estimate) -> float | None:
-        """With one label for each of this report's inputs."""
+        """Return the relative error with one label for each of this report's inputs."""
         return estimate.error_of(inputs=self.batch_size, labels=1)
+
+    def _group_record(self, group: GroupEstimates) -> dict[str, Any]:
+        record: dict[str, Any] = {"numel": group.numel}
+        for key in RECORD_KEYS:
+            estimate = getattr(group, key)
+            if isinstance(estimate, Estimate):
+                record[key] = self._record(estimate)
+        if group.geometry is not None:
+            record["geometry"] = {
+                name: None if isinstance(x, float) and not math.isfinite(x) else x
+                for name, x in dataclasses.asdict(group.geometry).items()
+            }
+        return record
 
     def _record(self, e: Estimate) -> dict[str, Any]:
         values = {name: getattr(e, name) for name in _VALUES}
@@ -198,15 +220,15 @@ class Report:
         }
         return values | derived
 
-    def _of_layer(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
+    def _layer_scalars(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
-        for kind in ("i1", "i2"):
-            estimate = getattr(group, kind)
+        for key in LAYER_KEYS:
+            estimate = group.get(key)
             if estimate is not None:
                 for name in ("trace", "rel_error", "label_variance", "tightness", "trace_tightness"):
-                    values[f"{prefix}{kind}_{name}"] = getattr(estimate, name)
-                values[f"{prefix}{kind}_pairs_for_10_percent"] = estimate.pairs_for(0.1)
-                values[f"{prefix}{kind}_one_label_error"] = self._one_label_error(estimate)
+                    values[f"{prefix}{key}_{name}"] = getattr(estimate, name)
+                values[f"{prefix}{key}_pairs_for_10_percent"] = estimate.pairs_for(0.1)
+                values[f"{prefix}{key}_one_label_error"] = self._one_label_error(estimate)
         if group.activation is not None:
             values[f"{prefix}input_i1_trace"] = group.activation.trace
             values[f"{prefix}input_i1_label_variance"] = group.activation.label_variance
@@ -216,7 +238,7 @@ class Report:
         return values
 
 
-_NO_NUMBERS = (
+_NOT_NUMBERS = (
     "diagonal",
     "diagonal_label_variance",
     "diagonal_input_variance",
@@ -224,9 +246,8 @@ _NO_NUMBERS = (
     "unknown",
 )
 
-
-_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _NO_NUMBERS)
-
+_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _NOT_NUMBERS)
+"""The fields of an estimate that are numbers."""
 
 _TOTAL = (
     "trace",
@@ -237,7 +258,7 @@ _TOTAL = (
     "cosine",
     "trace_ratio",
 )
-
+"""The values of the whole model in charts."""
 
 _BOUNDS = (
     "total_label_variance",
@@ -250,3 +271,4 @@ _BOUNDS = (
     "tightness",
     "probe_error",
 )
+"""The bounds of the whole model in charts, and the norms next to them."""

@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: what was measured, with which settings, by what, on what."""
+"""The origin of a run's numbers: model, settings, versions and device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fimprobe.likelihoods.base import Likelihood
 from fimprobe.model.twin import trainable, unwrap
 
 OUTPUT_OPTIONS = ("tensorboard", "jsonl", "layers", "on_error")
-"""Options that change no number."""
+"""Options that do not change a number."""
 
 
 def collect_run_info(
@@ -28,7 +28,15 @@ def collect_run_info(
     decision: str,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Plain values (JSON) that a run's record starts with; ``config`` is whole, defaults included."""
+    """Return the information on a run as plain values, which JSON can hold.
+
+    Args:
+        model: The model in training.
+        config: The configuration, with its defaults.
+        likelihood: The likelihood.
+        decision: How the likelihood was decided.
+        processes: Number of processes that measure together.
+    """
     inner = unwrap(model)
     first = next(iter(trainable(model).values()))
     device = str(first.device)
@@ -52,12 +60,12 @@ def collect_run_info(
 
 
 def format_run_info(run: Mapping[str, Any]) -> dict[str, str]:
-    """The same in words, by what it is about; empty of a record that holds none (an old file)."""
+    """Return the information on a run in words, by subject; empty for an old file without it."""
     if not run:
         return {}
     processes = f", {run['processes']} processes" if run["processes"] > 1 else ""
     frozen = run["parameters"] - run["trainable"]
-    found = {
+    texts = {
         "Model": f"{run['model']}, {run['trainable']:,} trainable parameters ({run['dtype']})"
         + (f", {frozen:,} frozen" if frozen else ""),
         "Likelihood": f"{run['likelihood']} ({run['decision']})",
@@ -65,39 +73,48 @@ def format_run_info(run: Mapping[str, Any]) -> dict[str, str]:
         "Measured by": f"fimprobe {run['fimprobe']}, torch {run['torch']}, Python {run['python']}",
         "On": f"{run['device']}{processes}, from {run['began']}",
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
 def format_settings(config: Mapping[str, Any]) -> str:
-    """What was set otherwise than by default, of the options that change a number."""
+    """Return the settings that differ from the defaults, of the options that change a number."""
     default = Config().model_dump(mode="json", fallback=str)
-    found = [
+    settings = [
         f"{name} {_plain(value)}"
         for name, value in config.items()
         if name not in OUTPUT_OPTIONS and name != "likelihood" and value != default.get(name)
     ]
-    return ", ".join(found) or "the defaults"
+    return ", ".join(settings) or "the defaults"
 
 
 def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """How two runs' records differ: model, settings, versions, device; nothing of old files."""
+    """Return how the information on two runs differs: model, settings, versions, device.
+
+    Args:
+        a: The information on run A; empty for an old file.
+        b: The information on run B.
+
+    Returns:
+        A line for each difference; empty where one of the runs has no information.
+    """
     if not a or not b:
         return []
-    found = []
+    lines = []
     names = {"model": "model", "dtype": "numbers", "device": "device", "processes": "processes"}
     names |= {"fimprobe": "fimprobe", "torch": "torch", "decision": "likelihood decided by"}
-    for name, what in names.items():
+    for name, subject in names.items():
         if a[name] != b[name]:
-            found.append(f"{what}: A {a[name]}, B {b[name]}")
-    one, other = a["config"], b["config"]
-    for name in dict.fromkeys([*one, *other]):
-        if name not in OUTPUT_OPTIONS and one.get(name) != other.get(name):
-            found.append(f"{name}: A {_plain(one.get(name))}, B {_plain(other.get(name))}")
-    return found
+            lines.append(f"{subject}: A {a[name]}, B {b[name]}")
+    config_a, config_b = a["config"], b["config"]
+    for name in dict.fromkeys([*config_a, *config_b]):
+        value_a, value_b = config_a.get(name), config_b.get(name)
+        if name not in OUTPUT_OPTIONS and value_a != value_b:
+            lines.append(f"{name}: A {_plain(value_a)}, B {_plain(value_b)}")
+    return lines
 
 
 def _plain(value: Any) -> str:
-    """A setting as one line of YAML; keys that are not set are left out."""
+    """Return a setting as one line of YAML without the keys that are not set."""
     if isinstance(value, Mapping):
         inner = ", ".join(f"{k}: {_plain(v)}" for k, v in value.items() if v is not None)
         return f"{{{inner}}}"

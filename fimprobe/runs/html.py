@@ -1,32 +1,29 @@
-"""A run as one HTML page that needs nothing else: no script, no font, no request."""
+"""A run as one self-contained HTML page: no script, no font, no request."""
 
 from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from fimprobe.errors import FimprobeError
+from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
 from fimprobe.report.format import Row, number, percent, subsample
-from fimprobe.report.run_info import format_run_info
-from fimprobe.report.table import (
-    footnotes,
-    inputs_of,
-    labels_of,
-    make_rows,
-    make_trends,
-    need_of,
-    one_label_error,
-    pairs,
-    why_unknown,
-    without_numbers,
+from fimprobe.report.reasons import why_unknown, without_numbers
+from fimprobe.report.record import (
+    Record,
+    describe_inputs,
+    describe_labels,
+    error_with_drawn_labels,
+    format_pairs,
+    pairs_needed,
 )
+from fimprobe.report.run_info import format_run_info
+from fimprobe.report.table import footnotes, make_rows
+from fimprobe.report.trends import make_trends
 from fimprobe.runs.reader import Records, latest_training
 
-KINDS = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H", "empirical": "empirical"}
-
-MOST_STEPS = 30
-"""Rows of the table over steps."""
+MAX_STEPS = 30
+"""Rows of the table over steps; longer runs are subsampled evenly."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2229; --soft: #5c6672; --page: #ffffff; --card: #f4f6f8;
@@ -73,8 +70,8 @@ WORDS = {
     "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
     "the label and of the input; divided by the number of pairs and of inputs they give the error.",
     "pairs for 10 %": "(input, label) pairs, labels from the model, that a relative error of 10 % "
-    "takes; ± how well that is known.",
-    "–": "not measured, not defined, or unknown: the reasons stand below the table.",
+    "takes; ± its relative standard error.",
+    "–": "not measured, not defined, or unknown, for the reasons below the table.",
     "tr I(h), ‖I(h)‖, ‖M‖": "trace and norm of the outputs' Fisher information, and norm of their "
     "fourth moment, means over inputs: tr I(h) goes to 0 as the model grows confident.",
     "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight.",
@@ -82,20 +79,30 @@ WORDS = {
 
 
 def write_page(records: Records, target: str | Path) -> Path:
-    """Write the page of a run to ``target``.
+    """Write the page of a run.
 
-    Raises :class:`FimprobeError` where that cannot be written.
+    Args:
+        records: The run, as :func:`fimprobe.read` returns it.
+        target: The path of the page.
+
+    Returns:
+        The path.
+
+    Raises:
+        FimprobeError: If the file cannot be written.
     """
     path = Path(target)
     try:
         path.write_text(make_page(records), encoding="utf-8")
     except OSError as error:
-        raise FimprobeError(f"--html={str(path)!r} cannot be written: {error.strerror}") from None
+        raise FimprobeError(
+            f"`--html` must be a path that can be written, got {str(path)!r} ({error.strerror})."
+        ) from None
     return path
 
 
 def make_page(records: Records) -> str:
-    """The page: what it means first, then pictures, tables, and how it was measured."""
+    """Return the page: advice first, then figures, tables and the settings of the measurement."""
     reports = latest_training(records.reports)
     last = reports[-1]
     folder = records.path.resolve().parent
@@ -106,13 +113,13 @@ def make_page(records: Records) -> str:
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{escape(name)}</span></h1>",
         f"<p class=soft>{escape(_subject(records, last))} · {steps} · "
-        f"{inputs_of(last)}, {labels_of(last)}</p>",
+        f"{describe_inputs(last)}, {describe_labels(last)}</p>",
         *[f"<p><b>Careful:</b> {escape(note)}</p>" for note in records.notes],
         _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
         *[f"<li>{escape(line)}</li>" for line in last["advice"]],
         "</ul>",
-        _pictures(reports),
+        _figures(reports),
         f"<h2>Layers at step {last['step']:,}</h2>",
         _table(make_rows(last), total_last=True),
         f"<p class='soft notes'>{'<br>'.join(map(escape, footnotes(last)))}</p>",
@@ -136,50 +143,55 @@ def make_page(records: Records) -> str:
     )
 
 
-def _subject(records: Records, last: dict[str, Any]) -> str:
-    """The model, where the record tells it, and the family of its labels."""
+def _subject(records: Records, last: Record) -> str:
+    """Return the model, where the record has it, and the likelihood."""
     model = f"{records.run['model']}, " if records.run else ""
     return f"{model}{last['likelihood']}"
 
 
-def _tiles(report: dict[str, Any]) -> str:
+def _tiles(report: Record) -> str:
+    """Return the main numbers of the whole model, with what they mean."""
     total = report["total"]
-    e = total["i1"]
-    spread, told = "", "trace of F by Î₁"
-    if e["std_error"] is not None:
-        spread, told = f" ± {number(e['std_error'])}", f"{told} and its standard error"
+    estimate, inputs = total["i1"], describe_inputs(report)
     tiles: list[tuple[str, str]] = []
-    said: set[str] = set()
+    stated: set[str] = set()
 
-    def add(kind: str, field: str, value: float | None, shown: str, told: str) -> None:
-        """A tile; the first that lacks its value for a cause tells it."""
-        why = "" if value is not None else why_unknown(report, total, kind, field)
-        cause = without_numbers(why)
-        tiles.append((shown, told if not why or cause in said else f"{told}. Unknown: {why}"))
-        said.add(cause)
+    def add(key: str, field: str, value: float | None, shown: str, meaning: str) -> None:
+        """Add a tile; the first one without a value for a cause states the reason."""
+        reason = "" if value is not None else why_unknown(report, total, key, field)
+        cause = without_numbers(reason)
+        new = reason and cause not in stated
+        tiles.append((shown, f"{meaning}. Unknown: {reason}" if new else meaning))
+        stated.add(cause)
 
-    add("i1", "trace", e["trace"], number(e["trace"]) + spread, told)
-    error, size = e["rel_error"], inputs_of(report)
-    told = f"relative error of this report's F: {size}, {labels_of(report)}"
-    add("i1", "rel_error", error, percent(error), told)
-    for kind, name in KINDS.items():
-        if kind in total and kind != "empirical":
-            error = one_label_error(total[kind], report["batch_size"])
-            each = "1 random vector" if kind == "ih" else "1 label from the model"
-            told = f"relative error of {name}: {size}, {each} each"
-            add(kind, "one_label_error", error, percent(error), told)
-    need = need_of(e)
-    add("i1", "pairs_for_10_percent", need, pairs(e), "(input, label) pairs for 10 % by Î₁")
+    margin, meaning = "", "trace of F by Î₁"
+    if estimate["std_error"] is not None:
+        margin = f" ± {number(estimate['std_error'])}"
+        meaning += " and its standard error"
+    add("i1", "trace", estimate["trace"], number(estimate["trace"]) + margin, meaning)
+    error = estimate["rel_error"]
+    meaning = f"relative error of this report's F: {inputs}, {describe_labels(report)}"
+    add("i1", "rel_error", error, percent(error), meaning)
+    for key in UNBIASED_KEYS:
+        if key in total:
+            error = error_with_drawn_labels(total[key], report["batch_size"])
+            draw = "1 random vector" if key == "ih" else "1 label from the model"
+            meaning = f"relative error of {SYMBOLS[key]}: {inputs}, {draw} each"
+            add(key, "one_label_error", error, percent(error), meaning)
+    pairs = pairs_needed(estimate)
+    meaning = "(input, label) pairs for 10 % by Î₁"
+    add("i1", "pairs_for_10_percent", pairs, format_pairs(estimate), meaning)
     outputs = report.get("outputs") or {}
     if outputs.get("fisher_trace") is not None:
         tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
     inner = "".join(
-        f"<div class=tile><b>{escape(v)}</b><span>{escape(t)}</span></div>" for v, t in tiles
+        f"<div class=tile><b>{escape(shown)}</b><span>{escape(meaning)}</span></div>"
+        for shown, meaning in tiles
     )
     return f"<div class=tiles>{inner}</div>"
 
 
-def _pictures(reports: list[dict[str, Any]]) -> str:
+def _figures(reports: list[Record]) -> str:
     try:
         from fimprobe.plots.gallery import make_figures
         from fimprobe.plots.style import to_svg
@@ -190,15 +202,15 @@ def _pictures(reports: list[dict[str, Any]]) -> str:
             "<p class=soft>No pictures: matplotlib is not installed. "
             "<code>pip install 'fimprobe[plots]'</code>, then write this page again.</p>"
         )
-    parts = []
-    for i, picture in enumerate(make_figures(reports)):
-        svg = to_svg(picture.figure, f"picture{i}")
-        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(picture.title)}" ', 1)
-        parts.append(
-            f"<section><h2>{escape(picture.title)}</h2>"
-            f"<p class=soft>{escape(picture.caption)}</p><figure>{svg}</figure></section>"
+    sections = []
+    for i, entry in enumerate(make_figures(reports)):
+        svg = to_svg(entry.figure, f"picture{i}")
+        svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(entry.title)}" ', 1)
+        sections.append(
+            f"<section><h2>{escape(entry.title)}</h2>"
+            f"<p class=soft>{escape(entry.caption)}</p><figure>{svg}</figure></section>"
         )
-    return "<div class=pictures>" + "\n".join(parts) + "</div>"
+    return "<div class=pictures>" + "\n".join(sections) + "</div>"
 
 
 def _table(rows: list[Row], *, total_last: bool = False) -> str:
@@ -214,48 +226,50 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
     )
 
 
-def _over_steps(reports: list[dict[str, Any]]) -> list[Row]:
-    """Every estimator's trace and errors over steps."""
-    kinds = [kind for kind in KINDS if kind in reports[-1]["total"]]
+def _over_steps(reports: list[Record]) -> list[Row]:
+    """Return the trace and the errors of every estimator over steps."""
+    keys = [key for key in KEYS if key in reports[-1]["total"]]
     rows: list[Row] = [("step",)]
-    for kind in kinds:
-        rows[0] += (f"{KINDS[kind]}: trace", "± s.e.", "rel. error")
-        rows[0] += () if kind == "empirical" else ("1 label", "pairs for 10 %")
-    for report in subsample(reports, MOST_STEPS):
+    for key in keys:
+        rows[0] += (f"{SYMBOLS[key]}: trace", "± s.e.", "rel. error")
+        rows[0] += ("1 label", "pairs for 10 %") if key in UNBIASED_KEYS else ()
+    for report in subsample(reports, MAX_STEPS):
         row: Row = (f"{report['step']:,}",)
-        for kind in kinds:
-            e = report["total"].get(kind, {})
-            row += (number(e.get("trace")), number(e.get("std_error")))
-            row += (percent(e.get("rel_error")),)
-            if kind != "empirical":
-                row += (percent(one_label_error(e, report["batch_size"])), pairs(e))
+        for key in keys:
+            estimate = report["total"].get(key, {})
+            row += (number(estimate.get("trace")), number(estimate.get("std_error")))
+            row += (percent(estimate.get("rel_error")),)
+            if key in UNBIASED_KEYS:
+                error = error_with_drawn_labels(estimate, report["batch_size"])
+                row += (percent(error), format_pairs(estimate))
         rows.append(row)
     return rows
 
 
-def _about(records: Records, last: dict[str, Any]) -> str:
-    """What was measured and how, each parameter's coverage, and the words used."""
-    kinds = ", ".join(name for kind, name in KINDS.items() if kind in last["total"])
+def _about(records: Records, last: Record) -> str:
+    """Return the settings of the measurement, the coverage of the parameters, and the glossary."""
+    symbols = ", ".join(SYMBOLS[key] for key in KEYS if key in last["total"])
     bounds = "measured" if last["total"]["i1"].get("bound") is not None else "not measured"
-    told = {name: escape(text) for name, text in format_run_info(records.run).items()} | {
+    run_info = {name: escape(text) for name, text in format_run_info(records.run).items()}
+    facts = run_info | {
         "Family of the labels": escape(str(last["likelihood"])),
         "Inputs of each report": f"{last['batch_size']:,}",
-        "Labels": labels_of(last),
-        "Estimators": kinds,
+        "Labels": describe_labels(last),
+        "Estimators": symbols,
         "Bounds": bounds,
         "Parameters": f"{last['total']['numel']:,} in {len(last['layers']):,} layers",
         "Seconds of the last report": f"{last['seconds']:.3g}",
         "Not twice differentiable": escape("; ".join(last.get("kinks", []))) or "–",
         "File": f"<code>{escape(str(records.path.resolve()))}</code>",
     }
-    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in told.items())
-    words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(what)}</dd>" for w, what in WORDS.items())
+    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
+    words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in WORDS.items())
     coverage = [("parameter", "measured by"), *last.get("coverage", {}).items()]
-    left = sum(how.startswith("left") for _, how in coverage)
-    of = f"{len(coverage) - 1:,} parameters" + (f", {left} left out" if left else "")
+    left_out = sum(how.startswith("left") for _, how in coverage)
+    parameters = f"{len(coverage) - 1:,} parameters" + (f", {left_out} left out" if left_out else "")
     return (
         f"<h2>How it was measured</h2><dl>{items}</dl>"
-        f"<details><summary>How each parameter was measured ({of})</summary>"
+        f"<details><summary>How each parameter was measured ({parameters})</summary>"
         f"{_table(coverage)}</details>"
         f"<h2>Words</h2><dl>{words}</dl>"
     )

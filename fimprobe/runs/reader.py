@@ -1,4 +1,4 @@
-"""Reading back what a run wrote: the reports, and one tidy row for each estimate in them."""
+"""Read the reports of a run from its file, and one tidy row for each estimate in them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fimprobe.errors import FimprobeError
+from fimprobe.estimators.names import RECORD_KEYS
 from fimprobe.sinks.jsonl import FILE_NAME
 
 logger = logging.getLogger("fimprobe")
 
-DEPTH = 4
-"""Folders below the one given that are searched: ``output_dir/runs/<time>/fimprobe`` is three."""
+MAX_DEPTH = 4
+"""Depth of the search below a folder: ``output_dir/runs/<time>/fimprobe`` is at depth three."""
 
-ESTIMATORS = ("i1", "i2", "ih", "empirical", "activation", "geometry")
+_STARTS = ('{"step": ', '{"run": ')
+"""Starts of the lines that fimprobe writes."""
 
 
 class _Lines(NamedTuple):
-    """What a file holds."""
+    """The parsed lines of a file, and its defects."""
 
     reports: list[dict[str, Any]]
     runs: list[dict[str, Any]]
@@ -28,55 +30,63 @@ class _Lines(NamedTuple):
 
 
 class Records(list[dict[str, Any]]):
-    """Rows ``step, group, name, estimator, numel`` and the values of that estimate.
+    """Rows with ``step``, ``group``, ``name``, ``estimator``, ``numel`` and an estimate's values.
 
-    ``group`` is "total", "layer" or "parameter"; ``estimator`` "i1", "i2", "ih", "empirical", and of
-    layers "activation" (Î₁ of the layer's input), and "geometry" (norms and the bounds (20), (21)).
-    Values are named and defined as in :class:`fimprobe.Estimate` and :class:`fimprobe.Geometry`;
-    None is unknown.
+    ``group`` is "total", "layer" or "parameter". ``estimator`` is "i1", "i2", "ih" or "empirical";
+    for layers also "activation" (Î₁ of the layer's input) and "geometry" (norms and the bounds (20),
+    (21)). Values have the names of :class:`fimprobe.Estimate` and :class:`fimprobe.Geometry`; None
+    is unknown.
     """
 
     def __init__(self, path: Path, lines: _Lines) -> None:
         super().__init__(row for report in lines.reports for row in _rows(report))
         self.path = path
-        """The file that was read."""
+        """The path of the file."""
         self.reports = lines.reports
-        """The reports as :meth:`fimprobe.Report.to_dict` gives them, in the order of the file."""
+        """The reports as :meth:`fimprobe.Report.to_dict` returns them, in the order of the file."""
         self.runs = lines.runs
-        """What was measured and how: model, settings (``config``), likelihood and how it was decided,
-        versions, device; from ``first_step`` on. A training that resumed has one for each part."""
+        """Model, settings (``config``), likelihood and its origin, versions and device, from
+        ``first_step`` on. A training that resumed has one for each part."""
         self.notes = lines.notes
-        """What is wrong with the file."""
+        """The defects of the file."""
 
     @property
     def run(self) -> dict[str, Any]:
-        """The newest of ``runs``; empty for files of versions that did not write it."""
+        """The newest of ``runs``; empty for the file of an older version, which did not write it."""
         return self.runs[-1] if self.runs else {}
 
     def frame(self) -> Any:
-        """The rows as a pandas ``DataFrame``; what a row does not have is NaN.
+        """Return the rows as a pandas ``DataFrame``, with NaN for values that a row does not have.
 
-        Raises :class:`FimprobeError` where pandas is not installed.
+        Raises:
+            FimprobeError: If pandas is not installed.
         """
         try:
             import pandas
         except ImportError:
             raise FimprobeError(
-                "frame() needs pandas; run: pip install pandas (the rows themselves are plain dicts)"
+                "frame() needs pandas, which is not installed. Run pip install pandas, or use the "
+                "rows, which are plain dicts."
             ) from None
         return pandas.DataFrame(list(self))
 
 
 def read(run: str | Path) -> Records:
-    """The reports of a run, read back from the ``fimprobe.jsonl`` that it wrote (or is writing).
+    """Read the reports of a run from its ``fimprobe.jsonl``, also while the run still writes.
 
-    ``run`` is the folder that ``attach`` printed, a Trainer's run or a folder further out that holds
-    a single one, or the file. A last line that a crash tore is left out, which is said (logger
-    ``fimprobe``, ``.notes``).
+    A torn last line (after a crash) is left out, with a warning (logger ``fimprobe``) and a note in
+    ``.notes``.
+
+    Args:
+        run: The folder that ``attach`` printed, a folder above it that has a single run, such as that
+            of a Trainer, or the file itself.
+
+    Returns:
+        The rows, with the reports in ``.reports``.
 
     Raises:
-        FimprobeError: where there is no such file, none with a report, one that fimprobe did not
-            write, or several (named in the message).
+        FimprobeError: If there is no such file, several of them, none with a report, or one that
+            fimprobe did not write.
 
     >>> import tempfile, torch, fimprobe
     >>> folder, net = tempfile.mkdtemp(), torch.nn.Linear(2, 2)
@@ -101,101 +111,109 @@ def read(run: str | Path) -> Records:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The files of the runs in a folder and below, newest first; its own alone where it has one."""
+    """Return the file of a folder, or else the files of the runs below it, newest first."""
     if (folder / FILE_NAME).is_file():
         return [folder / FILE_NAME]
-    found = []
-    for inside, inner, files in os.walk(folder):
-        if len(Path(inside).relative_to(folder).parts) >= DEPTH:
-            inner.clear()
+    paths = []
+    for inside, subfolders, files in os.walk(folder):
+        if len(Path(inside).relative_to(folder).parts) >= MAX_DEPTH:
+            subfolders.clear()
         if FILE_NAME in files:
-            found.append(Path(inside) / FILE_NAME)
-    return sorted(found, key=lambda file: -file.stat().st_mtime)
+            paths.append(Path(inside) / FILE_NAME)
+    return sorted(paths, key=lambda path: -path.stat().st_mtime)
 
 
 def latest_training(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reports since the step last went back: of several trainings in one file, the newest."""
-    backs = [i for i in range(1, len(reports)) if reports[i]["step"] <= reports[i - 1]["step"]]
-    return reports[backs[-1] :] if backs else reports
+    """Return the reports since the step last decreased: the newest training of a file."""
+    starts = [i for i in range(1, len(reports)) if reports[i]["step"] <= reports[i - 1]["step"]]
+    return reports[starts[-1] :] if starts else reports
 
 
 def _find(path: Path) -> Path:
-    """The file of a run."""
+    """Return the file of a run."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise FimprobeError(
-            f"run={str(path)!r} does not exist; pass the directory that attach() printed"
+            f"`run` must be a directory with a {FILE_NAME}, got {str(path)!r}, which does not exist. "
+            "Pass the directory that attach() printed."
         )
-    found = find_runs(path)
-    if not found:
+    paths = find_runs(path)
+    if not paths:
         raise FimprobeError(
-            f"run={str(path)!r} holds no {FILE_NAME}; pass the directory that attach() printed"
+            f"`run` must be a directory with a {FILE_NAME}, got {str(path)!r}, which has none. Pass "
+            "the directory that attach() printed."
         )
-    if len(found) > 1:
-        names = "".join(f"\n  {file.parent}" for file in found[:10])
-        more = f"\n  and {len(found) - 10} older" if len(found) > 10 else ""
+    if len(paths) > 1:
+        names = "".join(f"\n  {file.parent}" for file in paths[:10])
+        more = f"\n  and {len(paths) - 10} older" if len(paths) > 10 else ""
         raise FimprobeError(
-            f"run={str(path)!r} holds {len(found)} runs; pass one (newest first):{names}{more}"
+            f"`run` must be a directory with a single run, got {str(path)!r}, which has {len(paths)} "
+            f"runs. Pass one of them (newest first):{names}{more}"
         )
-    return found[0]
+    return paths[0]
 
 
 def _load(path: Path) -> _Lines:
-    """The lines of a file, and what is wrong with it."""
-    reports: list[dict[str, Any]] = []
-    runs: list[dict[str, Any]] = []
-    notes: list[str] = []
-    torn = 0
+    """Return the lines of a file, and its defects."""
+    lines = _Lines(reports=[], runs=[], notes=[])
+    torn_line = 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                report = json.loads(line)
+                record = json.loads(line)
             except json.JSONDecodeError:
-                if not any(
-                    line.startswith(start[: len(line)]) for start in ('{"step": ', '{"run": ')
-                ):
-                    raise _foreign(path, number) from None
-                torn = number
-                what = "torn (a crash, or still being written)" if line[-1] != "\n" else "damaged"
-                notes.append(f"{path}: line {number} is {what}; its report is left out")
+                if not any(line.startswith(start[: len(line)]) for start in _STARTS):
+                    raise _foreign_file(path, number) from None
+                torn_line = number
+                defect = "damaged"
+                if line[-1] != "\n":
+                    defect = "torn (a crash, or still being written)"
+                lines.notes.append(f"{path}: line {number} is {defect}; its report is left out")
                 continue
-            if isinstance(report, dict) and "first_step" in (report.get("run") or ()):
-                runs.append(report["run"])
-                continue
-            if not isinstance(report, dict) or not {"step", "total", "layers"} <= set(report):
-                raise _foreign(path, number)
-            if reports and report["step"] <= reports[-1]["step"]:
-                notes.append(
-                    f"{path}: steps go back from {reports[-1]['step']} to {report['step']} at line "
-                    f"{number}: more than one training wrote here"
-                )
-            reports.append(report)
-    if not reports:
-        why = f"line {torn} is torn" if torn else "the file is empty"
-        raise FimprobeError(f"run={str(path)!r} holds no report yet ({why}); try again later")
-    return _Lines(reports, runs, notes)
+            _add_record(lines, record, path, number)
+    if not lines.reports:
+        reason = f"line {torn_line} is torn" if torn_line else "the file is empty"
+        raise FimprobeError(
+            f"`run` must have a report, got {str(path)!r} without one ({reason}). Try again later."
+        )
+    return lines
 
 
-def _foreign(path: Path, line: int) -> FimprobeError:
+def _add_record(lines: _Lines, record: Any, path: Path, number: int) -> None:
+    """Add the record of line ``number`` to the reports or to the runs."""
+    if isinstance(record, dict) and "first_step" in (record.get("run") or ()):
+        lines.runs.append(record["run"])
+        return
+    if not isinstance(record, dict) or not {"step", "total", "layers"} <= set(record):
+        raise _foreign_file(path, number)
+    if lines.reports and record["step"] <= lines.reports[-1]["step"]:
+        lines.notes.append(
+            f"{path}: steps go back from {lines.reports[-1]['step']} to {record['step']} at line "
+            f"{number}: more than one training wrote here"
+        )
+    lines.reports.append(record)
+
+
+def _foreign_file(path: Path, line: int) -> FimprobeError:
     return FimprobeError(
-        f"run={str(path)!r} was not written by fimprobe: line {line} is no report; pass the "
-        f"directory that attach() printed, or its {FILE_NAME}"
+        f"`run` must be a file that fimprobe wrote, got {str(path)!r}, whose line {line} is not a "
+        f"report. Pass the directory that attach() printed, or its {FILE_NAME}."
     )
 
 
 def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each estimate of a report: the model's, the layers', the parameters'."""
+    """Return one row for each estimate of a report: of the model, the layers, the parameters."""
     groups = [("total", "total", report["total"])]
     groups += [("layer", name, group) for name, group in report["layers"].items()]
     groups += [("parameter", name, group) for name, group in report.get("parameters", {}).items()]
     return [
-        {"step": report["step"], "group": kind, "name": name, "estimator": estimator}
+        {"step": report["step"], "group": kind, "name": name, "estimator": key}
         | {"numel": group["numel"]}
-        | group[estimator]
+        | group[key]
         for kind, name, group in groups
-        for estimator in ESTIMATORS
-        if estimator in group
+        for key in RECORD_KEYS
+        if key in group
     ]

@@ -1,4 +1,4 @@
-"""Runs in the terminal: with ``rich`` where it is installed and someone looks, else plain lines."""
+"""Runs in the terminal: tables by ``rich`` where it is installed, else plain lines."""
 
 from __future__ import annotations
 
@@ -12,29 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from fimprobe.errors import FimprobeError
+from fimprobe.report.comparison import find_differences, make_comparison
 from fimprobe.report.format import Row, align, percent
+from fimprobe.report.record import error_with_drawn_labels, summary_line
 from fimprobe.report.run_info import differing_settings, format_run_info
-from fimprobe.report.table import (
-    OPTIONAL_COLUMNS,
-    differences,
-    footnotes,
-    format_table,
-    format_trend,
-    format_trends,
-    make_comparison,
-    make_rows,
-    make_trends,
-    one_label_error,
-    summary_line,
-)
+from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, format_table, make_rows
+from fimprobe.report.trends import format_trend, format_trends, make_trends
 from fimprobe.runs.reader import read
 
-MOST_RUNS = 20
+MAX_RUNS = 20
 """Runs in the list of a folder."""
 
 
 def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) -> None:
-    """The last report's table and advice, the trends of the run, and how it was measured."""
+    """Print the last report's table and advice, the trends of the run, and how it was measured.
+
+    Args:
+        records: The reports of the run.
+        top: Number of layers in the table.
+        run: The information on the run; empty for an old file.
+    """
     last, console = records[-1], _console()
     if console is None:
         print(format_table(last, top=top))
@@ -44,9 +41,11 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         for line in footnotes(last, top):
             console.print(_plain(line))
         _advice(console, last["advice"])
-    left = len(last["layers"]) - top
-    if left > 0:
-        print(f"({left} layers that need fewer pairs are not shown: --top {len(last['layers'])})")
+    not_shown = len(last["layers"]) - top
+    if not_shown > 0:
+        print(
+            f"({not_shown} layers that need fewer pairs are not shown: --top {len(last['layers'])})"
+        )
     if len(records) > 1:
         print("\n" + format_trend(records) + "\n")
         if console is None:
@@ -55,10 +54,10 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
             steps = f"{records[0]['step']} to {last['step']}"
             _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
             _table(console, make_trends(records))
-    told = format_run_info(run)
-    if told:
+    run_info = format_run_info(run)
+    if run_info:
         print()
-    for name, text in told.items():
+    for name, text in run_info.items():
         print(f"{name + ':':12} {text}")
 
 
@@ -68,12 +67,19 @@ def show_comparison(
     top: int,
     runs: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> None:
-    """Two runs: their last reports side by side, and the trends of both."""
+    """Print the last reports of two runs side by side, and the trends of both.
+
+    Args:
+        a: The reports of run A.
+        b: The reports of run B.
+        top: Number of layers in the table.
+        runs: The information on both runs; empty for an old file.
+    """
     console = _console()
-    for told in differences(a[-1], b[-1]):
-        print(f"Careful: {told}")
-    for told in differing_settings(*runs):
-        print(f"Measured differently: {told}")
+    for difference in find_differences(a[-1], b[-1]):
+        print(f"Careful: {difference}")
+    for setting in differing_settings(*runs):
+        print(f"Measured differently: {setting}")
     rows = make_comparison(a[-1], b[-1], top)
     title = f"Î₁ at step {a[-1]['step']} of A and step {b[-1]['step']} of B"
     if console is None:
@@ -87,9 +93,14 @@ def show_comparison(
 
 
 def show_list(folder: str, files: list[Path]) -> None:
-    """The runs in a folder, newest first, and how to look at one or two of them."""
+    """Print the runs in a folder, and the commands that show one or two of them.
+
+    Args:
+        folder: The folder.
+        files: The files of its runs, newest first.
+    """
     rows: list[Row] = [("run", "reports", "last step", "Î₁: 1 label", "written")]
-    for file in files[:MOST_RUNS]:
+    for file in files[:MAX_RUNS]:
         try:
             records = read(file)
         except FimprobeError:  # no report yet
@@ -97,20 +108,20 @@ def show_list(folder: str, files: list[Path]) -> None:
         else:
             last = records.reports[-1]
             row = (f"{len(records.reports):,}", f"{last['step']:,}")
-            row += (percent(one_label_error(last["total"]["i1"], last["batch_size"])),)
-        at = datetime.fromtimestamp(file.stat().st_mtime)
-        rows.append((str(file.parent), *row, f"{at:%Y-%m-%d %H:%M}"))
+            row += (percent(error_with_drawn_labels(last["total"]["i1"], last["batch_size"])),)
+        written = datetime.fromtimestamp(file.stat().st_mtime)
+        rows.append((str(file.parent), *row, f"{written:%Y-%m-%d %H:%M}"))
     print(f"{folder} holds {len(files)} runs, newest first:\n")
     print("\n".join(align(rows)))
-    if len(files) > MOST_RUNS:
-        print(f"and {len(files) - MOST_RUNS} older")
+    if len(files) > MAX_RUNS:
+        print(f"and {len(files) - MAX_RUNS} older")
     print(f"\nOne of them:      fimprobe show {shlex.quote(rows[1][0])}")
     both = " ".join(shlex.quote(row[0]) for row in rows[1:3])
     print(f"Two side by side: fimprobe show {both}")
 
 
 def _console() -> Any:
-    """rich's console; None where there is none, or the output goes to a file or another program."""
+    """Return rich's console; None without rich, or for output to a file or another program."""
     if not sys.stdout.isatty():
         return None
     try:
@@ -130,27 +141,13 @@ def _advice(console: Any, lines: list[str]) -> None:
 
 
 def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
-    """Heads wrap where the terminal is narrow; relative errors are coloured by how bad they are."""
+    """Print a table; heads wrap where the terminal is narrow, relative errors have colours."""
     from rich import box
     from rich.table import Table
 
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, (*column[0].split(), *column[1:]))) for column in columns]
-    kept, left = list(range(len(widths))), []
-    while len(kept) > 1 and sum(widths[i] + 3 for i in kept) > console.width:
-        # a number cut in two is worse than one left out
-        ranks = [
-            (
-                OPTIONAL_COLUMNS.index(rows[0][i])
-                if rows[0][i] in OPTIONAL_COLUMNS
-                else len(OPTIONAL_COLUMNS),
-                -i,
-            )
-            for i in kept[1:]
-        ]
-        left.append(kept.pop(1 + ranks.index(min(ranks))))
+    shown, widths = _fitting_columns(rows, console.width)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in kept:
+    for i in shown:
         table.add_column(
             _plain(rows[0][i]), justify="right" if i else "left", min_width=widths[i], overflow="fold"
         )
@@ -158,24 +155,44 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
     for row in rows[1:]:
         if total_last and row is rows[-1]:
             table.add_section()
-        cells = [_colour(row[i]) if i in errors else _plain(row[i]) for i in kept]
+        cells = [_colour(row[i]) if i in errors else _plain(row[i]) for i in shown]
         table.add_row(*cells, style="bold" if total_last and row is rows[-1] else None)
     console.print(table)
-    if left:
-        names = ", ".join(rows[0][i] for i in sorted(left))
-        console.print(f"(a wider terminal also shows {_plain(names)})")
+    if len(shown) < len(widths):
+        hidden = ", ".join(head for i, head in enumerate(rows[0]) if i not in shown)
+        console.print(f"(a wider terminal also shows {_plain(hidden)})")
+
+
+def _fitting_columns(rows: list[Row], total_width: int) -> tuple[list[int], list[int]]:
+    """Return the columns that fit into a width, and the least widths of all columns.
+
+    A whole column is left out before a number is cut in two: the optional ones in their order, then
+    from the right. The first column always stays.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, (*head.split(), *cells))) for head, *cells in columns]
+    shown = list(range(len(widths)))
+
+    def rank(i: int) -> tuple[int, int]:
+        head = rows[0][i]
+        optional = head in OPTIONAL_COLUMNS
+        return OPTIONAL_COLUMNS.index(head) if optional else len(OPTIONAL_COLUMNS), -i
+
+    while len(shown) > 1 and sum(widths[i] + 3 for i in shown) > total_width:
+        shown.remove(min(shown[1:], key=rank))
+    return shown, widths
 
 
 def _colour(cell: str) -> str:
-    """A share in percent, green to 10, yellow to 50, red above."""
-    found = re.fullmatch(r"(?:< )?([\d.,]+)( \w+)? %|> .* %", cell)
-    if found is None:  # a dash, or a trend
+    """Return a share in percent in green up to 10, in yellow up to 50, else in red."""
+    match = re.fullmatch(r"(?:< )?([\d.,]+)( \w+)? %|> .* %", cell)
+    if match is None:  # a dash, or a trend
         return _plain(cell)
-    share = float(found[1].replace(",", "")) if found[1] and not found[2] else math.inf
+    share = float(match[1].replace(",", "")) if match[1] and not match[2] else math.inf
     color = "green" if share <= 10 else "yellow" if share <= 50 else "red"
     return f"[{color}]{cell}[/{color}]"
 
 
 def _plain(text: str) -> str:
-    """Brackets that rich shall not read as markup."""
+    """Return a text whose brackets rich does not read as markup."""
     return text.replace("[", "\\[")

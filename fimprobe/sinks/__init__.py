@@ -1,1 +1,1 @@
-"""Where reports go."""
+"""Sinks: the destinations of reports."""

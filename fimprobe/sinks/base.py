@@ -1,4 +1,4 @@
-"""The protocol of a sink."""
+"""The protocol of sinks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Sink(Protocol):
-    """Takes reports: TensorBoard, a file, memory, or a user's own."""
+    """A destination of reports: TensorBoard, a file, memory, or a custom one."""
 
     def write(self, report: Report) -> None:
         """Store one report."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush, and release files and locks."""

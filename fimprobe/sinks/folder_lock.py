@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that ends with its process, so a crash leaves nothing in the way."""
+"""One writer for a folder: a lock that ends with its process, so that a crash blocks nobody."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from fimprobe.errors import FimprobeError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: two writers are not noticed there
+except ImportError:  # Windows has no flock: two writers are not detected there
     fcntl = None  # type: ignore[assignment]
 
 FILE_NAME = "fimprobe.lock"
 
 
 _held_locks: dict[Path, FolderLock] = {}
-"""The folders that this process holds."""
+"""The locks of this process, by resolved folder."""
 
 
 class FolderLock:
-    """Holds ``folder`` until ``release`` or the end of the process; ``held`` tells whether it does.
+    """Holds a folder until ``release`` or the end of the process.
 
     The file stays; what counts is the system's lock on it, which no dead process holds.
-    ``take_over``: of a writer of this process that was left open, as by a training that failed in a
-    notebook and resumes there; that one is then no longer ``held``.
+
+    Args:
+        folder: The folder to write to; it is made if missing.
+        take_over: Whether to end the lock of another writer of this process, which was left open. A
+            training that failed in a notebook and resumes there is such a writer.
 
     Raises:
-        FimprobeError: where another probe holds the folder.
+        FimprobeError: If another probe holds the folder.
     """
 
     def __init__(self, folder: str | Path, *, take_over: bool = False) -> None:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         self._path = path.resolve()
-        before = _held_locks.get(self._path)
-        if take_over and before is not None:
-            before.release()
+        previous = _held_locks.get(self._path)
+        if take_over and previous is not None:
+            previous.release()
         self._file = (path / FILE_NAME).open("a+")
         try:
             self._acquire()
@@ -51,11 +54,11 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether the folder is still this one's to write to."""
+        """Whether this lock still holds the folder."""
         return not self._file.closed
 
     def release(self) -> None:
-        """Let go; doing so again does nothing."""
+        """Release the folder. Calling it again does nothing."""
         if self.held:
             self._file.close()
             _held_locks.pop(self._path, None)
@@ -69,8 +72,8 @@ class FolderLock:
             self._file.seek(0)
             owner = self._file.read().strip() or "unknown"
             raise FimprobeError(
-                f"log_dir={str(self._path)!r} is being written by another probe (process {owner}); "
-                "two writers would mix their charts: detach() that one, or pass another log_dir"
+                f"`log_dir` must be a folder of its own, but {str(self._path)!r} is being written by "
+                f"another probe (process {owner}). Call detach() on that one, or pass another folder."
             ) from None
         except OSError:  # a file system without locks
             pass

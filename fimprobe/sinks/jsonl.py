@@ -1,4 +1,4 @@
-"""One JSON object a line: what a run is, then its reports; what ``fimprobe show`` reads."""
+"""JSON lines: one object that describes the run, then one for each report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ FILE_NAME = "fimprobe.jsonl"
 
 
 class JsonlSink:
-    """Appends to ``path``; every line is on disk when ``write`` returns.
+    """Appends reports to a file; every line is on disk when ``write`` returns.
 
-    ``run`` tells what is measured and how; asked at the first report, it gets the line before it,
-    ``{"run": {"first_step": ..., ...}}``. ``purge_step``: where a training resumes; lines of this
-    step and later ones are dropped first, and the resumed run gets a ``run`` line of its own.
+    Args:
+        path: The file; folders are made.
+        run: Returns what is measured and how. It is called at the first report and written before
+            it, as ``{"run": {"first_step": ..., ...}}``.
+        purge_step: Step at which a training resumes. Lines of this step and later ones are dropped
+            first, and the resumed run begins with another ``run`` line.
     """
 
     def __init__(
@@ -37,9 +40,9 @@ class JsonlSink:
     def write(self, report: Report) -> None:
         """Append one report."""
         text = json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n"
-        if self._run is not None:  # together with the report: a run without one is none
-            about = {"run": {"first_step": report.step} | self._run()}
-            text = json.dumps(about, allow_nan=False, default=str) + "\n" + text
+        if self._run is not None:  # not before the first report: a run without reports has no line
+            description = {"run": {"first_step": report.step} | self._run()}
+            text = json.dumps(description, allow_nan=False, default=str) + "\n" + text
             self._run = None
         self.file.write(text)
         self.file.flush()
@@ -49,15 +52,17 @@ class JsonlSink:
         self.file.close()
 
     def _purge(self, step: int) -> None:
-        rest = self.path.with_name(self.path.name + ".rest")
-        with rest.open("w") as file:
+        """Drop the records of ``step`` and later ones."""
+        kept = self.path.with_name(self.path.name + ".rest")
+        with kept.open("w") as file:
             file.writelines(
                 json.dumps(record) + "\n" for record in _records(self.path) if _step(record) < step
             )
-        rest.replace(self.path)  # at once: a crash here loses no line
+        kept.replace(self.path)  # atomic: a crash here loses no line
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records up to a line that is torn, as a killed process leaves it."""
     with path.open() as file:
         for line in file:
             try:
@@ -67,5 +72,5 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _step(record: dict[str, Any]) -> int:
-    """A report's step; of a run's line the first one it speaks of."""
+    """Return the step of a report, or the first step of a run."""
     return int(record["run"]["first_step"] if "run" in record else record["step"])

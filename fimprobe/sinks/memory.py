@@ -8,14 +8,14 @@ from fimprobe.report.report import Report
 
 
 class MemorySink:
-    """The last ``limit`` reports, oldest first."""
+    """Keeps the last ``limit`` reports in ``reports``, oldest first."""
 
     def __init__(self, limit: int = 1000) -> None:
         self.reports: deque[Report] = deque(maxlen=limit)
 
     def write(self, report: Report) -> None:
-        """Keep one report."""
+        """Store one report; the oldest one is dropped beyond the limit."""
         self.reports.append(report)
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: the reports stay readable."""

@@ -1,63 +1,41 @@
-"""Seeing the batch: a forward pre-hook on the object that the user calls."""
+"""Capture of the training batch: forward hooks on the object that the training loop calls."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import unserializable_hook
 
+from fimprobe.training.backward_reach import Reach, current_reach
+from fimprobe.training.captured_batch import CapturedBatch
 
-class CapturedBatch:
-    """The arguments of a training forward, and what its backward told.
+StoreGradient = Callable[[CapturedBatch, Tensor], None]
+"""Stores in a captured batch what is needed of a gradient."""
 
-    ``outputs`` and ``gradient`` are there where the family or the labels are to be read off them,
-    ``read`` where only the positions are asked for that the loss read. They are the training's own
-    tensors, not copies.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-        self.versions = _versions(args, kwargs)
-        self.outputs: Tensor | None = None
-        self.read: Tensor | None = None
-        self._gradient: tuple[Tensor, int] | None = None
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """At the outputs; None where none arrived, or where it was written to since."""
-        if self._gradient is None or self._gradient[0]._version != self._gradient[1]:
-            return None
-        return self._gradient[0].detach()
-
-    def keep(self, gradient: Tensor) -> None:
-        """Remember the gradient: the tensor itself, so that backward does not reuse its memory."""
-        kept = gradient.detach() if gradient.requires_grad else gradient
-        self._gradient = (kept, kept._version)
-
-    def unchanged(self) -> bool:
-        """Whether no input tensor was written to since the forward."""
-        return self.versions == _versions(self.args, self.kwargs)
-
-    def drop(self) -> None:
-        """Let go of all tensors."""
-        self.args, self.kwargs = (), {}
-        self.outputs = self.read = self._gradient = None
-
-
-Watched = tuple[Tensor, Callable[[CapturedBatch, Tensor], None]]
-"""A tensor whose gradient is wanted, and what takes the gradient."""
+Watched = tuple[Tensor, StoreGradient]
+"""An output whose gradient is needed, and what stores it."""
 
 
 class BatchCapture:
-    """Keeps the last batch that went forward in training mode with gradients on.
+    """Captures the batches that go forward in training mode with gradients enabled.
 
-    ``wanted()`` says at every such forward whether the batch may be measured: where it may not, the
-    hooks note only that there was one. ``watch(captured, out)`` names the tensor whose gradient is
-    wanted as well (None for none). ``remove()`` leaves the model as it was.
+    A step may contain forwards whose outputs the loss does not use, such as one for a training
+    metric. Hooks on the outputs therefore tie each captured forward to its backward pass, and
+    ``last`` is the newest of those whose gradient travelled furthest (:class:`Reach`).
+
+    Where a forward is not wanted, only its occurrence is noted.
+
+    Args:
+        model: The object that the loop calls.
+        wanted: Returns at each such forward whether its batch may be measured.
+        watch: Returns from (captured batch, what the model returned) the output whose gradient is
+            needed as well, or None.
     """
 
     def __init__(
@@ -68,22 +46,65 @@ class BatchCapture:
     ) -> None:
         self.model, self.wanted, self.watch = model, wanted, watch
         self.seen = False
-        self.last: CapturedBatch | None = None
-        self._open: list[CapturedBatch | None] = []
         self.evaluations = 0
         self.failed: Exception | None = None
+        self._candidates: list[CapturedBatch] = []
+        self._running: list[CapturedBatch | None] = []
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
         self._compiled: Any = None
-        self._call: Any = None
-        self._wrap()
+        self._wrapper: Any = None
+        self._wrap_compiled()
 
-    def _wrap(self) -> None:
-        """Where ``model.compile()`` was called: its graph has the hooks baked in or left out."""
+    @property
+    def last(self) -> CapturedBatch | None:
+        """The newest batch of those that a backward pass reached furthest; None if none is wanted."""
+        newest_first = reversed(self._candidates)
+        return max(newest_first, key=lambda batch: batch.reach, default=None)
+
+    @property
+    def backward_done(self) -> bool:
+        """Whether a captured batch has its parameter gradients already."""
+        last = self.last
+        return last is not None and last.reach >= Reach.RETURNED
+
+    def pop(self) -> tuple[bool, CapturedBatch | None]:
+        """Return whether a forward was seen since the last call, and the batch if it was wanted."""
+        seen, last = self.seen, self.last
+        self.discard()
+        self._wrap_compiled()  # the model may have been compiled since
+        return seen, last
+
+    def discard(self) -> None:
+        """Forget all forwards since the last ``pop``."""
+        self.seen = False
+        self._candidates = []
+        self._running = []  # a forward that raised never returned
+
+    def remove(self) -> None:
+        """Remove the hooks. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._wrapper is not None and self.model._compiled_call_impl is self._wrapper:
+            self.model._compiled_call_impl = self._compiled
+        self._compiled = self._wrapper = None
+        self._candidates, self._running = [], []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCapture:
+        """Return a capture that does nothing, for the hooks of a copied model."""
+        return _without_model()
+
+    def __reduce__(self) -> tuple[Callable[[], BatchCapture], tuple[()]]:
+        """Pickle as a capture that does nothing."""
+        return _without_model, ()
+
+    def _wrap_compiled(self) -> None:
+        """Observe a model on which ``compile()`` was called: its graph may leave the hooks out."""
         model, compiled = self.model, getattr(self.model, "_compiled_call_impl", None)
-        if compiled is None or compiled is self._call:
+        if compiled is None or compiled is self._wrapper:
             return
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,97 +114,109 @@ class BatchCapture:
             return out
 
         model._compiled_call_impl = call
-        self._compiled, self._call = compiled, call
+        self._compiled, self._wrapper = compiled, call
 
-    def take(self) -> tuple[bool, CapturedBatch | None]:
-        """Whether a batch was seen since the last call, and the batch if it was wanted."""
-        seen, last = self.seen, self.last
-        self.seen, self.last = False, None
-        self._open = []  # a forward that raised never came to its end
-        self._wrap()  # the model may have been compiled since
-        return seen, last
-
-    def remove(self) -> None:
-        """Unhook; calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._call is not None and self.model._compiled_call_impl is self._call:
-            self.model._compiled_call_impl = self._compiled
-        self._compiled = self._call = None
-        self.last, self._open = None, []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCapture:
-        """A copied model's hooks do nothing."""
-        return _blind()
-
-    def __reduce__(self) -> tuple[Callable[[], BatchCapture], tuple[()]]:
-        """A pickled model's neither."""
-        return _blind, ()
-
-    def _seen(self, model: nn.Module) -> bool:
+    def _observes(self, model: nn.Module) -> bool:
         # a copied model shares the hooks; inside a compiled graph they would break it
         return model is self.model and not torch.compiler.is_compiling() and torch.is_grad_enabled()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._seen(model):
+        if not self._observes(model):
             return
         if not model.training:
             self.evaluations += 1
             return
-        self.seen, self.last = True, None
+        self.seen = True
+        batch: CapturedBatch | None = None
         try:
             if not self.wanted():
                 return
-            self.last = CapturedBatch(args, dict(kwargs))
-        except Exception as error:  # told at the step
+            # a logging forward whose outputs are out of scope needs no memory any more
+            self._candidates = [b for b in self._candidates if not b.graph_is_gone()]
+            batch = CapturedBatch(args, dict(kwargs))
+            self._candidates.append(batch)
+        except Exception as error:  # reported at the step
             self.failed = error
-        self._open.append(self.last)
+        self._running.append(batch)
 
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        if not self._seen(model) or not self._open or not model.training:
+        if not self._observes(model) or not self._running or not model.training:
             return
-        captured = self._open.pop()
-        if captured is None or captured is not self.last:
-            return  # a forward that calls itself (Lightning under DDP): the inner one counts
+        batch = self._running.pop()
+        if batch is None:
+            return
+        if not self._candidates or batch is not self._candidates[-1]:
+            # a forward that calls itself (Lightning under DDP): the inner one counts
+            self._candidates = [b for b in self._candidates if b is not batch]
+            return
         try:
-            watched = self.watch(captured, out)
-            if watched is not None and watched[0].requires_grad:
-                watched[0].register_hook(self._hook(captured, watched[1]))
+            self._hook_outputs(batch, out)
         except Exception as error:
             self.failed = error
 
-    def _hook(
-        self, captured: CapturedBatch, take: Callable[[CapturedBatch, Tensor], None]
+    def _hook_outputs(self, batch: CapturedBatch, out: Any) -> None:
+        tensors = _differentiable_tensors(out)
+        batch.reach = Reach.UNREACHED if tensors else Reach.UNKNOWN
+        hook = self._gradient_hook(batch, None)
+        for tensor in tensors:
+            tensor.register_hook(hook)
+        batch.hook = weakref.ref(hook) if tensors else None
+        watched = self.watch(batch, out)
+        if watched is not None and watched[0].requires_grad and watched[0].grad_fn is not None:
+            batch.has_positions = watched[0].dim() > 2
+            watched[0].register_hook(self._gradient_hook(batch, watched[1]))
+
+    def _gradient_hook(
+        self, batch: CapturedBatch, store: StoreGradient | None
     ) -> Callable[[Tensor], None]:
         # the graph may outlive the step, as where the loop keeps its loss: it holds no batch
-        there = weakref.ref(captured)
+        reference = weakref.ref(batch)
 
-        def arrived(gradient: Tensor | None) -> None:
-            captured = there()
-            # under DDP there is none of outputs that the loss was not made of
-            if gradient is None or captured is None:
+        @unserializable_hook
+        def observe(gradient: Tensor | None) -> None:
+            batch = reference()
+            # under DDP, None arrives at outputs that the loss does not use
+            if gradient is None or batch is None:
                 return
             try:
-                take(captured, gradient)
+                reach = current_reach(self.model)
+                batch.reach = max(batch.reach, reach)
+                if reach is Reach.ACCUMULATED and batch in self._candidates:
+                    # earlier forwards cannot be chosen any more (gradient accumulation)
+                    del self._candidates[: self._candidates.index(batch)]
+                if store is not None and batch.accepts(reach):
+                    store(batch, gradient)
             except Exception as error:  # out of memory
                 self.failed = error
 
-        return arrived
+        return observe
 
 
-def _blind() -> BatchCapture:
-    """A capture of no model."""
+def _differentiable_tensors(out: Any, depth: int = 4) -> list[Tensor]:
+    """Return the tensors with a graph in what the model returned, and the bases of views.
+
+    A hook is never set on a leaf: an output may be a parameter, where the hook would stay.
+    """
+    tensors: dict[int, Tensor] = {}
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            # an in-place operation on a view replaces its node; the gradient passes the base's
+            for tensor in (leaf, leaf._base if leaf._is_view() else None):
+                if tensor is not None and tensor.grad_fn is not None:
+                    tensors[id(tensor)] = tensor
+        elif depth and isinstance(leaf, Mapping):
+            tensors |= {id(x): x for x in _differentiable_tensors(dict(leaf), depth - 1)}
+        elif depth and dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            fields = dict(vars(leaf))
+            tensors |= {id(x): x for x in _differentiable_tensors(fields, depth - 1)}
+    return list(tensors.values())
+
+
+def _without_model() -> BatchCapture:
+    """Return a capture of no model."""
     capture = BatchCapture.__new__(BatchCapture)
-    capture.model, capture.last, capture._open = None, None, []  # type: ignore[assignment]
+    capture.model = None  # type: ignore[assignment]
+    capture._candidates, capture._running = [], []
     return capture
-
-
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    return [
-        x._version
-        for x in tree_leaves((args, kwargs))
-        if isinstance(x, Tensor) and not x.is_inference()
-    ]

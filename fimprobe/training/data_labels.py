@@ -1,4 +1,4 @@
-"""The data's labels of a captured training batch, for the empirical Fisher."""
+"""The data labels of a captured training batch, for the empirical Fisher information."""
 
 from __future__ import annotations
 
@@ -11,54 +11,70 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.bernoulli import Bernoulli
 from fimprobe.likelihoods.categorical import IGNORED, Categorical
 
-REMEDY = "pass labels= a function from the forward's (args, kwargs) to the labels"
+LABELS_REMEDY = "pass labels= a function from the forward's (args, kwargs) to the labels"
 
 
 def labels_from_gradient(outputs: Tensor, gradient: Tensor, likelihood: Any) -> Tensor:
-    """Labels read off the gradient of the user's own loss: it is c·(η − t(y)) at the outputs.
+    """Return the labels that the loss gradient c·(η − t(y)) at the outputs implies.
 
-    The class whose entry is negative, the sign of a sigmoid's; −100 where the loss read nothing.
-    Weights on the loss do not change the labels, but are refused where they differ much.
+    For softmax outputs: the class whose entry is negative, −100 where the gradient is zero. For
+    sigmoid outputs: 1 where the gradient is negative. Weights of the loss do not change the labels;
+    weights that differ by more than a factor of two are refused.
+
+    Args:
+        outputs: h [B, ...].
+        gradient: Of the loss at the outputs, of the same shape.
+        likelihood: The family of the labels.
+
+    Returns:
+        Labels as the likelihood expects them.
 
     Raises:
-        BatchError: where the gradient is not that of this likelihood with hard labels.
+        BatchError: If the gradient is not that of this likelihood with hard labels.
+        FimprobeError: If the family is neither categorical nor Bernoulli.
     """
     dim = None
     if isinstance(likelihood, Categorical):
         dim = likelihood.class_dim
-        # where the model is sure, p_y rounds to 1: no entry is below zero, and y is its choice
-        sure = gradient.amin(dim) >= 0
-        labels = torch.where(sure, outputs.argmax(dim), gradient.argmin(dim))
+        # where p_y rounds to 1, no entry is below zero, and y is the predicted class
+        confident = gradient.amin(dim) >= 0
+        labels = torch.where(confident, outputs.argmax(dim), gradient.argmin(dim))
         labels = torch.where((gradient != 0).any(dim), labels, IGNORED)
     elif isinstance(likelihood, Bernoulli):
         labels = ((gradient < 0) | ((gradient == 0) & (outputs > 0))).to(outputs.dtype)
     else:
         raise FimprobeError(
             f"estimators holds 'empirical', but labels of likelihood={likelihood.name!r} cannot be "
-            f"read off the loss; {REMEDY}"
+            f"read off the loss; {LABELS_REMEDY}"
         )
     score = likelihood.data_score(outputs, labels).double()
     if not _matches(score, -gradient.double(), dim, torch.finfo(outputs.dtype).eps):
         raise BatchError(
             "the loss's gradient is not that of hard labels under this likelihood (smoothed, mixed "
-            f"or weighted labels?), so the empirical Fisher is not known here; {REMEDY}"
+            f"or weighted labels?), so the empirical Fisher is not known here; {LABELS_REMEDY}"
         )
     return labels
 
 
-def _matches(score: Tensor, seen: Tensor, dim: int | None, rounding: float) -> bool:
-    """Whether ``seen`` is c times ``score``: overall, and at every label by itself.
+def _matches(score: Tensor, gradient: Tensor, dim: int | None, rounding: float) -> bool:
+    """Decide whether ``gradient`` is c times ``score``, as a whole and at every label.
 
-    One misread label among thousands hardly turns the whole vector, hence the second. There c may
-    differ by a factor of two, as it does where a loss averages over each sequence.
+    One misread label among thousands hardly turns the whole vector, hence the second comparison.
+    There c may differ by a factor of two, as it does if a loss averages over each sequence.
+
+    Args:
+        score: Of the labels at the outputs [B, ...], float64.
+        gradient: The negative loss gradient, of the same shape.
+        dim: The class dimension; None if every entry has its own label.
+        rounding: Unit roundoff of the outputs.
     """
-    scale = float((score * seen).sum() / score.square().sum().clamp(min=1e-300))
-    if not scale * float(score.norm()) > 0.999 * float(seen.norm()):  # the cosine
+    scale = float((score * gradient).sum() / score.square().sum().clamp(min=1e-300))
+    if not scale * float(score.norm()) > 0.999 * float(gradient.norm()):  # the cosine
         return False
     if dim is None:
-        dim, score, seen = -1, score.unsqueeze(-1), seen.unsqueeze(-1)
-    own = (score * seen).sum(dim, keepdim=True) / score.square().sum(dim, keepdim=True).clamp(
+        dim, score, gradient = -1, score.unsqueeze(-1), gradient.unsqueeze(-1)
+    factor = (score * gradient).sum(dim, keepdim=True) / score.square().sum(dim, keepdim=True).clamp(
         min=1e-300
     )
-    off = (seen - own.clamp(scale / 2, 2 * scale) * score).norm(dim=dim)
-    return bool((off <= 0.05 * seen.norm(dim=dim) + 8 * rounding * scale).all())
+    residual = (gradient - factor.clamp(scale / 2, 2 * scale) * score).norm(dim=dim)
+    return bool((residual <= 0.05 * gradient.norm(dim=dim) + 8 * rounding * scale).all())

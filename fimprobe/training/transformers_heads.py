@@ -1,13 +1,14 @@
-"""What a transformers model tells of its labels: their family, where they are, which are left out.
+"""Labels of a transformers model: their family, their positions, and the labels of a batch.
 
-The class says what is predicted: every head is a class ``...For<Task>`` or ``...LMHeadModel``, and a
-subclass, a PEFT adapter or a compiled or parallel wrapper still has it among its bases or inside.
-transformers' own mapping of classes to losses (``loss_type``) is made from the name as well, but of
-the last class only, and falls back on the language model's loss where it does not know it; it and
-``config.problem_type`` settle what the name leaves open. Whether position t carries the label of
-token t or of token t + 1 is in no attribute: most decoders call the library's loss, which shifts,
-BART's and its kin's call cross-entropy, which does not. So it is read off the code of ``forward``,
-and where the gradient of the loss in use was seen, that decides.
+The class of the head names the task: ``...For<Task>`` or ``...LMHeadModel``. A subclass has that
+class among its bases; a PEFT adapter and a compiled or parallel wrapper hold it inside.
+``loss_type`` of transformers comes from the name of the last class only, with the loss of a language
+model as its default. It and ``config.problem_type`` decide what the name leaves open.
+
+No attribute states whether position t carries the label of token t or of token t + 1. Most decoders
+call the loss of the library, which shifts the labels. BART and similar models call cross-entropy,
+which does not. The code of ``forward`` is therefore inspected. If the gradient of the actual loss is
+known, it decides instead.
 """
 
 from __future__ import annotations
@@ -51,29 +52,36 @@ _MAP = (
     "model returns to logits [B, C, H, W] of the labels' size, and mask= a function from the "
     "forward's (args, kwargs) to the pixels that have a label"
 )
-_ONE = (
+_ONE_OUTPUT = (
     "likelihood=, output= a function from what the model returns to the logits of one of its losses, "
     "and mask= a function from the forward's (args, kwargs) to the labels that this loss reads"
 )
 _SEVERAL = {
     "ForQuestionAnswering": ("start and end logits", _STACK),
-    "ForPreTraining": ("several outputs with a loss each", _ONE),
-    "DoubleHeadsModel": ("several outputs with a loss each", _ONE),
+    "ForPreTraining": ("several outputs with a loss each", _ONE_OUTPUT),
+    "DoubleHeadsModel": ("several outputs with a loss each", _ONE_OUTPUT),
     "ForSemanticSegmentation": ("a map of logits smaller than its labels", _MAP),
-    "ForInstanceSegmentation": ("matched masks and classes", _ONE),
-    "ForUniversalSegmentation": ("matched masks and classes", _ONE),
-    "ForObjectDetection": ("matched boxes and classes", _ONE),
-    "ForCTC": ("a loss over alignments, under which positions are not independent", _ONE),
+    "ForInstanceSegmentation": ("matched masks and classes", _ONE_OUTPUT),
+    "ForUniversalSegmentation": ("matched masks and classes", _ONE_OUTPUT),
+    "ForObjectDetection": ("matched boxes and classes", _ONE_OUTPUT),
+    "ForCTC": ("a loss over alignments, under which positions are not independent", _ONE_OUTPUT),
 }
 _NO_SIGMA = (
-    "the noise level of a regression is not in the model, so sigma=1 is taken. Î₁'s relative errors "
-    "do not depend on it; traces go with 1/sigma², Î₂'s relative errors from labels with sigma. Pass "
-    "likelihood=fimprobe.likelihoods.Gaussian(sigma=...) with the residuals' standard deviation"
+    "the noise level of a regression is not part of the model, so sigma=1 is used. The relative "
+    "errors of Î₁ do not depend on it; traces scale with 1/sigma², and the relative errors of Î₂ "
+    "from labels with sigma. Pass likelihood=fimprobe.likelihoods.Gaussian(sigma=...) with the "
+    "standard deviation of the residuals"
 )
 
 
 class Head(NamedTuple):
-    """A model's head: the class that names it, what it predicts, and whether t predicts t + 1."""
+    """The head of a transformers model.
+
+    Attributes:
+        name: The class that names the task.
+        task: What the head predicts: a value of ``_TASKS``, or "several".
+        shift: Whether position t predicts token t + 1.
+    """
 
     name: str
     task: str
@@ -81,36 +89,51 @@ class Head(NamedTuple):
 
 
 def find_head(model: nn.Module) -> Head | None:
-    """The head of a transformers model, wrapped or not; None for other models and bare bodies."""
+    """Return the head of a transformers model, wrapped or not.
+
+    Returns:
+        None for other models and for bodies without a head.
+    """
     model = _unwrap_adapters(model)
     if not hasattr(getattr(model, "config", None), "model_type"):
         return None
-    for kind in type(model).__mro__:
+    for base in type(model).__mro__:
         for ending, task in {**_TASKS, **dict.fromkeys(_SEVERAL, "several")}.items():
-            if kind.__name__.endswith(ending):
-                return Head(kind.__name__, task, task == "text" and _shifts_labels(model))
+            if base.__name__.endswith(ending):
+                return Head(base.__name__, task, task == "text" and _shifts_labels(model))
     return None
 
 
 def infer_from_model(
     model: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> Decision | None:
-    """The likelihood that a transformers model trains, as ``Decision``; None where nothing tells.
+    """Infer the likelihood from the class of a transformers model.
 
-    A classifier without ``problem_type`` trains on classes or on yes and no for each label, as its
-    labels are whole or not: with a batch's ``args`` and ``kwargs`` these are asked.
+    A classifier without ``problem_type`` is trained on classes if its labels are integers, else on
+    independent binary labels. That needs the arguments of a batch.
+
+    Args:
+        model: The model, wrapped or not.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+
+    Returns:
+        The decision; None if class, config and labels do not imply one.
     """
     head = find_head(model)
     if head is None:
         return None
     config: Any = _unwrap_adapters(model).config
     if head.task == "several":
-        what, remedy = next(v for k, v in _SEVERAL.items() if head.name.endswith(k))
-        return Decision(None, f"{head.name} has {what}", remedy=f"Pass {remedy}")
+        outputs, remedy = next(v for k, v in _SEVERAL.items() if head.name.endswith(k))
+        reason = f"{head.name} has {outputs}"
+        return Decision(likelihood=None, reason=reason, remedy=f"Pass {remedy}")
     if head.task == "choice":
-        return Decision(Categorical(), f"{head.name} predicts one of several choices")
+        reason = f"{head.name} predicts one of several choices"
+        return Decision(likelihood=Categorical(), reason=reason)
     if head.task != "classes":
-        return Decision(Categorical(), f"{head.name} predicts a class at each position")
+        reason = f"{head.name} predicts a class at each position"
+        return Decision(likelihood=Categorical(), reason=reason)
     problem = getattr(config, "problem_type", None)
     if problem is None and config.num_labels == 1:
         problem = "regression"
@@ -118,54 +141,77 @@ def infer_from_model(
         labels = arguments(model, args, kwargs or {}).get("labels")
         if not isinstance(labels, Tensor):
             return None
-        whole = not labels.is_floating_point()
-        problem = "single_label_classification" if whole else "multi_label_classification"
+        binary = labels.is_floating_point()
+        problem = "multi_label_classification" if binary else "single_label_classification"
     if problem == "multi_label_classification":
-        return Decision(Bernoulli(), f"{head.name} with problem_type={problem!r}")
+        reason = f"{head.name} with problem_type={problem!r}"
+        return Decision(likelihood=Bernoulli(), reason=reason)
     if problem == "regression":
-        return Decision(Gaussian(), f"{head.name} does regression: {_NO_SIGMA}", told=True)
-    return Decision(Categorical(), f"{head.name} predicts one of {config.num_labels} classes")
+        reason = f"{head.name} does regression: {_NO_SIGMA}"
+        return Decision(likelihood=Gaussian(), reason=reason, warn=True)
+    reason = f"{head.name} predicts one of {config.num_labels} classes"
+    return Decision(likelihood=Categorical(), reason=reason)
 
 
-def mask_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], read: Tensor | None = None
+def label_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor | None = None
 ) -> Tensor | None:
-    """Positions that carry a label [B, T]; None where every output does, or nothing is known.
+    """Return which positions carry a label.
 
-    With labels in the batch, those that the model's loss reads: not −100. Without, ``read`` (where
-    the gradient of the loss in use arrived), or else the tokens of the attention mask.
+    Labels of the batch decide first: the loss ignores −100. Otherwise the loss gradient decides, and
+    without it the attention mask.
+
+    Args:
+        model: The model, wrapped or not.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        positions: Bool [B, T], where the loss gradient is not zero; None if it is not known.
+
+    Returns:
+        Bool [B, T]; None if every output carries a label, or if the positions are not known.
     """
     head = find_head(model)
     if head is None or head.task not in ("text", "tokens"):
-        return read
-    given = arguments(model, args, kwargs)
-    labels = given.get("labels")
+        return positions
+    named = arguments(model, args, kwargs)
+    labels = named.get("labels")
     if isinstance(labels, Tensor):
-        carry = _prefixed(model, labels, IGNORED) != IGNORED
-        return _shift_left(carry, False) if _labels_are_shifted(head, carry, read) else carry
-    if read is not None:
-        return read
-    pair = getattr(_unwrap_adapters(model).config, "is_encoder_decoder", False)
-    tokens = given.get("decoder_attention_mask" if pair else "attention_mask")
+        labelled = _prefixed(model, labels, IGNORED) != IGNORED
+        shifted = _labels_are_shifted(head, labelled, positions)
+        return _shift_left(labelled, False) if shifted else labelled
+    if positions is not None:
+        return positions
+    encoder_decoder = getattr(_unwrap_adapters(model).config, "is_encoder_decoder", False)
+    tokens = named.get("decoder_attention_mask" if encoder_decoder else "attention_mask")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         return None
-    carry = _prefixed(model, tokens, 0) != 0
-    # an encoder-decoder is given its targets shifted already
-    return carry if pair or not head.shift else _shift_left(carry, False)
+    labelled = _prefixed(model, tokens, 0) != 0
+    # the targets of an encoder-decoder are shifted already
+    return labelled if encoder_decoder or not head.shift else _shift_left(labelled, False)
 
 
-def labels_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], read: Tensor | None = None
+def data_labels(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor | None = None
 ) -> Tensor | None:
-    """The batch's labels as our likelihoods take them; None where the batch has none."""
+    """Return the labels of the batch in the form that the likelihood expects.
+
+    Args:
+        model: The model, wrapped or not.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        positions: Bool [B, T], where the loss gradient is not zero; None if it is not known.
+
+    Returns:
+        Class indices [B, T] or [B], or values [B, C]; None if the batch has no labels.
+    """
     labels = arguments(model, args, kwargs).get("labels")
     head = find_head(model)
     if not isinstance(labels, Tensor) or head is None:
         return labels if isinstance(labels, Tensor) else None
     if head.task in ("text", "tokens"):
         labels = _prefixed(model, labels, IGNORED)
-        moves = _labels_are_shifted(head, labels != IGNORED, read)
-        return _shift_left(labels, IGNORED) if moves else labels
+        shifted = _labels_are_shifted(head, labels != IGNORED, positions)
+        return _shift_left(labels, IGNORED) if shifted else labels
     decision = infer_from_model(model, args, kwargs)
     if decision is not None and isinstance(decision.likelihood, Gaussian):
         return labels.reshape(len(labels), -1)
@@ -175,7 +221,13 @@ def labels_of(
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by the names of ``forward``."""
+    """Return the arguments of a call by their names in ``forward``.
+
+    Args:
+        model: The model, wrapped or not.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+    """
     if not args:
         return kwargs
     try:
@@ -186,14 +238,14 @@ def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _unwrap_adapters(model: nn.Module) -> Any:
-    """The transformers model inside of wrappers and PEFT's adapters."""
+    """Return the transformers model inside wrappers and PEFT adapters."""
     model = unwrap(model)
     inner = getattr(model, "get_base_model", None)
     return inner() if hasattr(model, "peft_config") and callable(inner) else model
 
 
 def _prefixed(model: nn.Module, x: Tensor, fill: int) -> Tensor:
-    """``x`` [B, T] behind the tokens that PEFT's prompt learning puts before the text."""
+    """Pad ``x`` [B, T] on the left for the virtual tokens of PEFT's prompt learning."""
     config: Any = getattr(unwrap(model), "active_peft_config", None)
     if config is None or not getattr(config, "is_prompt_learning", False):
         return x
@@ -203,40 +255,47 @@ def _prefixed(model: nn.Module, x: Tensor, fill: int) -> Tensor:
 
 
 def _shift_left(x: Tensor, fill: int | bool) -> Tensor:
-    """Position t takes over what belongs to token t + 1; the last has nothing."""
+    """Move each entry of ``x`` [B, T] one position to the left; the last becomes ``fill``."""
     return torch.cat([x[:, 1:], torch.full_like(x[:, :1], fill)], 1)
 
 
-def _labels_are_shifted(head: Head, carry: Tensor, read: Tensor | None) -> bool:
-    """Whether labels move: as the loss's gradient says where it was seen, as the class does else."""
-    if head.task != "text" or read is None or read.shape != carry.shape:
+def _labels_are_shifted(head: Head, labelled: Tensor, positions: Tensor | None) -> bool:
+    """Decide whether position t carries the label of token t + 1.
+
+    Args:
+        head: The head, whose class decides if the loss gradient does not.
+        labelled: Bool [B, T], where there is a label, unshifted.
+        positions: Bool [B, T], where the loss gradient is not zero.
+    """
+    if head.task != "text" or positions is None or positions.shape != labelled.shape:
         return head.shift
-    wrong = [int((x != read).sum()) for x in (carry, _shift_left(carry, False))]
-    return wrong[1] < wrong[0] if wrong[0] != wrong[1] else head.shift
+    unshifted_errors = int((labelled != positions).sum())
+    shifted_errors = int((_shift_left(labelled, False) != positions).sum())
+    return head.shift if shifted_errors == unshifted_errors else shifted_errors < unshifted_errors
 
 
 def _shifts_labels(model: Any) -> bool:
-    """Whether the class's own loss compares position t with the label of token t + 1.
+    """Decide whether the loss of the class compares position t with the label of token t + 1.
 
-    The library's loss for language models does, unless ``loss_type`` names another; one written out
-    in ``forward`` does where it names what it shifts.
+    The loss of the library for language models does, unless ``loss_type`` names another. A loss
+    written out in ``forward`` does if a local variable is named after the shift.
     """
-    for kind in type(model).__mro__:
-        if "forward" in vars(kind):
-            found = _loss_style(vars(kind)["forward"])
-            if found == "library":
+    for base in type(model).__mro__:
+        if "forward" in vars(base):
+            style = _loss_style(vars(base)["forward"])
+            if style == "library":
                 return getattr(model, "loss_type", None) not in (
                     "ForMaskedLM",
                     "ForTokenClassification",
                 )
-            if found:
-                return found == "shifted"
+            if style:
+                return style == "shifted"
     return not getattr(model.config, "is_encoder_decoder", False)
 
 
 @functools.cache
 def _loss_style(forward: Any) -> str:
-    """How a ``forward`` has its loss: "library", "shifted" or "plain"; "" where it has none."""
+    """Return how a ``forward`` computes its loss: "library", "shifted", "plain" or, if not, ""."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:
         return ""

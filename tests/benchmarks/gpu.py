@@ -85,6 +85,9 @@ class Logits(nn.Module):
     """A decoder [B, T] -> [B, T, V]."""
 
     def __init__(self, sizes: Sizes, shape: tuple[int, int, int]) -> None:
+        from fimprobe.torchvision_compat import hide_broken_torchvision
+
+        hide_broken_torchvision()
         from transformers import GPT2Config, GPT2LMHeadModel
 
         super().__init__()
@@ -242,7 +245,7 @@ def rates(sizes: Sizes, device: Device) -> list[Row]:
         def fused(x: Tensor = x, delta: Tensor = delta) -> None:
             shape = (delta.shape[2], x.shape[2])
             ledger = MomentAccumulators.of({"weight": torch.empty(shape, device=x.device)})
-            ledger.begin(len(x), 1)
+            ledger.start_chunk(len(x), 1)
             with torch.no_grad():
                 add_fused(ledger.accumulators["weight"], Operands(x, (delta,)), None)
 

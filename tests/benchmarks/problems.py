@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fimprobe.torchvision_compat import hide_broken_torchvision
+
+hide_broken_torchvision()  # before transformers: BackPACK installs a torchvision
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -67,6 +71,7 @@ class Logits(nn.Module):
 
 def gpt2(
     tied: bool,
+    *,
     layers: int = 4,
     width: int = 128,
     heads: int = 4,

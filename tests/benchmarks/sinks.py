@@ -9,16 +9,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "sinks"))
-from reports import build_report  # noqa: E402
-
-from fimprobe.plots.gallery import (
-    OVER_STEPS,  # noqa: E402
-    make_figures,
-)
-from fimprobe.plots.history import PlotHistory
-from fimprobe.plots.style import to_png
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from fimprobe.plots.gallery import OVER_STEPS, make_figures  # noqa: E402
+from fimprobe.plots.history import PlotHistory  # noqa: E402
+from fimprobe.plots.style import to_png  # noqa: E402
 from fimprobe.sinks.tensorboard.sink import TensorboardSink  # noqa: E402
+from tests.support.reports import build_report  # noqa: E402
 
 
 def draw(album, report):

@@ -14,8 +14,8 @@ from problems import Problem
 from rows import Diagonal, Row
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from oracles import jacobian  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.oracles.brute_force import jacobian  # noqa: E402
 
 EXACT_TOLERANCE = 1e-3
 """Of a parameter's norm: peers compute in float32."""

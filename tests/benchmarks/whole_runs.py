@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fimprobe
-from fimprobe.cli.demo import _cnn, _mlp
+from fimprobe.cli.digits import make_cnn, make_mlp
+from fimprobe.torchvision_compat import hide_broken_torchvision
+
+hide_broken_torchvision()  # before transformers: BackPACK installs a torchvision
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
@@ -174,10 +177,10 @@ def whole_runs(seconds: float, repeats: int) -> None:
     """The table of the default budget: paired runs, and what the probe itself accounts for."""
     digits = (1, 8, 8)
     runs: dict[str, tuple[Run, int | None]] = {
-        "demo's MLP, 1,380 steps as in the demo": (plain_loop(_mlp, digits, 64), 1380),
-        "demo's CNN, 1,380 steps as in the demo": (plain_loop(_cnn, digits, 64), 1380),
-        "demo's MLP": (plain_loop(_mlp, digits, 64), None),
-        "demo's CNN": (plain_loop(_cnn, digits, 64), None),
+        "demo's MLP, 1,380 steps as in the demo": (plain_loop(make_mlp, digits, 64), 1380),
+        "demo's CNN, 1,380 steps as in the demo": (plain_loop(make_cnn, digits, 64), 1380),
+        "demo's MLP": (plain_loop(make_mlp, digits, 64), None),
+        "demo's CNN": (plain_loop(make_cnn, digits, 64), None),
         "CNN 3 conv, 32×32×3, B=64": (plain_loop(cnn, (3, 32, 32), 64), None),
         "examples/gpt2_on_source.py, its 200 steps (Trainer)": (gpt2_example, 200),
         "the same, longer": (gpt2_example, None),
@@ -205,7 +208,7 @@ def whole_runs(seconds: float, repeats: int) -> None:
             shares.append(100 * account.spent / with_)
             firsts.append(account.first)
             wholes += list(account.costs)[:1]
-            looks = len(account.looks)
+            looks = len(account.preview_costs)
             counts.append((looks, len(probe.history) - looks))
         first = statistics.median(firsts)
         print(

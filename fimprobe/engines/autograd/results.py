@@ -1,4 +1,4 @@
-"""The running sums of a measurement: what its chunks of samples add up to."""
+"""The running results of a measurement: sums over its chunks of samples."""
 
 from __future__ import annotations
 
@@ -12,137 +12,175 @@ from torch import Tensor
 from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
 from fimprobe.engines.moments.accumulators import MomentAccumulators, Totals
 from fimprobe.engines.primitives.device_transfer import to_host
-from fimprobe.engines.problem.cotangents import seen_mass
+from fimprobe.engines.problem.label_cotangents import seen_mass
 from fimprobe.engines.problem.problem import Problem, check_finite
-from fimprobe.engines.problem.weights import Weights
+from fimprobe.engines.problem.weights import PassWeights
 from fimprobe.engines.tracing.plan import Plan, coverage
 from fimprobe.likelihoods.base import OutputNorms
 from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunningResults:
-    """What the chunks of a batch add up to."""
+    """Sums over the chunks of a batch; per-sample results are lists with one tensor for each chunk.
 
-    ledgers: dict[str, MomentAccumulators] = field(default_factory=dict)
-    weights: dict[str, list[Weights]] = field(default_factory=dict)
+    Attributes:
+        moments: Moments by the kind of cotangents.
+        pass_weights: Weights of exact passes by the kind of cotangents.
+        inverse_weights: 1/w [b, S] of size-biased labels.
+        score_mass: Σ‖δ‖² of the labels, as the mean over draws, and its expectation [2].
+        activations: Moments of the gradients at the layers' inputs.
+        curvature: Second derivatives by parameter.
+        curvature_weights: Weights of R² [b, labels].
+        interacting: Parameters with interacting uses, and what they interact with.
+        norms: Norms of I(h) and M.
+        classes: Number of outputs that share one label.
+        reached: Parameters on which the outputs depend.
+        seconds: Time of each part.
+        notes: Why a part was not measured.
+        non_finite: Counts [non-finite outputs, outputs] of chunks that were not checked at once.
+    """
+
+    moments: dict[str, MomentAccumulators] = field(default_factory=dict)
+    pass_weights: dict[str, list[PassWeights]] = field(default_factory=dict)
     inverse_weights: list[Tensor] = field(default_factory=list)
-    """1/w [b, S] of size-biased labels, for each chunk."""
-    seen: list[Tensor] = field(default_factory=list)
-    """Σ‖δ‖² of the labels, as the model's mean over draws, and its expectation, for each chunk."""
+    score_mass: list[Tensor] = field(default_factory=list)
     activations: MomentAccumulators | None = None
-    curves: dict[str, CurvatureAccumulator] = field(default_factory=dict)
-    second: list[Tensor] = field(default_factory=list)
-    partners: dict[str, set[str]] = field(default_factory=dict)
+    curvature: dict[str, CurvatureAccumulator] = field(default_factory=dict)
+    curvature_weights: list[Tensor] = field(default_factory=list)
+    interacting: dict[str, set[str]] = field(default_factory=dict)
     norms: list[OutputNorms] = field(default_factory=list)
     classes: int | None = None
     reached: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
-    unseen: list[Tensor] = field(default_factory=list)
-    """Numbers of outputs that are not finite, [count, of] for each chunk that was not looked at."""
+    non_finite: list[Tensor] = field(default_factory=list)
 
-    def ledger(self, kind: str, problem: Problem) -> MomentAccumulators:
-        """The moments of one kind of seeds."""
-        if kind not in self.ledgers:
+    def accumulators(self, kind: str, problem: Problem) -> MomentAccumulators:
+        """The moments of one kind of cotangents; empty ones at the first call."""
+        if kind not in self.moments:
             sharded = set() if problem.shards is None else set(problem.shards.parts)
-            self.ledgers[kind] = MomentAccumulators.of(
+            self.moments[kind] = MomentAccumulators.of(
                 problem.parameters,
                 diagonals=problem.diagonals and kind != "jacobian",
-                sampled=kind == "i1",
-                bare=kind == "jacobian",
+                with_entries=kind == "i1",
+                sums_only=kind == "jacobian",
                 sharded=sharded,
             )
-        return self.ledgers[kind]
+        return self.moments[kind]
 
     def finish(self, problem: Problem, plan: Plan) -> Measured:
-        """The sums of all chunks, fetched from the device together."""
-        told = coverage(problem, plan)
-        bent = bool(self.curves) and "i2" not in self.notes
-        host: dict[str, Any] = to_host(
-            {
-                "unseen": self.unseen,
-                "totals": {kind: ledger.totals() for kind, ledger in self.ledgers.items()},
-                "activations": None if self.activations is None else self.activations.totals(),
-                "weights": {
-                    kind: [
-                        torch.cat([getattr(w, of) for w in weights]) for of in ("second", "fourth")
-                    ]
-                    for kind, weights in self.weights.items()
-                },
-                "curves": {
-                    n: c.joined() for n, c in self.curves.items() if bent and n not in plan.unused
-                },
-                "second": torch.cat(self.second).double() if bent else None,
-                "inverse_weights": torch.cat(self.inverse_weights) if self.inverse_weights else None,
-                "seen": torch.stack(self.seen).sum(0) if self.seen else None,
-                "norms": [torch.cat(parts).double() for parts in _columns(self.norms)]
-                if self.norms
-                else [],
-            }
-        )
-        check_finite(host["unseen"])
-        moments = {
-            kind: self._batch(problem, kind, ledger, host["totals"][kind], host, plan.unused, told)
-            for kind, ledger in self.ledgers.items()
-        }
-        curvature = None
-        if bent:
-            curvature = CurvatureBatch(
-                {n: self.curves[n].finish(parts) for n, parts in host["curves"].items()},
-                self.second[0].shape[1],
-                host["second"],
-                problem.draws.count is None,
-                self.partners,
-                problem.ask.probes,
-            )
-        norms = OutputNorms(*host["norms"]) if self.norms else None
-        activations = None
-        if self.activations is not None:
-            found = host["activations"]
-            activations = self._batch(problem, "i1", self.activations, found, host, set(), {})
+        """Add up the results of all chunks, fetched from the device in one transfer."""
+        on_host: dict[str, Any] = to_host(self._on_device(plan))
+        check_finite(on_host["non_finite"])
+        descriptions = coverage(problem, plan)
+        moments = {}
+        for kind in self.moments:
+            moments[kind] = self._moments_batch(problem, kind, on_host, exclude=plan.unused)
+            moments[kind].coverage = descriptions
+        norms = None
+        if self.norms:
+            norms = OutputNorms(**dict(zip(_norm_names(), on_host["norms"], strict=True)))
+        curvature = self._curvature_batch(problem, on_host) if self._has_curvature else None
         return Measured(
-            moments,
-            curvature,
-            norms,
-            activations,
-            self.seconds,
-            list(self.notes.values()),
-            (plan.kinks or []) if curvature is not None else [],
+            moments=moments,
+            curvature=curvature,
+            norms=norms,
+            activations=self._activations_batch(problem, on_host),
+            seconds=self.seconds,
+            notes=list(self.notes.values()),
+            kinks=(plan.kinks or []) if curvature is not None else [],
         )
+
+    @property
+    def _has_curvature(self) -> bool:
+        return bool(self.curvature) and "i2" not in self.notes
+
+    def _on_device(self, plan: Plan) -> dict[str, Any]:
+        """Everything that is fetched, joined over the chunks."""
+        curvature = {}
+        if self._has_curvature:
+            used = {n: c for n, c in self.curvature.items() if n not in plan.unused}
+            curvature = {n: c.joined() for n, c in used.items()}
+        return {
+            "non_finite": self.non_finite,
+            "totals": {kind: moments.totals() for kind, moments in self.moments.items()},
+            "activations": None if self.activations is None else self.activations.totals(),
+            "pass_weights": {
+                kind: [torch.cat([getattr(w, power) for w in weights]) for power in _POWERS]
+                for kind, weights in self.pass_weights.items()
+            },
+            "curvature": curvature,
+            "curvature_weights": torch.cat(self.curvature_weights).double()
+            if self._has_curvature
+            else None,
+            "inverse_weights": torch.cat(self.inverse_weights) if self.inverse_weights else None,
+            "score_mass": torch.stack(self.score_mass).sum(0) if self.score_mass else None,
+            "norms": [
+                torch.cat([getattr(n, name) for n in self.norms]).double()
+                for name in (_norm_names() if self.norms else [])
+            ],
+        }
+
+    def _moments_batch(
+        self, problem: Problem, kind: str, on_host: dict[str, Any], *, exclude: set[str]
+    ) -> MomentsBatch:
+        """The moments of one kind of cotangents, without those of excluded parameters."""
+        return self._batch(
+            problem, kind, self.moments[kind], on_host["totals"][kind], on_host, exclude
+        )
+
+    def _activations_batch(self, problem: Problem, on_host: dict[str, Any]) -> MomentsBatch | None:
+        """The moments of the gradients at the layers' inputs."""
+        if self.activations is None:
+            return None
+        totals = on_host["activations"]
+        return self._batch(problem, "i1", self.activations, totals, on_host, set())
 
     def _batch(
         self,
         problem: Problem,
         kind: str,
-        ledger: MomentAccumulators,
+        accumulators: MomentAccumulators,
         totals: Totals,
-        host: dict[str, Any],
-        unused: set[str],
-        told: dict[str, str],
+        on_host: dict[str, Any],
+        exclude: set[str],
     ) -> MomentsBatch:
-        exact = self.weights.get(kind)
-        second, fourth = host["weights"][kind] if exact else (None, None)
-        count = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}.get(
-            kind, problem.draws.count if problem.ask.ih else 1
-        )
-        labelled = kind == "i1"
-        seen = host["seen"].tolist() if labelled and self.seen else None
+        exact = self.pass_weights.get(kind)
+        square, quartic = on_host["pass_weights"][kind] if exact else (None, None)
+        num_vectors = problem.draws.count if problem.request.ih else 1
+        draws = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}
+        of_labels = kind == "i1"
+        mass = on_host["score_mass"].tolist() if of_labels and self.score_mass else None
         return MomentsBatch(
-            parameters=ledger.finish(totals, second, unused),
+            parameters=accumulators.finish(totals, square, exclude),
             batch_size=problem.batch.size,
-            draws=count if not exact else None,
-            second=second,
-            fourth=fourth,
-            blocks=torch.tensor(exact[0].blocks) if exact else None,
-            inverse_weights=host["inverse_weights"] if labelled else None,
-            seen_mass=seen_mass(problem, seen),
-            fisher_trace=seen[1] if seen else None,
-            coverage=told,
+            draws=None if exact else draws.get(kind, num_vectors),
+            square_weights=square,
+            quartic_weights=quartic,
+            blocks=torch.tensor(exact[0].block) if exact else None,
+            inverse_weights=on_host["inverse_weights"] if of_labels else None,
+            seen_mass=seen_mass(problem, mass),
+            fisher_trace=mass[1] if mass else None,
             classes=self.classes,
         )
 
+    def _curvature_batch(self, problem: Problem, on_host: dict[str, Any]) -> CurvatureBatch:
+        """The second derivatives of all parameters."""
+        per_sample = on_host["curvature"]
+        return CurvatureBatch(
+            parameters={n: self.curvature[n].finish(results) for n, results in per_sample.items()},
+            draws=self.curvature_weights[0].shape[1],
+            weights=on_host["curvature_weights"],
+            exact=problem.draws.count is None,
+            partners=self.interacting,
+            probes=problem.request.probes,
+        )
 
-def _columns(norms: list[OutputNorms]) -> list[tuple[Tensor, ...]]:
-    names = [f.name for f in dataclasses.fields(OutputNorms)]
-    return [tuple(getattr(n, name) for n in norms) for name in names]
+
+_POWERS = ("square", "quartic")
+"""The fields of :class:`PassWeights` that are fetched."""
+
+
+def _norm_names() -> list[str]:
+    return [f.name for f in dataclasses.fields(OutputNorms)]

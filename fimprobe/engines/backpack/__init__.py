@@ -1,10 +1,11 @@
 """The BackPACK engine: a second way to the same moments, and exact second-order diagonals.
 
-Works on BackPACK's hooks and rules, inside a verified domain (:func:`offending_modules`): outside
-of it BackPACK is silently wrong. Shares the labels' seeds, but no contraction, with the autograd
-engine, whose oracle it is. Only this package imports BackPACK; import it where it is needed.
+It uses BackPACK's hooks and rules inside a verified domain (:func:`offending_modules`). Outside of
+the domain BackPACK is silently wrong. The engine is the oracle of the autograd engine: both use the
+same label cotangents, and share no other computation. Only this package imports BackPACK, which is
+optional: import the package inside of functions.
 
-Source: Dangel, Kunstner, Hennig 2020, *BackPACK: Packing more into backprop* (ICLR).
+Source: Dangel, Kunstner & Hennig (2020), *BackPACK: Packing more into backprop* (ICLR).
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from fimprobe.engines.backpack.second_order import ggn_in_domain, hessian_in_dom
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.model.batch import Batch
 from fimprobe.statistics import MomentsBatch
+from fimprobe.torchvision_compat import hide_broken_torchvision
 
 __all__ = ["ggn_diagonals", "hessian_diagonals", "measure_moments", "offending_modules"]
+
+hide_broken_torchvision()  # BackPACK installs it, and transformers may be imported after this
 
 
 def measure_moments(problem: Problem, *, verified: bool = False) -> MomentsBatch:
     """Moments of every trainable parameter (A2, A4, Q, R and Gram matrices of the scores).
 
-    ``verified=True`` skips :func:`offending_modules`, for problems that it has passed. Σ g of every
-    parameter is compared with its gradient by plain autograd.
+    Σ g of every parameter is compared with its gradient by plain autograd.
+
+    Args:
+        problem: Model, batch, likelihood and draws.
+        verified: Whether :func:`offending_modules` found nothing for this model; it is then skipped.
 
     Raises:
-        FimprobeError: outside of the domain, or where the comparison fails.
+        FimprobeError: Outside of the domain, or if the comparison fails.
     """
     if not verified:
         check_domain(problem, second_order=False)
@@ -36,30 +43,46 @@ def measure_moments(problem: Problem, *, verified: bool = False) -> MomentsBatch
 
 
 def hessian_diagonals(
-    problem: Problem, batch: Batch, seed: Tensor, *, verified: bool = False
+    problem: Problem, batch: Batch, cotangents: Tensor, *, verified: bool = False
 ) -> dict[str, Tensor]:
-    """Per-sample diagonals [B, *shape] of R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ, exact.
+    """Exact per-sample diagonals of R = Σ_a v_a ∂²h_a/∂θ∂θᵀ.
 
-    ``seed`` [B, ...] has the shape of the outputs and is held fixed; with the score residual for a
-    seed this is the R of Î₂ = F − R (P1, eq. 11). Zero for modules that enter linearly.
+    With label scores as cotangents v, this is the R of Î₂ = F − R: Soen & Sun (2021), eq. 11. It is
+    zero for parameters on which the outputs depend linearly.
+
+    Args:
+        problem: The model.
+        batch: Inputs of B samples.
+        cotangents: v [B, ...], of the shape of the outputs, held fixed.
+        verified: As in :func:`measure_moments`.
+
+    Returns:
+        Diagonals [B, *shape] of every trainable parameter.
 
     Raises:
-        FimprobeError: outside of the domain, or a seed of another shape.
+        FimprobeError: Outside of the domain, or for cotangents of another shape.
     """
     if not verified:
         check_domain(problem, second_order=True)
-    return hessian_in_domain(problem, batch, seed)
+    return hessian_in_domain(problem, batch, cotangents)
 
 
 def ggn_diagonals(
     problem: Problem, batch: Batch, *, mask: Tensor | None = None, verified: bool = False
 ) -> dict[str, Tensor]:
-    """Per-sample diagonals [B, *shape] of F(x) = Jᵀ I(h) J, exact, for any likelihood.
+    """Exact per-sample diagonals of F(x) = Jᵀ I(h) J.
 
-    ``mask`` [B, ...] (bool, shaped like the labels) leaves positions out.
+    Args:
+        problem: The model and the likelihood.
+        batch: Inputs of B samples.
+        mask: Positions that count, bool [B, ...] of the shape of the labels; None for all of them.
+        verified: As in :func:`measure_moments`.
+
+    Returns:
+        Diagonals [B, *shape] of every trainable parameter.
 
     Raises:
-        FimprobeError: outside of the domain, or a likelihood without ``output_fisher``.
+        FimprobeError: Outside of the domain, or for a likelihood without ``output_fisher``.
     """
     if not verified:
         check_domain(problem, second_order=True, curvature=False)

@@ -1,7 +1,10 @@
-"""Elementwise functions that BackPACK lacks or has wrong, as its ``Derivatives``.
+"""Elementwise functions that BackPACK lacks or computes wrongly, as its ``Derivatives``.
 
-With the V axis first, as BackPACK has it: ``jac_t_mat_prod`` takes M [V, N, *output] to Jᵀ M, and
-``param_mjp(..., sum_batch=False)`` to per-sample gradients [V, N, *parameter].
+As in BackPACK, the V axis comes first: ``jac_t_mat_prod`` maps M [V, N, *output] to Jᵀ M, and
+``param_mjp(..., sum_batch=False)`` maps it to per-sample gradients [V, N, *parameter].
+
+GELU and SiLU are written a second time on purpose: this engine is the oracle of the autograd engine,
+so that it shares no formula with :mod:`fimprobe.engines.layers.activations`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 
 class IdentityDerivatives(BaseDerivatives):
-    """f(x) = x: Identity, and every kind of Dropout in eval mode."""
+    """f(x) = x, for Identity and every kind of Dropout in eval mode."""
 
     def hessian_is_zero(self, module: Any) -> bool:
         """f is linear."""
@@ -28,11 +31,11 @@ class IdentityDerivatives(BaseDerivatives):
         return mat
 
 
-class CurveDerivatives(ElementwiseDerivatives):
-    """An activation given by its first and second derivative, functions of (module, x)."""
+class ClosedFormDerivatives(ElementwiseDerivatives):
+    """An activation given by a function that maps (module, x) to its first two derivatives."""
 
-    def __init__(self, curve: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
-        self.curve = curve
+    def __init__(self, derivatives: Callable[[Any, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.derivatives = derivatives
 
     def hessian_is_zero(self, module: Any) -> bool:
         """f'' ≠ 0."""
@@ -40,14 +43,15 @@ class CurveDerivatives(ElementwiseDerivatives):
 
     def df(self, module, g_inp, g_out, subsampling=None):
         """f'(x)."""
-        return self.curve(module, subsample(module.input0, subsampling=subsampling).detach())[0]
+        x = subsample(module.input0, subsampling=subsampling).detach()
+        return self.derivatives(module, x)[0]
 
     def d2f(self, module, g_inp, g_out):
         """f''(x)."""
-        return self.curve(module, module.input0.detach())[1]
+        return self.derivatives(module, module.input0.detach())[1]
 
 
-def gelu_curve(module: nn.GELU, x: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_derivatives(module: nn.GELU, x: Tensor) -> tuple[Tensor, Tensor]:
     """f = xΦ: f' = Φ + xφ, f'' = (2 − x²)φ; or f = x(1 + tanh u)/2, u = √(2/π)(x + 0.044715x³)."""
     if module.approximate == "none":
         density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
@@ -55,18 +59,18 @@ def gelu_curve(module: nn.GELU, x: Tensor) -> tuple[Tensor, Tensor]:
     c, a = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(c * (x + a * x.pow(3)))
     u1, u2 = c * (1 + 3 * a * x.square()), 6 * a * c * x
-    slope = 1 - t.square()
-    first = (1 + t) / 2 + x * slope * u1 / 2
-    return first, slope * u1 + x / 2 * (slope * u2 - 2 * t * slope * u1.square())
+    sech2 = 1 - t.square()
+    first = (1 + t) / 2 + x * sech2 * u1 / 2
+    return first, sech2 * u1 + x / 2 * (sech2 * u2 - 2 * t * sech2 * u1.square())
 
 
-def silu_curve(module: nn.SiLU, x: Tensor) -> tuple[Tensor, Tensor]:
+def silu_derivatives(module: nn.SiLU, x: Tensor) -> tuple[Tensor, Tensor]:
     """f = xs, s the sigmoid: f' = s + xs(1−s), f'' = s(1−s)(2 + x(1−2s))."""
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
     return s + x * s * rest, s * rest * (2 + x * (rest - s))
 
 
-def softplus_curve(module: nn.Softplus, x: Tensor) -> tuple[Tensor, Tensor]:
+def softplus_derivatives(module: nn.Softplus, x: Tensor) -> tuple[Tensor, Tensor]:
     """f' = s(βx), f'' = βs(1−s); linear where βx exceeds the threshold."""
     z = module.beta * x
     linear = z > module.threshold
@@ -74,21 +78,21 @@ def softplus_curve(module: nn.Softplus, x: Tensor) -> tuple[Tensor, Tensor]:
     return first, (module.beta * torch.sigmoid(z) * torch.sigmoid(-z)).masked_fill(linear, 0)
 
 
-def mish_curve(module: nn.Mish, x: Tensor) -> tuple[Tensor, Tensor]:
+def mish_derivatives(module: nn.Mish, x: Tensor) -> tuple[Tensor, Tensor]:
     """f = x tanh(softplus x), with t the tanh and s the sigmoid."""
     t, s = torch.tanh(nn.functional.softplus(x)), torch.sigmoid(x)
-    slope = (1 - t.square()) * s
-    return t + x * slope, slope * (2 + x * (torch.sigmoid(-x) - 2 * t * s))
+    t_first = (1 - t.square()) * s
+    return t + x * t_first, t_first * (2 + x * (torch.sigmoid(-x) - 2 * t * s))
 
 
-def log_sigmoid_curve(module: nn.LogSigmoid, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f' = s(−x), f'' = −s(x)s(−x); BackPACK's own e^x overflows."""
+def log_sigmoid_derivatives(module: nn.LogSigmoid, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f' = s(−x), f'' = −s(x)s(−x); the e^x in BackPACK's formula overflows."""
     rest = torch.sigmoid(-x)
     return rest, -torch.sigmoid(x) * rest
 
 
 class PReLUDerivatives(ElementwiseDerivatives, BaseParameterDerivatives):
-    """f(x) = max(x, 0) + w min(x, 0), w per channel or one for all."""
+    """f(x) = max(x, 0) + w min(x, 0), with one w for each channel or for all."""
 
     def hessian_is_zero(self, module: Any) -> bool:
         """f is piecewise linear in x."""

@@ -1,4 +1,4 @@
-"""What one forward pass shows of how the modules are called, and where that leaves the domain."""
+"""Module calls in one forward pass that are outside of the verified domain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,17 @@ class _Call:
 def check_calls(
     problem: Problem, rows: Tensor, modules: dict[str, nn.Module], chain: bool
 ) -> dict[str, str]:
-    """What one forward pass on the samples ``rows`` shows to be outside of the domain."""
+    """The modules that one forward pass shows to be outside of the domain, with reasons.
+
+    Args:
+        problem: The model and a batch.
+        rows: Indices of the samples to run.
+        modules: The modules to check, by path.
+        chain: Whether they must form a chain, as the second order requires.
+
+    Returns:
+        Path -> reason; the path "" is the model as a whole.
+    """
     calls: list[_Call] = []
     try:
         h = _forward(problem, rows, modules, calls)
@@ -37,41 +47,41 @@ def check_calls(
         raise
     except Exception as error:  # the model's own code raises anything
         return {"": f"its forward fails on {len(rows)} samples: {error}"}
-    found: dict[str, str] = {}
-    uses, nodes = _uses(h)
+    reasons: dict[str, str] = {}
+    uses, nodes = _leaf_uses(h)
     for path, module in modules.items():
-        mine = [call for call in calls if call.path == path]
+        own_calls = [call for call in calls if call.path == path]
         parameters = [p for p in module._parameters.values() if p is not None and p.requires_grad]
         count = max((uses.get(id(p), 0) for p in parameters), default=0)
-        if not count and not (chain and mine):
+        if not count and not (chain and own_calls):
             continue  # the outputs do not depend on it
         reason: str | None
-        if len(mine) != 1:
-            reason = f"called {len(mine)} times in a forward pass, not once"
-        elif count > 1 or (count and mine[0].node not in nodes):
+        if len(own_calls) != 1:
+            reason = f"called {len(own_calls)} times in a forward pass, not once"
+        elif count > 1 or (count and own_calls[0].node not in nodes):
             reason = "a parameter is used outside of its forward"
         else:
             reason = module_reason(module, second_order=chain)
-            reason = reason or _call_reason(module, mine[0], len(rows))
+            reason = reason or _call_reason(module, own_calls[0], len(rows))
         if reason is not None:
-            found[path] = reason
+            reasons[path] = reason
     if chain:
-        found = _chain_reasons(problem, rows, calls, h) | found
-    return found
+        reasons = _chain_reasons(problem, rows, calls, h) | reasons
+    return reasons
 
 
 def _forward(
     problem: Problem, rows: Tensor, modules: dict[str, nn.Module], calls: list[_Call]
 ) -> Tensor:
-    """The outputs; adds the modules' calls."""
+    """Run the samples ``rows``; append the modules' calls to ``calls`` and return the outputs."""
 
-    def note(path: str, module: Any, inputs: Any, keywords: Any, output: Any) -> None:
+    def record(path: str, module: Any, inputs: Any, keywords: Any, output: Any) -> None:
         tensor = isinstance(output, Tensor)
         node, version = (output.grad_fn, output._version) if tensor else (None, 0)
         calls.append(_Call(path, inputs, keywords, output, node, version))
 
     handles = [
-        m.register_forward_hook(partial(note, p), with_kwargs=True) for p, m in modules.items()
+        m.register_forward_hook(partial(record, p), with_kwargs=True) for p, m in modules.items()
     ]
     try:
         return problem.forward(problem.batch[rows])
@@ -81,6 +91,7 @@ def _forward(
 
 
 def _call_reason(module: nn.Module, call: _Call, size: int) -> str | None:
+    """Why a call with ``size`` samples is outside of the domain; None inside."""
     if call.keywords or len(call.inputs) != 1 or not isinstance(call.inputs[0], Tensor):
         return "called on something else than one tensor"
     if not isinstance(call.output, Tensor):
@@ -101,35 +112,35 @@ def _call_reason(module: nn.Module, call: _Call, size: int) -> str | None:
 
 
 def _chain_reasons(problem: Problem, rows: Tensor, calls: list[_Call], h: Tensor) -> dict[str, str]:
-    """Second order: every module takes the very tensor that the one before gave."""
+    """The modules whose input is not the very tensor that the module before them returned."""
     batch = problem.batch[rows]
     inputs = [*batch.args, *batch.kwargs.values()]
-    found = {}
+    reasons = {}
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        found[""] = "the inputs are not one tensor"
-    before = None
+        reasons[""] = "the inputs are not one tensor"
+    previous = None
     for call in calls:
         x = call.inputs[0] if call.inputs else None
-        if before is not None:
-            same = x is before
-        elif isinstance(x, Tensor) and not found:
-            # the model got another slice, with the same numbers in it
+        if previous is not None:
+            same = x is previous
+        elif isinstance(x, Tensor) and not reasons:
+            # the model received another slice of the batch, with the same numbers
             same = x.grad_fn is None and x.shape == inputs[0].shape and torch.equal(x, inputs[0])
         else:
-            same = bool(found)
+            same = bool(reasons)
         if not same:
-            found[call.path] = (
+            reasons[call.path] = (
                 "its input is not the output of the module before it (a functional operation, a "
                 "residual connection or a branch lies between)"
             )
-        before = call.output
-    if h is not before:
-        found.setdefault("", "the outputs are not the last module's output")
-    return found
+        previous = call.output
+    if h is not previous:
+        reasons.setdefault("", "the outputs are not the last module's output")
+    return reasons
 
 
-def _uses(h: Tensor) -> tuple[dict[int, int], set[Any]]:
-    """How many edges of h's graph end in each leaf tensor, and all nodes."""
+def _leaf_uses(h: Tensor) -> tuple[dict[int, int], set[Any]]:
+    """How many edges of the graph of ``h`` end in each leaf tensor, by id, and all its nodes."""
     counts: dict[int, int] = {}
     nodes: set[Any] = set()
     stack = [h.grad_fn] if h.grad_fn is not None else []

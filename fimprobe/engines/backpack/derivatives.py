@@ -1,4 +1,4 @@
-"""The modules of the verified domain, each with its ``Derivatives``: BackPACK's own or ours."""
+"""The modules of the verified domain, each with its ``Derivatives`` from BackPACK or from here."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from backpack.core.derivatives.zeropad2d import ZeroPad2dDerivatives
 from torch import nn
 
 from fimprobe.engines.backpack.activations import (
-    CurveDerivatives,
+    ClosedFormDerivatives,
     IdentityDerivatives,
     PReLUDerivatives,
-    gelu_curve,
-    log_sigmoid_curve,
-    mish_curve,
-    silu_curve,
-    softplus_curve,
+    gelu_derivatives,
+    log_sigmoid_derivatives,
+    mish_derivatives,
+    silu_derivatives,
+    softplus_derivatives,
 )
 from fimprobe.engines.backpack.embedding import LookupDerivatives
 from fimprobe.engines.backpack.normalisation import NormDerivatives
@@ -66,7 +66,7 @@ LAYERS: dict[type[nn.Module], tuple[Any, tuple[str, ...]]] = {
     nn.PReLU: (PReLUDerivatives(), ("weight",)),
     nn.Embedding: (LookupDerivatives(), ("weight",)),
 }
-"""Modules with parameters: their derivatives and the parameters' names. First and second order."""
+"""Modules with parameters: their derivatives and the names of the parameters, for both orders."""
 
 PLAIN: dict[type[nn.Module], Any] = {
     nn.Identity: IdentityDerivatives(),
@@ -84,11 +84,11 @@ PLAIN: dict[type[nn.Module], Any] = {
     nn.Tanh: TanhDerivatives(),
     nn.ELU: ELUDerivatives(),
     nn.SELU: SELUDerivatives(),
-    nn.LogSigmoid: CurveDerivatives(log_sigmoid_curve),
-    nn.GELU: CurveDerivatives(gelu_curve),
-    nn.SiLU: CurveDerivatives(silu_curve),
-    nn.Softplus: CurveDerivatives(softplus_curve),
-    nn.Mish: CurveDerivatives(mish_curve),
+    nn.LogSigmoid: ClosedFormDerivatives(log_sigmoid_derivatives),
+    nn.GELU: ClosedFormDerivatives(gelu_derivatives),
+    nn.SiLU: ClosedFormDerivatives(silu_derivatives),
+    nn.Softplus: ClosedFormDerivatives(softplus_derivatives),
+    nn.Mish: ClosedFormDerivatives(mish_derivatives),
     nn.MaxPool1d: MaxPool1DDerivatives(),
     nn.MaxPool2d: MaxPool2DDerivatives(),
     nn.MaxPool3d: MaxPool3DDerivatives(),
@@ -100,16 +100,16 @@ PLAIN: dict[type[nn.Module], Any] = {
     nn.AdaptiveAvgPool3d: AdaptiveAvgPool3dDerivatives(),
     nn.ZeroPad2d: ZeroPad2dDerivatives(),
 }
-"""Modules without parameters that the second order passes through."""
+"""Modules without parameters, through which second derivatives are propagated."""
 
 
 def derivatives_of(module: nn.Module) -> Any:
-    """The Derivatives of a module inside the domain."""
+    """The ``Derivatives`` of a module inside the domain."""
     return LAYERS[type(module)][0] if type(module) in LAYERS else PLAIN[type(module)]
 
 
 def trainable_modules(twin: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that hold trainable parameters themselves."""
+    """Modules that own trainable parameters, with their paths."""
     return [
         (path, module)
         for path, module in twin.named_modules()

@@ -1,4 +1,4 @@
-"""Embedding in BackPACK's terms."""
+"""Derivatives of ``Embedding``, in place of BackPACK's, which assume the default dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backpack.utils.subsampling import subsample
 
 
 class LookupDerivatives(BaseParameterDerivatives):
-    """G_vd = Σ_t [token_t = v] δ_td. BackPACK's own only knows the default dtype."""
+    """G_vd = Σ_t [token_t = v] δ_td."""
 
     def hessian_is_zero(self, module: Any) -> bool:
         """The input is not differentiable."""

@@ -1,4 +1,4 @@
-"""Moments of every trainable parameter, chunk by chunk, all draws of a chunk in one backward."""
+"""Moments of every trainable parameter, with all draws of a chunk in one backward pass."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fimprobe.engines.backpack.derivatives import trainable_modules
 from fimprobe.engines.backpack.first_order_rules import ChunkContext, MomentsExtension, ParameterSums
 from fimprobe.engines.backpack.hooks import extended
 from fimprobe.engines.backpack.sum_checks import check_copies, check_total
-from fimprobe.engines.problem.cotangents import check_num_passes, label_cotangents, seen_mass
+from fimprobe.engines.problem.cotangents import check_num_passes
+from fimprobe.engines.problem.label_cotangents import label_cotangents, seen_mass
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.problem.weights import Weights
+from fimprobe.engines.problem.weights import PassWeights
 from fimprobe.errors import FimprobeError
 from fimprobe.statistics import MomentsBatch
 
@@ -22,37 +23,43 @@ from fimprobe.statistics import MomentsBatch
 def moments_in_domain(problem: Problem) -> MomentsBatch:
     """The moments of a problem inside the domain.
 
-    The chunk's samples are repeated S times along the batch. Σ g of every parameter is compared
+    The samples of a chunk are repeated S times along the batch. Σ g of every parameter is compared
     with its gradient by plain autograd.
 
     Raises:
-        FimprobeError: where the comparison fails, or one sample takes more than ``memory_mb``.
+        FimprobeError: If the comparison fails, or one sample needs more than ``memory_mb``.
     """
     size = problem.batch.size
-    draws, chunk = _draws_and_chunk(problem)
+    draws, step = _draws_and_chunk_size(problem)
     sums: dict[str, ParameterSums] = {}
-    exact: list[Weights] = []
+    exact: list[PassWeights] = []
     inverse: list[Tensor] = []
-    seen: list[Tensor] = []
-    for start in range(0, size, chunk):
-        rows = slice(start, min(start + chunk, size))
-        job = ChunkContext(rows, size, draws, problem.diagonals, problem.memory_mb * 2**17)
-        for name, found in _chunk_sums(problem, job).items():
-            sums[name] = sums[name] + found if name in sums else found
-        if job.weights is not None and job.weights.second is None:
-            inverse.append(job.weights.fourth)
-        elif job.weights is not None:
-            exact.append(job.weights)
-        if job.seen is not None:
-            seen.append(job.seen)
-    mass = torch.stack(seen).sum(0).tolist() if seen else None
+    score_masses: list[Tensor] = []
+    for start in range(0, size, step):
+        chunk = ChunkContext(
+            rows=slice(start, min(start + step, size)),
+            size=size,
+            draws=draws,
+            diagonals=problem.diagonals,
+            max_bytes=problem.memory_mb * 2**17,
+        )
+        for name, chunk_sums in _chunk_sums(problem, chunk).items():
+            sums[name] = sums[name] + chunk_sums if name in sums else chunk_sums
+        if chunk.weights is not None and chunk.weights.square is None:
+            inverse.append(chunk.weights.quartic)
+        elif chunk.weights is not None:
+            exact.append(chunk.weights)
+        if chunk.score_mass is not None:
+            score_masses.append(chunk.score_mass)
+    mass = torch.stack(score_masses).sum(0).tolist() if score_masses else None
+    square_weights = [w.square for w in exact if w.square is not None]
     return MomentsBatch(
         parameters={n: sums[n].finish(p) for n, p in problem.parameters.items() if n in sums},
         batch_size=size,
         draws=problem.draws.count,
-        second=torch.cat([w.second for w in exact if w.second is not None]).cpu() if exact else None,
-        fourth=torch.cat([w.fourth for w in exact]).cpu() if exact else None,
-        blocks=torch.tensor(exact[0].blocks) if exact else None,
+        square_weights=torch.cat(square_weights).cpu() if exact else None,
+        quartic_weights=torch.cat([w.quartic for w in exact]).cpu() if exact else None,
+        blocks=torch.tensor(exact[0].block) if exact else None,
         inverse_weights=torch.cat(inverse).cpu() if inverse else None,
         seen_mass=seen_mass(problem, mass),
         fisher_trace=None if mass is None else mass[1],
@@ -60,49 +67,49 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
     )
 
 
-def _chunk_sums(problem: Problem, job: ChunkContext) -> dict[str, ParameterSums]:
-    """Sums of the parameters that the chunk's outputs depend on; sets ``job.weights``."""
-    copies = problem.batch[torch.arange(job.rows.start, job.rows.stop).repeat(job.draws)]
+def _chunk_sums(problem: Problem, chunk: ChunkContext) -> dict[str, ParameterSums]:
+    """Sums of the parameters on which the chunk's outputs depend; sets its weights."""
+    copies = problem.batch[torch.arange(chunk.rows.start, chunk.rows.stop).repeat(chunk.draws)]
     layers = [module for _, module in trainable_modules(problem.twin)]
     parameters = problem.parameters
     gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    with extended(layers, MomentsExtension(job)), torch.enable_grad():
+    with extended(layers, MomentsExtension(chunk)), torch.enable_grad():
         h = problem.forward(copies)
-        seeds = label_cotangents(problem, job.rows, h.detach()[: job.samples])
-        job.weights, job.seen = seeds.weights, seeds.seen
-        check_copies(h.detach(), job.samples)
+        cotangents = label_cotangents(problem, chunk.rows, h.detach()[: chunk.samples])
+        chunk.weights, chunk.score_mass = cotangents.weights, cotangents.score_mass
+        check_copies(h.detach(), chunk.samples)
         if h.requires_grad:
             gradients = torch.autograd.grad(
-                h, list(parameters.values()), torch.cat(seeds.seeds), allow_unused=True
+                h, list(parameters.values()), torch.cat(cotangents.vectors), allow_unused=True
             )
-    found = {}
+    sums = {}
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         if gradient is not None:
-            check_total(name, job.found.get(id(parameter)), gradient, copies.size)
-            found[name] = job.found[id(parameter)]
-    return found
+            check_total(name, chunk.sums.get(id(parameter)), gradient, copies.size)
+            sums[name] = chunk.sums[id(parameter)]
+    return sums
 
 
-def _draws_and_chunk(problem: Problem) -> tuple[int, int]:
-    """Backward passes per sample, and how many samples fit under the memory ceiling at once."""
+def _draws_and_chunk_size(problem: Problem) -> tuple[int, int]:
+    """Backward passes of each sample, and how many samples fit into ``memory_mb`` at once."""
     h, saved = _one_forward(problem)
     draws = problem.draws.count
     if draws is None:
-        check_num_passes(problem, h, 0.0, math.inf)  # memory is looked at below
+        check_num_passes(problem, h, 0.0, math.inf)  # the memory is checked below
         draws = problem.likelihood.count_passes(h)
-    each = 3 * draws * max(saved, 1)  # saved tensors, their gradients, BackPACK's references
-    chunk = int(problem.memory_mb * 2**20 / each)
-    if chunk < 1:
+    bytes_each = 3 * draws * max(saved, 1)  # saved tensors, their gradients, BackPACK's references
+    size = int(problem.memory_mb * 2**20 / bytes_each)
+    if size < 1:
         raise FimprobeError(
-            f"{draws} draws of one sample take about {each / 2**20:.2g} MB in engine='backpack', "
-            f"more than memory_mb={problem.memory_mb:.4g}; pass engine='autograd', fewer draws or a "
-            "larger memory_mb"
+            f"{draws} draws of one sample take about {bytes_each / 2**20:.2g} MB in "
+            f"engine='backpack', more than memory_mb={problem.memory_mb:.4g}; pass "
+            "engine='autograd', fewer draws or a larger memory_mb"
         )
-    return draws, min(chunk, problem.batch.size)
+    return draws, min(size, problem.batch.size)
 
 
 def _one_forward(problem: Problem) -> tuple[Tensor, int]:
-    """One sample's outputs, and the bytes that autograd saves for it beside the parameters."""
+    """One sample's outputs, and the bytes that autograd saves for it in addition to parameters."""
     seen: set[int] = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
     total = 0
 
@@ -120,13 +127,14 @@ def _one_forward(problem: Problem) -> tuple[Tensor, int]:
 
 
 def _coverage(problem: Problem, measured: set[str]) -> dict[str, str]:
-    told = {}
+    """How each parameter was measured, or why it was left out."""
+    coverage = {}
     for name, parameter in problem.twin.named_parameters():
         owner = problem.twin.get_submodule(name.rpartition(".")[0])
         if not parameter.requires_grad:
-            told[name] = "left out: frozen"
+            coverage[name] = "left out: frozen"
         elif name not in measured:
-            told[name] = "left out: the outputs do not depend on it"
+            coverage[name] = "left out: the outputs do not depend on it"
         else:
-            told[name] = f"backpack: {type(owner).__name__}"
-    return told
+            coverage[name] = f"backpack: {type(owner).__name__}"
+    return coverage

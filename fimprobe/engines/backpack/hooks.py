@@ -1,4 +1,4 @@
-"""BackPACK's hooks on a model for a while, without a trace of them afterwards."""
+"""BackPACK's hooks on a model inside of a context, which removes every trace of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from torch import nn
 
 @contextmanager
 def extended(modules: list[nn.Module], extension: Any) -> Iterator[None]:
-    """BackPACK active on ``modules`` only; afterwards they, and its globals, are as before."""
+    """Activate BackPACK on some modules, and restore them and BackPACK's global state afterwards.
+
+    Args:
+        modules: The modules that get hooks. BackPACK leaves attributes on them, on their parameters
+            and in its context, and does not remove all of them itself.
+        extension: The BackPACK extension to run in backward passes.
+    """
     parameters = [p for m in modules for p in m._parameters.values() if p is not None]
     before = [(x, dict(x.__dict__)) for x in (*modules, *parameters)]
     mark, stored = len(CTX.hook_handles), disable.store_io
@@ -26,7 +32,7 @@ def extended(modules: list[nn.Module], extension: Any) -> Iterator[None]:
             extend(module)
         disable.store_io = True
         with warnings.catch_warnings(), backpack(extension):
-            # of the first layer, whose inputs need no gradient; BackPACK does not ask for it
+            # torch warns about the first layer, whose inputs need no gradient
             warnings.filterwarnings("ignore", "Full backward hook is firing")
             yield
     finally:
@@ -35,9 +41,9 @@ def extended(modules: list[nn.Module], extension: Any) -> Iterator[None]:
         for handle in CTX.hook_handles[mark:]:
             handle.remove()
         del CTX.hook_handles[mark:]
-        for thing, attributes in before:
-            for name in set(thing.__dict__) - set(attributes):
-                del thing.__dict__[name]
+        for owner, attributes in before:
+            for name in set(owner.__dict__) - set(attributes):
+                del owner.__dict__[name]
             for name, value in attributes.items():
-                if name not in thing.__dict__ or thing.__dict__[name] is not value:
-                    thing.__dict__[name] = value
+                if name not in owner.__dict__ or owner.__dict__[name] is not value:
+                    owner.__dict__[name] = value

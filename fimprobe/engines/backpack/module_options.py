@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,16 @@ from fimprobe.engines.backpack.derivatives import LAYERS, PLAIN
 
 
 def module_reason(module: Any, *, second_order: bool) -> str | None:
-    """Why a module's class or options are outside of what the tests verify; None inside."""
+    """Why the class or the options of a module are outside of the verified domain.
+
+    Args:
+        module: Any module of the twin.
+        second_order: Whether exact second derivatives are requested, for which modules without
+            parameters need a rule too.
+
+    Returns:
+        The reason; None inside of the domain.
+    """
     kind = type(module)
     name = kind.__name__
     if kind not in LAYERS and not (second_order and kind in PLAIN):
@@ -21,36 +31,60 @@ def module_reason(module: Any, *, second_order: bool) -> str | None:
         extra = {n for n, p in module._parameters.items() if p is not None} - set(LAYERS[kind][1])
         if extra:
             return f"{name} with the parameters {sorted(extra)}"
-    told = _wrong_option(module)
-    return told and f"{name}{told}"
-
-
-def _wrong_option(module: Any) -> str | None:
-    """The option, of a module of a known class, with which BackPACK is wrong or refuses."""
     if getattr(module, "inplace", False):
-        return "(inplace=True)"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if isinstance(module.padding, str):
-            return f"(padding={module.padding!r})"
-        if module.padding_mode != "zeros":
-            return f"(padding_mode={module.padding_mode!r})"
-        if any(module.output_padding):
-            return f"(output_padding={module.output_padding})"
-    if isinstance(module, nn.modules.pooling._AvgPoolNd):
-        if module.ceil_mode or not module.count_include_pad:
-            return " with ceil_mode or without count_include_pad"
-        if getattr(module, "divisor_override", None) is not None:
-            return f"(divisor_override={module.divisor_override})"
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:
-        return " in train mode"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
-        return "(affine=False)"
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is not None:
-        return "(track_running_stats=True)"
-    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
-        return " with max_norm or sparse gradients"
-    if isinstance(module, nn.modules.pooling._MaxPoolNd) and module.return_indices:
-        return "(return_indices=True)"
-    if isinstance(module, nn.ZeroPad2d) and min(module.padding) < 0:
-        return " with negative padding"
-    return None
+        return f"{name}(inplace=True)"
+    option = next((check(module) for family, check in _CHECKS if isinstance(module, family)), None)
+    return f"{name}{option}" if option else None
+
+
+def _conv_option(module: Any) -> str | None:
+    if isinstance(module.padding, str):
+        return f"(padding={module.padding!r})"
+    if module.padding_mode != "zeros":
+        return f"(padding_mode={module.padding_mode!r})"
+    return f"(output_padding={module.output_padding})" if any(module.output_padding) else None
+
+
+def _average_pool_option(module: Any) -> str | None:
+    if module.ceil_mode or not module.count_include_pad:
+        return " with ceil_mode or without count_include_pad"
+    divisor = getattr(module, "divisor_override", None)
+    return f"(divisor_override={divisor})" if divisor is not None else None
+
+
+def _max_pool_option(module: Any) -> str | None:
+    return "(return_indices=True)" if module.return_indices else None
+
+
+def _dropout_option(module: Any) -> str | None:
+    return " in train mode" if module.training else None
+
+
+def _batch_norm_option(module: Any) -> str | None:
+    return None if module.affine else "(affine=False)"
+
+
+def _instance_norm_option(module: Any) -> str | None:
+    return None if module.running_mean is None else "(track_running_stats=True)"
+
+
+def _embedding_option(module: Any) -> str | None:
+    unusual = module.max_norm is not None or module.sparse
+    return " with max_norm or sparse gradients" if unusual else None
+
+
+def _zero_pad_option(module: Any) -> str | None:
+    return " with negative padding" if min(module.padding) < 0 else None
+
+
+_CHECKS: list[tuple[type[nn.Module], Callable[[Any], str | None]]] = [
+    (nn.modules.conv._ConvNd, _conv_option),
+    (nn.modules.pooling._AvgPoolNd, _average_pool_option),
+    (nn.modules.pooling._MaxPoolNd, _max_pool_option),
+    (nn.modules.dropout._DropoutNd, _dropout_option),
+    (nn.modules.instancenorm._InstanceNorm, _instance_norm_option),
+    (nn.modules.batchnorm._BatchNorm, _batch_norm_option),
+    (nn.Embedding, _embedding_option),
+    (nn.ZeroPad2d, _zero_pad_option),
+]
+"""For each family of modules, the option with which BackPACK is wrong or raises an error."""

@@ -1,6 +1,6 @@
-"""Normalisation within a sample, which BackPACK lacks: gradients, Jacobian, and the whole residual.
+"""Derivatives of normalisation layers within a sample, which BackPACK lacks.
 
-A residual is the matrix Σ_k δ_k ∂²f_k/∂x∂xᵀ of a module f at δ.
+The residual of a module f at δ is the matrix Σ_k δ_k ∂²f_k/∂x∂xᵀ.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 class NormDerivatives(BaseParameterDerivatives):
     """y = γ x̂ + β with x̂ = (x − μ)/σ over groups of D entries of a sample; RMSNorm has μ = 0.
 
-    LayerNorm and RMSNorm: a group is a token. GroupNorm, InstanceNorm: a group of channels.
+    A group is a token for LayerNorm and RMSNorm, some channels for GroupNorm and InstanceNorm.
     """
 
     def hessian_is_zero(self, module: Any) -> bool:
-        """f is curved."""
+        """f is not linear in x."""
         return False
 
     def hessian_is_diagonal(self, module: Any) -> bool:
@@ -68,7 +68,7 @@ def _centred(module: Any) -> bool:
 
 
 def _groups(module: Any, x: Tensor) -> Tensor:
-    """X [..., N, *] as [..., N, K, D] for as many leading dimensions as x has above the input."""
+    """Reshape x [..., N, *] to its K groups of D entries, [..., N, K, D]."""
     lead = x.dim() - module.input0.dim() + 1
     if _by_token(module):
         return x.reshape(*x.shape[:lead], -1, math.prod(module.normalized_shape))
@@ -77,7 +77,7 @@ def _groups(module: Any, x: Tensor) -> Tensor:
 
 
 def _normalise(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x̂ [N, K, D] and σ [N, K, 1]."""
+    """x̂ [N, K, D] and σ [N, K, 1] of inputs [N, *]."""
     x = _groups(module, x.detach())
     if _centred(module):
         x = x - x.mean(-1, keepdim=True)
@@ -97,14 +97,14 @@ def _gain(module: Any, x: Tensor) -> Tensor:
 
 
 def _tangent(module: Any, v: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor]:
-    """The part a of v [..., N, K, D] that changes x̂, and c = mean(v x̂)."""
+    """The component a of v [..., N, K, D] that changes x̂, and c = mean(v x̂)."""
     c = (v * xhat).mean(-1, keepdim=True)
     a = v - c * xhat
     return (a - v.mean(-1, keepdim=True) if _centred(module) else a), c
 
 
 def _sum(module: Any, product: Tensor, sum_batch: bool) -> Tensor:
-    """Σ of [V, N, *] over the positions that share an entry of γ or β."""
+    """Sum [V, N, *] over the positions that share an entry of γ or β, and over N if ``sum_batch``."""
     if _by_token(module):
         axes = range(2, product.dim() - len(module.normalized_shape))
     else:

@@ -20,85 +20,108 @@ from fimprobe.engines.problem.problem import Problem
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 
-Start = Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]
-"""From a chunk's rows and outputs h: the gradient at the outputs, and factors of the curvature."""
+OutputCurvature = Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]
+"""Maps a chunk's rows and outputs h to cotangents of h, and factors of the curvature there."""
 
 
-def hessian_in_domain(problem: Problem, batch: Batch, seed: Tensor) -> dict[str, Tensor]:
-    """Diagonals of R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ of a problem inside the domain.
+def hessian_in_domain(problem: Problem, batch: Batch, cotangents: Tensor) -> dict[str, Tensor]:
+    """Diagonals [B, *shape] of R = Σ_a v_a ∂²h_a/∂θ∂θᵀ of a problem inside the domain.
 
-    ``BatchDiagHessian`` with a loss that is not curved itself: everything comes from the residuals
-    of the layers. Memory grows with the widths of all curved layers.
+    This is ``BatchDiagHessian`` with a loss that is linear in the outputs: all curvature comes from
+    the residuals of the layers. Memory grows with the widths of all layers that are not linear.
+
+    Args:
+        problem: The model.
+        batch: Inputs of B samples.
+        cotangents: v [B, ...], of the shape of the outputs.
 
     Raises:
-        FimprobeError: a seed of another shape, or one sample takes more than ``memory_mb``.
+        FimprobeError: For cotangents of another shape, or if one sample needs more than
+            ``memory_mb``.
     """
 
-    def start(rows: slice, h: Tensor) -> tuple[Tensor, None]:
-        if seed.shape != (batch.size, *h.shape[1:]):
+    def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, None]:
+        expected = (batch.size, *h.shape[1:])
+        if cotangents.shape != expected:
             raise FimprobeError(
-                f"seed has shape {tuple(seed.shape)}, but the outputs have shape "
-                f"{(batch.size, *h.shape[1:])}; pass one number for each output"
+                f"`cotangents` must have the shape of the outputs, {expected}, got "
+                f"{tuple(cotangents.shape)}. Pass one number for each output."
             )
-        return seed[rows].to(h), None
+        return cotangents[rows].to(h), None
 
-    return _diagonals(problem, batch, start, curved=True)
+    return _diagonals(problem, batch, output_curvature, curved=True)
 
 
 def ggn_in_domain(problem: Problem, batch: Batch, mask: Tensor | None) -> dict[str, Tensor]:
-    """Diagonals of F(x) = Jᵀ I(h) J of a problem inside the domain.
+    """Diagonals [B, *shape] of F(x) = Jᵀ I(h) J of a problem inside the domain.
 
-    ``BatchDiagGGNExact`` with a loss whose factor is a square root of I(h).
+    This is ``BatchDiagGGNExact`` with a loss whose factor is a square root of I(h).
+
+    Args:
+        problem: The model and the likelihood.
+        batch: Inputs of B samples.
+        mask: Positions that count, bool [B, ...]; None for all of them.
 
     Raises:
-        FimprobeError: a likelihood without ``output_fisher``, or too little ``memory_mb``.
+        FimprobeError: For a likelihood without ``output_fisher``, or if one sample needs more than
+            ``memory_mb``.
     """
 
-    def start(rows: slice, h: Tensor) -> tuple[Tensor, Tensor]:
-        where = None if mask is None else mask[rows]
-        return torch.ones_like(h), _fisher_factors(problem.likelihood, h.detach(), where)
+    def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, Tensor]:
+        chunk_mask = None if mask is None else mask[rows]
+        return torch.ones_like(h), _fisher_factors(problem.likelihood, h.detach(), chunk_mask)
 
-    return _diagonals(problem, batch, start, curved=False)
+    return _diagonals(problem, batch, output_curvature, curved=False)
 
 
-def _diagonals(problem: Problem, batch: Batch, start: Start, *, curved: bool) -> dict[str, Tensor]:
-    """[B, *shape] of every parameter; ``curved``: with the modules' own curvature."""
+def _diagonals(
+    problem: Problem, batch: Batch, output_curvature: OutputCurvature, *, curved: bool
+) -> dict[str, Tensor]:
+    """Per-sample diagonals [B, *shape] of every parameter.
+
+    Args:
+        problem: The model.
+        batch: Inputs of B samples.
+        output_curvature: The curvature at the outputs.
+        curved: Whether the residuals of the modules count (Hessian) or not (GGN).
+    """
     modules = [m for m in problem.twin.modules() if not list(m.children())]
     parameters = problem.parameters
-    found: dict[str, list[Tensor]] = {}
-    chunk = _chunk(problem, batch, modules, curved=curved)
-    for first in range(0, batch.size, chunk):
-        rows = slice(first, min(first + chunk, batch.size))
+    diagonals: dict[str, list[Tensor]] = {}
+    step = _chunk_size(problem, batch, modules, curved=curved)
+    for start in range(0, batch.size, step):
+        rows = slice(start, min(start + step, batch.size))
         extension = hessian_extension() if curved else ggn_extension()
         loss = LinearLoss()
         with extended([*modules, loss], extension), torch.enable_grad():
             h = problem.forward(batch[rows])
             # BackPACK's pooling builds its kernels in the default dtype
             torch.set_default_dtype(h.dtype)
-            loss.seed, loss.factors = start(rows, h)
+            loss.cotangents, loss.factors = output_curvature(rows, h)
             if h.requires_grad:
                 torch.autograd.grad(loss(h), list(parameters.values()), allow_unused=True)
             for name, p in parameters.items():
                 value = getattr(p, extension.savefield, None)
                 if value is not None:
-                    found.setdefault(name, []).append(value.detach())
+                    diagonals.setdefault(name, []).append(value.detach())
     return {
-        n: torch.cat(found[n]) if n in found else p.new_zeros(batch.size, *p.shape)
+        n: torch.cat(diagonals[n]) if n in diagonals else p.new_zeros(batch.size, *p.shape)
         for n, p in parameters.items()
     }
 
 
-def _chunk(problem: Problem, batch: Batch, modules: list[nn.Module], *, curved: bool) -> int:
-    """Samples whose factors [V, n, width] fit the ceiling.
+def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, curved: bool) -> int:
+    """The number n of samples whose factors [V, n, width] fit into ``memory_mb``.
 
-    V is the number of outputs, or for the Hessian twice the widths of the curved modules.
+    V is the number of outputs; for the Hessian, twice the sum of the widths of all modules that are
+    not linear, one factor for each sign of the residual.
     """
     widths: list[tuple[nn.Module, int]] = []
 
-    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def record_width(module: nn.Module, inputs: Any, output: Tensor) -> None:
         widths.append((module, max(inputs[0].numel(), output.numel())))
 
-    handles = [m.register_forward_hook(note) for m in modules]
+    handles = [m.register_forward_hook(record_width) for m in modules]
     try:
         with torch.no_grad():
             h = problem.forward(batch[:1])
@@ -108,23 +131,29 @@ def _chunk(problem: Problem, batch: Batch, modules: list[nn.Module], *, curved: 
     factors = h.numel()
     if curved:
         factors = 2 * sum(w for m, w in widths if not derivatives_of(m).hessian_is_zero(m))
-    each = 3 * factors * max((w for _, w in widths), default=1) * h.element_size()
-    ceiling = problem.memory_mb * 2**20
-    if each > ceiling:
+    bytes_each = 3 * factors * max((w for _, w in widths), default=1) * h.element_size()
+    limit_bytes = problem.memory_mb * 2**20
+    if bytes_each > limit_bytes:
         raise FimprobeError(
-            f"exact second derivatives take about {each / 2**20:.2g} MB for one sample, more than "
-            f"memory_mb={problem.memory_mb:.4g}; pass second_order={{'probes': 2}}, or a larger "
-            "memory_mb"
+            f"exact second derivatives take about {bytes_each / 2**20:.2g} MB for one sample, more "
+            f"than memory_mb={problem.memory_mb:.4g}. Pass second_order={{'probes': 2}}, or a larger "
+            "memory_mb."
         )
-    return max(1, min(batch.size, int(ceiling / max(1, each))))
+    return max(1, min(batch.size, int(limit_bytes / max(1, bytes_each))))
 
 
 def _fisher_factors(likelihood: Any, h: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows s_v [V, B, ...] with Σ_v s_v s_vᵀ = I(h), labels of several positions independent."""
+    """Rows s_v [V, B, ...] with Σ_v s_v s_vᵀ = I(h), where labels of positions are independent.
+
+    Args:
+        likelihood: A likelihood with ``output_fisher``.
+        h: Outputs [B, ..., C].
+        mask: Positions that count; None for all of them.
+    """
     if not hasattr(likelihood, "output_fisher") or h.dim() < 2:
         raise FimprobeError(
             f"likelihood={likelihood.name!r} on outputs of shape {tuple(h.shape)} has no "
-            "output_fisher(h) [B, ..., C, C]; pass a likelihood that has, and outputs [B, ..., C]"
+            "output_fisher(h) [B, ..., C, C]. Pass a likelihood with it, and outputs [B, ..., C]."
         )
     axis = getattr(likelihood, "class_dim", -1)
     last = h.movedim(axis, -1)

@@ -1,6 +1,6 @@
 """Second-order BackPACK extensions for all modules of the domain, from any curvature at the outputs.
 
-With the V axis first, a factor M [V, N, *] stands for the curvature Σ_v M_v M_vᵀ of each sample.
+With the V axis first, a factor M [V, N, *] represents the curvature Σ_v M_v M_vᵀ of each sample.
 """
 
 from __future__ import annotations
@@ -17,55 +17,56 @@ from torch import Tensor, nn
 from fimprobe.engines.backpack.derivatives import LAYERS, PLAIN
 from fimprobe.engines.backpack.normalisation import NormDerivatives
 
-PIECE = 2**22
-"""Most entries of a stack of per-sample gradients formed at once."""
+MAX_STACK_ELEMENTS = 2**22
+"""Entries of a stack of per-sample gradients that is formed at once: 16 MB in float32."""
 
 
 class LinearLoss(nn.modules.loss._Loss):
-    """Σ seed∘h: a loss whose gradient at the outputs is the seed, and that is not curved."""
+    """Σ v∘h: a loss with the gradient v at the outputs, and without curvature of its own."""
 
     def __init__(self) -> None:
         super().__init__(reduction="sum")
-        self.seed = torch.zeros(())
+        self.cotangents = torch.zeros(())
         self.factors: Tensor | None = None
 
     def forward(self, h: Tensor) -> Tensor:
-        """The loss."""
-        return (self.seed * h).sum()
+        """The sum of the outputs times their cotangents."""
+        return (self.cotangents * h).sum()
 
 
 def hessian_extension() -> Any:
-    """BatchDiagHessian with all rules of ``LAYERS`` and ``PLAIN``; saves to ``diag_h_batch``."""
+    """``BatchDiagHessian`` with all rules of ``LAYERS`` and ``PLAIN``; saves to ``diag_h_batch``."""
     return _with_rules(BatchDiagHessian(), _HessianRule, _ZeroCurvature())
 
 
 def ggn_extension() -> Any:
-    """BatchDiagGGNExact likewise; saves to ``diag_ggn_exact_batch``."""
+    """``BatchDiagGGNExact`` with the same rules; saves to ``diag_ggn_exact_batch``."""
     return _with_rules(BatchDiagGGNExact(), _SquareRule, _FactoredCurvature())
 
 
-def _with_rules(extension: Any, rule: type[_SquareRule], start: Any) -> Any:
+def _with_rules(extension: Any, rule: type[_SquareRule], at_outputs: Any) -> Any:
+    """Replace an extension's rules: ``rule`` for every module, ``at_outputs`` for the loss."""
     for kind, (derivatives, params) in LAYERS.items():
         extension.set_module_extension(kind, rule(derivatives, params), overwrite=True)
     for kind, derivatives in PLAIN.items():
         extension.set_module_extension(kind, rule(derivatives), overwrite=True)
-    extension.set_module_extension(LinearLoss, start)
+    extension.set_module_extension(LinearLoss, at_outputs)
     return extension
 
 
 class _ZeroCurvature(ModuleExtension):
-    """No curvature at the outputs: all of it comes from the modules' residuals."""
+    """No curvature at the outputs: all of it comes from the residuals of the modules."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """No factor yet."""
+        """Start without any factor."""
         return {"matrices": [], "signs": []}
 
 
 class _FactoredCurvature(ModuleExtension):
-    """Starts from the loss's own factors [V, N, *]."""
+    """Curvature at the outputs given by the factors [V, N, *] of the loss."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Rows v of a matrix whose Σ_v s_v s_vᵀ is the curvature at the outputs."""
+        """Start from the rows s_v whose Σ_v s_v s_vᵀ is the curvature at the outputs."""
         return module.factors
 
 
@@ -81,19 +82,20 @@ class _SquareRule(MatToJacMat):
         return self._squares(name, module, backproped)
 
     def _squares(self, name: str, module: Any, matrix: Tensor) -> Tensor:
+        """Σ_v (Jᵀ M_v)² [N, *parameter] of a factor M [V, N, *output]."""
         parameter = getattr(module, name)
         total = parameter.new_zeros((module.output.shape[0], *parameter.shape))
-        step = max(1, PIECE // max(1, total.numel()))
-        for part in matrix.split(step):
-            product = self.derivatives.param_mjp(name, module, None, None, part, sum_batch=False)
+        step = max(1, MAX_STACK_ELEMENTS // max(1, total.numel()))
+        for rows in matrix.split(step):
+            product = self.derivatives.param_mjp(name, module, None, None, rows, sum_batch=False)
             total += product.square().sum(0)
         return total
 
 
 class _HessianRule(_SquareRule):
-    """The same where the Hessian at a module's output is Σ_i ±M_i M_iᵀ.
+    """Per-sample diagonal where the Hessian at a module's output is Σ_i ±M_i M_iᵀ.
 
-    The module is linear in its parameters; its own residual adds factors on the way to its input.
+    The module is linear in its parameters. Its own residual adds factors at its input.
     """
 
     def _diagonal(self, name, ext, module, g_inp, g_out, backproped):
@@ -104,7 +106,7 @@ class _HessianRule(_SquareRule):
         return total
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Jᵀ M of every factor, and the residual's own."""
+        """Propagate every factor, and add those of the residual, one for each sign."""
         matrices = super().backpropagate(ext, module, g_inp, g_out, backproped["matrices"])
         signs = list(backproped["signs"])
         if not self.derivatives.hessian_is_zero(module):
@@ -115,7 +117,7 @@ class _HessianRule(_SquareRule):
 
 
 def _residual_factor(derivatives: Any, module: Any, delta: Tensor, sign: float) -> Tensor:
-    """M [V, N, *input] with M Mᵀ the positive (negative) part of each sample's residual."""
+    """M [V, N, *input] with M Mᵀ the positive (sign = 1) or negative part of each residual."""
     shape = module.input0.shape
     if isinstance(derivatives, NormDerivatives):
         values, vectors = torch.linalg.eigh(derivatives.residual(module, delta))
@@ -127,9 +129,9 @@ def _residual_factor(derivatives: Any, module: Any, delta: Tensor, sign: float) 
 
 
 def block_rows(root: Tensor) -> Tensor:
-    """Columns of roots [N, K, D, D] of K blocks as rows [K·D, N, K, D], zero outside of their block.
+    """Columns of the roots [N, K, D, D] of K blocks as rows [K·D, N, K, D], zero in other blocks.
 
-    With r rᵀ a block's curvature, Σ_v s_v s_vᵀ over the rows is that of all blocks together.
+    If r rᵀ is the curvature of a block, Σ_v s_v s_vᵀ over the rows is that of all blocks together.
     """
     samples, count, size = root.shape[:3]
     rows = root.new_zeros(count, size, samples, count, size)

@@ -1,4 +1,8 @@
-"""Cotangents with their graph, and their derivatives along directions."""
+"""Cotangents with their graph, and their tangents along directions: Hessian-vector products.
+
+Symbols: c a vector at the outputs h, φ = cᵀh, z the output of a recorded call, δ = ∂φ/∂z its
+cotangent, x the input of a call, δ_x = ∂φ/∂x. A dot denotes the derivative along a direction.
+"""
 
 from __future__ import annotations
 
@@ -10,96 +14,150 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.tracing.tape import Tape
 
+OptionalTensors = list[Tensor | None]
+
 
 def use_differentiable_attention() -> Any:
-    """Attention's flash kernels have no second derivative; the plain one has."""
+    """Select the attention kernel that has a second derivative; flash attention has none."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
+class PulledBackVector(NamedTuple):
+    """One vector at the outputs, and its cotangents.
+
+    Attributes:
+        output: The vector [B, ...].
+        edges: δ at each output edge, detached; None where the output does not depend on the edge.
+    """
+
+    output: Tensor
+    edges: OptionalTensors
+
+
+class EdgeTangents(NamedTuple):
+    """The derivatives along one direction.
+
+    Attributes:
+        cotangents: δ̇ at each output edge; None where it is zero.
+        inputs: ẋ at each input edge; None where it is zero.
+    """
+
+    cotangents: OptionalTensors
+    inputs: OptionalTensors
+
+
 class DoubleBackward:
-    """The second-order pass over one chunk: holds δ with its graph, and yields Hv for directions."""
+    """The first backward pass over one chunk, with its graph, and second passes along directions.
 
-    def __init__(self, h: Tensor, tape: Tape, replayed: list[Tensor]) -> None:
-        self.h, self.tape, self.replayed = h, tape, replayed
-        self.places = [*tape.edges, *tape.sources, *replayed]
-        self.first: list[list[Tensor | None]] = []
-        self.edges, self.sources = len(tape.edges), len(tape.sources)
+    Attributes:
+        outputs: The outputs h [B, ...].
+        tape: The recorded forward pass.
+        fallback_parameters: Parameters of fallback calls, by name. Their gradients are computed by
+            the first pass as well: a direction may move them.
+    """
 
-    def take(self, seeds: list[Tensor]) -> None:
-        """Pull seeds back."""
-        for seed in seeds:
-            found: list[Tensor | None] = []
-            if self.places:
-                found = list(vjp([self.h], [seed], self.places, create_graph=True))
-            self.first.append(found)
+    def __init__(self, outputs: Tensor, tape: Tape, fallback_parameters: dict[str, Tensor]) -> None:
+        self.outputs, self.tape = outputs, tape
+        self.fallback_parameters = fallback_parameters
+        self._points = [*tape.output_edges, *tape.input_edges, *fallback_parameters.values()]
+        self._vectors: list[Tensor] = []
+        self._first_order: list[OptionalTensors] = []
+        self._num_outputs, self._num_inputs = len(tape.output_edges), len(tape.input_edges)
 
-    def arrived(self, first: int, last: int | None = None) -> list[list[Tensor | None]]:
-        """What arrived at edges and sources, of some seeds, detached."""
-        places, seeds = self.edges + self.sources, self.first[first:last]
-        return [[None if d is None else d.detach() for d in found[:places]] for found in seeds]
+    def pull_back(self, vectors: list[Tensor]) -> None:
+        """Pull vectors at the outputs back to all edges, and keep the graph of the results."""
+        for vector in vectors:
+            gradients: OptionalTensors = []
+            if self._points:
+                gradients = list(vjp([self.outputs], [vector], self._points, create_graph=True))
+            self._vectors.append(vector)
+            self._first_order.append(gradients)
 
-    def delta(self, seed: int) -> list[Tensor | None]:
-        """δ at the edges, detached."""
-        return [None if d is None else d.detach() for d in self.first[seed][: self.edges]]
+    def edge_cotangents(self, vectors: slice) -> list[OptionalTensors]:
+        """Gradients at all output and input edges, detached, for some of the vectors."""
+        count = self._num_outputs + self._num_inputs
+        return [
+            [None if d is None else d.detach() for d in gradients[:count]]
+            for gradients in self._first_order[vectors]
+        ]
 
-    def bend(
+    def pulled_back(self, index: int) -> PulledBackVector:
+        """One vector with its cotangents at the output edges, detached."""
+        gradients = self._first_order[index][: self._num_outputs]
+        edges = [None if d is None else d.detach() for d in gradients]
+        return PulledBackVector(self._vectors[index], edges)
+
+    def edge_tangents(
         self,
-        seed: int,
-        at_edges: list[Tensor | None],
-        at_parameters: list[Tensor | None] | None = None,
+        index: int,
+        directions: OptionalTensors,
+        parameter_directions: OptionalTensors | None = None,
+        *,
         inputs: bool = True,
-        straight: bool = False,
-    ) -> Curve:
-        """Derivatives of δ at the edges, and of the sources' inputs, along a direction held fixed.
+        piecewise_linear: bool = False,
+    ) -> EdgeTangents:
+        """Differentiate one vector's cotangents along a direction of the calls' outputs, held fixed.
 
-        s = ⟨direction, δ⟩; ∂s/∂z is δ's derivative (zero where ``straight``), ∂s/∂δ_x that of the
-        input x.
+        Let s = ⟨ż, δ⟩ with ż constant. By symmetry of second derivatives δ̇ = ∂s/∂z. The first pass
+        computed δ = (∂x/∂z)ᵀ δ_x from the cotangents of later inputs x, linear in them, so that
+        ∂s/∂δ_x = (∂x/∂z) ż = ẋ. One backward pass through the graph of δ gives both.
+
+        Args:
+            index: Number of the vector.
+            directions: ż at each output edge; None for zero.
+            parameter_directions: How each fallback parameter moves; None if none does.
+            inputs: Whether ẋ is needed.
+            piecewise_linear: Whether δ̇ is known to be zero.
         """
-        first = self.first[seed]
-        directions = [*at_edges, *[None] * self.sources, *(at_parameters or [])]
+        gradients = self._first_order[index]
+        all_directions = [*directions, *[None] * self._num_inputs, *(parameter_directions or [])]
         pairs = [
             (d, v)
-            for v, d in zip(directions, first, strict=False)
+            for v, d in zip(all_directions, gradients, strict=False)
             if v is not None and d is not None and d.requires_grad
         ]
-        middle = first[self.edges : self.edges + self.sources]
-        wanted = [m for m in middle if m is not None and m.requires_grad] if inputs else []
-        edges = [] if straight else self.tape.edges
-        if not pairs or not (edges or wanted):
-            return Curve([None] * self.edges, [None] * self.sources)
-        found: list[Tensor | None] = list(
-            vjp([d for d, _ in pairs], [v for _, v in pairs], [*edges, *wanted])
+        at_inputs = gradients[self._num_outputs : self._num_outputs + self._num_inputs]
+        live_inputs = [g for g in at_inputs if g is not None and g.requires_grad] if inputs else []
+        output_edges = [] if piecewise_linear else self.tape.output_edges
+        no_inputs: OptionalTensors = [None] * self._num_inputs
+        if not pairs or not (output_edges or live_inputs):
+            return EdgeTangents([None] * self._num_outputs, no_inputs)
+        tangents = list(
+            vjp([d for d, _ in pairs], [v for _, v in pairs], [*output_edges, *live_inputs])
         )
-        if straight:
-            found = [*[None] * self.edges, *found]
+        if piecewise_linear:
+            tangents = [*[None] * self._num_outputs, *tangents]
         if not inputs:
-            return Curve(found, [None] * self.sources)
-        later = iter(found[self.edges :])
-        moved = [next(later) if m is not None and m.requires_grad else None for m in middle]
-        return Curve(found[: self.edges], moved)
+            return EdgeTangents(tangents, no_inputs)
+        remaining = iter(tangents[self._num_outputs :])
+        input_tangents = [
+            next(remaining) if g is not None and g.requires_grad else None for g in at_inputs
+        ]
+        return EdgeTangents(tangents[: self._num_outputs], input_tangents)
 
-    def release(self, seed: int, curve: Curve, live: list[Tensor | None]) -> Curve:
-        """The same where the direction moves with the calls' inputs: ẑ(x; u), x a function of z.
+    def with_input_dependence(
+        self, index: int, tangents: EdgeTangents, directions: OptionalTensors
+    ) -> EdgeTangents:
+        """Add to δ̇ what follows from a direction that depends on the calls' inputs.
 
-        δ̇ gains ∂⟨ẑ(x; u), δ⟩/∂z with δ fixed, a first-order pass; the inputs move as before.
+        A direction u of the parameters moves z by ż(x; u), and x depends on earlier calls. Holding
+        ż fixed leaves out ∂⟨ż(x; u), δ⟩/∂z with δ fixed, which is a first-order backward pass.
+
+        Args:
+            index: Number of the vector.
+            tangents: The result of :meth:`edge_tangents` for the directions held fixed.
+            directions: ż at each output edge with its graph; None for zero.
         """
         pairs = [
             (v, d.detach())
-            for v, d in zip(live, self.first[seed], strict=False)
+            for v, d in zip(directions, self._first_order[index], strict=False)
             if v is not None and v.requires_grad and d is not None
         ]
         if not pairs:
-            return curve
-        more = vjp([v for v, _ in pairs], [d for _, d in pairs], self.tape.edges)
-        both: list[Tensor | None] = [
+            return tangents
+        more = vjp([v for v, _ in pairs], [d for _, d in pairs], self.tape.output_edges)
+        sums: OptionalTensors = [
             b if a is None else (a if b is None else a + b)
-            for a, b in zip(curve.edges, more, strict=True)
+            for a, b in zip(tangents.cotangents, more, strict=True)
         ]
-        return Curve(both, curve.inputs)
-
-
-class Curve(NamedTuple):
-    """What a direction does: δ's derivatives at the edges, and the inputs' at the sources."""
-
-    edges: list[Tensor | None]
-    inputs: list[Tensor | None]
+        return EdgeTangents(sums, tangents.inputs)

@@ -1,238 +1,305 @@
-"""Second derivatives R = Σ_a seed_a ∂²h_a of every parameter, by Hessian-vector products.
+"""Second derivatives R = Σ_a c_a ∂²h_a of every parameter, by Hessian-vector products.
 
-R's diagonal is probed at the layers' outputs z: with random signs v over all z, (Hv) at z is one
-double backward, and (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased ∂²/∂W_oi² (docs/theory.md,
-"Second derivatives by probes").
-R's norms are probed with directions u of the parameters. Within one call a layer's output is affine
-in its parameters, so that only z bends: directions ẑ = ẑ(x; u) held fixed give the blocks exactly
-where they are zero (piecewise-linear nets, last layers). ``whole`` moves all parameters at once.
+The vectors c at the outputs h are label scores, and some more for bounds; see
+:func:`fimprobe.engines.problem.cotangents.curvature_cotangents`. Three kinds of sums are formed:
+
+* The diagonal of R, by random probes at the outputs z of calls, or exactly by BackPACK. With random
+  signs v over all z, one double backward gives Hv at z. See docs/theory.md, "Second derivatives by
+  probes".
+* The blocks of R, by random directions u of the parameters. Within one call z is affine in the
+  layer's parameters, so that only cotangents differ along a direction ż(x; u) with x held fixed. Such
+  a direction gives a block of exactly zero where it is zero: piecewise linear networks, last layers.
+* The whole of R, by the same directions with all parameters moving at once. The calls' inputs then
+  move as well, and ż depends on them.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
-from fimprobe.engines.curvature.double_backward import DoubleBackward
+from fimprobe.engines.curvature.diagonal_accumulator import DiagonalProbes
+from fimprobe.engines.curvature.directions import (
+    EdgeDirections,
+    ParameterDirection,
+    draw_direction,
+    hold_fixed,
+    random_edge_direction,
+)
+from fimprobe.engines.curvature.double_backward import (
+    DoubleBackward,
+    EdgeTangents,
+    PulledBackVector,
+)
+from fimprobe.engines.curvature.norm_accumulator import DirectionTangents
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
-from fimprobe.engines.layers.per_sample import module_jvp
-from fimprobe.engines.primitives.random_signs import random_direction, signs
 from fimprobe.engines.problem.cotangents import Cotangents
-from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.tracing.batch_layout import batch_first, broadcast_over_batch, from_batch_first
+from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.parameter_uses import (
-    Calls,
     ParameterUses,
     find_interacting_uses,
     find_uses,
 )
-from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.smoothness import is_piecewise_linear
-from fimprobe.engines.tracing.tape import Tape
-from fimprobe.model.batch import Batch
+
+OptionalTensors = list[Tensor | None]
 
 
 def measure_curvature(
-    problem: Problem,
-    plan: Plan,
-    tape: Tape,
-    bender: DoubleBackward,
-    seeds: Cotangents,
-    rows: slice,
-    batch: Batch,
-    calls: Calls,
-    names: dict[int, str],
-    sums: dict[str, CurvatureAccumulator],
+    chunk: Chunk,
+    double_backward: DoubleBackward,
+    cotangents: Cotangents,
+    accumulators: dict[str, CurvatureAccumulator],
     seconds: dict[str, float],
 ) -> dict[str, set[str]]:
-    """Add one chunk's second derivatives; returns which parameters of a layer meet each other.
+    """Add one chunk's second derivatives.
 
-    ``bender`` has taken the seeds; the first are those of the labels.
+    Args:
+        chunk: The recorded forward pass.
+        double_backward: Has pulled the vectors back.
+        cotangents: The vectors c, those of the labels first, and the labels' weights of R².
+        accumulators: The parameters' accumulators by name.
+        seconds: Receives the time of the diagonals, the labels' share of it.
+
+    Returns:
+        For each parameter with interacting uses, the parameters of its layer that it interacts with.
     """
     started = time.perf_counter()
-    size, count, h = batch.size, len(seeds.seeds), bender.h
-    exact = problem.draws.count is None
-    site = find_uses(problem, plan, tape, batch, calls, names)
-    partners = find_interacting_uses(problem, tape, site)
-    meeting = set(partners) | {q for group in partners.values() for q in group}
-    replayed = bender.replayed
-    deltas = [bender.delta(y) for y in range(count)]
-    assert seeds.weights is not None and seeds.weights.second is not None
-    second = seeds.weights.second
-    for name, s in sums.items():
-        s.begin(size, count, second, exact, self_meeting=name in partners.get(name, ()))
-    seed, first_sample = problem.draws.seed, problem.draws.first + rows.start
-    labels = second.shape[1]  # the other seeds serve the bounds
-    curved = count if exact else labels  # seeds whose diagonals are wanted
-    # then each layer's own block of R is zero, unless it meets itself
-    straight = not replayed and not partners and is_piecewise_linear(h, tape)
-    if straight:
-        for s in sums.values():
-            s.add_zero_diagonal(None if problem.ask.exact else problem.ask.probes)
-    elif not problem.ask.exact:
-        # R's diagonal: K probes of random signs at the layers' outputs, others for every seed: their
-        # noise averages out over labels too
-        present = _present(deltas, len(tape.edges))
-        for y in range(curved):
-            first = [
-                [
-                    None
-                    if d is None
-                    else _signs_at(tape, e, d, f"diagonal {y} {k} {e}", seed, first_sample)
-                    for e, d in enumerate(present)
-                ]
-                for k in range(problem.ask.probes)
-            ]
-            bent = [bender.bend(y, v, inputs=bool(partners)) for v in first]
-            for name, s in sums.items():
-                pull = ParameterDerivatives(problem, plan, site[name], name, size)
-                s.add_diagonal(pull, y, first, bent, deltas[y], seed)
-            del first, bent
-    else:
-        from fimprobe.engines import backpack
-
-        wide = max(sum(p.numel() for p in problem.parameters.values()) * h.element_size(), 1)
-        step = max(1, int(problem.memory_mb * 2**18 / wide))
-        for y, one in enumerate(seeds.seeds[:curved]):
-            for start in range(0, size, step):
-                part = slice(start, min(start + step, size))
-                found = backpack.hessian_diagonals(problem, batch[part], one[part], verified=True)
-                for name, s in sums.items():
-                    s.add_exact(y, found.get(name), part)
-    share = (time.perf_counter() - started) * labels / curved
-    seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + share
-    # R's norms: directions of the parameters, with and without flipped signs
-    for j in range(problem.ask.probes if exact else 1):
-        along = {
-            n: random_direction(p, f"direction {j} {n}", seed) for n, p in problem.parameters.items()
-        }
-        # beside reuse, replayed parameters bend by their batch gradient: one flip for all samples
-        flips = {
-            n: signs((1,), f"flip {j} {n}", seed, dtype=h.dtype, device=h.device).expand(size)
-            if site[n].calls and partners
-            else signs(
-                (size,), f"flip {j} {n}", seed, first=first_sample, dtype=h.dtype, device=h.device
-            )
-            for n in along
-        }
-        made: dict[tuple[str, int], Tensor] = {}
-        live = _directions(problem, tape, site, along, None, calls, names, size, live=True, made=made)
-        turned_live = (
-            _directions(problem, tape, site, along, flips, calls, names, size, live=True)
-            if partners
-            else None
+    assert cotangents.weights is not None and cotangents.weights.square is not None
+    weights, count = cotangents.weights.square, len(cotangents.vectors)
+    exact_labels = chunk.problem.draws.count is None
+    uses = find_uses(chunk)
+    interacting = find_interacting_uses(chunk.tape, uses)
+    for name, accumulator in accumulators.items():
+        accumulator.start_chunk(
+            chunk.size,
+            count,
+            weights,
+            exact=exact_labels,
+            self_interacting=name in interacting.get(name, ()),
         )
-        plain = _directions(problem, tape, site, along, None, calls, names, size, given=live)
-        ahead = [bender.bend(y, plain, straight=straight) for y in range(count)]
-        other = ahead
-        if not straight:
-            flipped = _directions(
-                problem, tape, site, along, flips, calls, names, size, given=turned_live, made=made
-            )
-            other = [bender.bend(y, flipped, inputs=bool(partners)) for y in range(count)]
-        for name, s in sums.items():
-            pull = ParameterDerivatives(problem, plan, site[name], name, size, along, flips)
-            s.add_block(pull, [ahead, other], deltas, flips[name])
-        if replayed:  # their gradients bend with their inputs in ways of their own
-            bound = _directions(
-                problem, tape, site, along, None, calls, names, size, given=live, own=False
-            )
-            at_parameters: list[Tensor | None] = [along[n] for n, s in site.items() if s.calls]
-            ahead = [bender.bend(y, bound, at_parameters) for y in range(count)]
-        ahead = [bender.release(y, c, live) for y, c in enumerate(ahead)]
-        if partners:
-            if replayed:
-                bound = _directions(
-                    problem,
-                    tape,
-                    site,
-                    along,
-                    flips,
-                    calls,
-                    names,
-                    size,
-                    given=turned_live,
-                    own=False,
-                )
-                at_parameters = [along[n] * flips[n][0] for n, s in site.items() if s.calls]
-                other = [bender.bend(y, bound, at_parameters) for y in range(count)]
-            assert turned_live is not None
-            other = [bender.release(y, c, turned_live) for y, c in enumerate(other)]
-        for name, s in sums.items():
-            pull = ParameterDerivatives(problem, plan, site[name], name, size, along, flips)
-            s.add_whole(pull, ahead, other if name in meeting else None, deltas)
-        del ahead, other, live, turned_live, made
-    return partners
+    # a layer's own block of R is then zero, unless its uses interact
+    piecewise_linear = (
+        not double_backward.fallback_parameters
+        and not interacting
+        and is_piecewise_linear(chunk.outputs, chunk.tape)
+    )
+    curvature = _ChunkCurvature(
+        chunk=chunk,
+        double_backward=double_backward,
+        vectors=[double_backward.pulled_back(y) for y in range(count)],
+        accumulators=accumulators,
+        uses=uses,
+        interacting=interacting,
+        piecewise_linear=piecewise_linear,
+    )
+    num_labels = weights.shape[1]
+    # with exact labels the bounds use the diagonals of the other vectors, too
+    num_diagonals = count if exact_labels else num_labels
+    curvature.add_diagonals(num_diagonals)
+    elapsed = time.perf_counter() - started
+    seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + elapsed * num_labels / num_diagonals
+    for number in range(chunk.problem.request.probes if exact_labels else 1):
+        curvature.add_direction(number)
+    return interacting
 
 
-def _present(deltas: list[list[Tensor | None]], edges: int) -> list[Tensor | None]:
-    """For each edge, some δ that arrives there."""
-    return [next((d[e] for d in deltas if d[e] is not None), None) for e in range(edges)]
+@dataclass(frozen=True, kw_only=True)
+class _ChunkCurvature:
+    """The second-order pass over one chunk.
 
-
-def _signs_at(tape: Tape, edge: int, like: Tensor, key: str, seed: int, first: int) -> Tensor:
-    """Random signs in the shape of what arrives at an edge."""
-    layout = tape.layout_of[edge]
-    shape = batch_first(like, layout, tape.batch_size).shape
-    drawn = signs(shape, key, seed, first=first, dtype=like.dtype, device=like.device)
-    return from_batch_first(drawn, layout)
-
-
-def _directions(
-    problem: Problem,
-    tape: Tape,
-    site: dict[str, ParameterUses],
-    along: dict[str, Tensor],
-    flips: dict[str, Tensor] | None,
-    calls: Calls,
-    names: dict[int, str],
-    size: int,
-    *,
-    live: bool = False,
-    given: list[Tensor | None] | None = None,
-    own: bool = True,
-    made: dict[tuple[str, int], Tensor] | None = None,
-) -> list[Tensor | None]:
-    """At each edge, its derivative along the parameters' directions within the call.
-
-    ``live``: differentiable through the calls' inputs, without parameters of replayed calls.
-    ``given``: such live directions, to be held fixed and completed with those parameters (``own``).
-    ``made``: what each use gives without flips, noted where live and then taken from there.
+    Attributes:
+        chunk: The recorded forward pass.
+        double_backward: Cotangents with their graph.
+        vectors: The vectors, with their cotangents detached.
+        accumulators: The parameters' accumulators by name.
+        uses: Uses of each parameter.
+        interacting: Parameters with interacting uses, and what they interact with.
+        piecewise_linear: Whether no second derivative exists between calls.
     """
-    found: list[Tensor | None] = [None] * len(tape.edges)
 
-    def add(edge: int, v: Tensor, name: str, layout: int | str) -> None:
-        if flips is not None:
-            v = v * broadcast_over_batch(flips[name], v, layout)
-        old = found[edge]
-        found[edge] = v if old is None else old + v
+    chunk: Chunk
+    double_backward: DoubleBackward
+    vectors: list[PulledBackVector]
+    accumulators: dict[str, CurvatureAccumulator]
+    uses: dict[str, ParameterUses]
+    interacting: dict[str, set[str]]
+    piecewise_linear: bool
 
-    if given is not None:
-        found = [None if v is None else v.detach() for v in given]
-    with torch.enable_grad() if live else torch.no_grad():
-        for name, s in site.items():
-            if (live and s.calls) or (given is not None and not (own and s.calls)):
-                continue
-            for i, use in enumerate(s.uses):
-                assert use.direction is not None
-                v = None if made is None else made.get((name, i))
-                if v is None:
-                    v = use.direction(along[name])
-                if made is not None and live:
-                    made[name, i] = v.detach()
-                add(use.edge, v, name, use.layout)
-    if live or not own:
-        return found
-    for call, inside in calls:
-        if call.path == "":
-            continue
-        for local, held in inside.items():
-            name = names[id(held)]
-            parts = module_jvp(call.module, {local: along[name]}, call.args, call.kwargs)
-            for edge, v in zip(call.edges, parts, strict=True):
-                if edge is not None and v is not None:
-                    add(edge, v, name, 0)
-    return found
+    def add_diagonals(self, count: int) -> None:
+        """Add the diagonals of R for the first ``count`` vectors."""
+        request = self.chunk.problem.request
+        if self.piecewise_linear:
+            for accumulator in self.accumulators.values():
+                accumulator.diagonal.add_zero(None if request.exact else request.probes)
+        elif request.exact:
+            self._add_exact_diagonals(count)
+        else:
+            for y in range(count):
+                self._add_probed_diagonal(y)
+
+    def _add_probed_diagonal(self, y: int) -> None:
+        """Add the diagonal of one vector's R by K probes.
+
+        Every vector has its own probes, whose noise then averages out over labels, too.
+        """
+        problem = self.chunk.problem
+        like = self._some_cotangents()
+        directions: list[OptionalTensors] = [
+            [
+                None
+                if d is None
+                else random_edge_direction(self.chunk, e, d, f"diagonal {y} {k} {e}")
+                for e, d in enumerate(like)
+            ]
+            for k in range(problem.request.probes)
+        ]
+        probes = DiagonalProbes(
+            number=y,
+            vector=self.vectors[y],
+            directions=directions,
+            tangents=[
+                self.double_backward.edge_tangents(y, v, inputs=bool(self.interacting))
+                for v in directions
+            ],
+            seed=problem.draws.seed,
+        )
+        for name, accumulator in self.accumulators.items():
+            derivatives = ParameterDerivatives(chunk=self.chunk, uses=self.uses[name], name=name)
+            accumulator.diagonal.add_probes(derivatives, probes)
+
+    def _some_cotangents(self) -> OptionalTensors:
+        """For each output edge, the cotangent of the first vector that reaches it."""
+        num_edges = len(self.chunk.tape.output_edges)
+        return [
+            next((v.edges[e] for v in self.vectors if v.edges[e] is not None), None)
+            for e in range(num_edges)
+        ]
+
+    def _add_exact_diagonals(self, count: int) -> None:
+        """Add exact diagonals for the first ``count`` vectors, by BackPACK on some samples at once."""
+        from fimprobe.engines import backpack  # optional dependency
+
+        chunk, problem = self.chunk, self.chunk.problem
+        entries = sum(p.numel() for p in problem.parameters.values())
+        bytes_per_sample = max(entries * chunk.outputs.element_size(), 1)
+        step = max(1, int(problem.memory_mb * 2**18 / bytes_per_sample))
+        for y, vector in enumerate(self.vectors[:count]):
+            for start in range(0, chunk.size, step):
+                samples = slice(start, min(start + step, chunk.size))
+                diagonals = backpack.hessian_diagonals(
+                    problem, chunk.batch[samples], vector.output[samples], verified=True
+                )
+                for name, accumulator in self.accumulators.items():
+                    accumulator.diagonal.add_exact(y, diagonals.get(name), samples)
+
+    def add_direction(self, number: int) -> None:
+        """Add blocks and the whole of R along one random direction."""
+        direction = draw_direction(self.chunk, self.uses, number, interacting=bool(self.interacting))
+        edges = EdgeDirections(self.chunk, self.uses, direction)
+        live = edges.live()
+        live_flipped = edges.live(flipped=True) if self.interacting else None
+        tangents = self._add_blocks(direction, edges, live, live_flipped)
+        self._add_whole(direction, tangents, live, live_flipped)
+
+    def _add_blocks(
+        self,
+        direction: ParameterDirection,
+        edges: EdgeDirections,
+        live: OptionalTensors,
+        live_flipped: OptionalTensors | None,
+    ) -> DirectionTangents:
+        """Add ⟨(R_y u)_θ, (R_z σu)_θ⟩ within the calls: ż(x; u) is held fixed.
+
+        Args:
+            direction: u and σ.
+            edges: How the direction moves the calls' outputs.
+            live: ż along u, with its graph.
+            live_flipped: ż along σu, with its graph; None if no uses interact.
+
+        Returns:
+            The tangents along u and σu.
+        """
+        fixed = edges.fixed(live)
+        plain = [
+            self.double_backward.edge_tangents(y, fixed, piecewise_linear=self.piecewise_linear)
+            for y in range(len(self.vectors))
+        ]
+        flipped = plain
+        if not self.piecewise_linear:
+            fixed = edges.fixed(live_flipped, flipped=True)
+            flipped = [
+                self.double_backward.edge_tangents(y, fixed, inputs=bool(self.interacting))
+                for y in range(len(self.vectors))
+            ]
+        tangents = DirectionTangents(vectors=self.vectors, plain=plain, flipped=flipped)
+        for name, accumulator in self.accumulators.items():
+            derivatives = self._derivatives(name, direction)
+            accumulator.norms.add_block(derivatives, tangents, direction.flips[name])
+        return tangents
+
+    def _add_whole(
+        self,
+        direction: ParameterDirection,
+        tangents: DirectionTangents,
+        live: OptionalTensors,
+        live_flipped: OptionalTensors | None,
+    ) -> None:
+        """Add ⟨(R_y u)_θ, (R_z u)_θ⟩ with all parameters moving; flipped where uses interact.
+
+        Args:
+            direction: u and σ.
+            tangents: Those of the blocks, which hold ż fixed.
+            live: ż along u, with its graph.
+            live_flipped: ż along σu, with its graph; None if no uses interact.
+        """
+        plain = self._complete(tangents.plain, live, direction.values)
+        flipped: list[EdgeTangents] | None = None
+        if live_flipped is not None:
+            assert tangents.flipped is not None
+            fallbacks = [n for n, uses in self.uses.items() if uses.fallback_calls]
+            # a flip of a fallback parameter is the same for all samples
+            values = {n: direction.values[n] * direction.flips[n][0] for n in fallbacks}
+            flipped = self._complete(tangents.flipped, live_flipped, values)
+        interacting = set(self.interacting)
+        interacting |= {other for others in self.interacting.values() for other in others}
+        for name, accumulator in self.accumulators.items():
+            completed = DirectionTangents(
+                vectors=self.vectors,
+                plain=plain,
+                flipped=flipped if name in interacting else None,
+            )
+            accumulator.norms.add_whole(self._derivatives(name, direction), completed)
+
+    def _complete(
+        self, tangents: list[EdgeTangents], live: OptionalTensors, values: dict[str, Tensor]
+    ) -> list[EdgeTangents]:
+        """Tangents for all parameters moving, from those with ż held fixed.
+
+        The output of a fallback call is not affine in its parameters, so that its part of ż does not
+        describe its second derivatives. The parameters themselves then move in the double backward.
+
+        Args:
+            tangents: For each vector, the tangents of the block.
+            live: ż with its graph, without fallback parameters.
+            values: How the fallback parameters move, by name.
+        """
+        if self.double_backward.fallback_parameters:
+            fixed = hold_fixed(live)
+            moves: OptionalTensors = [
+                values[n] for n, uses in self.uses.items() if uses.fallback_calls
+            ]
+            tangents = [
+                self.double_backward.edge_tangents(y, fixed, moves) for y in range(len(self.vectors))
+            ]
+        return [
+            self.double_backward.with_input_dependence(y, t, live) for y, t in enumerate(tangents)
+        ]
+
+    def _derivatives(self, name: str, direction: ParameterDirection) -> ParameterDerivatives:
+        return ParameterDerivatives(
+            chunk=self.chunk, uses=self.uses[name], name=name, direction=direction
+        )

@@ -1,64 +1,76 @@
-"""From what arrives at the edges back to one parameter: gradients and their derivatives."""
+"""Per-sample gradients of one parameter, and their tangents, from the cotangents at its uses.
+
+Symbols: B samples of the chunk, b of them at once, δ the cotangent at a use's output z, x its input.
+A dot denotes the derivative along a direction. Gradients are [b, n, *shape] for n vectors.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fimprobe.engines.curvature.double_backward import Curve
-from fimprobe.engines.layers.per_sample import per_sample_vjp, per_sample_vjp_tangent
-from fimprobe.engines.layers.rules import LINEAR, GradientRule, LayerCall
-from fimprobe.engines.moments.contraction import precise, sum_uses
+from fimprobe.engines.curvature.directions import ParameterDirection
+from fimprobe.engines.curvature.double_backward import EdgeTangents, PulledBackVector
+from fimprobe.engines.curvature.fallback_derivatives import (
+    COTANGENTS_ONLY,
+    FallbackDerivatives,
+    Motion,
+    OptionalTensors,
+    fill,
+)
+from fimprobe.engines.layers.layer_call import LayerCall
+from fimprobe.engines.layers.rules import LINEAR, GradientRule
+from fimprobe.engines.moments.contraction import at_least_float32, sum_uses
 from fimprobe.engines.primitives.products import jvp
-from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import batch_first
+from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.parameter_uses import ParameterUses
-from fimprobe.engines.tracing.plan import Plan
-from fimprobe.engines.tracing.tape import FallbackCall, ParameterUse
-from fimprobe.model.batch import Batch
-
-OptionalTensors = Sequence[Tensor | None]
+from fimprobe.engines.tracing.tape import ParameterUse
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ParameterDerivatives:
-    """Pulls what arrives at the edges back to one parameter, per sample, summed over its uses."""
+    """Pulls cotangents back to one parameter, for each sample, summed over the parameter's uses.
 
-    problem: Problem
-    plan: Plan
-    site: ParameterUses
+    Attributes:
+        chunk: The recorded forward pass.
+        uses: The parameter's uses in it.
+        name: The parameter's name.
+        direction: The direction in which parameters move; None if they do not.
+    """
+
+    chunk: Chunk
+    uses: ParameterUses
     name: str
-    size: int
-    along: dict[str, Tensor] = field(default_factory=dict)
-    flips: dict[str, Tensor] = field(default_factory=dict)
+    direction: ParameterDirection | None = None
+    shape: torch.Size = field(init=False)
+    """The parameter's shape."""
 
     def __post_init__(self) -> None:
-        """Note the parameter's shape, and its names inside replayed modules."""
-        self.shape = self.problem.parameters[self.name].shape
-        self.names = {id(p): n for n, p in self.problem.parameters.items()}
+        """Note the parameter's shape."""
+        self.shape = self.chunk.problem.parameters[self.name].shape
 
-    def single(self) -> ParameterUse | None:
-        """The one use of a whole parameter under a rule, where that is all there is."""
-        uses = self.site.uses
-        if len(uses) == 1 and not self.site.calls and uses[0].rows is None and not uses[0].steps:
-            return uses[0]
-        return None
+    def only_use(self) -> ParameterUse | None:
+        """The use of the whole parameter under a rule, if that is its only use."""
+        uses = self.uses.rule_uses
+        if len(uses) != 1 or self.uses.fallback_calls:
+            return None
+        return None if uses[0].rows is not None or uses[0].per_step else uses[0]
 
-    def outer(self) -> ParameterUse | None:
-        """The use, where the gradient is an outer product δ xᵀ for each sample."""
-        use = self.single()
+    def outer_product_use(self) -> ParameterUse | None:
+        """The only use, if each sample's gradient is an outer product δ xᵀ."""
+        use = self.only_use()
         if use is None or use.rule is not LINEAR["weight"] or use.call.inputs[0].dim() != 2:
             return None
         return use
 
-    def matrix(self) -> ParameterUse | None:
-        """The use, where the gradient is Σ_t δ_t x_tᵀ and the sums over t are the shorter ones."""
-        use = self.single()
+    def matrix_use(self) -> ParameterUse | None:
+        """The only use, if the gradient is Σ_t δ_t x_tᵀ and inner products over t are cheaper."""
+        use = self.only_use()
         if use is None or not (use.rule.outer and use.rule.linear):
             return None
         x = use.call.inputs[0]
@@ -68,257 +80,167 @@ class ParameterDerivatives:
             return None
         return use
 
-    def tokens(self) -> ParameterUse | None:
-        """The use, where only the rows of the sample's tokens differ from zero."""
-        use = self.single()
-        return use if use is not None and use.rule.tokens else None
+    def lookup_use(self) -> ParameterUse | None:
+        """The only use, if the gradient has non-zero rows for the sample's tokens only."""
+        use = self.only_use()
+        return use if use is not None and use.rule.lookup else None
 
-    def at(self, use: ParameterUse, arriving: Sequence[OptionalTensors]) -> list[Tensor] | None:
-        """What arrives at a use, batch first, for each in ``arriving``; None where nothing does."""
-        parts = [a[use.edge] for a in arriving]
-        present = next((p for p in parts if p is not None), None)
-        if present is None:
-            return None
-        filled = [torch.zeros_like(present) if p is None else p for p in parts]
-        return [precise(batch_first(p, use.layout, self.size)) for p in filled]
+    def cotangents_at(
+        self, use: ParameterUse, cotangents: Sequence[OptionalTensors]
+    ) -> list[Tensor] | None:
+        """Select the cotangents at a use's output.
 
-    def first(self, arriving: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
-        """Jᵀ of what arrives: [b, len(arriving), *shape]."""
-        total = self._uses(arriving, samples)
-        for call, local in self.site.calls:
-            if call.path == "":
-                continue
-            seeds: list[Tensor | None] = []
-            for edge in call.edges:
-                parts = [None if edge is None else a[edge] for a in arriving]
-                present = next((p for p in parts if p is not None), None)
-                if present is None:
-                    seeds.append(None)
-                    continue
-                filled = [torch.zeros_like(present) if p is None else p for p in parts]
-                seeds.append(torch.stack([p[samples] for p in filled], 1))
-            if all(s is None for s in seeds):
-                continue
-            inside = {local: _inside(call, local)}
-            found = self._replayed(
-                call,
-                lambda v, args, kwargs, size, inside=inside, seeds=seeds, call=call: per_sample_vjp(
-                    call.module, inside, args, kwargs, seeds, batch_size=size, vectorise=v
-                ),
-                samples,
-            )
-            g = precise(found[local])
-            total = g if total is None else total + g
-        return total
+        Args:
+            use: A use of the parameter.
+            cotangents: For each of n vectors, the cotangents by output edge.
 
-    def _uses(self, arriving: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
-        live = []
-        for use in self.site.uses:
-            parts = self.at(use, arriving)
-            if parts is not None:
-                call = LayerCall(
-                    use.call.module, tuple(precise(x) for x in use.call.inputs), use.call.folded
-                )
-                live.append((use, call, parts))
-        if not live:
-            return None
-        one = torch.ones((), dtype=torch.float64, device=live[0][2][0].device)
-        return sum_uses(live, samples, None, self.shape, one)
-
-    def moved(self, curve: Curve, delta: OptionalTensors, samples: slice) -> Tensor | None:
-        """The part of the gradient's derivative that comes from the inputs: Σ δ ẋᵀ [b, 1, *shape]."""
-        total: Tensor | None = None
-        for use in self.site.uses:
-            parts = self.at(use, [delta])
-            x = self.input_direction(use, curve)
-            if parts is None or x is None:
-                continue
-            inputs = tuple(precise(i) for i in use.call.inputs)
-            call = LayerCall(use.call.module, inputs, use.call.folded)
-            g = _rule_tangent(use, call, x, parts[0], samples, self.shape)
-            total = g if total is None else total + g
-        return total
-
-    def input_direction(self, use: ParameterUse, curve: Curve) -> tuple[Tensor | None, ...] | None:
-        """How a use's inputs move, batch first; None where they do not."""
-        parts = [None if i is None else curve.inputs[i] for i in use.sources]
-        if all(p is None for p in parts):
-            return None
-        if use.steps:
-            like = next(p for p in parts if p is not None)
-            stacked = torch.stack([torch.zeros_like(like) if p is None else p for p in parts])
-            return (precise(batch_first(stacked, use.layout, self.size)),)
-        return tuple(
-            None if p is None else precise(batch_first(p, use.layout, self.size)) for p in parts
-        )
-
-    def second(
-        self,
-        curve: Curve,
-        delta: OptionalTensors,
-        samples: slice,
-        *,
-        inputs: float = 0.0,
-        within: bool = False,
-        everything: bool = False,
-        flipped: bool = False,
-    ) -> Tensor | None:
-        """The gradient's derivative along a direction: [b, 1, *shape].
-
-        ``inputs``: the factor of the part that comes from the calls' inputs. ``within``: the
-        parameters that a replayed call stands for move as well; ``everything``: all inside it do.
+        Returns:
+            n tensors [B, ...]; None if no vector reaches the use.
         """
-        total = self._uses([curve.edges], samples)
-        if inputs and self.site.uses:
-            g = self.moved(curve, delta, samples)
-            if g is not None:
-                total = inputs * g if total is None else total + inputs * g
-        for call, local in self.site.calls:
-            g = self._fallback_tangents(
-                call,
-                local,
-                curve,
-                delta,
-                samples,
-                inputs=inputs,
-                within=within,
-                everything=everything,
-                flipped=flipped,
-            )
-            if g is not None:
-                total = g if total is None else total + g
+        at_use = fill([edges[use.edge] for edges in cotangents])
+        if at_use is None:
+            return None
+        return [at_least_float32(batch_first(d, use.layout, self.chunk.size)) for d in at_use]
+
+    def gradients(self, cotangents: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
+        """Pull cotangents back to the parameter.
+
+        Args:
+            cotangents: For each of n vectors, the cotangents by output edge.
+            samples: The b samples.
+
+        Returns:
+            [b, n, *shape]; None if no vector reaches the parameter.
+        """
+        total = self._rule_gradients(cotangents, samples)
+        fallbacks = FallbackDerivatives(chunk=self.chunk)
+        for local_call in self.uses.fallback_calls:
+            total = _add(total, fallbacks.gradients(local_call, cotangents, samples))
         return total
 
-    def _fallback_tangents(
+    def gradient_tangents(
         self,
-        call: FallbackCall,
-        local: str,
-        curve: Curve,
-        delta: OptionalTensors,
+        tangents: EdgeTangents,
+        vector: PulledBackVector,
         samples: slice,
-        *,
-        inputs: float = 0.0,
-        within: bool = False,
-        everything: bool = False,
-        flipped: bool = False,
+        motion: Motion = COTANGENTS_ONLY,
     ) -> Tensor | None:
-        """One replayed call's part of :meth:`second`."""
-        along: dict[str, Tensor] = {}
-        scales: dict[str, Tensor] = {}
-        if within or everything:
-            for n, p in call.module.named_parameters():
-                name = self.names.get(id(p))
-                if name not in self.along or not (everything or self._stands_for(call, name)):
-                    continue
-                along[n] = self.along[name]
-                if flipped:
-                    scales[n] = self.flips[name][samples]
-        if call.path == "":
-            seeds: list[Tensor | None] = [self.output_seed[samples]]
-            bend: list[Tensor | None] = [None]
-            moves: list[Tensor | None] = []
-        else:
-            seeds = [_rows(delta, e, samples) for e in call.edges]
-            bend = [_rows(curve.edges, e, samples) for e in call.edges]
-            steps = [
-                _rows(curve.inputs, i, samples, self.size) if inputs else None for i in call.sources
-            ]
-            moves = [None if x is None else inputs * x for x in steps]
-            seeds = [
-                torch.zeros_like(b) if s is None and b is not None else s
-                for s, b in zip(seeds, bend, strict=True)
-            ]
-            if all(s is None for s in seeds):
-                return None
-        if not along and all(b is None for b in bend) and all(m is None for m in moves):
+        """Differentiate the parameter's gradient along a direction.
+
+        Args:
+            tangents: δ̇ and ẋ for the direction.
+            vector: The vector that is pulled back, with its cotangents δ.
+            samples: The b samples.
+            motion: What moves, apart from δ.
+
+        Returns:
+            [b, 1, *shape]; None for zero.
+        """
+        total = self._rule_gradients([tangents.cotangents], samples)
+        if motion.inputs and self.uses.rule_uses:
+            g = self._input_contribution(tangents, vector.edges, samples)
+            if g is not None:
+                total = _add(total, motion.inputs * g)
+        fallbacks = FallbackDerivatives(chunk=self.chunk, direction=self.direction)
+        for local_call in self.uses.fallback_calls:
+            total = _add(total, fallbacks.tangents(local_call, tangents, vector, samples, motion))
+        return total
+
+    def input_tangents(
+        self, use: ParameterUse, tangents: EdgeTangents
+    ) -> tuple[Tensor | None, ...] | None:
+        """How the inputs of a use move, [B, ...] each; None if none moves."""
+        moves = [None if i is None else tangents.inputs[i] for i in use.input_edges]
+        if all(x is None for x in moves):
             return None
-        select: Any = (lambda out: [self.problem.outputs(out)]) if call.path == "" else None
-        found = self._replayed(
-            call,
-            lambda v, args, kwargs, size: per_sample_vjp_tangent(
-                call.module,
-                {local: _inside(call, local)},
-                along,
-                scales,
-                args,
-                kwargs,
-                moves,
-                seeds,
-                bend,
-                batch_size=size,
-                select=select,
-                vectorise=v,
-            ),
-            samples,
+        if use.per_step:
+            like = next(x for x in moves if x is not None)
+            steps = torch.stack([torch.zeros_like(like) if x is None else x for x in moves])
+            return (at_least_float32(batch_first(steps, use.layout, self.chunk.size)),)
+        return tuple(
+            None if x is None else at_least_float32(batch_first(x, use.layout, self.chunk.size))
+            for x in moves
         )
-        return precise(found[local]).unsqueeze(1)
 
-    output_seed: Tensor = field(init=False, repr=False)
-    """The seed at the outputs, for calls of the whole model."""
+    def _rule_gradients(self, cotangents: Sequence[OptionalTensors], samples: slice) -> Tensor | None:
+        """Gradients [b, n, *shape] from the uses under a rule; None if no vector reaches them."""
+        uses = []
+        for use in self.uses.rule_uses:
+            at_use = self.cotangents_at(use, cotangents)
+            if at_use is not None:
+                uses.append((use, _in_full_precision(use), at_use))
+        if not uses:
+            return None
+        unscaled = torch.ones((), dtype=torch.float64, device=uses[0][2][0].device)
+        return sum_uses(uses, samples, None, self.shape, unscaled)
 
-    def _stands_for(self, call: FallbackCall, name: str) -> bool:
-        planned = self.plan.replay.get(name)
-        return planned == call.path if planned is not None else True
-
-    def _replayed(
-        self, call: FallbackCall, run: Callable[..., dict[str, Tensor]], samples: slice
-    ) -> dict[str, Tensor]:
-        cut = Batch(call.args, call.kwargs, self.size)[samples]
-        for vectorise in (True, False) if call.path not in self.plan.loop else (False,):
-            try:
-                return run(vectorise, cut.args, cut.kwargs, cut.size)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                if not vectorise:
-                    raise
-                self.plan.loop.add(call.path)
-        raise AssertionError
-
-
-def _rows(
-    tensors: OptionalTensors, index: int | None, samples: slice, size: int | None = None
-) -> Tensor | None:
-    """The samples' rows; of a tensor that has no batch of ``size``, all."""
-    x = None if index is None else tensors[index]
-    if x is None or (size is not None and (x.dim() == 0 or x.shape[0] != size)):
-        return x
-    return x[samples]
+    def _input_contribution(
+        self, tangents: EdgeTangents, deltas: OptionalTensors, samples: slice
+    ) -> Tensor | None:
+        """Σ δ ẋᵀ [b, 1, *shape]: the part of the tangent that comes from moving inputs."""
+        total: Tensor | None = None
+        for use in self.uses.rule_uses:
+            at_use = self.cotangents_at(use, [deltas])
+            x = self.input_tangents(use, tangents)
+            if at_use is None or x is None:
+                continue
+            total = _add(total, _rule_tangent(use, x, at_use[0], samples, self.shape))
+        return total
 
 
-def _inside(call: FallbackCall, local: str) -> Tensor:
-    return dict(call.module.named_parameters())[local].detach()
+def _add(total: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """The sum, where None is zero."""
+    if total is None or x is None:
+        return x if total is None else total
+    return total + x
+
+
+def _in_full_precision(use: ParameterUse) -> LayerCall:
+    """The use's call with inputs in float32 at least."""
+    inputs = tuple(at_least_float32(x) for x in use.call.inputs)
+    return LayerCall(use.call.module, inputs, use.call.folded)
 
 
 def _rule_tangent(
     use: ParameterUse,
-    call: LayerCall,
-    x: tuple[Tensor | None, ...],
+    input_tangents: tuple[Tensor | None, ...],
     delta: Tensor,
     samples: slice,
     shape: torch.Size,
 ) -> Tensor:
-    """Σ δ ẋᵀ of one use: the rule's derivative in its input."""
+    """Differentiate a rule's gradient with respect to the use's inputs: Σ δ ẋᵀ for a linear layer.
+
+    Args:
+        use: The use.
+        input_tangents: ẋ [B, ...] of each input; None for one that does not move.
+        delta: δ [B, ...].
+        samples: The b samples.
+        shape: The parameter's shape.
+
+    Returns:
+        [b, 1, *shape].
+    """
     rule: GradientRule = use.rule
-    seed = delta[samples].unsqueeze(1)
-    at = call.rows(samples)
+    cotangent = delta[samples].unsqueeze(1)
+    call = _in_full_precision(use).rows(samples)
     if rule.linear:
-        assert x[0] is not None
-        g = rule.gradient(LayerCall(at.module, (x[0][samples],), at.folded), seed)
+        assert input_tangents[0] is not None
+        moved = LayerCall(call.module, (input_tangents[0][samples],), call.folded)
+        g = rule.gradient(moved, cotangent)
     else:
-        moving = [i for i, v in enumerate(x) if v is not None]
+        moving = [i for i, v in enumerate(input_tangents) if v is not None]
 
-        def f(*parts: Tensor) -> Tensor:
-            inputs = list(at.inputs)
-            for i, part in zip(moving, parts, strict=True):
-                inputs[i] = part
-            return rule.gradient(LayerCall(at.module, tuple(inputs), at.folded), seed)
+        def gradient(*moved_inputs: Tensor) -> Tensor:
+            inputs = list(call.inputs)
+            for i, x in zip(moving, moved_inputs, strict=True):
+                inputs[i] = x
+            return rule.gradient(LayerCall(call.module, tuple(inputs), call.folded), cotangent)
 
-        primals = tuple(at.inputs[i] for i in moving)
-        tangents = tuple(v[samples] for v in x if v is not None)
-        g = jvp(f, primals, tangents)
+        primals = tuple(call.inputs[i] for i in moving)
+        tangents = tuple(v[samples] for v in input_tangents if v is not None)
+        g = jvp(gradient, primals, tangents)
     if use.rows is not None:
-        whole = g.new_zeros(*g.shape[:2], *shape)
-        whole[:, :, use.rows] = g
-        return whole
+        packed = g.new_zeros(*g.shape[:2], *shape)
+        packed[:, :, use.rows] = g
+        return packed
     return g

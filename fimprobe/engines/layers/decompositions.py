@@ -1,8 +1,8 @@
-"""Attention and recurrent layers written out in affine maps, whose gradients the tape records.
+"""Attention and recurrent layers written as affine maps, whose cotangents the tape records.
 
-torch computes these layers in one call that shows no pre-activations. On the twin their forward is
-replaced by an equivalent one; the weights enter detached, so that δ at each affine map is all the
-backward pass makes.
+torch computes these layers in one call, which shows no pre-activations. On the twin their forward is
+replaced by an equivalent one. The weights enter detached, so that the backward pass computes the
+cotangents δ at each affine map and nothing else.
 """
 
 from __future__ import annotations
@@ -15,23 +15,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Affine = Callable[..., Tensor]
-"""``affine(x, weight, bias, rows=slice)``: x Wᵀ + b with the names of the module's parameters."""
+"""``affine(x, weight, bias, rows, bias_rows, layout)`` returns x Wᵀ + b and records the use.
+
+``weight`` and ``bias`` are names of the module's parameters, ``rows`` and ``bias_rows`` slice packed
+ones, ``layout`` is the batch dimension of x.
+``affine.steps(weight, bias, x)`` returns the same map for one time step after the other.
+"""
 
 
 class NotUnrolled(Exception):
-    """This call of the layer cannot be written out (packed, unbatched, extra parameters)."""
+    """A call that cannot be decomposed: packed or unbatched inputs, or extra parameters."""
 
 
 def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Tensor, *args, **kw):
-    """``nn.MultiheadAttention``: our projections around torch's own attention function."""
+    """Decompose ``nn.MultiheadAttention``: recorded projections around torch's attention function.
+
+    Args:
+        module: The layer.
+        affine: Computes and records the affine maps.
+        query: Queries [T, B, E], or [B, T, E] with ``batch_first``; keys and values likewise.
+        key: Keys.
+        value: Values.
+        *args: Further arguments of the layer.
+        **kw: Further arguments of the layer.
+
+    Returns:
+        What the layer returns: outputs and attention weights.
+    """
     if module.bias_k is not None or query.dim() != 3:
         raise NotUnrolled
     names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
     options: dict[str, Any] = dict(zip(names, args, strict=False)) | kw
     width = module.embed_dim
     projected: Any = []
-    for part, (x, name) in enumerate(zip((query, key, value), "qkv", strict=True)):
-        rows = slice(part * width, (part + 1) * width)
+    for index, (x, name) in enumerate(zip((query, key, value), "qkv", strict=True)):
+        rows = slice(index * width, (index + 1) * width)  # the packed weight holds q, k and v
         bias = "in_proj_bias" if module.in_proj_bias is not None else None
         if module._qkv_same_embed_dim:
             projected.append(affine(x, "in_proj_weight", bias, rows, rows))
@@ -39,6 +57,7 @@ def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Te
             projected.append(affine(x, f"{name}_proj_weight", bias, None, rows))
     if module.batch_first:
         projected = [x.transpose(0, 1) for x in projected]
+    # identity projections: torch's function then computes nothing but the attention itself
     eye = torch.eye(width, dtype=query.dtype, device=query.device)
     attend: Any = F.multi_head_attention_forward
     out, weights = attend(
@@ -67,7 +86,17 @@ def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Te
 
 
 def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
-    """``nn.RNN``, ``nn.LSTM``, ``nn.GRU``: layers, directions, projections, either layout."""
+    """Decompose ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``, in all their options.
+
+    Args:
+        module: The layer.
+        affine: Computes and records the affine maps.
+        x: Inputs [T, B, I], or [B, T, I] with ``batch_first``.
+        hx: Initial state, as the layer expects it.
+
+    Returns:
+        What the layer returns: outputs and final state.
+    """
     if not isinstance(x, Tensor) or x.dim() != 3:
         raise NotUnrolled
     if module.batch_first:
@@ -93,7 +122,7 @@ def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
             index = layer * directions + direction
             sequence = x.flip(0) if direction else x
             cell = last[index] if lstm and last is not None else None
-            out, h, c = _run(module, affine, sequence, first[index], cell, suffix)
+            out, h, c = _run_direction(module, affine, sequence, first[index], cell, suffix)
             outputs.append(out.flip(0) if direction else out)
             finals.append(h)
             if c is not None:
@@ -105,11 +134,14 @@ def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
     return out, torch.stack(finals)
 
 
-def _run(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Any, suffix: str):
+def _run_direction(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Any, suffix: str):
+    """Run one layer in one direction over x [T, B, I] from the state (h, c).
+
+    ``suffix`` ends the names of its parameters. Returns the outputs [T, B, H] and the final state.
+    """
     biases = ("bias_ih" + suffix, "bias_hh" + suffix) if module.bias else (None, None)
-    ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(
-        0
-    )  # indexing would cost T² in the backward
+    # unbind: indexing would cost T² in the backward pass
+    ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(0)
     step = affine.steps("weight_hh" + suffix, biases[1], x)  # type: ignore[attr-defined]
     project = None
     if getattr(module, "proj_size", 0):
@@ -141,3 +173,4 @@ UNROLLED: dict[type[nn.Module], Callable[..., Any]] = {
     nn.LSTM: recurrent,
     nn.GRU: recurrent,
 }
+"""Decomposition of each layer class."""

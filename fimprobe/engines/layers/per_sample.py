@@ -1,17 +1,59 @@
-"""Per-sample gradients of any module: run it again for one sample at a time.
+"""Per-sample gradients of any module, and their tangents, by re-evaluation on single samples.
 
-``vmap(grad)`` over the samples where the module allows it, a loop where it does not.
+``vmap(grad)`` over the samples where the module allows it, a loop where it does not. Symbols: B
+samples, S draws, z the module's outputs, δ the cotangents at z, θ its parameters, x its inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+Select = Callable[[Any], list[Tensor]]
+OptionalTensors = list[Tensor | None]
+
+
+class _SampleCall:
+    """A module's call with the arguments of one sample.
+
+    Attributes:
+        leaves: All arguments, detached.
+        tensors: Indices of the tensors among them.
+        batched: Indices of the tensors with a batch dimension; the others belong to all samples.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch_size: int,
+        select: Select | None,
+    ) -> None:
+        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        self.module = module
+        self.leaves, self._structure = tree_flatten(detached)
+        self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
+        self.batched = [
+            i
+            for i in self.tensors
+            if self.leaves[i].dim() > 0 and self.leaves[i].shape[0] == batch_size
+        ]
+        self._select = select or _tensors_in
+
+    def outputs(self, parameters: dict[str, Tensor], inputs: dict[int, Tensor]) -> list[Tensor]:
+        """Evaluate the module with other parameters and, by index, other arguments."""
+        leaves = list(self.leaves)
+        for i, x in inputs.items():
+            leaves[i] = x
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return self._select(functional_call(self.module, parameters, args, kwargs))
 
 
 def per_sample_vjp(
@@ -19,198 +61,300 @@ def per_sample_vjp(
     parameters: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    deltas: list[Tensor | None],
+    cotangents: OptionalTensors,
     *,
     batch_size: int,
-    select: Callable[[Any], list[Tensor]] | None = None,
-    vectorise: bool = True,
+    select: Select | None = None,
+    vectorize: bool = True,
 ) -> dict[str, Tensor]:
-    """``{name: [B, S, *shape]}`` for ``parameters`` (named as inside ``module``).
+    """Pull cotangents at a module's outputs back to its parameters, for each sample.
 
-    ``deltas`` holds δ [B, S, ...] for each tensor among the outputs, None where none arrives.
+    Args:
+        module: The module.
+        parameters: The parameters θ, by their name inside the module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        cotangents: δ [B, S, ...] at each tensor among the outputs; None where there is none.
+        batch_size: B.
+        select: Selects the outputs; all tensors that the module returns by default.
+        vectorize: Whether to use ``vmap``.
+
+    Returns:
+        Per-sample gradients [B, S, *shape] by name.
     """
-    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-    leaves, tree = tree_flatten((args, kwargs))
-    mapped = [
-        i
-        for i, x in enumerate(leaves)
-        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size
-    ]
-    seeds = [d for d in deltas if d is not None]
-    outputs = select or (lambda out: [x for x in tree_leaves(out) if isinstance(x, Tensor)])
+    call = _SampleCall(module, args, kwargs, batch_size, select)
+    present = [d for d in cotangents if d is not None]
 
-    def inner(params: dict[str, Tensor], samples: list[Tensor], seed: list[Tensor]) -> Tensor:
-        mine = list(leaves)
-        for i, x in zip(mapped, samples, strict=True):
-            mine[i] = x.unsqueeze(0)
-        one_args, one_kwargs = tree_unflatten(mine, tree)
-        out = outputs(functional_call(module, params, one_args, one_kwargs))
-        live = [x for x, d in zip(out, deltas, strict=True) if d is not None]
-        total = sum((x.squeeze(0) * d).sum() for x, d in zip(live, seed, strict=True))
+    def scalar(params: dict[str, Tensor], samples: list[Tensor], delta: list[Tensor]) -> Tensor:
+        inputs = {i: x.unsqueeze(0) for i, x in zip(call.batched, samples, strict=True)}
+        outputs = call.outputs(params, inputs)
+        used = [z for z, d in zip(outputs, cotangents, strict=True) if d is not None]
+        total = sum((z.squeeze(0) * d).sum() for z, d in zip(used, delta, strict=True))
         assert isinstance(total, Tensor)
         return total
 
-    rows = [leaves[i] for i in mapped]
-    if vectorise:
-        per_draw = vmap(grad(inner), in_dims=(None, None, 0))
-        return vmap(per_draw, in_dims=(None, 0, 0))(parameters, rows, seeds)
-    collected: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    batched = [call.leaves[i] for i in call.batched]
+    if vectorize:
+        over_draws = vmap(grad(scalar), in_dims=(None, None, 0))
+        return vmap(over_draws, in_dims=(None, 0, 0))(parameters, batched, present)
+    draws = present[0].shape[1]
     copies = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for b in range(batch_size):
-        for s in range(seeds[0].shape[1]):
+        for s in range(draws):
             with torch.enable_grad():
-                value = inner(copies, [x[b] for x in rows], [d[b, s] for d in seeds])
-            found: tuple[Tensor | None, ...] = (None,) * len(copies)
-            if value.requires_grad:
-                found = torch.autograd.grad(value, list(copies.values()), allow_unused=True)
-            for (name, p), g in zip(copies.items(), found, strict=True):
-                collected[name].append(torch.zeros_like(p) if g is None else g)
-    draws = seeds[0].shape[1]
-    return {name: torch.stack(gs).unflatten(0, (batch_size, draws)) for name, gs in collected.items()}
+                value = scalar(copies, [x[b] for x in batched], [d[b, s] for d in present])
+            for name, g in zip(copies, _gradients(value, list(copies.values())), strict=True):
+                gradients[name].append(g)
+    return {name: torch.stack(gs).unflatten(0, (batch_size, draws)) for name, gs in gradients.items()}
 
 
-Direction = list[Tensor | None]
+@dataclass(kw_only=True)
+class CallDirection:
+    """A direction in which a module's parameters, its inputs and the cotangents δ move.
+
+    Attributes:
+        parameters: How parameters move, by their name inside the module.
+        scales: Factors [B] of these, for each sample; 1 for a name that is missing.
+        inputs: How each tensor among the arguments moves; None for one that does not. A tensor
+            without a batch moves in the same way for all samples. Empty if none moves.
+        cotangents: How δ moves at each output [B, ...]; None where it does not.
+    """
+
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    inputs: OptionalTensors = field(default_factory=list)
+    cotangents: OptionalTensors
 
 
 def per_sample_vjp_tangent(
     module: nn.Module,
-    inside: dict[str, Tensor],
-    along: dict[str, Tensor],
-    scales: dict[str, Tensor],
+    parameters: dict[str, Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    inputs: Direction,
-    delta: list[Tensor | None],
-    bend: list[Tensor | None],
+    cotangents: OptionalTensors,
+    direction: CallDirection,
     *,
     batch_size: int,
-    select: Callable[[Any], list[Tensor]] | None = None,
-    vectorise: bool = True,
+    select: Select | None = None,
+    vectorize: bool = True,
 ) -> dict[str, Tensor]:
-    """The derivative of each sample's gradient ∂(δᵀz)/∂θ along a direction: {name: [B, *shape]}.
+    """Differentiate each sample's gradient ∂(δᵀz)/∂θ along a direction.
 
-    The direction moves the parameters by ``scales``[b]·``along``, the module's inputs by ``inputs``
-    and δ by ``bend`` (None: not at all); inputs without a batch move alike for all samples. By
-    symmetry of second derivatives it is ∂/∂θ of ⟨along, ∂φ/∂θ⟩ + ⟨inputs, ∂φ/∂x⟩ + ⟨bend, z⟩ with
-    φ = δᵀz(θ, x).
+    With φ = δᵀz(θ, x) and the direction (θ̇, ẋ, δ̇), the symmetry of second derivatives gives the
+    tangent as ∂/∂θ of ⟨θ̇, ∂φ/∂θ⟩ + ⟨ẋ, ∂φ/∂x⟩ + ⟨δ̇, z⟩. This scalar needs reverse mode only, which
+    every module supports.
+
+    Args:
+        module: The module.
+        parameters: The parameters θ with respect to which φ is differentiated, by their name inside
+            the module. Other parameters may move, too.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        cotangents: δ [B, ...] at each tensor among the outputs; None where there is none.
+        direction: How everything moves.
+        batch_size: B.
+        select: Selects the outputs; all tensors that the module returns by default.
+        vectorize: Whether to use ``vmap``.
+
+    Returns:
+        Tangents [B, *shape] by name.
     """
-    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-    leaves, tree = tree_flatten((args, kwargs))
-    tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    mapped = [i for i in tensors if leaves[i].dim() > 0 and leaves[i].shape[0] == batch_size]
-    moved_by = dict(zip(tensors, inputs or [None] * len(tensors), strict=True))
-    moving = [i for i in mapped if moved_by[i] is not None]
-    shared = [i for i in tensors if moved_by[i] is not None and i not in mapped]
-    steps = [moved_by[i] for i in moving]
-    fixed = [i for i in mapped if i not in moving]
-    outputs = select or (lambda out: [x for x in tree_leaves(out) if isinstance(x, Tensor)])
-    every = {**along, **inside}  # own parameters, and those that only move
-    moved = [n for n in every if n in along]
-    live = [i for i, d in enumerate(delta) if d is not None]
-    seeds: list[Any] = [delta[i] for i in live]
-    bends: list[Any] = [
-        b if b is not None else torch.zeros_like(d)
-        for d, b in ((delta[i], bend[i]) for i in live)
-        if d is not None
-    ]
-    everything = {n: p.detach() for n, p in module.named_parameters() if n in every}
+    call = _SampleCall(module, args, kwargs, batch_size, select)
+    names = [*direction.parameters, *parameters]
+    values = {n: p.detach() for n, p in module.named_parameters() if n in names}
+    scalar = _TangentScalar(call, direction, cotangents)
+    data = scalar.data(values, batch_size)
+    if not vectorize:
+        return _loop_over_samples(scalar, list(parameters), values, data, batch_size)
+    others = {n: p for n, p in values.items() if n not in parameters}
 
-    def forward(params: dict[str, Tensor], moves: list[Tensor], rest: list[Tensor]) -> list[Tensor]:
-        mine = list(leaves)
-        for i, x in zip([*moving, *shared], moves, strict=True):
-            mine[i] = x if i in shared else x.unsqueeze(0)
-        for i, x in zip(fixed, rest, strict=True):
-            mine[i] = x.unsqueeze(0)
-        one_args, one_kwargs = tree_unflatten(mine, tree)
-        out = outputs(functional_call(module, params, one_args, one_kwargs))
-        return [out[i].squeeze(0) for i in live]
+    def single(params: dict[str, Tensor], sample: _SampleData) -> Tensor:
+        return scalar(params | others, sample, _differentiate_functionally)
 
-    def inner(params, own_moves, rest, seed, curve, own_steps, scale):  # type: ignore[no-untyped-def]
-        moves = [*own_moves, *(leaves[i] for i in shared)]
-        step = [*own_steps, *(moved_by[i] for i in shared)]
+    own = {n: values[n] for n in parameters}
+    result: dict[str, Tensor] = vmap(grad(single), in_dims=(None, 0))(own, data)
+    return result
 
-        def phi(moved_params, moves):  # type: ignore[no-untyped-def]
-            out = forward(params | moved_params, moves, rest)
-            return sum((x * d).sum() for x, d in zip(out, seed, strict=True))
 
-        total = sum((x * c).sum() for x, c in zip(forward(params, moves, rest), curve, strict=True))
-        if moved or moves:
-            of = {n: params[n] for n in moved}
-            by_params, by_inputs = derive(phi, of, moves)
-            total = total + sum((scale[n] * along[n] * by_params[n]).sum() for n in moved)
-            total = total + sum((s * g).sum() for s, g in zip(step, by_inputs, strict=True))
+class _SampleData(NamedTuple):
+    """What differs between samples; every tensor has the batch as its first dimension."""
+
+    moving_inputs: list[Tensor]
+    fixed_inputs: list[Tensor]
+    cotangents: list[Tensor]
+    cotangent_tangents: list[Tensor]
+    input_tangents: list[Tensor]
+    scales: dict[str, Tensor]
+
+
+Differentiate = Callable[[Any, dict[str, Tensor], list[Tensor]], tuple[dict[str, Tensor], Any]]
+"""Maps φ, parameters and inputs to the derivatives of φ with respect to both."""
+
+
+class _TangentScalar:
+    """⟨θ̇, ∂φ/∂θ⟩ + ⟨ẋ, ∂φ/∂x⟩ + ⟨δ̇, z⟩ of one sample; its gradient at θ is the tangent."""
+
+    def __init__(
+        self, call: _SampleCall, direction: CallDirection, cotangents: OptionalTensors
+    ) -> None:
+        self.call, self.direction, self.cotangents = call, direction, cotangents
+        tangents = direction.inputs or [None] * len(call.tensors)
+        self._input_tangents = dict(zip(call.tensors, tangents, strict=True))
+        moving = {i for i, x in self._input_tangents.items() if x is not None}
+        self._moving = [i for i in call.batched if i in moving]
+        self._fixed = [i for i in call.batched if i not in moving]
+        self.shared = [i for i in call.tensors if i in moving and i not in call.batched]
+        self._used_outputs = [i for i, d in enumerate(cotangents) if d is not None]
+
+    def data(self, values: dict[str, Tensor], batch_size: int) -> _SampleData:
+        """Collect what differs between samples; ``values`` are the parameters by name."""
+        deltas: list[Any] = [self.cotangents[i] for i in self._used_outputs]
+        tangents = [self.direction.cotangents[i] for i in self._used_outputs]
+        steps: list[Any] = [self._input_tangents[i] for i in self._moving]
+        return _SampleData(
+            moving_inputs=[self.call.leaves[i] for i in self._moving],
+            fixed_inputs=[self.call.leaves[i] for i in self._fixed],
+            cotangents=deltas,
+            cotangent_tangents=[
+                torch.zeros_like(d) if t is None else t for d, t in zip(deltas, tangents, strict=True)
+            ],
+            input_tangents=steps,
+            scales={
+                n: self.direction.scales.get(n, torch.ones(batch_size, dtype=values[n].dtype)).to(
+                    values[n]
+                )
+                for n in self.direction.parameters
+            },
+        )
+
+    def __call__(
+        self, parameters: dict[str, Tensor], sample: _SampleData, differentiate: Differentiate
+    ) -> Any:
+        """The scalar for one sample, as a function of the parameters."""
+        # an input without a batch is a leaf of the call; it moves like those of the sample
+        inputs = [*sample.moving_inputs, *(self.call.leaves[i] for i in self.shared)]
+        steps = [*sample.input_tangents, *(self._input_tangents[i] for i in self.shared)]
+
+        def phi(moved: dict[str, Tensor], moved_inputs: list[Tensor]) -> Any:
+            outputs = self._outputs(parameters | moved, moved_inputs, sample)
+            return sum((z * d).sum() for z, d in zip(outputs, sample.cotangents, strict=True))
+
+        outputs = self._outputs(parameters, inputs, sample)
+        total: Any = sum(
+            (z * t).sum() for z, t in zip(outputs, sample.cotangent_tangents, strict=True)
+        )
+        directions = self.direction.parameters
+        if directions or inputs:
+            moved = {n: parameters[n] for n in directions}
+            by_parameter, by_input = differentiate(phi, moved, inputs)
+            total = total + sum(
+                (sample.scales[n] * u * by_parameter[n]).sum() for n, u in directions.items()
+            )
+            total = total + sum((s * g).sum() for s, g in zip(steps, by_input, strict=True))
         return total
 
-    one: dict[str, Tensor] = {
-        n: scales.get(n, torch.ones(batch_size, dtype=everything[n].dtype)).to(everything[n])
-        for n in moved
-    }
-    data = (
-        [leaves[i] for i in moving],
-        [leaves[i] for i in fixed],
-        seeds,
-        bends,
-        steps,
-        one,
-    )
-    own = {n: everything[n] for n in inside}
-    others = {n: p for n, p in everything.items() if n not in inside}
-    if vectorise:
+    def _outputs(
+        self, parameters: dict[str, Tensor], inputs: list[Tensor], sample: _SampleData
+    ) -> list[Tensor]:
+        """The outputs with a cotangent, for one sample."""
+        replaced = {
+            i: x if i in self.shared else x.unsqueeze(0)
+            for i, x in zip([*self._moving, *self.shared], inputs, strict=True)
+        }
+        replaced |= {i: x.unsqueeze(0) for i, x in zip(self._fixed, sample.fixed_inputs, strict=True)}
+        outputs = self.call.outputs(parameters, replaced)
+        return [outputs[i].squeeze(0) for i in self._used_outputs]
 
-        def derive(f, of, moves):  # type: ignore[no-untyped-def]
-            return grad(f, argnums=(0, 1))(of, moves)
 
-        def single(mine, *rest):  # type: ignore[no-untyped-def]
-            return inner(mine | others, *rest)
+def _loop_over_samples(
+    scalar: _TangentScalar,
+    names: list[str],
+    values: dict[str, Tensor],
+    data: _SampleData,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Tangents [B, *shape] of the named parameters, one sample after the other.
 
-        result: dict[str, Tensor] = vmap(grad(single), in_dims=(None, 0, 0, 0, 0, 0, 0))(own, *data)
-        return result
-    collected: dict[str, list[Tensor]] = {name: [] for name in own}
+    ``values`` are all parameters of ``scalar`` by name.
+    """
+    tangents: dict[str, list[Tensor]] = {name: [] for name in names}
+    leaves = scalar.call.leaves
     for b in range(batch_size):
-        mine = {n: p.clone().requires_grad_() for n, p in everything.items()}
-        rows = tree_map(lambda x: x[b], data)  # noqa: B023
-        rows = ([x.clone().requires_grad_() for x in rows[0]], *rows[1:])
-        for i in shared:
+        parameters = {n: p.clone().requires_grad_() for n, p in values.items()}
+        sample: _SampleData = tree_map(lambda x: x[b], data)  # noqa: B023
+        sample = sample._replace(
+            moving_inputs=[x.clone().requires_grad_() for x in sample.moving_inputs]
+        )
+        for i in scalar.shared:
             leaves[i] = leaves[i].detach().requires_grad_()
-
-        def derive(f, of, moves):  # type: ignore[no-untyped-def]
-            value = f(of, moves)
-            wanted = [*of.values(), *moves]
-            found: Any = (None,) * len(wanted)
-            if isinstance(value, Tensor) and value.requires_grad:
-                found = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
-            filled = [
-                torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
-            ]
-            return dict(zip(of, filled[: len(of)], strict=True)), filled[len(of) :]
-
         with torch.enable_grad():
-            total = inner(mine, *rows)
-        found: Any = (None,) * len(own)
-        if isinstance(total, Tensor) and total.requires_grad:
-            found = torch.autograd.grad(total, [mine[n] for n in own], allow_unused=True)
-        for name, g in zip(own, found, strict=True):
-            collected[name].append(torch.zeros_like(own[name]) if g is None else g)
-    return {name: torch.stack(gs) for name, gs in collected.items()}
+            total = scalar(parameters, sample, _differentiate_by_autograd)
+        gradients = _gradients(total, [parameters[n] for n in names])
+        for name, g in zip(names, gradients, strict=True):
+            tangents[name].append(g)
+    return {name: torch.stack(gs) for name, gs in tangents.items()}
+
+
+def _differentiate_functionally(phi: Any, parameters: dict[str, Tensor], inputs: list[Tensor]) -> Any:
+    """Derivatives of ``phi`` under ``vmap``."""
+    return grad(phi, argnums=(0, 1))(parameters, inputs)
+
+
+def _differentiate_by_autograd(phi: Any, parameters: dict[str, Tensor], inputs: list[Tensor]) -> Any:
+    """Derivatives of ``phi`` with a graph, for modules that ``vmap`` cannot run."""
+    points = [*parameters.values(), *inputs]
+    gradients = _gradients(phi(parameters, inputs), points, create_graph=True)
+    count = len(parameters)
+    return dict(zip(parameters, gradients[:count], strict=True)), gradients[count:]
+
+
+def _gradients(value: Any, points: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Gradients of a scalar; zeros where it does not depend on a point."""
+    gradients: Any = (None,) * len(points)
+    if isinstance(value, Tensor) and value.requires_grad:
+        gradients = torch.autograd.grad(value, points, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(points, gradients, strict=True)]
 
 
 def module_jvp(
-    module: nn.Module, along: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Tensor | None]:
-    """The outputs' derivatives along a direction of the parameters, by two backward passes."""
+    module: nn.Module, direction: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> OptionalTensors:
+    """Differentiate a module's outputs along a direction of its parameters.
+
+    Two backward passes on the whole batch; see :func:`fimprobe.engines.primitives.products.jvp`.
+
+    Args:
+        module: The module.
+        direction: The direction, by the parameters' names inside the module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The derivative of each tensor among the outputs; None for one that does not depend on the
+        parameters.
+    """
     args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
     with torch.enable_grad():
-        moved = {n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in along}
-        out = functional_call(module, moved, args, kwargs)
-        leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        live = [x for x in leaves if x.requires_grad]
-        dummies = [torch.zeros_like(x).requires_grad_() for x in live]
+        moved = {
+            n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in direction
+        }
+        outputs = _tensors_in(functional_call(module, moved, args, kwargs))
+        dependent = [z for z in outputs if z.requires_grad]
+        dummies = [torch.zeros_like(z).requires_grad_() for z in dependent]
         gradients = torch.autograd.grad(
-            live, list(moved.values()), dummies, create_graph=True, allow_unused=True
+            dependent, list(moved.values()), dummies, create_graph=True, allow_unused=True
         )
-        parts = [(g * along[n]).sum() for n, g in zip(moved, gradients, strict=True) if g is not None]
-        found: Any = (None,) * len(live)
-        if parts and any(p.requires_grad for p in parts):
-            found = torch.autograd.grad(torch.stack(parts).sum(), dummies, allow_unused=True)
-    answers = iter(found)
-    return [next(answers) if x.requires_grad else None for x in leaves]
+        products = [
+            (g * direction[n]).sum() for n, g in zip(moved, gradients, strict=True) if g is not None
+        ]
+        tangents: Any = (None,) * len(dependent)
+        if products and any(p.requires_grad for p in products):
+            tangents = torch.autograd.grad(torch.stack(products).sum(), dummies, allow_unused=True)
+    remaining = iter(tangents)
+    return [next(remaining) if z.requires_grad else None for z in outputs]
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

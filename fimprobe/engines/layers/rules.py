@@ -1,13 +1,12 @@
-"""Per-sample parameter gradients of the layers torch and transformers are made of.
+"""Per-sample parameter gradients of the layer classes of torch and transformers.
 
-A rule takes a recorded call and δ [B, S, ...], the gradients of S draws at the call's output, and
-gives g [B, S, *parameter.shape]. A layer of exactly a listed class uses its rules; a subclass may
-compute anything and does not.
+A rule maps a recorded call and δ [B, S, ...], the cotangents of S draws at the call's output, to the
+per-sample gradients g [B, S, *parameter.shape]. Only layers of exactly a listed class have rules: a
+subclass may compute anything.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,47 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One call of a module: its inputs with the batch first, detached.
-
-    ``folded``: the module saw [B·k, ...]; inputs and δ are unfolded to [B, k, ...].
-    """
-
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    folded: bool = False
-
-    def rows(self, samples: slice) -> LayerCall:
-        """The call on some samples only."""
-        return LayerCall(self.module, tuple(x[samples] for x in self.inputs), self.folded)
-
-
-FEW_TAPS = 48
-"""Convolutions of no more taps (input channels × kernel) multiply patches; measured on a CPU."""
+from fimprobe.engines.layers.convolutions import conv_weight
+from fimprobe.engines.layers.layer_call import LayerCall
 
 Gradient = Callable[[LayerCall, Tensor], Tensor]
+"""Maps a call and δ [B, S, ...] to g [B, S, *parameter.shape]."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradientRule:
-    """How one parameter of a layer gets its per-sample gradient.
+    """How the per-sample gradient of one parameter of a layer is computed.
 
-    ``tiles``: slicing δ's last dimension slices the parameter's first. ``outer``: without shared
-    positions the gradient is an outer product δ xᵀ, whose moments factor.
-    See docs/theory.md, "Sums without per-sample gradients".
-    ``tokens``: the gradient has rows for the tokens of the sample only. ``shift``: the parameter is
-    added to the output along its "last" dimensions or its "channel" dimension. ``linear``: the
-    gradient is linear in the layer's input, as it is in δ. ``vector``: it is no larger than one
-    position of δ, and can be held for all samples.
+    Attributes:
+        gradient: The function that computes it.
+        row_separable: Slicing the last dimension of δ slices the first one of the parameter.
+        outer: With one position for each sample the gradient is an outer product δ xᵀ, whose moments
+            factor. See docs/theory.md, "Sums without per-sample gradients".
+        lookup: The gradient has non-zero rows for the tokens of the sample only.
+        additive: The parameter is added to the output, along its "last" dimensions or along its
+            "channel" dimension.
+        linear: The gradient is linear in the layer's input, as it is in δ.
+        vector: The parameter is no larger than one position of δ, so that the gradients of all
+            samples fit into memory.
     """
 
     gradient: Gradient
-    tiles: bool = False
+    row_separable: bool = False
     outer: bool = False
-    tokens: bool = False
-    shift: Literal["last", "channel"] | None = None
+    lookup: bool = False
+    additive: Literal["last", "channel"] | None = None
     linear: bool = False
     vector: bool = False
 
@@ -72,7 +59,7 @@ def linear_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def _positions(x: Tensor) -> Tensor:
-    """[B, S, ..., width] as [B, S, T, width]."""
+    """Reshape [B, S, ..., width] to [B, S, T, width]."""
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
@@ -82,7 +69,7 @@ def last_bias(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def conv1d_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """transformers' Conv1D keeps its weight as [in, out]: G_io = Σ_t x_ti δ_to."""
+    """G_io = Σ_t x_ti δ_to: the Conv1D of transformers keeps its weight as [in, out]."""
     (x,) = call.inputs
     if x.dim() == 2:
         return x[:, None, :, None] * delta.unsqueeze(-2)
@@ -97,94 +84,15 @@ def bilinear_weight(call: LayerCall, delta: Tensor) -> Tensor:
     return torch.einsum("bnto,bti,btj->bnoij", delta, x, other)
 
 
-def conv_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """All samples as the groups of one convolution: its weight gradient holds every g_b.
-
-    Neither patches nor per-sample calls: the library's own weight-gradient kernel does the work.
-    """
-    module: Any = call.module
-    (x,) = call.inputs
-    if not call.folded:
-        x, delta = x.unsqueeze(1), delta.unsqueeze(2)
-    samples, folds = x.shape[:2]
-    padding = module.padding
-    if not module.transposed and (isinstance(padding, str) or module.padding_mode != "zeros"):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x.flatten(0, 1), module._reversed_padding_repeated_twice, mode=mode)
-        x = x.unflatten(0, (samples, folds))
-        padding = (0,) * len(module.kernel_size)
-    taps = math.prod(module.weight.shape[1:])
-    if not module.transposed and module.groups == 1 and folds == 1 and taps <= FEW_TAPS:
-        return _from_patches(module, x.squeeze(1), delta.squeeze(2), padding)
-    output_padding = list(module.output_padding)
-    if module.transposed:  # forward(output_size=...) may ask for another one than the module's
-        output_padding = [
-            have - ((size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
-            for have, size, stride, pad, dilation, kernel in zip(
-                delta.shape[4:],
-                x.shape[3:],
-                module.stride,
-                padding,
-                module.dilation,
-                module.kernel_size,
-                strict=True,
-            )
-        ]
-    gradients = [_grouped(module, x, draw, padding, output_padding) for draw in delta.unbind(1)]
-    return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
-
-
-def _from_patches(module: Any, x: Tensor, delta: Tensor, padding: Any) -> Tensor:
-    """G = δ [B, S·O, L] times patches [B, L, C·K]: the better way for few input channels."""
-    width = [side for pad in reversed(padding) for side in (pad, pad)]
-    x = F.pad(x, width) if any(width) else x.contiguous()
-    samples, channels = x.shape[:2]
-    steps, sizes = x.stride()[2:], delta.shape[3:]
-    patches = x.as_strided(
-        (samples, channels, *module.kernel_size, *sizes),
-        (
-            *x.stride()[:2],
-            *(step * d for step, d in zip(steps, module.dilation, strict=True)),
-            *(step * s for step, s in zip(steps, module.stride, strict=True)),
-        ),
-    ).reshape(samples, -1, math.prod(sizes))
-    seed = delta.reshape(samples, -1, patches.shape[2])
-    product = torch.bmm(seed, patches.transpose(1, 2))
-    return product.view(samples, delta.shape[1], *module.weight.shape)
-
-
-def _grouped(
-    module: Any, x: Tensor, delta: Tensor, padding: Any, output_padding: list[int]
-) -> Tensor:
-    """Weight gradients [B, *weight.shape] for x [B, k, C, ...] and one draw's δ [B, k, O, ...]."""
-    samples, folds = x.shape[:2]
-    shape = module.weight.shape
-    grouped = x.transpose(0, 1).reshape(folds, samples * x.shape[2], *x.shape[3:])
-    seed = delta.transpose(0, 1).reshape(folds, samples * delta.shape[2], *delta.shape[3:])
-    gradient = torch.ops.aten.convolution_backward(
-        seed,
-        grouped,
-        x.new_empty((samples * shape[0], *shape[1:])),
-        None,
-        module.stride,
-        padding,
-        module.dilation,
-        module.transposed,
-        output_padding,
-        samples * module.groups,
-        [False, True, False],
-    )[1]
-    return gradient.view(samples, *shape)
-
-
 def channel_sum(call: LayerCall, product: Tensor) -> Tensor:
-    """[B, S, (k,) C, ...] summed over everything but B, S and C."""
+    """Sum [B, S, (k,) C, ...] over all dimensions except B, S and C."""
     axis = 3 if call.folded else 2
     others = [d for d in range(2, product.dim()) if d != axis]
     return product.sum(others) if others else product
 
 
 def _normalised(call: LayerCall, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a normalisation to the input as the module saw it: [B, 1, (k,) C, ...]."""
     (x,) = call.inputs
     if call.folded:
         return normalise(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unsqueeze(1)
@@ -192,10 +100,10 @@ def _normalised(call: LayerCall, normalise: Callable[[Tensor], Tensor]) -> Tenso
 
 
 def _trailing(call: LayerCall, product: Tensor) -> Tensor:
-    """[B, S, ..., *normalized_shape] summed over the dimensions between."""
+    """Sum [B, S, ..., *normalized_shape] over the dimensions in the middle."""
     keep = len(call.module.normalized_shape)  # type: ignore[arg-type]
-    between = list(range(2, product.dim() - keep))
-    return product.sum(between) if between else product
+    middle = list(range(2, product.dim() - keep))
+    return product.sum(middle) if middle else product
 
 
 def layer_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
@@ -225,7 +133,7 @@ def group_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def running_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """BatchNorm in eval mode, InstanceNorm with either statistics: G_c = Σ δ_c x̂_c."""
+    """G_c = Σ δ_c x̂_c for BatchNorm in eval mode, and InstanceNorm with either statistics."""
     m: Any = call.module
 
     def normalise(x: Tensor) -> Tensor:
@@ -245,7 +153,15 @@ def prelu_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of a lookup: sample [U], token [U] and g [U, S, D], one row per pair that occurs."""
+    """The non-zero rows of a lookup's gradient, one for each (sample, token) pair that occurs.
+
+    Args:
+        call: A call of an Embedding or EmbeddingBag.
+        delta: Cotangents [B, S, ..., D].
+
+    Returns:
+        Sample [U], token [U] and gradient of the token's row [U, S, D] of each pair.
+    """
     module: Any = call.module
     tokens = call.inputs[0].reshape(call.inputs[0].shape[0], -1)
     samples, length = tokens.shape
@@ -259,6 +175,7 @@ def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Te
     delta = delta.reshape(samples, delta.shape[1], length, -1)
     if module.padding_idx is not None:
         delta = delta * (tokens != module.padding_idx)[:, None, :, None]
+    # one integer for each pair, so that one sort finds those that occur
     key = tokens + torch.arange(samples, device=tokens.device)[:, None] * module.num_embeddings
     pairs, inverse = key.flatten().unique(return_inverse=True)
     rows = delta.new_zeros(len(pairs), delta.shape[1], delta.shape[3])
@@ -267,7 +184,7 @@ def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def embedding_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """The lookup's gradient as a dense [B, S, V, D]: for weights with further uses."""
+    """The gradient of a lookup as a dense [B, S, V, D], for weights that are also used elsewhere."""
     module: Any = call.module
     sample, token, rows = embedding_tokens(call, delta)
     shape = (delta.shape[0], delta.shape[1], *module.weight.shape)
@@ -277,13 +194,18 @@ def embedding_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 LINEAR = {
-    "weight": GradientRule(linear_weight, tiles=True, outer=True, linear=True),
-    "bias": GradientRule(last_bias, tiles=True, shift="last", vector=True),
+    "weight": GradientRule(gradient=linear_weight, row_separable=True, outer=True, linear=True),
+    "bias": GradientRule(gradient=last_bias, row_separable=True, additive="last", vector=True),
 }
-_CHANNEL_BIAS = GradientRule(channel_sum, shift="channel", vector=True)
-_CONV = {"weight": GradientRule(conv_weight, linear=True), "bias": _CHANNEL_BIAS}
-_RUNNING = {"weight": GradientRule(running_norm_weight, vector=True), "bias": _CHANNEL_BIAS}
-_LOOKUP = {"weight": GradientRule(embedding_weight, tokens=True)}
+"""Rules of a Linear layer."""
+
+_CHANNEL_BIAS = GradientRule(gradient=channel_sum, additive="channel", vector=True)
+_CONV = {"weight": GradientRule(gradient=conv_weight, linear=True), "bias": _CHANNEL_BIAS}
+_RUNNING = {
+    "weight": GradientRule(gradient=running_norm_weight, vector=True),
+    "bias": _CHANNEL_BIAS,
+}
+_LOOKUP = {"weight": GradientRule(gradient=embedding_weight, lookup=True)}
 _CONVS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
@@ -304,60 +226,80 @@ _RUNNING_NORMS: tuple[type[nn.Module], ...] = (
 RULES: dict[type[nn.Module], dict[str, GradientRule]] = {
     nn.Linear: LINEAR,
     nn.modules.linear.NonDynamicallyQuantizableLinear: LINEAR,
-    nn.Bilinear: {"weight": GradientRule(bilinear_weight, tiles=True), "bias": LINEAR["bias"]},
+    nn.Bilinear: {
+        "weight": GradientRule(gradient=bilinear_weight, row_separable=True),
+        "bias": LINEAR["bias"],
+    },
     **dict.fromkeys(_CONVS, _CONV),
     **dict.fromkeys(_RUNNING_NORMS, _RUNNING),
     nn.LayerNorm: {
-        "weight": GradientRule(layer_norm_weight, vector=True),
-        "bias": GradientRule(layer_norm_bias, shift="last", vector=True),
+        "weight": GradientRule(gradient=layer_norm_weight, vector=True),
+        "bias": GradientRule(gradient=layer_norm_bias, additive="last", vector=True),
     },
-    nn.RMSNorm: {"weight": GradientRule(rms_norm_weight, vector=True)},
-    nn.GroupNorm: {"weight": GradientRule(group_norm_weight, vector=True), "bias": _CHANNEL_BIAS},
-    nn.PReLU: {"weight": GradientRule(prelu_weight, vector=True)},
+    nn.RMSNorm: {"weight": GradientRule(gradient=rms_norm_weight, vector=True)},
+    nn.GroupNorm: {
+        "weight": GradientRule(gradient=group_norm_weight, vector=True),
+        "bias": _CHANNEL_BIAS,
+    },
+    nn.PReLU: {"weight": GradientRule(gradient=prelu_weight, vector=True)},
     nn.Embedding: _LOOKUP,
     nn.EmbeddingBag: _LOOKUP,
 }
-_BY_NAME = {
+"""Rules of each layer class, by parameter name."""
+
+_BY_CLASS_NAME = {
     "transformers.pytorch_utils.Conv1D": {
-        "weight": GradientRule(conv1d_weight, outer=True, linear=True),
+        "weight": GradientRule(gradient=conv1d_weight, outer=True, linear=True),
         "bias": LINEAR["bias"],
     }
 }
+"""Rules of classes that need not be installed."""
 
 
-def direction(
+def parameter_jvp(
     rule: GradientRule,
     module: nn.Module,
     name: str,
     args: tuple[Any, ...],
     out: torch.Size,
-    along: Tensor,
+    direction: Tensor,
 ) -> Tensor:
-    """The output's derivative along ``along``, a direction of the parameter it is affine in.
+    """The derivative of a layer's output along a direction of one parameter.
 
-    ``args`` are the module's own inputs, ``out`` its output's shape; autograd goes through them.
+    The output is affine in the parameter, so that the layer itself, called with the direction as its
+    parameter, computes the derivative. Autograd sees the dependence on the inputs.
+
+    Args:
+        rule: The parameter's rule.
+        module: The layer.
+        name: The parameter's name in the layer.
+        args: The inputs of the call, as the module saw them.
+        out: Shape of the output.
+        direction: The direction, of the parameter's shape.
     """
-    if rule.shift == "last":
-        return along.expand(out)
-    if rule.shift == "channel":
-        return along.view(-1, *[1] * (len(out) - 2)).expand(out)
+    if rule.additive == "last":
+        return direction.expand(out)
+    if rule.additive == "channel":
+        return direction.view(-1, *[1] * (len(out) - 2)).expand(out)
     if getattr(module, "padding_idx", None) is not None:
-        along = along.index_fill(0, torch.tensor([module.padding_idx], device=along.device), 0)
+        padding = torch.tensor([module.padding_idx], device=direction.device)
+        direction = direction.index_fill(0, padding, 0)
     others = {n: torch.zeros_like(p) for n, p in module._parameters.items() if p is not None}
     options = {"output_size": list(out[2:])} if getattr(module, "transposed", False) else {}
-    result: Tensor = functional_call(module, others | {name: along}, args, options)
+    result: Tensor = functional_call(module, others | {name: direction}, args, options)
     if isinstance(module, nn.PReLU):  # its output does not vanish with its weight
         result = result - functional_call(module, others, args)
     return result
 
 
 def rules_for(module: nn.Module) -> dict[str, GradientRule]:
-    """The rules of a layer by parameter name; empty where the layer is not one we know."""
+    """The rules of a layer by parameter name; empty for a layer without rules."""
     kind = type(module)
     if kind in RULES:
         if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
             return {}
         if isinstance(module, _RUNNING_NORMS) and "InstanceNorm" not in kind.__name__:
+            # without running statistics BatchNorm couples the samples of a batch
             return RULES[kind] if module.running_mean is not None else {}
         return RULES[kind]
-    return _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}", {})
+    return _BY_CLASS_NAME.get(f"{kind.__module__}.{kind.__qualname__}", {})

@@ -1,4 +1,4 @@
-"""The moments of all parameters for one kind of seeds, kept side by side."""
+"""Moments of all parameters for one kind of cotangents, with shared storage for per-sample sums."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ from torch import Tensor
 
 from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.primitives.device_transfer import to_device
-from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
+from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 from fimprobe.statistics import Moments, subsample_entries
 
 STACK_BYTES = 2**19
-"""On a CPU small gradients are taken together in pieces below this: fresh pages are dear."""
+"""Maximum size of a stack of small per-sample gradients on a CPU.
+
+Larger stacks are slower, because newly allocated pages must be faulted in (measured on a CPU).
+"""
 
 Totals = tuple[Tensor, Tensor, Tensor, list[Tensor] | None]
-"""Σ A2² of each name [n]; A4, Q, R and top [n, 4, B]; Gram matrices; entries of A2."""
+"""Σ A2² of each parameter [n]; A4, Q, R and top [n, 4, B]; Gram matrices; entries of A2."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MomentAccumulators:
-    """One accumulator for each name; their powers and Gram matrices are rows of shared tensors."""
+    """One accumulator for each parameter.
+
+    Their per-sample powers and Gram matrices are rows of shared tensors, so that the host fetches
+    all of them at once.
+    """
 
     diagonals: bool
-    sampled: bool
-    """Whether some entries of A2 are wanted."""
-    bare: bool
-    """Whether A2 itself is not."""
+    with_entries: bool
+    """Whether some entries of A2 are returned."""
+    sums_only: bool
+    """Whether A2 is not kept."""
     device: torch.device
     accumulators: dict[str, MomentAccumulator] = field(default_factory=dict)
     grams: list[Tensor] = field(default_factory=list)
-    """For each chunk: [n, b, S, S], or squared norms [n, b, S]."""
+    """For each chunk: [n, b, S, S], or squared norms [n, b, S], float64."""
     powers: list[Tensor] = field(default_factory=list)
     """For each chunk: A4, Q, R and top of each sample, float64 [n, 4, b]."""
 
@@ -42,26 +49,40 @@ class MomentAccumulators:
         tensors: Mapping[str, Tensor],
         *,
         diagonals: bool = False,
-        sampled: bool = False,
-        bare: bool = False,
+        with_entries: bool = False,
+        sums_only: bool = False,
         sharded: Collection[str] = (),
     ) -> MomentAccumulators:
-        """A ledger for gradients of these tensors; ``sharded`` ones are opened when taken."""
+        """Empty accumulators for gradients of some tensors.
+
+        Args:
+            tensors: A tensor of each parameter's shape, type and device, by name.
+            diagonals: Whether A4, Q and R are kept for every entry.
+            with_entries: Whether some entries of A2 are returned.
+            sums_only: Whether A2 is not kept.
+            sharded: Names of the parameters whose A2 is allocated in
+                :meth:`MomentAccumulator.sharded_sums` only.
+        """
         device = next(iter(tensors.values())).device
-        made = cls(diagonals, sampled, bare, device)
-        made.include(tensors, sharded)
-        return made
+        accumulators = cls(
+            diagonals=diagonals, with_entries=with_entries, sums_only=sums_only, device=device
+        )
+        accumulators.include(tensors, sharded)
+        return accumulators
 
     def include(self, tensors: Mapping[str, Tensor], sharded: Collection[str] = ()) -> None:
-        """Add the names that are new."""
+        """Add an accumulator for every name that has none yet; arguments as in :meth:`of`."""
         for name, like in tensors.items():
             if name not in self.accumulators:
                 self.accumulators[name] = MomentAccumulator.like(
-                    like, diagonals=self.diagonals, sharded=name in sharded, bare=self.bare
+                    like,
+                    diagonals=self.diagonals,
+                    sharded=name in sharded,
+                    sums_only=self.sums_only,
                 )
 
-    def begin(self, samples: int, draws: int) -> None:
-        """Make room for the powers and Gram matrices of the next chunk."""
+    def start_chunk(self, samples: int, draws: int) -> None:
+        """Allocate the powers and Gram matrices of the next chunk of samples."""
         shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)
         count = len(self.accumulators)
         gram = torch.zeros(count, *shape, dtype=torch.float64, device=self.device)
@@ -73,9 +94,23 @@ class MomentAccumulators:
             accumulator.gram, accumulator.sums = inner, sums
 
     def add_small_parameters(
-        self, names: Sequence[str], gradients: Sequence[Tensor], weights: Weights | None, room: float
+        self,
+        names: Sequence[str],
+        gradients: Sequence[Tensor],
+        weights: PassWeights | None,
+        room: float,
     ) -> None:
-        """Take gradients [B, S, P] of parameters of one shape, all at once and in float64."""
+        """Add the gradients of small parameters of one shape, all at once and in float64.
+
+        One stack takes a handful of operations, whatever the number of parameters. In float64 no
+        scale is needed.
+
+        Args:
+            names: The parameters.
+            gradients: Per-sample gradients [B, S, P] of each.
+            weights: Weights of the chunk's passes.
+            room: Maximum size of a stack in bytes.
+        """
         size, draws = gradients[0].shape[:2]
         width = gradients[0].shape[2:].numel()
         room = min(room, STACK_BYTES) if gradients[0].device.type == "cpu" else room
@@ -83,94 +118,102 @@ class MomentAccumulators:
         for start in range(0, size, step):
             samples = slice(start, min(start + step, size))
             g = torch.stack([x[samples] for x in gradients]).double()
-            part = None if weights is None else weights.rows(samples)
-            self._add_stack(names, g.view(len(names), -1, draws, width), samples, part)
+            sample_weights = None if weights is None else weights.rows(samples)
+            self._add_stack(names, g.view(len(names), -1, draws, width), samples, sample_weights)
 
     def _add_stack(
-        self, names: Sequence[str], g: Tensor, samples: slice, weights: Weights | None
+        self, names: Sequence[str], g: Tensor, samples: slice, weights: PassWeights | None
     ) -> None:
-        """g [k, b, S, P] of k parameters."""
+        """Add gradients [k, b, S, P] of k parameters and b samples."""
         index = {name: row for row, name in enumerate(self.accumulators)}
         rows = to_device(torch.tensor([index[name] for name in names]), g.device)
         gram = self.grams[-1]
         square = g.square()
         inner = square.sum(-1) if gram.dim() == 3 else g @ g.transpose(-1, -2)
         gram[rows, samples] += inner
-        own: Tensor | None = None
-        if weights is None or weights.second is None:
+        unweighted_quartic: Tensor | None = None
+        if weights is None or weights.square is None:
             blocks = [square.squeeze(2) if g.shape[2] == 1 else square.sum(2)]
             quartic = square.square()
-            own = quartic.sum(2)
+            unweighted_quartic = quartic.sum(2)
             if weights is not None:
-                quartic = quartic * weights.fourth.double().unsqueeze(-1)
+                quartic = quartic * weights.quartic.double().unsqueeze(-1)
         else:
-            second = weights.second.double().unsqueeze(1)
-            blocks = [(second[..., p] @ square[:, :, p]).squeeze(2) for p in weights.parts()]
-            quartic = square.square() * weights.fourth.double().unsqueeze(-1)
+            factors = weights.square.double().unsqueeze(1)
+            blocks = [(factors[..., p] @ square[:, :, p]).squeeze(2) for p in weights.block_slices()]
+            quartic = square.square() * weights.quartic.double().unsqueeze(-1)
         f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
         q = r = f.square()
-        if own is not None:
-            r = own
+        if unweighted_quartic is not None:
+            r = unweighted_quartic  # each draw is a block of its own
         elif len(blocks) > 1:
             r = torch.stack(blocks).square().sum(0)
-        found = torch.stack([quartic.sum((2, 3)), q.sum(2), r.sum(2)], 1)
         powers = self.powers[-1]
-        powers[rows, :3, samples] += found
-        if own is None and len(blocks) == 1:
+        powers[rows, :3, samples] += torch.stack([quartic.sum((2, 3)), q.sum(2), r.sum(2)], 1)
+        if unweighted_quartic is None and len(blocks) == 1:
             powers[rows, 3, samples] += (f * square.amax(2)).sum(2)
         for name, a2 in zip(names, f.sum(1).unbind(0), strict=True):
-            self.accumulators[name].take(a2)
+            self.accumulators[name].add_squares(a2)
         if self.diagonals:
-            parts = zip(names, quartic.sum((1, 2)), q.sum(1), r.sum(1), strict=True)
-            for name, a4, whole, rest in parts:
-                self.accumulators[name].add_entry_sums(a4, whole, rest)
+            entries = zip(names, quartic.sum((1, 2)), q.sum(1), r.sum(1), strict=True)
+            for name, a4_entries, q_entries, r_entries in entries:
+                self.accumulators[name].add_entry_sums(a4_entries, q_entries, r_entries)
 
-    def mix(self, mix: Tensor) -> None:
-        """The chunk's Gram matrices become those of combinations [B, n, m] of its m seeds."""
-        wide = mix.double()
-        self.grams[-1] = wide @ self.grams[-1] @ wide.mT
+    def combine_cotangents(self, combinations: Tensor) -> None:
+        """Replace the chunk's Gram matrices by those of linear combinations of its cotangents.
+
+        Args:
+            combinations: Coefficients [B, n, m] of n combinations of the chunk's m cotangents.
+        """
+        coefficients = combinations.double()
+        self.grams[-1] = coefficients @ self.grams[-1] @ coefficients.mT
 
     def totals(self) -> Totals:
-        """Where they are; entries of A2 unless a parameter is sharded."""
-        taken = self.accumulators.values()
-        squares = torch.stack([a.square_norm() for a in taken])
-        whole = self.sampled and all(a.own is None for a in taken)
-        entries = [subsample_entries(a.a2) for a in taken] if whole else None
+        """All sums, still on the device; entries of A2 unless a parameter is sharded."""
+        accumulators = self.accumulators.values()
+        squares = torch.stack([a.square_norm() for a in accumulators])
+        has_entries = self.with_entries and all(a.local_shard is None for a in accumulators)
+        entries = [subsample_entries(a.a2) for a in accumulators] if has_entries else None
         powers = torch.cat([_padded(p, len(squares)) for p in self.powers], 2)
         grams = torch.cat([_padded(gram, len(squares)) for gram in self.grams], 1)
         return squares, powers, grams, entries
 
     def finish(
-        self, totals: Totals, second: Tensor | None, without: Collection[str]
+        self, totals: Totals, square_weights: Tensor | None, exclude: Collection[str]
     ) -> dict[str, Moments]:
-        """The moments; ``totals`` fetched, ``second`` [B, S] the exact passes' factors of g²."""
+        """The moments of every parameter.
+
+        Args:
+            totals: What :meth:`totals` returned, on the host.
+            square_weights: Weights of g² [B, S] of exact passes; None for drawn labels.
+            exclude: Names to leave out.
+        """
         squares, powers, grams, entries = totals
         norms = grams.diagonal(dim1=2, dim2=3) if grams.dim() == 4 else grams
-        a2 = (norms if second is None else norms * second.double()).sum((1, 2))
-        values = zip(squares.tolist(), a2.tolist(), powers, norms, grams, strict=True)
-        rows = dict(zip(self.accumulators, values, strict=True))
-        found = {}
+        weighted = norms if square_weights is None else norms * square_weights.double()
+        a2_sums = weighted.sum((1, 2)).tolist()
+        a2_squares = squares.tolist()
+        moments = {}
         for i, (name, accumulator) in enumerate(self.accumulators.items()):
-            if name in without:
+            if name in exclude:
                 continue
-            square, total, sums, norm, gram = rows[name]
-            found[name] = Moments(
-                accumulator.result(),
-                total,
-                square,
-                sums,
-                norm,
-                gram if gram.dim() == 3 else None,
-                accumulator.a4,
-                accumulator.q,
-                accumulator.r,
-                None if entries is None else entries[i],
+            moments[name] = Moments(
+                a2=accumulator.result(),
+                a2_sum=a2_sums[i],
+                a2_square=a2_squares[i],
+                powers=powers[i],
+                squared_norms=norms[i],
+                gram=grams[i] if grams.dim() == 4 else None,
+                a4=accumulator.a4,
+                q=accumulator.q,
+                r=accumulator.r,
+                entries=None if entries is None else entries[i],
             )
-        return found
+        return moments
 
 
-def _padded(gram: Tensor, count: int) -> Tensor:
-    """Zeros for names that came later."""
-    if len(gram) == count:
-        return gram
-    return torch.cat([gram, gram.new_zeros(count - len(gram), *gram.shape[1:])])
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """``rows`` [n, ...] with zeros for the parameters that a later chunk added, [count, ...]."""
+    if len(rows) == count:
+        return rows
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])

@@ -1,4 +1,4 @@
-"""Moments of the parameters that are reached by replaying a module."""
+"""Moments of parameters without a rule, from modules that are re-evaluated on single samples."""
 
 from __future__ import annotations
 
@@ -10,140 +10,192 @@ from torch import Tensor
 from fimprobe.engines.layers.per_sample import per_sample_vjp
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.moments.accumulator import MomentAccumulator
-from fimprobe.engines.moments.contraction import precise, sum_uses, use_deltas
+from fimprobe.engines.moments.contraction import at_least_float32, sum_uses, use_deltas
+from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.problem.weights import Weights
+from fimprobe.engines.tracing.chunk import AssignedCall, Chunk
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.tape import FallbackCall, Tape
 from fimprobe.model.batch import Batch
 
 
-def assign_fallbacks(
-    problem: Problem, plan: Plan, tape: Tape, names: dict[int, str]
-) -> list[tuple[FallbackCall, dict[str, Tensor]]]:
-    """Each replayed call with the parameters it stands for, named as inside the module."""
-    owned: list[tuple[FallbackCall, dict[str, Tensor]]] = []
-    calls = list(tape.replayed)
-    if "" in plan.replay.values() or _root_owns(problem):
-        calls.append(FallbackCall("", problem.twin, problem.batch.args, problem.batch.kwargs, ()))
+def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape) -> list[AssignedCall]:
+    """Assign to each fallback call the parameters whose gradient it provides.
+
+    A planned parameter belongs to the calls of the planned module. A parameter without a plan and
+    without a rule belongs to the module that holds it.
+
+    Args:
+        problem: The model and its parameters.
+        plan: The module planned for each parameter with a fallback.
+        tape: The recorded forward pass.
+
+    Returns:
+        The calls with at least one parameter.
+    """
+    names = {id(p): n for n, p in problem.parameters.items()}
+    calls = list(tape.fallback_calls)
+    if "" in plan.fallbacks.values() or _root_needs_fallback(problem):
+        batch = problem.batch
+        calls.append(FallbackCall(path="", module=problem.twin, args=batch.args, kwargs=batch.kwargs))
+    assigned: list[AssignedCall] = []
     for call in calls:
-        inside: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         rules = rules_for(call.module)
-        for local, parameter in call.module.named_parameters():
+        for local_name, parameter in call.module.named_parameters():
             name = names.get(id(parameter))
             if name is None:
                 continue
-            planned = plan.replay.get(name)
-            own = "." not in local and local not in rules
-            if planned == call.path if planned is not None else own:
-                inside[local] = parameter
-        if inside:
-            owned.append((call, inside))
-    return owned
+            planned = plan.fallbacks.get(name)
+            if planned is None:
+                belongs = "." not in local_name and local_name not in rules
+            else:
+                belongs = planned == call.path
+            if belongs:
+                parameters[local_name] = parameter
+        if parameters:
+            assigned.append(AssignedCall(call=call, parameters=parameters))
+    return assigned
 
 
-def _root_owns(problem: Problem) -> bool:
-    """Whether the model itself, not a layer of it, holds parameters that no rule covers."""
+def _root_needs_fallback(problem: Problem) -> bool:
+    """Whether the model itself, not one of its layers, holds parameters that no rule covers."""
     names = {n for n, p in problem.twin._parameters.items() if p is not None and p.requires_grad}
     return not names <= set(rules_for(problem.twin))
 
 
 def accumulate_fallback_moments(
-    problem: Problem,
-    plan: Plan,
-    tape: Tape,
-    replays: list[tuple[FallbackCall, dict[str, Tensor]]],
-    pieces: dict[str, list[tuple[FallbackCall, str]]],
+    chunk: Chunk,
+    cotangents: Cotangents,
     deltas: list[list[Tensor] | None],
-    draws: list[Tensor],
     accumulators: dict[str, MomentAccumulator],
-    weights: Weights | None,
-    names: dict[int, str],
-    batch: Batch,
-    room: float,
 ) -> None:
-    """Add the moments of replayed parameters, all calls and rule uses summed first."""
-    if not replays:
+    """Add the moments of parameters with a fallback, summed over all their uses first.
+
+    Args:
+        chunk: The recorded forward pass.
+        cotangents: The S vectors at the outputs, and their weights.
+        deltas: Cotangents [B, ...] by output edge, one for each vector; None at edges that none
+            reaches.
+        accumulators: The parameters' accumulators by name.
+    """
+    if not chunk.fallbacks:
         return
-    seeds = torch.stack(draws, 1)
-    each = max(
-        sum(p.numel() for p in inside.values()) * len(draws) * 4 for _, inside in replays
-    ) * max(1, len(replays) // 4)
-    step = max(1, min(batch.size, int(room / each)))
-    one = torch.ones((), dtype=torch.float64, device=seeds.device)
-    for start in range(0, batch.size, step):
-        samples = slice(start, min(start + step, batch.size))
+    vectors = torch.stack(cotangents.vectors, 1)
+    unscaled = torch.ones((), dtype=torch.float64, device=vectors.device)
+    step = _samples_at_once(chunk, len(cotangents.vectors))
+    for start in range(0, chunk.size, step):
+        samples = slice(start, min(start + step, chunk.size))
         totals: dict[str, Tensor] = {}
-        for call, inside in replays:
-            found = _replay(problem, plan, call, inside, deltas, seeds, batch, samples)
-            for local, g in found.items():
-                name = names[id(inside[local])]
-                totals[name] = totals[name] + precise(g) if name in totals else precise(g)
+        for assigned in chunk.fallbacks:
+            gradients = _per_sample_gradients(chunk, assigned, deltas, vectors, samples)
+            for local_name, g in gradients.items():
+                name = chunk.parameter_names[id(assigned.parameters[local_name])]
+                g = at_least_float32(g)
+                totals[name] = totals[name] + g if name in totals else g
         for name, total in totals.items():
-            if name not in plan.replay:
-                uses = tape.uses.get(id(problem.parameters[name]), [])
-                for use in uses:
-                    delta = use_deltas(use, deltas, batch.size)
-                    if delta is None:
-                        continue
-                    live = [(use, use.call, delta)]
-                    total = total + precise(
-                        sum_uses(live, samples, None, problem.parameters[name].shape, one)
-                    )
-            part = None if weights is None else weights.rows(samples)
+            total = _add_rule_uses(chunk, name, total, deltas, samples)
+            weights = None if cotangents.weights is None else cotangents.weights.rows(samples)
             where: Any = slice(None) if total.dim() > 2 else ...
             accumulator, total = accumulators[name], total.contiguous()
-            looks = total.device.type == "cpu"
-            if not (looks and accumulator.add(total, samples, where, part)):
-                accumulator.add(total, samples, where, part, one)
+            # a CPU tries without a scale first; on a GPU the check would wait for the device
+            on_cpu = total.device.type == "cpu"
+            if not (on_cpu and accumulator.add(total, samples, where, weights)):
+                accumulator.add(total, samples, where, weights, unscaled)
 
 
-def _replay(
-    problem: Problem,
-    plan: Plan,
-    call: FallbackCall,
-    inside: dict[str, Tensor],
+def _samples_at_once(chunk: Chunk, draws: int) -> int:
+    """Number of samples whose gradients, of all parameters of a call, fit into the workspace.
+
+    The gradients of several calls are alive together; a quarter of the calls is assumed.
+    """
+    largest = max(
+        sum(p.numel() for p in assigned.parameters.values()) * draws * 4
+        for assigned in chunk.fallbacks
+    )
+    bytes_per_sample = largest * max(1, len(chunk.fallbacks) // 4)
+    return max(1, min(chunk.size, int(chunk.workspace_bytes / bytes_per_sample)))
+
+
+def _add_rule_uses(
+    chunk: Chunk, name: str, total: Tensor, deltas: list[list[Tensor] | None], samples: slice
+) -> Tensor:
+    """Add the gradients [b, S, *shape] of uses under a rule to those of fallback calls.
+
+    A tied weight may be used by a layer and, directly, by a module without rules. A parameter with
+    a planned fallback has no other uses.
+    """
+    if name in chunk.plan.fallbacks:
+        return total
+    parameter = chunk.problem.parameters[name]
+    unscaled = torch.ones((), dtype=torch.float64, device=total.device)
+    for use in chunk.tape.uses.get(id(parameter), []):
+        delta = use_deltas(use, deltas, chunk.size)
+        if delta is not None:
+            uses = [(use, use.call, delta)]
+            g = sum_uses(uses, samples, None, parameter.shape, unscaled)
+            total = total + at_least_float32(g)
+    return total
+
+
+def _per_sample_gradients(
+    chunk: Chunk,
+    assigned: AssignedCall,
     deltas: list[list[Tensor] | None],
-    seeds: Tensor,
-    batch: Batch,
+    vectors: Tensor,
     samples: slice,
 ) -> dict[str, Tensor]:
-    incoming: list[Tensor | None]
+    """Per-sample gradients of a call's parameters, by their name inside the module.
+
+    Args:
+        chunk: The recorded forward pass.
+        assigned: The call and its parameters.
+        deltas: Cotangents by output edge.
+        vectors: The vectors at the outputs [B, S, ...].
+        samples: The b samples to evaluate.
+
+    Returns:
+        Gradients [b, S, *shape]; empty if no cotangent reaches the call.
+    """
+    call, problem, plan = assigned.call, chunk.problem, chunk.plan
+    cotangents: list[Tensor | None]
+    select: Any = None
     if call.path == "":
-        cut = batch[samples]
-        args, kwargs, incoming = cut.args, cut.kwargs, [seeds[samples]]
-        select: Any = lambda out: [problem.outputs(out)]  # noqa: E731
-        size = cut.size
+        batch = chunk.batch[samples]
+        cotangents = [vectors[samples]]
+        select = lambda out: [problem.select_outputs(out)]  # noqa: E731
     else:
-        cut = Batch(call.args, call.kwargs, batch.size)[samples]
-        args, kwargs, size, select = cut.args, cut.kwargs, cut.size, None
-        incoming = []
-        for edge in call.edges:
+        batch = Batch(call.args, call.kwargs, chunk.size)[samples]
+        cotangents = []
+        for edge in call.output_edges:
             delta = None if edge is None else deltas[edge]
-            incoming.append(None if delta is None else torch.stack([d[samples] for d in delta], 1))
-        if all(d is None for d in incoming):
+            stacked = None if delta is None else torch.stack([d[samples] for d in delta], 1)
+            cotangents.append(stacked)
+        if all(d is None for d in cotangents):
             return {}
-    detached = {n: p.detach() for n, p in inside.items()}
-    for vectorise in (True, False) if call.path not in plan.loop else (False,):
+    parameters = {n: p.detach() for n, p in assigned.parameters.items()}
+    for vectorize in (True, False) if call.path not in plan.unvectorized else (False,):
         try:
             return per_sample_vjp(
                 call.module,
-                detached,
-                args,
-                kwargs,
-                incoming,
-                batch_size=size,
+                parameters,
+                batch.args,
+                batch.kwargs,
+                cotangents,
+                batch_size=batch.size,
                 select=select,
-                vectorise=vectorise,
+                vectorize=vectorize,
             )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if vectorise:
-                plan.loop.add(call.path)  # not every operation can be vmapped
+            if vectorize:
+                plan.unvectorized.add(call.path)  # not every operation can be vmapped
             elif call.path == "":
                 raise
-            else:  # a table as long as the batch is large, or state that the first pass left
-                plan.loop.discard(call.path)
-                raise PlanMismatch({call.path: "it does not run on single samples"}) from error
+            else:
+                # a table as long as the batch, or state that the first pass changed
+                plan.unvectorized.discard(call.path)
+                reason = "it does not run on single samples"
+                raise PlanMismatch({call.path: reason}) from error
     raise AssertionError

@@ -1,4 +1,8 @@
-"""Sums of powers of gradients, and what keeps fourth powers inside float32's range."""
+"""Sums of powers of gradients, and the scaling that keeps fourth powers inside float32's range.
+
+Symbols: b samples, S draws (or exact passes), P entries, w the weights of g², w₄ those of g⁴. A4, Q,
+R and top are defined at :class:`fimprobe.statistics.Moments`.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fimprobe.engines.problem.weights import GRAM_LIMIT, Weights
+from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OuterProductPowers:
-    """Powers of δ [b, S, o] (over ``scale``) that moments of δ xᵀ factor into, and of δ itself."""
+    """Powers of δ [b, S, o], into which the moments of δ and of δ xᵀ factor.
+
+    See docs/theory.md, "Sums without per-sample gradients". Everything refers to δ / ``scale``.
+    """
 
     square: Tensor
-    weights: Weights | None
+    """δ² [b, S, o]."""
+    weights: PassWeights | None
     scale: Tensor | None
     f: Tensor
     """Σ_s w δ² [b, o]."""
     blocks: list[Tensor]
+    """The same sum over the passes of each block."""
     sums: Tensor
-    """Of each sample, over o: A4, Q, R and top, float64 [4, b]."""
+    """A4, Q, R and top of each sample, summed over o: float64 [4, b]."""
     inner: Tensor
     """Inner products of the draws, float64 [b, S, S], or squared norms [b, S]."""
 
     @classmethod
     def of(
-        cls, delta: Tensor, weights: Weights | None, *, rescale: bool
+        cls, delta: Tensor, weights: PassWeights | None, *, rescale: bool
     ) -> OuterProductPowers | None:
-        """None where float32 did not hold δ⁴ as it is; with ``rescale`` it does."""
+        """The powers of δ [b, S, o]; None where δ⁴ leaves float32's range and must be rescaled.
+
+        Args:
+            delta: The cotangents δ.
+            weights: Weights of the passes.
+            rescale: Whether δ is divided by a power of two first; the result is then never None.
+        """
         scale: Tensor | None = None
         if rescale:
             scale = torch.ones((), dtype=torch.float64, device=delta.device)
@@ -38,116 +53,137 @@ class OuterProductPowers:
                 scale = power_of_two_scale(delta)
                 delta = delta * (1 / scale).to(delta.dtype)
         square = delta.square()
-        each = torch.linalg.vecdot(square, square)
-        if not held(each, scale):
+        fourth = torch.linalg.vecdot(square, square)
+        if not in_float32_range(fourth, scale):
             return None
-        f, blocks, sums = sample_powers(square, each, weights)
+        powers = sample_powers(square, fourth, weights)
         inner = inner_products(delta) if 1 < delta.shape[1] <= GRAM_LIMIT else square.sum(-1)
-        return cls(square, weights, scale, f, blocks, sums, inner.double())
+        return cls(
+            square=square,
+            weights=weights,
+            scale=scale,
+            f=powers.f,
+            blocks=powers.blocks,
+            sums=powers.sums,
+            inner=inner.double(),
+        )
 
     @property
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """A4, Q and R of each entry of δ [b, o], in float64."""
-        quartic, own, rest = Powers(self.f, self.blocks, self.sums).entries(self.square, self.weights)
-        return quartic.sum(1), own, rest
-
-
-def beside(factors: Tensor, x: Tensor) -> Tensor:
-    """[b] in a shape that multiplies the samples of ``x``."""
-    return factors.view(-1, *[1] * (x.dim() - 1))
+        powers = Powers(f=self.f, blocks=self.blocks, sums=self.sums)
+        quartic, q, r = powers.entries(self.square, self.weights)
+        return quartic.sum(1), q, r
 
 
 class Powers(NamedTuple):
-    """Of g² [b, S, P]: F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4, b].
+    """Sums of powers of gradients g [b, S, P].
 
-    Of drawn labels, each a block of its own, ``blocks`` holds nothing but F_b.
+    Attributes:
+        f: F_b = Σ_s w g² [b, P].
+        blocks: The same sum over the passes of each block. Drawn labels are blocks of their own;
+            the list then holds ``f`` alone.
+        sums: A4, Q, R and top of each sample, over all entries: float64 [4, b].
     """
 
     f: Tensor
     blocks: list[Tensor]
     sums: Tensor
 
-    def entries(self, square: Tensor, weights: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A4 [b, S, P], Q and R [b, P] of every entry, in float64."""
+    def entries(self, square: Tensor, weights: PassWeights | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A4 before the sum over draws [b, S, P], Q and R [b, P] of every entry, in float64.
+
+        Args:
+            square: g² [b, S, P].
+            weights: Weights of the passes.
+        """
         quartic = square.double().square()
-        own = self.f.double().square()
-        if drawn(weights):
-            rest = quartic.sum(1)
+        q = self.f.double().square()
+        if has_sampled_labels(weights):
+            r = quartic.sum(1)
             if weights is not None:
-                quartic *= weights.fourth.double().unsqueeze(-1)
-            return quartic, own, rest
+                quartic *= weights.quartic.double().unsqueeze(-1)
+            return quartic, q, r
         assert weights is not None
-        quartic *= weights.fourth.double().unsqueeze(-1)
+        quartic *= weights.quartic.double().unsqueeze(-1)
         if len(self.blocks) == 1:
-            return quartic, own, own
-        rest = torch.zeros_like(own)
+            return quartic, q, q
+        r = torch.zeros_like(q)
         for block in self.blocks:
-            rest += block.double().square()
-        return quartic, own, rest
+            r += block.double().square()
+        return quartic, q, r
 
 
-def power_sums(square: Tensor, weights: Weights | None, scale: Tensor | None) -> Powers | None:
-    """Sums of g² and g⁴ [b, S, P] over all entries; None where float32 did not hold g⁴."""
-    each = torch.linalg.vecdot(square, square)
-    if not held(each, scale):
+def power_sums(square: Tensor, weights: PassWeights | None, scale: Tensor | None) -> Powers | None:
+    """Sums of powers of gradients; None where g⁴ leaves float32's range.
+
+    Args:
+        square: g² [b, S, P], divided by ``scale``².
+        weights: Weights of the passes.
+        scale: The power of two that g was divided by; None if it was not.
+    """
+    fourth = torch.linalg.vecdot(square, square)
+    if not in_float32_range(fourth, scale):
         return None
-    return Powers(*sample_powers(square, each, weights))
+    return sample_powers(square, fourth, weights)
 
 
-def sample_powers(
-    square: Tensor, each: Tensor, weights: Weights | None
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """F_b = Σ_s w g² [b, P], the same for each block, and A4, Q, R, top [4, b] of each sample.
+def sample_powers(square: Tensor, fourth: Tensor, weights: PassWeights | None) -> Powers:
+    """Sums of powers of gradients, whose fourth powers are known to be in range.
 
     Args:
         square: g² [b, S, P].
-        each: Σ_i g⁴ [b, S].
-        weights: of the draws or passes.
+        fourth: Σ_i g⁴ [b, S].
+        weights: Weights of the passes.
     """
     blocks = _block_sums(square, weights)
     f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
-    wide = each.double()
-    fourth = wide if weights is None else wide * weights.fourth
-    fourth = fourth.squeeze(1) if fourth.shape[1] == 1 else fourth.sum(1)
-    top = torch.zeros_like(fourth)
-    if drawn(weights):
-        r = q = wide.squeeze(1) if wide.shape[1] == 1 else wide.sum(1)
-        if wide.shape[1] > 1:
+    fourth = fourth.double()
+    a4 = _sum_draws(fourth if weights is None else fourth * weights.quartic)
+    top = torch.zeros_like(a4)
+    if has_sampled_labels(weights):
+        q = r = _sum_draws(fourth)
+        if fourth.shape[1] > 1:
             q = _products(f, f, weights)
-        return f, blocks, torch.stack([fourth, q, r, top])
+        return Powers(f=f, blocks=blocks, sums=torch.stack([a4, q, r, top]))
     q = r = _products(f, f, weights)
     if len(blocks) > 1:
-        r = torch.stack([_products(t, t, weights) for t in blocks]).sum(0)
+        r = torch.stack([_products(block, block, weights) for block in blocks]).sum(0)
     else:
         top = _products(f, square.amax(1), weights)
-    return f, blocks, torch.stack([fourth, q, r, top])
+    return Powers(f=f, blocks=blocks, sums=torch.stack([a4, q, r, top]))
 
 
-def drawn(weights: Weights | None) -> bool:
-    """Whether labels were drawn, from the model or size-biased: squares are summed as they are."""
-    return weights is None or weights.second is None
+def has_sampled_labels(weights: PassWeights | None) -> bool:
+    """Whether labels were drawn, from the model or size-biased, so that g² has no weight."""
+    return weights is None or weights.square is None
 
 
-def held(powers: Tensor, scale: Tensor | None) -> bool:
-    """Whether float32 held the fourth powers; of scaled ones it is known, and not asked.
+def in_float32_range(fourth: Tensor, scale: Tensor | None) -> bool:
+    """Whether fourth powers neither overflowed nor vanished in float32.
 
-    What is flushed to zero, below 1e-38, is then less than a billionth of their sum.
+    Above the lower limit, powers that were flushed to zero (below 1e-38) are less than a billionth
+    of the sum.
+
+    Args:
+        fourth: Sums of fourth powers.
+        scale: Scale of the gradients; with one the powers are in range, and are not inspected.
     """
-    if scale is not None or powers.dtype == torch.float64:
+    if scale is not None or fourth.dtype == torch.float64:
         return True
-    return 1e-20 < float(powers.sum()) < 1e30
+    return 1e-20 < float(fourth.sum()) < 1e30
 
 
 def undo_scale(square: Tensor, scale: Tensor | None) -> Tensor:
-    """Squares of what was divided by ``scale``."""
+    """Squares of gradients, from squares of the gradients divided by ``scale``."""
     return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
 
 
 def power_of_two_scale(*tensors: Tensor) -> Tensor:
-    """The power of two next above the product of the tensors' largest magnitudes; 1 for zero.
+    """The power of two just above the product of the tensors' largest magnitudes; 1 for zero.
 
-    Dividing by it is exact and keeps fourth powers inside float32's range. 1 as well where the
-    product is moderate and looking at it costs no synchronisation.
+    Division by a power of two is exact, and fourth powers then stay inside float32's range. On a CPU
+    the scale is also 1 for a moderate product; on a GPU the comparison would wait for the device.
     """
     product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
     for x in tensors:
@@ -160,39 +196,51 @@ def power_of_two_scale(*tensors: Tensor) -> Tensor:
 
 
 def is_one(scale: Tensor) -> bool:
-    """Whether a scale does nothing; never asked of a GPU, which would have to be waited for."""
+    """Whether a scale is known to be 1; False on a GPU, where reading it would wait for the device."""
     return scale.device.type == "cpu" and float(scale) == 1
 
 
-def _products(x: Tensor, y: Tensor, weights: Weights | None) -> Tensor:
-    """Σ x y of each sample [b] of sums over draws; weights may take their squares out of range."""
-    found = torch.linalg.vecdot(x, y)
-    looks = not drawn(weights) and found.device.type == "cpu"
-    if looks and not held(found, None):
-        found = torch.linalg.vecdot(x.double(), y.double())
-    return found.double()
+def broadcast_samples(factors: Tensor, x: Tensor) -> Tensor:
+    """Factors [b], in a shape that multiplies the samples of ``x`` [b, ...]."""
+    return factors.view(-1, *[1] * (x.dim() - 1))
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x y over all entries, in float64 from there on."""
+    """Σ x y over all entries, converted to float64."""
     return torch.dot(x.reshape(-1), y.reshape(-1)).double()
 
 
 def inner_products(rows: Tensor) -> Tensor:
-    """The inner products [b, S, S] of each sample's S rows [b, S, P], S being small."""
+    """Inner products [b, S, S] of each sample's rows [b, S, P]."""
     draws = rows.shape[1]
     if draws > 3:
         return torch.bmm(rows, rows.transpose(1, 2))
-    found = rows.new_empty(len(rows), draws, draws)
+    # a batched product of so few rows is slower than their dot products
+    gram = rows.new_empty(len(rows), draws, draws)
     for s in range(draws):
         for t in range(s, draws):
-            found[:, s, t] = found[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
-    return found
+            gram[:, s, t] = gram[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
+    return gram
 
 
-def _block_sums(square: Tensor, weights: Weights | None) -> list[Tensor]:
-    """Σ over each block's passes of weight·g² [b, P]."""
-    if weights is None or weights.second is None:
-        return [square.squeeze(1) if square.shape[1] == 1 else square.sum(1)]
-    second = weights.second.to(square.dtype).unsqueeze(1)
-    return [torch.bmm(second[..., p], square[:, p]).squeeze(1) for p in weights.parts()]
+def _sum_draws(x: Tensor) -> Tensor:
+    """Σ_s of [b, S], without a copy for a single draw."""
+    return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
+
+
+def _products(x: Tensor, y: Tensor, weights: PassWeights | None) -> Tensor:
+    """Σ x y of each sample [b], in float64; ``x`` and ``y`` [b, P] are sums over draws."""
+    products = torch.linalg.vecdot(x, y)
+    # weights may take the squares of sums out of float32's range although g⁴ is inside it
+    check = not has_sampled_labels(weights) and products.device.type == "cpu"
+    if check and not in_float32_range(products, None):
+        products = torch.linalg.vecdot(x.double(), y.double())
+    return products.double()
+
+
+def _block_sums(square: Tensor, weights: PassWeights | None) -> list[Tensor]:
+    """Σ_s w g² [b, P] over each block's passes; one sum for drawn labels."""
+    if weights is None or weights.square is None:
+        return [_sum_draws(square)]
+    factors = weights.square.to(square.dtype).unsqueeze(1)
+    return [torch.bmm(factors[..., p], square[:, p]).squeeze(1) for p in weights.block_slices()]

@@ -1,4 +1,4 @@
-"""One transfer from the device for everything that a report needs."""
+"""Transfers between devices: one fetch for all results of a measurement, uploads without a wait."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Tree = TypeVar("Tree")
 
 
 def to_host(tree: Tree) -> Tree:
-    """The same containers with every tensor on the CPU, in its own type and shape.
+    """Copy nested containers with every tensor on the CPU, types and shapes unchanged.
 
-    Each ``.cpu()`` waits for all that a GPU was told to do; here there is one for each device, of all
-    values behind one another in float64 (whole numbers beyond 2^53 do not come through).
+    Each ``.cpu()`` waits until a GPU has finished all queued work. Here the values of one device are
+    concatenated in float64 and fetched once. Integers beyond 2^53 are therefore not exact.
 
-    >>> fetch({"a": [torch.ones(2, dtype=torch.int64), None], "b": torch.zeros(())})
+    >>> to_host({"a": [torch.ones(2, dtype=torch.int64), None], "b": torch.zeros(())})
     {'a': [tensor([1, 1]), None], 'b': tensor(0.)}
     """
-    leaves, form = tree_flatten(tree)
-    devices: dict[torch.device, list[int]] = {}
+    leaves, structure = tree_flatten(tree)
+    by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, Tensor) and x.device.type != "cpu":
-            devices.setdefault(x.device, []).append(i)
-    for places in devices.values():  # more than one where a model is spread over several
-        values = torch.cat([leaves[i].reshape(-1).double() for i in places]).cpu()
-        parts = values.split([leaves[i].numel() for i in places])
-        for i, part in zip(places, parts, strict=True):
-            leaves[i] = part.to(leaves[i].dtype).view(leaves[i].shape)
-    found: Tree = tree_unflatten(leaves, form)
-    return found
+            by_device.setdefault(x.device, []).append(i)
+    for indices in by_device.values():  # several devices if the model is spread over them
+        values = torch.cat([leaves[i].reshape(-1).double() for i in indices]).cpu()
+        chunks = values.split([leaves[i].numel() for i in indices])
+        for i, chunk in zip(indices, chunks, strict=True):
+            leaves[i] = chunk.to(leaves[i].dtype).view(leaves[i].shape)
+    on_host: Tree = tree_unflatten(leaves, structure)
+    return on_host
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on the device; a GPU takes it from pinned memory, which nobody waits for."""
+    """Copy a tensor to a device; a GPU copies from pinned memory without blocking the CPU."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Rademacher signs that depend on the seed and the sample alone, not on chunks or the device."""
+"""Rademacher signs that depend on the seed and the sample only, not on chunks or the device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import zlib
 import torch
 from torch import Tensor
 
-_GOLDEN, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
+_GOLDEN_GAMMA, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+"""splitmix64's increment and multipliers, as signed 64-bit integers."""
 
 
-def signs(
+def rademacher(
     shape: torch.Size | tuple[int, ...],
     key: str,
     seed: int,
@@ -20,13 +21,21 @@ def signs(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """±1 with equal odds, in ``shape``; row r is that of sample ``first`` + r.
+    """Draw independent ±1 with equal probability.
 
-    A counter (sample, word) is hashed as by splitmix64, 32 signs are taken from each word. ``key``
-    separates the streams of one seed.
+    splitmix64 hashes a counter of (sample, word); each word yields 32 signs. A generator of torch
+    would make the signs depend on the device and on how samples are cut into chunks.
 
-    >>> a = signs((6, 5), "v", 3, dtype=torch.float32, device="cpu")
-    >>> b = signs((2, 5), "v", 3, first=4, dtype=torch.float32, device="cpu")
+    Args:
+        shape: Shape of the result; the first dimension counts samples.
+        key: Name of the stream: different keys give independent signs.
+        seed: The random seed.
+        first: Number of the sample in the first row.
+        dtype: Type of the result.
+        device: Device of the result.
+
+    >>> a = rademacher((6, 5), "v", 3, dtype=torch.float32, device="cpu")
+    >>> b = rademacher((2, 5), "v", 3, first=4, dtype=torch.float32, device="cpu")
     >>> torch.equal(a[4:], b), a.abs().unique().tolist()
     (True, [1.0])
     """
@@ -35,17 +44,18 @@ def signs(
     start = (zlib.crc32(key.encode()) << 31) ^ (seed * 0x9E3779B97F4A7C15 & (2**62 - 1))
     count = torch.arange(rows, device=device).unsqueeze(1) + first
     x = count * words + torch.arange(words, device=device) + 1
-    x = x * _GOLDEN + (start % 2**62)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _FIRST
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _SECOND
+    x = x * _GOLDEN_GAMMA + (start % 2**62)
+    # torch shifts signed integers arithmetically: the masks clear the copies of the sign bit
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_2
     x = x ^ ((x >> 31) & (2**33 - 1))
     bits = (x & 0xFFFFFFFF).unsqueeze(-1) >> torch.arange(32, device=device)
     bits = bits.to(torch.uint8).bitwise_and_(1)
-    flat = bits.view(rows, -1)[:, :width].to(dtype).mul_(2).sub_(1)
-    return flat.reshape(shape)
+    signs = bits.view(rows, -1)[:, :width].to(dtype).mul_(2).sub_(1)
+    return signs.reshape(shape)
 
 
 def random_direction(parameter: Tensor, key: str, seed: int) -> Tensor:
-    """A direction ±1 of a parameter."""
+    """Draw a direction ±1 of the parameter's shape, from the stream ``key`` of the seed."""
     shape = (1, *parameter.shape)
-    return signs(shape, key, seed, dtype=parameter.dtype, device=parameter.device)[0]
+    return rademacher(shape, key, seed, dtype=parameter.dtype, device=parameter.device)[0]

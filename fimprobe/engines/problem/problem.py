@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it knows about the model: the problem and the plan."""
+"""The problem that an engine solves: a model, a batch, a likelihood, and what is requested."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from fimprobe.model.fsdp import Shards
 Outputs = Callable[[Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is measured beside Î₁: Î₂, Î_H, the empirical Fisher, bounds, by K ``probes`` each.
+    """Which statistics are computed besides those of Î₁.
 
-    ``exact``: diagonals of second derivatives by BackPACK, in place of probes, and of F by all
-    columns of I(h)'s root, pulled back by the autograd engine or, where ``backpack``, by that one.
+    Attributes:
+        i2: Whether Î₂ is requested.
+        ih: Whether Î_H is requested.
+        labels: The data's labels, for the empirical Fisher; None if it is not requested.
+        bounds: Whether bounds are requested.
+        probes: K, the number of random probes for second derivatives and for bounds.
+        exact: Whether the diagonals of second derivatives are computed by BackPACK instead of
+            probes, and the diagonal of F from all columns of a factor of I(h).
+        backpack: Whether BackPACK pulls these columns back, instead of the autograd engine.
     """
 
     i2: bool = False
@@ -35,25 +42,45 @@ class Request:
     exact: bool = False
     backpack: bool = False
 
+    @property
+    def only_i1(self) -> bool:
+        """Whether nothing but Î₁ is requested."""
+        return not (self.i2 or self.ih or self.bounds or self.labels is not None)
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Problem:
-    """One measurement's question, as the engine needs it."""
+    """One measurement, in the form that an engine needs.
+
+    Attributes:
+        twin: The copy of the model that is measured.
+        batch: The inputs.
+        likelihood: The distribution of labels given outputs.
+        draws: How labels are drawn.
+        select_outputs: Returns the tensor of outputs [B, ...] from what the model returns.
+        mask: Labels that count, of the labels' shape; None for all.
+        memory_mb: The memory limit in MB.
+        diagonals: Whether sums are kept for every entry of every parameter.
+        request: The statistics that are computed.
+        shards: Set if FSDP shards the model. All processes then measure in the same steps.
+        owners: The module that holds each parameter.
+        parameters: Trainable parameters by name, each once.
+        frozen: Names of the other parameters.
+    """
 
     twin: nn.Module
     batch: Batch
     likelihood: Likelihood
     draws: Draws
-    outputs: Outputs
+    select_outputs: Outputs
     mask: Tensor | None
     memory_mb: float
     diagonals: bool
-    ask: Request = Request()
+    request: Request = Request()
     shards: Shards | None = None
-    """Of a model that FSDP shards; then all processes measure in the same steps."""
 
     def __post_init__(self) -> None:
-        """Index the parameters, each once, those that train, and the modules that hold them."""
+        """Index the parameters and the modules that hold them; a tied parameter counts once."""
         self.owners: dict[str, nn.Module] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.frozen: set[str] = set()
@@ -70,13 +97,23 @@ class Problem:
                 else:
                     self.frozen.add(name)
 
-    def forward(self, batch: Batch, unseen: list[Tensor] | None = None) -> Tensor:
-        """The outputs for a part of the batch, checked.
+    def forward(self, batch: Batch, unchecked: list[Tensor] | None = None) -> Tensor:
+        """Run the twin and check its outputs.
 
-        ``unseen`` takes the numbers [not finite, of] where a GPU would have to be waited for.
+        Args:
+            batch: Some samples of the batch.
+            unchecked: If given, a GPU's outputs are not checked for finite values, because the CPU
+                would wait for them. The counts [non-finite outputs, outputs] are appended instead.
+
+        Returns:
+            The outputs h [b, ...].
+
+        Raises:
+            FimprobeError: If the outputs do not have one row for each sample.
+            BatchError: If some outputs are not finite.
         """
         with nullcontext() if self.shards is None else self.shards.saving():
-            h = self.outputs(self.twin(*batch.args, **batch.kwargs))
+            h = self.select_outputs(self.twin(*batch.args, **batch.kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(
                 f"output= returns {type(h).__name__}; let it return the tensor of outputs [B, ...]"
@@ -88,32 +125,36 @@ class Problem:
                 "returns the outputs [B, ...]"
             )
         self.likelihood.check_outputs(h)
-        if unseen is not None and h.device.type != "cpu" and self.shards is None:
-            wrong = h.numel() - torch.isfinite(h).sum()
-            unseen.append(torch.stack([wrong, torch.full_like(wrong, h.numel())]))
+        if unchecked is not None and h.device.type != "cpu" and self.shards is None:
+            non_finite = h.numel() - torch.isfinite(h).sum()
+            unchecked.append(torch.stack([non_finite, torch.full_like(non_finite, h.numel())]))
             return h
         finite = torch.isfinite(h)
-        well = bool(finite.all())
-        if self.shards is not None and self.shards.smallest(int(well)) < well:
+        all_finite = bool(finite.all())
+        if self.shards is not None and self.shards.smallest(int(all_finite)) < all_finite:
             raise BatchError("another process's outputs are not finite")
-        if not well:
+        if not all_finite:
             check_finite([torch.stack([(~finite).sum().cpu(), torch.tensor(h.numel())])])
         return h
 
 
 def check_finite(counts: Sequence[Tensor]) -> None:
-    """Raise :class:`BatchError` where some outputs were not finite: [count, of] of each chunk."""
-    wrong, numel = (sum(int(count[i]) for count in counts) for i in range(2))
-    if wrong:
+    """Raise :class:`BatchError` if some outputs were not finite.
+
+    Args:
+        counts: [non-finite outputs, outputs] of each chunk.
+    """
+    non_finite, numel = (sum(int(count[i]) for count in counts) for i in range(2))
+    if non_finite:
         raise BatchError(
-            f"{wrong} of {numel} outputs are not finite (NaN or infinite); "
+            f"{non_finite} of {numel} outputs are not finite (NaN or infinite); "
             "look at the inputs, the learning rate and the model's precision"
         )
 
 
 class MemoryLimitExceeded(Exception):
-    """A chunk needs more memory than the ceiling; ``fit`` samples should not."""
+    """A chunk needs more memory than the limit; a chunk of ``feasible`` samples should not."""
 
-    def __init__(self, fit: int) -> None:
-        super().__init__(fit)
-        self.fit = max(1, fit)
+    def __init__(self, feasible: int) -> None:
+        super().__init__(feasible)
+        self.feasible = max(1, feasible)

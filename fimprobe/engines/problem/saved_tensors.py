@@ -1,4 +1,4 @@
-"""What a forward pass keeps for its backward, counted while it runs."""
+"""The memory that a forward pass keeps for its backward pass, counted while it runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
 
 @contextmanager
 def limit_saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]]:
-    """Count the bytes that autograd saves; the parameters' and the batch's own do not count.
+    """Count the bytes that autograd saves, without those of the parameters and the batch.
+
+    Half of ``memory_mb`` is the limit during the forward pass: the other half remains for the
+    backward pass.
+
+    Args:
+        problem: The model, its batch and the memory limit.
+        size: Number of samples in the forward pass.
+
+    Yields:
+        A function that returns the bytes saved so far.
 
     Raises:
-        OverMemory: past half of ``memory_mb``, where ``size`` samples can be halved.
+        MemoryLimitExceeded: If half of ``memory_mb`` is exceeded and ``size`` can be halved.
     """
     seen = {p.untyped_storage().data_ptr() for p in problem.twin.parameters()}
     given = tree_leaves((problem.batch.args, problem.batch.kwargs))
@@ -35,8 +45,9 @@ def limit_saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]
             pass
         if total > problem.memory_mb * 2**19 and size > 1:
             raise MemoryLimitExceeded(size // 2)
-        return x.detach()  # an output saved as it is would keep its own graph alive for ever
+        # a saved output would keep its own graph alive: a reference cycle that is never freed
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        # shards have hooks of their own, inside of these
+        # the hooks of sharded models run inside these and count their own bytes
         yield lambda: total if problem.shards is None else problem.shards.bytes

@@ -1,4 +1,4 @@
-"""Factors of squares and fourth powers of draws and exact passes."""
+"""Weights of the squares and fourth powers of gradients, one for each backward pass."""
 
 from __future__ import annotations
 
@@ -8,39 +8,47 @@ import torch
 from torch import Tensor
 
 GRAM_LIMIT = 16
-"""Above so many draws or passes only the per-sample squared norms are kept of the Gram matrix."""
+"""Of more passes than this, only the per-sample squared norms of the Gram matrix are kept."""
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Factors of g² and g⁴ [B, S] of exact passes, and each pass's block.
+class PassWeights:
+    """Weights of g² and g⁴ of each pass.
 
-    Labels that are drawn from the model have none (None in place of this record): the factors are 1
-    and each draw is a block. Size-biased draws have no ``second``, as √w is in the gradients ĝ
-    already; ``fourth`` is 1/w, and each draw is a block.
+    Labels drawn from the model have no weights (None in place of this record): all are 1, and each
+    draw is a block.
+
+    Attributes:
+        square: Weights of g² [B, S] of exact passes. None for size-biased draws: their gradients
+            carry √w already.
+        quartic: Weights of g⁴ [B, S]; 1/w for size-biased draws.
+        block: The block of each pass. Passes of one independent random variable form a block, and
+            fourth cumulants add over blocks. Each size-biased draw is a block.
     """
 
-    second: Tensor | None
-    fourth: Tensor
-    blocks: list[int]
+    square: Tensor | None
+    quartic: Tensor
+    block: list[int]
 
-    def rows(self, samples: slice | Tensor) -> Weights:
-        """The weights of some samples."""
-        second = None if self.second is None else self.second[samples]
-        return Weights(second, self.fourth[samples], self.blocks)
+    def rows(self, samples: slice | Tensor) -> PassWeights:
+        """Select the weights of some samples."""
+        square = None if self.square is None else self.square[samples]
+        return PassWeights(square, self.quartic[samples], self.block)
 
-    def padded(self, count: int) -> Weights:
-        """With further passes of the last block that weigh nothing, ``count`` in all."""
-        more = count - len(self.blocks)
-        assert self.second is not None
-        second, fourth = (torch.nn.functional.pad(w, (0, more)) for w in (self.second, self.fourth))
-        return Weights(second, fourth, self.blocks + self.blocks[-1:] * more)
+    def padded(self, count: int) -> PassWeights:
+        """Append passes of weight 0 to the last block, up to ``count`` passes in total."""
+        missing = count - len(self.block)
+        assert self.square is not None
+        square, quartic = (
+            torch.nn.functional.pad(w, (0, missing)) for w in (self.square, self.quartic)
+        )
+        return PassWeights(square, quartic, self.block + self.block[-1:] * missing)
 
-    def parts(self) -> list[slice]:
-        """The passes of each block."""
-        found, start = [], 0
-        for end in range(1, len(self.blocks) + 1):
-            if end == len(self.blocks) or self.blocks[end] != self.blocks[start]:
-                found.append(slice(start, end))
+    def block_slices(self) -> list[slice]:
+        """Slices of the passes of each block."""
+        slices, start = [], 0
+        for end in range(1, len(self.block) + 1):
+            if end == len(self.block) or self.block[end] != self.block[start]:
+                slices.append(slice(start, end))
                 start = end
-        return found
+        return slices

@@ -1,4 +1,8 @@
-"""Where a tensor keeps the batch: in its first dimension, in its second, or folded into the first."""
+"""The place of the batch in a tensor: its first dimension, its second, or folded into the first.
+
+A layout is 0 or 1, the batch dimension, or "folded" for [B·k, ...], where a module sees the k parts
+of each sample as separate samples. None: the batch cannot be located.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,17 @@ from torch import Tensor
 
 @dataclass
 class BatchLayouts:
-    """Where each module keeps the batch, decided once per model so that no shape can mislead later.
+    """The layout of each module, decided once per model: a later shape cannot mislead.
 
-    0 and 1 are dimensions, "folded" is [B·k, ...]. ``expand`` names lookups whose index has no
-    batch dimension and is expanded to one.
+    A batch of 8 sequences of 8 tokens fits two layouts. What the verified batch has decided is
+    therefore used for all later ones.
+
+    Attributes:
+        of: Layout by module path.
+        expand: Lookups whose index has no batch dimension, which is expanded to one. "leading": the
+            index is [1, ...]; "missing": it is [...].
+        refused: Lookups that must not be expanded, because that changed the outputs.
+        settled: Whether the layouts have been verified and no new ones are decided.
     """
 
     of: dict[str, int | str] = field(default_factory=dict)
@@ -21,30 +32,36 @@ class BatchLayouts:
     settled: bool = False
 
 
-def fits(x: Tensor, layout: int | str | None, size: int) -> bool:
-    """Whether ``x`` can hold a batch of ``size`` in this layout."""
+def has_batch(x: Tensor, layout: int | str | None, size: int) -> bool:
+    """Whether ``x`` can hold a batch of ``size`` samples in this layout."""
     if layout == "folded":
         return x.dim() > 1 and x.shape[0] % size == 0 and x.shape[0] > 0
     return isinstance(layout, int) and x.dim() > layout and x.shape[layout] == size
 
 
 def batch_first(x: Tensor, layout: int | str, size: int) -> Tensor:
-    """``x`` with the batch as its first dimension."""
+    """Return ``x`` with the batch of ``size`` samples as its first dimension."""
     if layout == "folded":
         return x.unflatten(0, (size, -1))
     return x.transpose(0, 1) if layout == 1 else x
 
 
 def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
-    """The inverse of :func:`batch_first`."""
+    """Invert :func:`batch_first`."""
     if layout == "folded":
         return x.flatten(0, 1)
     return x.transpose(0, 1) if layout == 1 else x
 
 
 def broadcast_over_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:
-    """``factors`` [B] in a shape that multiplies the samples of ``x``."""
+    """Reshape one factor per sample so that it multiplies the samples of ``x``.
+
+    Args:
+        factors: [B].
+        x: A tensor that holds the batch.
+        layout: The place of the batch in ``x``.
+    """
     if layout == "folded":
         return factors.repeat_interleave(x.shape[0] // len(factors)).view(-1, *[1] * (x.dim() - 1))
-    lead = [1] * layout if isinstance(layout, int) else []
-    return factors.view(*lead, -1, *[1] * (x.dim() - 1 - len(lead)))
+    leading = [1] * layout if isinstance(layout, int) else []
+    return factors.view(*leading, -1, *[1] * (x.dim() - 1 - len(leading)))

@@ -1,4 +1,4 @@
-"""A walk over the autograd graph that finds parameters used where no rule or replay sees it."""
+"""Walks over the autograd graph: parameters that the outputs reach outside recorded calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from fimprobe.engines.tracing.tape import Tape
 
 
 def nodes_behind(
-    roots: Iterable[Any], cuts: Mapping[Any, list[Any]] = MappingProxyType({})
+    roots: Iterable[Any], stops: Mapping[Any, list[Any]] = MappingProxyType({})
 ) -> Iterator[Any]:
-    """Every node reached from the roots, once, jumping from the nodes in ``cuts`` to those listed."""
+    """Yield every node that the roots depend on, once.
+
+    Args:
+        roots: Nodes of the graph; None for constants.
+        stops: Nodes that are not entered, with the nodes at which the walk continues instead.
+    """
     seen: set[Any] = set()
     stack = list(roots)
     while stack:
@@ -24,52 +29,67 @@ def nodes_behind(
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node in cuts:
-            stack.extend(cuts[node])
+        if node in stops:
+            stack.extend(stops[node])
             continue
         yield node
         stack.extend(following for following, _ in node.next_functions)
 
 
-def leaves_behind(root: Any, cuts: Mapping[Any, list[Any]] = MappingProxyType({})) -> set[int]:
-    """Ids of the leaf tensors reached from ``root``."""
-    nodes = nodes_behind([root], cuts)
+def leaves_behind(root: Any, stops: Mapping[Any, list[Any]] = MappingProxyType({})) -> set[int]:
+    """Ids of the leaf tensors that ``root`` depends on; ``stops`` as in :func:`nodes_behind`."""
+    nodes = nodes_behind([root], stops)
     return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 
 
 def foreign_uses(
-    outputs: Tensor, tape: Tape, parameters: Mapping[str, Tensor], replay: dict[str, str]
+    outputs: Tensor, tape: Tape, parameters: Mapping[str, Tensor], fallbacks: dict[str, str]
 ) -> tuple[set[str], set[str]]:
-    """Parameters that the outputs depend on, and those among them used outside recorded calls.
+    """Find the parameters that the outputs depend on, and those used outside recorded calls.
 
-    A parameter planned for replay is expected to be met outside.
+    A use outside, such as ``F.linear(x, layer.weight)``, would be missing from the gradient: the walk
+    that jumps over recorded calls must not find any parameter. Parameters with a fallback may be
+    found, because their gradient is not computed from recorded uses alone.
+
+    Args:
+        outputs: The outputs of the recorded forward pass.
+        tape: Its tape.
+        parameters: Trainable parameters by name.
+        fallbacks: Parameters with a fallback.
+
+    Returns:
+        Names of the reached parameters, and of those among them with a use that is not recorded.
     """
-    everything = leaves_behind(outputs.grad_fn)
-    outside = leaves_behind(outputs.grad_fn, tape.cuts)
-    reached = {n for n, p in parameters.items() if id(p) in everything}
-    foreign = {n for n in reached if id(parameters[n]) in outside and n not in replay}
+    all_leaves = leaves_behind(outputs.grad_fn)
+    outside_calls = leaves_behind(outputs.grad_fn, tape.stops)
+    reached = {n for n, p in parameters.items() if id(p) in all_leaves}
+    foreign = {n for n in reached if id(parameters[n]) in outside_calls and n not in fallbacks}
     return reached, foreign
 
 
 def hidden_reads(tape: Tape) -> dict[str, str]:
-    """Replayed modules that read parameters neither their own nor among their inputs.
+    """Find fallback modules that read parameters that are neither theirs nor among their inputs.
 
-    Their gradients are right, but how these bend with what they read is not seen from inside.
+    Their gradients are right. Their second derivatives would miss a term, because a re-evaluation of
+    the module does not see how the gradient changes with what it reads.
+
+    Returns:
+        The reason by module path.
     """
-    found = {}
-    for call in tape.replayed:
+    reasons = {}
+    for call in tape.fallback_calls:
         inputs = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
         known = {id(x) for x in [*inputs, *call.module.parameters()]}
-        cuts: dict[Any, list[Any]] = {x.grad_fn: [] for x in inputs if x.grad_fn is not None}
-        nodes = [tape.edges[e].node for e in call.edges if e is not None]
-        if any(leaves_behind(node, cuts) - known for node in nodes):
-            found[call.path] = "it reads parameters of another module"
-    return found
+        stops: dict[Any, list[Any]] = {x.grad_fn: [] for x in inputs if x.grad_fn is not None}
+        nodes = [tape.output_edges[e].node for e in call.output_edges if e is not None]
+        if any(leaves_behind(node, stops) - known for node in nodes):
+            reasons[call.path] = "it reads parameters of another module"
+    return reasons
 
 
 def gradient_types(outputs: Tensor) -> set[torch.dtype]:
-    """Types of the gradients that pass through the graph behind ``outputs``."""
-    found: set[torch.dtype] = {outputs.dtype}
+    """Floating-point types of the gradients that pass through the graph of ``outputs``."""
+    types: set[torch.dtype] = {outputs.dtype}
     for node in nodes_behind([outputs.grad_fn]):
-        found |= {kind for m in node._input_metadata if (kind := m.dtype).is_floating_point}
-    return found
+        types |= {kind for m in node._input_metadata if (kind := m.dtype).is_floating_point}
+    return types

@@ -1,4 +1,4 @@
-"""How each parameter is reached, and what contradicts that."""
+"""How each parameter is reached, and the signal that a batch contradicts this plan."""
 
 from __future__ import annotations
 
@@ -10,33 +10,42 @@ from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plan:
     """How each parameter is reached; made and verified on the first samples, then reused.
 
-    ``replay`` maps a parameter to the module replayed for it, ``loop`` names the modules that
-    ``vmap`` cannot run, ``unused`` the parameters the outputs do not depend on.
+    Attributes:
+        layouts: The place of the batch at each module.
+        fallbacks: For each parameter that no rule reaches, the module that is re-evaluated for single
+            samples. "" is the whole model.
+        unvectorized: Modules that ``vmap`` cannot run; samples are looped over.
+        unused: Parameters on which the outputs do not depend.
+        chunk_size: Samples processed at once; None for the whole batch.
+        rescaled: Parameters whose gradients' fourth powers left the range of float32. They are
+            scaled from the start next time.
+        verified_samples: Samples that were compared with single evaluations; 0 before verification.
+        curvature_verified_samples: The same for second derivatives.
+        curvature_failure: Why there are no second derivatives; empty if there are.
+        kinks: Modules that are not twice differentiable; None before they were searched for.
+        backpack: What BackPACK does not support, by module, for first (False) and second order
+            (True); None before it was checked.
     """
 
     layouts: BatchLayouts = field(default_factory=BatchLayouts)
-    replay: dict[str, str] = field(default_factory=dict)
-    loop: set[str] = field(default_factory=set)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    unvectorized: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
-    chunk: int | None = None
-    rescale: set[str] = field(default_factory=set)
-    """Parameters whose gradients' fourth powers left float32's range."""
-    curved: int = 0
-    """Samples on which second derivatives were compared."""
-    uncurved: str = ""
-    """Why there are no second derivatives."""
+    chunk_size: int | None = None
+    rescaled: set[str] = field(default_factory=set)
+    verified_samples: int = 0
+    curvature_verified_samples: int = 0
+    curvature_failure: str = ""
     kinks: list[str] | None = None
     backpack: dict[bool, dict[str, str]] | None = None
-    verified: int = 0
-    """Samples that the guard has compared; 0 before it ran."""
 
 
 class PlanMismatch(Exception):
-    """The plan does not fit this batch: parameter or module -> reason."""
+    """The plan does not fit this batch; maps a parameter or a module to the reason."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__(str(reasons))
@@ -44,20 +53,19 @@ class PlanMismatch(Exception):
 
 
 def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
-    """Parameter -> how it is measured, or why not."""
-    told = {}
+    """Describe for each parameter how it is measured, or why it is not."""
+    descriptions = {}
     for name, owner in problem.owners.items():
         if name in problem.frozen:
-            told[name] = "left out: frozen"
+            descriptions[name] = "left out: frozen"
         elif name in plan.unused:
-            told[name] = "left out: the outputs do not depend on it"
-        elif name in plan.replay or not rules_for(owner):
-            path = plan.replay.get(name, name.rpartition(".")[0])
-            if name not in plan.replay and type(owner) in UNROLLED:
-                told[name] = f"autograd: {type(owner).__name__} written out"
-            else:
-                how = "loop over samples" if path in plan.loop else "vmap"
-                told[name] = f"autograd: replay of {path or 'the whole model'} ({how})"
+            descriptions[name] = "left out: the outputs do not depend on it"
+        elif name not in plan.fallbacks and rules_for(owner):
+            descriptions[name] = f"autograd: {type(owner).__name__} rule"
+        elif name not in plan.fallbacks and type(owner) in UNROLLED:
+            descriptions[name] = f"autograd: {type(owner).__name__} written out"
         else:
-            told[name] = f"autograd: {type(owner).__name__} rule"
-    return told
+            path = plan.fallbacks.get(name, name.rpartition(".")[0])
+            how = "loop over samples" if path in plan.unvectorized else "vmap"
+            descriptions[name] = f"autograd: replay of {path or 'the whole model'} ({how})"
+    return descriptions

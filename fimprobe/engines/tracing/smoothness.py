@@ -1,4 +1,7 @@
-"""Places where the network is not twice differentiable: Î₂ needs activations in C²."""
+"""Kinks, where a network is not twice differentiable, and networks that are piecewise linear.
+
+Î₂ needs activations in C². See docs/theory.md, "Piecewise linear networks".
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ _NODES = {
     "Minimum", "Nanmedian", "PreluKernel", "Relu", "RreluWithNoise", "Softshrink", "Sort",
     "Threshold", "Topk",
 }  # fmt: skip
+"""Autograd nodes of functions with kinks."""
 
 
 _MODULES = {
@@ -35,28 +39,39 @@ _MODULES = {
 
 
 def find_kinks(outputs: Tensor, model: nn.Module) -> list[str]:
-    """Modules with kinks by class, then autograd nodes that no module of the model explains.
+    """List modules with kinks by class, then autograd nodes that no module explains.
 
-    ``["ReLU: 1, 3", "AmaxBackward (called as a function)"]``; empty for a network in C². A function
-    that the model also has as a module (``F.relu`` beside ``nn.ReLU``) is taken for the module.
+    A function that the model also has as a module (``F.relu`` next to ``nn.ReLU``) is
+    not distinguishable from it in the graph, and is attributed to the module.
+
+    Args:
+        outputs: The outputs, with their graph.
+        model: The model that computed them.
+
+    Returns:
+        ``["ReLU: 1, 3", "AmaxBackward (called as a function)"]``; empty for a network in C².
     """
-    names = {
-        re.sub(r"Backward\d*$", "", type(node).__name__) for node in nodes_behind([outputs.grad_fn])
-    }
-    found = names & _NODES
-    modules: dict[str, list[str]] = {}
+    nodes = {_function_name(node) for node in nodes_behind([outputs.grad_fn])}
+    kinks = nodes & _NODES
+    paths: dict[str, list[str]] = {}
     explained: set[str] = set()
     for path, module in model.named_modules():
         kind = next((c.__name__ for c in type(module).__mro__ if c.__name__ in _MODULES), "")
-        if found & _MODULES.get(kind, set()):
+        if kinks & _MODULES.get(kind, set()):
             explained |= _MODULES[kind]
-            modules.setdefault(type(module).__name__, []).append(path or "the model itself")
-    told = [f"{kind}: {', '.join(_few(paths))}" for kind, paths in sorted(modules.items())]
-    return told + [f"{name}Backward (called as a function)" for name in sorted(found - explained)]
+            paths.setdefault(type(module).__name__, []).append(path or "the model itself")
+    descriptions = [f"{kind}: {', '.join(_shorten(p))}" for kind, p in sorted(paths.items())]
+    unexplained = sorted(kinks - explained)
+    return descriptions + [f"{name}Backward (called as a function)" for name in unexplained]
 
 
-def _few(paths: list[str], most: int = 8) -> list[str]:
-    return paths if len(paths) <= most else [*paths[:most], f"and {len(paths) - most} more"]
+def _function_name(node: Any) -> str:
+    """Name of a node's function: "Relu" for ReluBackward0."""
+    return re.sub(r"Backward\d*$", "", type(node).__name__)
+
+
+def _shorten(paths: list[str], limit: int = 8) -> list[str]:
+    return paths if len(paths) <= limit else [*paths[:limit], f"and {len(paths) - limit} more"]
 
 
 _PIECEWISE = {
@@ -64,7 +79,7 @@ _PIECEWISE = {
     "Hardshrink", "Hardtanh", "LeakyRelu", "Max", "MaxPool2DWithIndices", "MaxPool3DWithIndices",
     "Min", "Relu", "Softshrink", "Threshold",
 }  # fmt: skip
-
+"""Nodes that are linear between their kinks."""
 
 _LINEAR = {
     "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "Add", "Alias", "AsStrided", "AvgPool2D", "AvgPool3D",
@@ -75,48 +90,56 @@ _LINEAR = {
     "Unbind", "Unfold", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D", "View",
     "Where",
 }  # fmt: skip
-
+"""Nodes that are linear in all their arguments together."""
 
 _PRODUCTS = {"Addmm", "Baddbmm", "Bmm", "Convolution", "Dot", "Linear", "Mm", "Mul", "Mv",
              "PreluKernel"}  # fmt: skip
-
+"""Nodes that are linear in one factor if the other one is constant."""
 
 _BATCH_NORMS = {"CudnnBatchNorm", "MiopenBatchNorm", "NativeBatchNorm"}
+"""Nodes that are linear in their input in eval mode."""
 
 
 def is_piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
-    """Every node between the recorded outputs of layers and ``outputs`` is linear in them or has
-    kinks: sums, views, products in which one factor depends on no layer, ReLU, max pooling, ...
+    """Whether the outputs are piecewise linear in all recorded outputs of layers together.
+
+    Then no second derivative exists between layers, and R has zero blocks. Every node between the
+    layers' outputs and ``outputs`` must be linear or have kinks: sums, views, ReLU, max pooling, or a
+    product with at most one factor that depends on a layer.
+
+    Args:
+        outputs: The outputs of the recorded forward pass.
+        tape: Its tape.
     """
-    edges = {e.node for e in tape.edges if not isinstance(e, Tensor)}
-    leaves = {id(e) for e in tape.edges if isinstance(e, Tensor)}
-    meets: dict[Any, bool] = {None: False}
+    edge_nodes = {e.node for e in tape.output_edges if not isinstance(e, Tensor)}
+    edge_leaves = {id(e) for e in tape.output_edges if isinstance(e, Tensor)}
+    depends: dict[Any, bool] = {None: False}  # whether a node depends on a layer's output
     stack: list[tuple[Any, bool]] = [(outputs.grad_fn, False)]
-    while stack:
+    while stack:  # depth first, without recursion: graphs are deeper than Python's stack
         node, visited = stack.pop()
-        if node in meets:
+        if node in depends:
             continue
-        slots = [following for following, _ in node.next_functions]
+        arguments = [following for following, _ in node.next_functions]
         if not visited:
             stack.append((node, True))
-            stack.extend((s, False) for s in slots if s not in meets)
+            stack.extend((a, False) for a in arguments if a not in depends)
             continue
-        below = [meets[s] for s in slots]
-        own = node in edges or id(getattr(node, "variable", None)) in leaves
-        if any(below) and not _straight(node, below):
+        dependent = [depends[a] for a in arguments]
+        is_edge = node in edge_nodes or id(getattr(node, "variable", None)) in edge_leaves
+        if any(dependent) and not _is_linear(node, dependent):
             return False
-        meets[node] = own or any(below)
+        depends[node] = is_edge or any(dependent)
     return True
 
 
-def _straight(node: Any, below: list[bool]) -> bool:
-    """One node; ``below`` tells which of its arguments depend on layers' outputs."""
-    kind = re.sub(r"Backward\d*$", "", type(node).__name__)
-    if kind in _PRODUCTS:  # a sum's term beside the product may depend on anything
-        factors = below[1:] if kind in ("Addmm", "Baddbmm") else below
+def _is_linear(node: Any, dependent: list[bool]) -> bool:
+    """Whether a node is piecewise linear in its arguments that depend on a layer's output."""
+    kind = _function_name(node)
+    if kind in _PRODUCTS:  # the term that is added to the product may depend on anything
+        factors = dependent[1:] if kind in ("Addmm", "Baddbmm") else dependent
         return sum(factors) <= 1
     if kind == "Div":
-        return not below[1] if len(below) > 1 else True
+        return not dependent[1] if len(dependent) > 1 else True
     if kind in _BATCH_NORMS:
-        return not getattr(node, "_saved_training", True) and not any(below[1:])
+        return not getattr(node, "_saved_training", True) and not any(dependent[1:])
     return kind in _PIECEWISE | _LINEAR

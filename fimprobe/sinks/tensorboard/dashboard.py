@@ -1,4 +1,4 @@
-"""The custom scalars dashboard: which charts, in which order, of the tags that exist."""
+"""The custom scalars dashboard: the charts of the tags that exist, in their order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from fimprobe.sinks.tensorboard.tags import KINDS, band
+from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS, UNBIASED_KEYS
+from fimprobe.sinks.tensorboard.tags import band_tags
 
-MOST_MARGINS = 30
-"""Charts with a band: more make the browser slow."""
+MAX_BAND_CHARTS = 30
+"""Charts with a band: with more the browser becomes slow."""
+
+ONE_LABEL = ", 1 label from the model for each input"
 
 
 class BandChart(NamedTuple):
@@ -20,93 +23,124 @@ class BandChart(NamedTuple):
 
 
 class LineChart(NamedTuple):
-    """Several tags in one chart; ``patterns`` match the whole of them.
+    """Several tags in one chart; each of the ``patterns`` matches a whole tag.
 
-    TensorBoard draws charts that are the same in several runs once, so what differs between runs (the
-    layers' names) stays out of patterns where it can.
+    TensorBoard draws charts that are the same in several runs once. What differs between runs (the
+    names of layers) therefore stays out of the patterns where possible.
     """
 
     title: str
     patterns: list[str]
 
 
+Chart = BandChart | LineChart
+
+
 class Category(NamedTuple):
-    """A box of charts, first to last."""
+    """A titled group of charts, first to last."""
 
     title: str
-    charts: Sequence[BandChart | LineChart]
+    charts: Sequence[Chart]
     closed: bool = False
 
 
 def make_dashboard(written: Collection[str], layers: Sequence[str]) -> list[Category]:
-    """Charts of the tags in ``written``: the model first, then its ``layers``, then the cost."""
+    """Return the charts: the whole model first, then its layers, then the cost.
 
-    def lines(title: str, tags: list[str]) -> list[BandChart | LineChart]:
-        there = [tag for tag in tags if tag in written]
-        return [LineChart(title, [re.escape(tag) for tag in there])] if there else []
-
-    def margins(title: str, kind: str, layer: str | None = None) -> list[BandChart | LineChart]:
-        tags = band(kind, layer)
-        return [BandChart(title, tags)] if tags[0] in written else []
-
-    totals: list[BandChart | LineChart] = []
-    compared = ("i1", "i2", "ih")
-    error, size = "one_label_error", ", 1 label from the model for each input"
-
-    def known(value: str) -> str:
-        there = [kind for kind in compared if f"fim/{kind}/{value}" in written]
-        return ", ".join(KINDS[kind] for kind in there)
-
-    totals += lines(
-        f"Relative error{size} (0.1 good, 1 noise): {known(error)}",
-        [f"fim/{k}/{error}" for k in compared],
-    )
-    totals += lines(
-        f"Relative error of this report's F: {known('rel_error')}",
-        [f"fim/{k}/rel_error" for k in compared],
-    )
-    need = "pairs_for_10_percent"
-    totals += lines(
-        f"(input, label) pairs needed for 10 % error: {known(need)}",
-        [f"fim/{k}/{need}" for k in compared],
-    )
-    for kind in compared:
-        totals += margins(f"Trace of F by {KINDS[kind]}, ± 2 standard errors", kind)
-    bounds: list[BandChart | LineChart] = []
-    for kind in ("i1", "i2"):
-        prefix = f"fim_log10/{kind}/"
-        bounds += lines(
-            f"{KINDS[kind]}: log10 label variance of diag F, above it its bound",
-            [f"{prefix}label_variance", f"{prefix}diagonal_bound"],
-        )
-        bounds += lines(
-            f"{KINDS[kind]}: log10 label variance of all of F, above it its bound",
-            [f"{prefix}total_label_variance", f"{prefix}trace_bound"],
-        )
-        if f"{prefix}covariance_norm" in written:  # of exact labels
-            bounds += lines(
-                f"{KINDS[kind]}: log10 norm of Cov F, above it its bounds",
-                [f"{prefix}covariance_norm", f"{prefix}sharp_bound", f"{prefix}bound"],
-            )
-    worst: list[BandChart | LineChart] = []
-    for kind in ("i1", "i2"):
-        if any(f"fim_layers/{layer}/{kind}_{error}" in written for layer in layers):
-            title = f"Relative error of {KINDS[kind]} by layer{size}"
-            worst.append(LineChart(title, [f"fim_layers/.*/{kind}_{error}"]))
-    each: list[BandChart | LineChart] = []
-    for layer in layers:
-        for kind in ("i1", "i2"):
-            each += margins(f"{layer}: trace by {KINDS[kind]}, ± 2 standard errors", kind, layer)
-    outputs = lines("tr I(h): the model is confident where it is small", ["fim_outputs/fisher_trace"])
-    outputs += lines("‖M‖_F, the fourth moment of the outputs", ["fim_outputs/moment_norm"])
-    totals += outputs
-    cost = lines("Share of the wall time that the probe took", ["fim_probe/overhead"])
-    cost += lines("Seconds of each measurement", ["fim_probe/seconds"])
-    found = [
-        Category("1 · How good are the estimates?", totals),
-        Category("2 · Which layers err?", worst),
-        Category("3 · Variance beside its bound", bounds),
-        Category("4 · Layers, with their uncertainty", each, closed=True),
+    Args:
+        written: The tags that exist.
+        layers: The layers with charts.
+    """
+    cost = [
+        *_line_chart(written, "Share of the probe in the wall time", ["fim_probe/overhead"]),
+        *_line_chart(written, "Seconds of each measurement", ["fim_probe/seconds"]),
+    ]
+    categories = [
+        Category("1 · How good are the estimates?", _total_charts(written)),
+        Category("2 · Which layers have large errors?", _error_charts(written, layers)),
+        Category("3 · Variance and its bound", _bound_charts(written)),
+        Category("4 · Layers, with their uncertainty", _layer_charts(written, layers), closed=True),
         Category("5 · What the probe costs", cost, closed=True),
     ]
-    return [category for category in found if category.charts]
+    return [category for category in categories if category.charts]
+
+
+def _line_chart(written: Collection[str], title: str, tags: Sequence[str]) -> list[Chart]:
+    """Return a chart of those tags that exist; none without any."""
+    existing = [tag for tag in tags if tag in written]
+    return [LineChart(title, [re.escape(tag) for tag in existing])] if existing else []
+
+
+def _band_chart(
+    written: Collection[str], title: str, key: str, layer: str | None = None
+) -> list[Chart]:
+    """Return a chart of a trace with its band; none where the trace does not exist."""
+    tags = band_tags(key, layer)
+    return [BandChart(title, tags)] if tags[0] in written else []
+
+
+def _total_charts(written: Collection[str]) -> list[Chart]:
+    """Return the charts of errors, pairs, traces and outputs of the whole model."""
+    charts: list[Chart] = []
+    for title, value in (
+        (f"Relative error{ONE_LABEL} (0.1 good, 1 noise)", "one_label_error"),
+        ("Relative error of this report's F", "rel_error"),
+        ("(input, label) pairs needed for 10 % error", "pairs_for_10_percent"),
+    ):
+        tags = {key: f"fim/{key}/{value}" for key in UNBIASED_KEYS}
+        symbols = ", ".join(SYMBOLS[key] for key, tag in tags.items() if tag in written)
+        charts += _line_chart(written, f"{title}: {symbols}", list(tags.values()))
+    for key in UNBIASED_KEYS:
+        charts += _band_chart(written, f"Trace of F by {SYMBOLS[key]}, ± 2 standard errors", key)
+    for title, tag in (
+        ("tr I(h): the model is confident where it is small", "fim_outputs/fisher_trace"),
+        ("‖M‖_F, the fourth moment of the outputs", "fim_outputs/moment_norm"),
+    ):
+        charts += _line_chart(written, title, [tag])
+    return charts
+
+
+def _error_charts(written: Collection[str], layers: Sequence[str]) -> list[Chart]:
+    """Return the charts of the relative errors of all layers."""
+    return [
+        LineChart(
+            f"Relative error of {SYMBOLS[key]} by layer{ONE_LABEL}",
+            [f"fim_layers/.*/{key}_one_label_error"],
+        )
+        for key in LAYER_KEYS
+        if any(f"fim_layers/{layer}/{key}_one_label_error" in written for layer in layers)
+    ]
+
+
+def _bound_charts(written: Collection[str]) -> list[Chart]:
+    """Return the charts of variances and their bounds."""
+    charts: list[Chart] = []
+    for key in LAYER_KEYS:
+        prefix, symbol = f"fim_log10/{key}/", SYMBOLS[key]
+        charts += _line_chart(
+            written,
+            f"{symbol}: log10 label variance of diag F, above it its bound",
+            [f"{prefix}label_variance", f"{prefix}diagonal_bound"],
+        )
+        charts += _line_chart(
+            written,
+            f"{symbol}: log10 label variance of all of F, above it its bound",
+            [f"{prefix}total_label_variance", f"{prefix}trace_bound"],
+        )
+        if f"{prefix}covariance_norm" in written:  # with exact labels
+            charts += _line_chart(
+                written,
+                f"{symbol}: log10 norm of Cov F, above it its bounds",
+                [f"{prefix}covariance_norm", f"{prefix}sharp_bound", f"{prefix}bound"],
+            )
+    return charts
+
+
+def _layer_charts(written: Collection[str], layers: Sequence[str]) -> list[Chart]:
+    """Return the charts of the traces of the layers."""
+    charts: list[Chart] = []
+    for layer in layers:
+        for key in LAYER_KEYS:
+            title = f"{layer}: trace by {SYMBOLS[key]}, ± 2 standard errors"
+            charts += _band_chart(written, title, key, layer)
+    return charts

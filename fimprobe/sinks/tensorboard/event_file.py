@@ -1,4 +1,4 @@
-"""TensorBoard's event files: a report in one record, each tag described where it first comes."""
+"""TensorBoard's event files: one record for each report, with descriptions of new tags."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from tensorboard.plugins.text import metadata as text
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from fimprobe.sinks.tensorboard.dashboard import BandChart, Category, LineChart
+from fimprobe.sinks.tensorboard.dashboard import BandChart, Category, Chart, LineChart
 
 
 class EventFile:
-    """Collects values and writes them as one record.
+    """An event file, to which the values of a report are added and then written as one record.
 
-    ``describe`` gives a tag's description, stored with the first value of the tag in this file.
-    ``purge_step``: readers drop what the folder holds of this step and later ones.
+    Args:
+        log_dir: The folder of the file.
+        describe: Function that returns the description of a tag; it is stored with the first value.
+        purge_step: Readers drop the folder's records of this step and later ones.
     """
 
     def __init__(
         self, log_dir: Path, describe: Callable[[str], str], *, purge_step: int | None = None
     ) -> None:
         if purge_step is not None:
-            _await_order(log_dir)
+            _wait_for_new_second(log_dir)
         self._writer = EventFileWriter(str(log_dir))
         self._describe = describe
-        self._known: set[str] = set()
+        self._described: set[str] = set()
         self._record = Summary()
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
@@ -46,40 +48,40 @@ class EventFile:
             self._writer.add_event(Event(step=purge_step, session_log=start))
 
     def add_scalar(self, tag: str, value: float) -> None:
-        """A finite number."""
-        made = scalar.create_summary_metadata
-        self._record.value.add(tag=tag, simple_value=value, metadata=self._meta(tag, made))
+        """Add a finite number."""
+        metadata = self._metadata(tag, scalar.create_summary_metadata)
+        self._record.value.add(tag=tag, simple_value=value, metadata=metadata)
 
     def add_text(self, tag: str, markdown: str) -> None:
-        """A page of Markdown."""
+        """Add a page of Markdown."""
         tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()])
         tensor.tensor_shape.dim.add(size=1)
-        made = text.create_summary_metadata
-        self._record.value.add(tag=tag, tensor=tensor, metadata=self._meta(tag, made))
+        metadata = self._metadata(tag, text.create_summary_metadata)
+        self._record.value.add(tag=tag, tensor=tensor, metadata=metadata)
 
     def add_histogram(self, tag: str, values: np.ndarray, weights: np.ndarray) -> None:
-        """Finite values [n], each counted ``weights`` [n] times."""
+        """Add a histogram of finite values [n], each counted ``weights`` [n] times."""
         counts, edges = np.histogram(values, bins=30, weights=weights)
         rows = np.stack([edges[:-1], edges[1:], counts], axis=1)
-        made = histogram.create_summary_metadata
         tensor = make_tensor_proto(rows.astype(np.float64))
-        self._record.value.add(tag=tag, tensor=tensor, metadata=self._meta(tag, made))
+        metadata = self._metadata(tag, histogram.create_summary_metadata)
+        self._record.value.add(tag=tag, tensor=tensor, metadata=metadata)
 
     def add_image(self, tag: str, png: bytes, size: tuple[int, int]) -> None:
-        """A picture of ``size`` (width, height) in pixels."""
+        """Add an image of ``size`` (width, height) in pixels."""
         picture = Summary.Image(encoded_image_string=png, width=size[0], height=size[1], colorspace=4)
-        made = image.create_summary_metadata
-        self._record.value.add(tag=tag, image=picture, metadata=self._meta(tag, made))
+        metadata = self._metadata(tag, image.create_summary_metadata)
+        self._record.value.add(tag=tag, image=picture, metadata=metadata)
 
     def add_layout(self, categories: Sequence[Category]) -> None:
-        """The custom scalars dashboard; the newest one counts."""
+        """Add the custom scalars dashboard; readers use the newest one."""
         layout = layout_pb2.Layout()
         for category in categories:
             box = layout.category.add(title=category.title, closed=category.closed)
             # a category shows its lines first to last, then its bands last to first
             lines = [c for c in category.charts if isinstance(c, LineChart)]
             bands = [c for c in category.charts if isinstance(c, BandChart)]
-            ordered: list[BandChart | LineChart] = [*lines, *reversed(bands)]
+            ordered: list[Chart] = [*lines, *reversed(bands)]
             for chart in ordered:
                 drawn = box.chart.add(title=chart.title)
                 if isinstance(chart, BandChart):
@@ -94,7 +96,7 @@ class EventFile:
         )
 
     def write(self, step: int) -> None:
-        """Write what was added; it is in the file when this returns."""
+        """Write the added values as one record and flush the file."""
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=self._record))
         self._writer.flush()
         self._record = Summary()
@@ -103,25 +105,34 @@ class EventFile:
         """Close the file."""
         self._writer.close()
 
-    def _meta(self, tag: str, make: Callable[..., SummaryMetadata]) -> Any:
-        if tag in self._known:
+    def _metadata(self, tag: str, make: Callable[..., SummaryMetadata]) -> Any:
+        """Return the metadata of a tag with its description; None after its first value."""
+        if tag in self._described:
             return None
-        self._known.add(tag)
-        meta = make(display_name="", description=self._describe(tag))
+        self._described.add(tag)
+        metadata = make(display_name="", description=self._describe(tag))
         # TensorBoard's fast reader drops descriptions of scalars and images without a class
-        meta.data_class = {"scalars": 1, "images": 3}.get(meta.plugin_data.plugin_name, 2)
-        return meta
+        metadata.data_class = {"scalars": 1, "images": 3}.get(metadata.plugin_data.plugin_name, 2)
+        return metadata
 
 
-def _await_order(log_dir: Path) -> None:
-    """Wait until no file is of this second: names end in a counter, and 10 is read before 9."""
+def _wait_for_new_second(log_dir: Path) -> None:
+    """Wait until no file in a folder is named after the current second.
+
+    Names with the same second differ by a counter, and readers sort 10 before 9.
+    """
     now = time.time()
     if any(log_dir.glob(f"events.out.tfevents.{int(now):010d}.*")):
         time.sleep(1 - now % 1)
 
 
 def first_tags(log_dir: Path, prefix: str) -> list[str] | None:
-    """The tags of the first record in a folder that has one with ``prefix``; None without any."""
+    """Return the tags of the first record with a tag of a prefix; None without such a record.
+
+    Args:
+        log_dir: The folder of the event files.
+        prefix: Start of the tag.
+    """
     for path in sorted(log_dir.glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(path)).Load():
             tags = [value.tag for value in event.summary.value]

@@ -1,4 +1,4 @@
-"""Pages of text for TensorBoard: about a run, and what each report says."""
+"""The pages of text in TensorBoard: about the run, and the advice of each report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import yaml
 
+from fimprobe.estimators.names import ESTIMATORS
+from fimprobe.report.record import Record, describe_inputs, describe_labels
 from fimprobe.report.report import Report
 from fimprobe.report.run_info import format_run_info
-from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, inputs_of, labels_of, make_rows
-from fimprobe.sinks.tensorboard.tags import KINDS, MEANING
+from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, make_rows
+from fimprobe.sinks.tensorboard.tags import DESCRIPTIONS
 
 _FORMULAS = {
     "trace": "Σᵢ F̂ᵢᵢ",
@@ -26,84 +28,97 @@ _FORMULAS = {
     "tightness": "bound / covariance_norm",
 }
 
-_ESTIMATORS = {
-    "i1": "mean of (∂ log p(y\\|x) / ∂θ) (∂ log p(y\\|x) / ∂θ)ᵀ, y drawn from the model",
-    "i2": "− mean of ∂² log p(y\\|x) / ∂θ∂θᵀ, y drawn from the model",
-    "ih": "mean of (Jᵀ L ξ)(Jᵀ L ξ)ᵀ, LLᵀ = I(h), ξ random signs",
-    "empirical": "as Î₁, with the labels of the data (biased: not F)",
-}
+MAX_LAYERS = 8
+"""Layers in the table of a report."""
 
 
 def about_page(
     report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
 ) -> str:
-    """What was measured, how, and how to read it, in Markdown."""
+    """Return in Markdown what was measured, how, and how to read it.
+
+    Args:
+        report: The first report.
+        run: The information on the run.
+        layers: The layers with charts.
+        pictures: A sentence on when pictures are drawn.
+    """
     record = {
         "batch_size": report.batch_size,
         "draws": "exact" if report.draws is None else report.draws,
         "label_sampling": report.label_sampling,
     }
-    size = f"{inputs_of(record)}, {labels_of(record)}"
-    kinds = [k for k in KINDS if getattr(report.total, k) is not None]
-    ways: dict[str, list[str]] = {}
+    sample = f"{describe_inputs(record)}, {describe_labels(record)}"
+    coverage: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
-        ways.setdefault(how, []).append(name)
-    lines = [
+        coverage.setdefault(how, []).append(name)
+    charted = ", ".join(f"`{name}`" for name in layers) or "no layer"
+    sections = [
         "# About this run",
         "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
         "the model as it trains, and **how far off its estimates are**.",
         "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question (lines "
         "have the colour of their run; *Matches* below a chart names them by their marks). "
-        "IMAGES: which layers err, when. TEXT, *fimprobe/advice*: what to do. The relative error is "
-        "the number to watch: 10 % is good, near 100 % the estimate is mostly noise.",
-        f"**Measured.** {size}; likelihood **{report.likelihood}** "
+        "IMAGES: the errors of the layers over the steps. TEXT, *fimprobe/advice*: what to do. The "
+        "relative error is the number to watch: 10 % is good, near 100 % the estimate is mostly "
+        "noise.",
+        f"**Measured.** {sample}; likelihood **{report.likelihood}** "
         f"({run.get('decision', 'given')}); {report.total.numel:,} parameters in "
-        f"{len(report.layers)} layers. Charts of their own: "
-        f"{', '.join(f'`{n}`' for n in layers) or 'no layer'} (those that "
-        "needed most pairs at the first report); all others are in the pictures, the histograms and "
+        f"{len(report.layers)} layers. Layers with charts: {charted} (those that needed the most "
+        "pairs at the first report); all others are in the pictures, the histograms and "
         f"`fimprobe.jsonl`. {pictures}",
-        "## Definitions",
-        _table(("estimator", "what it is"), [(KINDS[k], _ESTIMATORS[k]) for k in kinds]),
-        "What the charts show of each:",
-        _table(
-            ("chart", "formula", "in words"),
-            [
-                (f"`{name}`", formula.replace("|", "\\|"), MEANING[name].replace("|", "\\|"))
-                for name, formula in _FORMULAS.items()
-            ],
-        ),
-        "`std_error` and `rel_error` tell how far off the numbers of a report are; `one_label_error` "
-        "and `pairs_for_10_percent` how far off an estimator is with labels drawn from the model, "
-        "whatever labels it was measured with. Variances are those of one (input, label) pair. What "
-        "cannot be known is left out; *fimprobe/advice* says why.",
+        *_definitions(report),
         "## Coverage",
         _table(
             ("measured by", "parameters", "which"),
-            [(how, str(len(names)), _some(names)) for how, names in ways.items()],
+            [(how, str(len(names)), _some(names)) for how, names in coverage.items()],
         ),
         "## Configuration",
         _table(("what", "value"), list(format_run_info(run).items())),
         f"```\n{yaml.safe_dump(run.get('config', {}), sort_keys=False).strip()}\n```",
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join(sections)
 
 
-def advice_page(record: dict[str, Any], most: int = 8) -> str:
-    """The advice, and the table of the model and of the layers that need most pairs."""
+def _definitions(report: Report) -> list[str]:
+    """Return the definitions of the measured estimators and of the charts."""
+    measured = [e for key, e in ESTIMATORS.items() if report.total.get(key) is not None]
+    charts = [
+        (f"`{name}`", _escape(formula), _escape(DESCRIPTIONS[name]))
+        for name, formula in _FORMULAS.items()
+    ]
+    return [
+        "## Definitions",
+        _table(("estimator", "what it is"), [(e.symbol, _escape(e.formula)) for e in measured]),
+        "The charts of each estimator:",
+        _table(("chart", "formula", "in words"), charts),
+        "`std_error` and `rel_error` are the errors of the numbers of a report. `one_label_error` "
+        "and `pairs_for_10_percent` describe an estimator with labels drawn from the model, for any "
+        "labels of the measurement. Variances are those of one (input, label) pair. Unknown values "
+        "are left out; *fimprobe/advice* gives the reason.",
+    ]
+
+
+def advice_page(record: Record) -> str:
+    """Return the advice and the table of a report in Markdown."""
     advice = "\n".join(f"* {line}" for line in record["advice"])
-    rows = make_rows(record, most)
-    shown = [
-        i for i, head in enumerate(rows[0]) if head not in OPTIONAL_COLUMNS
-    ]  # more cells break words
-    (head, *rows) = [tuple(row[i] for i in shown) for row in rows]
-    told = "\n\n".join(["", *footnotes(record, most, without=OPTIONAL_COLUMNS)])
-    left = len(record["layers"]) - most
-    more = f"\n\n{left} more layers need fewer pairs." if left > 0 else ""
-    return f"## Step {record['step']}\n\n{advice}\n\n{_table(head, rows)}{told}{more}"
+    head, *rows = make_rows(record, MAX_LAYERS)
+    # with more cells words are broken
+    shown = [i for i, name in enumerate(head) if name not in OPTIONAL_COLUMNS]
+    table = _table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    notes = "\n\n".join(["", *footnotes(record, MAX_LAYERS, without=OPTIONAL_COLUMNS)])
+    others = len(record["layers"]) - MAX_LAYERS
+    more = f"\n\n{others} more layers need fewer pairs." if others > 0 else ""
+    return f"## Step {record['step']}\n\n{advice}\n\n{table}{notes}{more}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _escape(text: str) -> str:
+    """Return a text whose bars do not end a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

@@ -1,0 +1,191 @@
+"""Recording one chunk: the forward pass, the memory it leaves, and the calls without rules."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fimprobe.engines.curvature.double_backward import use_differentiable_attention
+from fimprobe.engines.moments.fallback import assign_fallbacks
+from fimprobe.engines.problem.cotangents import check_num_passes
+from fimprobe.engines.problem.label_cotangents import labels_per_draw
+from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
+from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
+from fimprobe.engines.tracing.chunk import Chunk
+from fimprobe.engines.tracing.graph import foreign_uses, hidden_reads
+from fimprobe.engines.tracing.plan import Plan, PlanMismatch
+from fimprobe.engines.tracing.recording import record_forward
+from fimprobe.engines.tracing.tape import Tape
+from fimprobe.model.batch import Batch
+
+MAX_CPU_OUTPUT_BYTES = 4.5 * 2**20
+"""On a CPU, chunks are cut so that no layer's output is larger.
+
+Larger new tensors cost more in page faults than the chunks cost in calls (docs/performance.md).
+"""
+
+FLOAT64_COPIES = 3
+"""Copies of the outputs in float64 that are alive while their labels are drawn."""
+
+STORED_PER_CURVATURE_VECTOR = 5
+"""Sets of edge tensors that the second-order pass keeps for each vector, besides one per probe."""
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """A recorded forward pass.
+
+    Attributes:
+        tape: Uses of parameters.
+        outputs: The outputs h [b, ...], with their graph.
+        batch: The b samples.
+        rows: Their places in the problem's batch.
+        reached: Parameters on which the outputs depend.
+        saved_bytes: Memory that the graph keeps.
+    """
+
+    tape: Tape
+    outputs: Tensor
+    batch: Batch
+    rows: slice
+    reached: set[str]
+    saved_bytes: int
+
+    @property
+    def edge_bytes(self) -> int:
+        """Memory of one set of cotangents at all output edges."""
+        elements = sum(_numel(edge) for edge in self.tape.output_edges)
+        return elements * self.outputs.element_size()
+
+
+def record_chunk(problem: Problem, plan: Plan, rows: slice, unchecked: list[Tensor]) -> Recording:
+    """Run the twin on some samples and record it.
+
+    Args:
+        problem: The measurement.
+        plan: How each parameter is reached.
+        rows: Places of the samples in the batch.
+        unchecked: Receives counts of non-finite outputs; see :meth:`Problem.forward`.
+
+    Raises:
+        PlanMismatch: If a parameter is used where the plan does not see it.
+    """
+    request, batch = problem.request, problem.batch[rows]
+    attention = use_differentiable_attention() if request.i2 else contextlib.nullcontext()
+    recording = record_forward(
+        problem.twin,
+        batch.size,
+        plan.layouts,
+        plan.fallbacks,
+        twice_differentiable=request.i2,
+    )
+    with recording as tape, limit_saved_bytes(problem, batch.size) as saved_bytes, attention:
+        outputs = problem.forward(batch, unchecked if request.only_i1 else None)
+    if tape.failures:
+        raise PlanMismatch(tape.failures)
+    reached, foreign = foreign_uses(outputs, tape, problem.parameters, plan.fallbacks)
+    if foreign:
+        raise PlanMismatch(dict.fromkeys(foreign, "used outside its layer"))
+    hidden = hidden_reads(tape) if request.i2 else {}
+    if hidden:
+        raise PlanMismatch(hidden)
+    return Recording(
+        tape=tape,
+        outputs=outputs,
+        batch=batch,
+        rows=rows,
+        reached=reached,
+        saved_bytes=saved_bytes(),
+    )
+
+
+def check_memory(problem: Problem, plan: Plan, recording: Recording) -> None:
+    """Raise :class:`MemoryLimitExceeded` if the chunk should be smaller.
+
+    The first pass over a batch thus finds the chunk size, which the plan keeps.
+    """
+    h, size = recording.outputs, recording.batch.size
+    limit = problem.memory_mb * 2**20
+    passes = _count_stored_passes(problem, recording, limit)
+    label_bytes = FLOAT64_COPIES * 8 * labels_per_draw(h)
+    needed = recording.saved_bytes + max(passes * recording.edge_bytes, label_bytes)
+    feasible = size
+    if needed > limit:
+        feasible = max(1, min(size - 1, int(size * limit / needed)))
+    if problem.shards is not None:  # all processes use the same chunk size
+        feasible = problem.shards.smallest(feasible)
+    elif feasible < size:
+        feasible = _even_chunk_size(problem.batch.size, feasible)
+    if feasible < size:
+        raise MemoryLimitExceeded(feasible)
+    output_edges = recording.tape.output_edges
+    undecided = plan.chunk_size is None and problem.shards is None
+    if h.device.type == "cpu" and undecided and output_edges:
+        largest = max(_numel(edge) for edge in output_edges) * h.element_size()
+        if largest > MAX_CPU_OUTPUT_BYTES and size > 1:
+            feasible = int(size * MAX_CPU_OUTPUT_BYTES / largest)
+            raise MemoryLimitExceeded(_even_chunk_size(size, feasible))
+
+
+def _count_stored_passes(problem: Problem, recording: Recording, limit: float) -> int:
+    """Number of sets of edge tensors alive together; raises if exact labels need too many."""
+    h, request = recording.outputs, problem.request
+    bytes_per_pass = recording.edge_bytes / recording.batch.size
+    if problem.draws.count is None:
+        passes = problem.likelihood.count_passes(h)
+        check_num_passes(problem, h, bytes_per_pass, limit)
+    else:
+        passes = problem.draws.count
+    stored = passes
+    if request.i2:
+        stored += passes * (request.probes + STORED_PER_CURVATURE_VECTOR)
+    if request.exact and problem.draws.count is not None:
+        columns = problem.likelihood.count_passes(h)
+        option, remedy = "second_order='exact'", "second_order={'probes': 2}"
+        check_num_passes(problem, h, bytes_per_pass, limit, option, remedy)
+        stored += columns
+    return stored
+
+
+def make_chunk(problem: Problem, plan: Plan, recording: Recording) -> Chunk:
+    """Assign the parameters without a rule to fallback calls; raises if one has no call."""
+    tape = recording.tape
+    chunk = Chunk(
+        problem=problem,
+        plan=plan,
+        tape=tape,
+        outputs=recording.outputs,
+        batch=recording.batch,
+        rows=recording.rows,
+        fallbacks=assign_fallbacks(problem, plan, tape),
+        workspace_bytes=problem.memory_mb * 2**20 / 8,
+    )
+    if chunk.fallbacks and problem.shards is not None:
+        # a re-evaluation needs whole weights, which no process has
+        paths = [assigned.call.path or "the model" for assigned in chunk.fallbacks]
+        raise PlanMismatch(dict.fromkeys(paths, "no rule covers it"))
+    unassigned = {
+        name
+        for name in recording.reached - chunk.fallback_parameters
+        if name in plan.fallbacks or id(problem.parameters[name]) not in tape.uses
+    }
+    if unassigned:
+        raise PlanMismatch(dict.fromkeys(unassigned, "its module was not called"))
+    return chunk
+
+
+def _even_chunk_size(size: int, limit: int) -> int:
+    """The chunk size up to ``limit`` that cuts ``size`` samples most evenly."""
+    return math.ceil(size / math.ceil(size / max(limit, 1)))
+
+
+def _numel(edge: Any) -> int:
+    """Number of entries of the tensor at an edge."""
+    if isinstance(edge, Tensor):
+        return edge.numel()
+    metadata = edge.node._input_metadata[edge.output_nr]
+    return math.prod(metadata.shape)

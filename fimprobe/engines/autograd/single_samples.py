@@ -1,0 +1,90 @@
+"""Gradients and second derivatives of samples evaluated alone, by plain autograd.
+
+No hook, no rule, no batch: what the engine computes for a batch is verified against these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.curvature.double_backward import use_differentiable_attention
+from fimprobe.engines.primitives.products import vjp
+from fimprobe.engines.primitives.random_signs import random_direction
+from fimprobe.engines.problem.label_cotangents import label_cotangents
+from fimprobe.engines.problem.problem import Problem
+
+SingleGradient = tuple[Tensor, float] | None
+"""A sample's gradient (of a sharded parameter, this process's rows) and its squared norm.
+
+None if the outputs do not depend on the parameter.
+"""
+
+
+def single_sample_gradients(
+    problem: Problem,
+) -> tuple[dict[str, list[SingleGradient]], Tensor]:
+    """Evaluate each sample alone, with the label that the batch draws for it.
+
+    Returns:
+        For each parameter, the gradient of each of the B samples, and all outputs [B, ...].
+    """
+    parameters = list(problem.parameters.values())
+    gradients: dict[str, list[SingleGradient]] = {name: [] for name in problem.parameters}
+    outputs = []
+    for b in range(problem.batch.size):
+        h = problem.forward(problem.batch[b : b + 1])
+        uniforms = problem.draws.uniforms_for(slice(b, b + 1), problem.batch.size, h.shape)
+        label = problem.likelihood.quantile(h.detach(), uniforms[:, 0].to(h.device))
+        score = problem.likelihood.score(h.detach(), label).to(h.dtype)
+        of_sample: Mapping[str, SingleGradient] = {}
+        if h.requires_grad and problem.shards is not None:
+            of_sample = problem.shards.gradients(h, problem.parameters, score)
+        elif h.requires_grad:
+            pulled_back = vjp([h], [score], parameters, retain_graph=False)
+            of_sample = {
+                name: None if g is None else (g, float(g.double().square().sum()))
+                for name, g in zip(problem.parameters, pulled_back, strict=True)
+            }
+        for name in problem.parameters:
+            gradients[name].append(of_sample.get(name))
+        outputs.append(h.detach())
+    return gradients, torch.cat(outputs)
+
+
+def single_sample_curvature(problem: Problem) -> dict[str, Tensor]:
+    """‖(R_b u)_θ‖² [B] of each parameter, for the engine's first direction u.
+
+    R_b u is the derivative of ⟨g_b, u⟩ with the gradient g_b of sample b.
+
+    Raises:
+        RuntimeError: If an operation of the model has no second derivative.
+    """
+    parameters = list(problem.parameters.values())
+    direction = [
+        random_direction(p, f"direction 0 {n}", problem.draws.seed)
+        for n, p in problem.parameters.items()
+    ]
+    norms: dict[str, list[Tensor]] = {n: [] for n in problem.parameters}
+    for b in range(problem.batch.size):
+        products: Any = [None] * len(parameters)
+        with use_differentiable_attention():
+            h = problem.forward(problem.batch[b : b + 1])
+            (score,) = label_cotangents(problem, slice(b, b + 1), h.detach()).vectors
+            if h.requires_grad:
+                gradients = vjp([h], [score], parameters, create_graph=True)
+                inner_products = [
+                    (g * u).sum()
+                    for g, u in zip(gradients, direction, strict=True)
+                    if g is not None and g.requires_grad
+                ]
+                if inner_products:
+                    total = torch.stack(inner_products).sum()
+                    products = torch.autograd.grad(total, parameters, allow_unused=True)
+        for name, product in zip(problem.parameters, products, strict=True):
+            zero = torch.zeros((), dtype=torch.float64)
+            norms[name].append(zero if product is None else product.double().square().sum().cpu())
+    return {name: torch.stack(of_samples) for name, of_samples in norms.items()}

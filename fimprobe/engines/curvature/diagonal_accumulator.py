@@ -1,0 +1,258 @@
+"""Sums of the diagonal of R of one parameter, from random probes or exact.
+
+Symbols: B samples of the chunk, b of them at once, n vectors c with R = Σ_a c_a ∂²h_a, y the number
+of one of them, K probes, r the estimate of one probe, whose mean over probes is diag R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.curvature.directions import ParameterDirection
+from fimprobe.engines.curvature.double_backward import EdgeTangents, PulledBackVector
+from fimprobe.engines.curvature.fallback_derivatives import FallbackDerivatives, Motion
+from fimprobe.engines.curvature.inner_products import in_float32_range, unbiased_square
+from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
+from fimprobe.engines.layers.rules import embedding_tokens
+from fimprobe.engines.moments.contraction import at_least_float32
+from fimprobe.engines.moments.power_sums import power_of_two_scale
+from fimprobe.engines.primitives.random_signs import rademacher
+from fimprobe.engines.tracing.tape import ParameterUse
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalProbes:
+    """K random probes of the diagonal of R for one vector.
+
+    Attributes:
+        number: Number y of the vector.
+        vector: The vector, with its cotangents.
+        directions: For each probe, random signs v at the output edges.
+        tangents: For each probe, the tangents along v.
+        seed: The random seed.
+    """
+
+    number: int
+    vector: PulledBackVector
+    directions: list[list[Tensor | None]]
+    tangents: list[EdgeTangents]
+    seed: int
+
+
+@dataclass(kw_only=True)
+class DiagonalAccumulator:
+    """Per-sample sums of one chunk, and sums over all chunks for every entry.
+
+    Attributes:
+        parameter: The parameter.
+        every_entry: Whether sums are kept for every entry.
+        workspace_bytes: Memory for the products that are formed at once.
+        diagonal: Σ w R_ii over samples and vectors, of every entry.
+        diagonal_square: Σ w R_ii², unbiased over probes.
+        chunk: Results of the current chunk, by the field of
+            :class:`fimprobe.statistics.Curvature`.
+    """
+
+    parameter: Tensor
+    every_entry: bool
+    workspace_bytes: float
+    diagonal: Tensor | None = None
+    diagonal_square: Tensor | None = None
+    chunk: dict[str, Tensor] = field(default_factory=dict)
+
+    def start_chunk(self, size: int, count: int, weights: Tensor, *, self_interacting: bool) -> None:
+        """Forget the last chunk's results.
+
+        Args:
+            size: B.
+            count: n.
+            weights: Weights w of R² [B, labels]; vectors beyond have no weight.
+            self_interacting: Whether the parameter has uses that depend on each other.
+        """
+        self.size, self.count, self.weights = size, count, weights
+        self.self_interacting = self_interacting
+        self.chunk = {}
+        if self.every_entry and self.diagonal is None:
+            zeros = torch.zeros_like(self.parameter, dtype=torch.float64)
+            self.diagonal, self.diagonal_square = zeros.clone(), zeros.clone()
+
+    def add_zero(self, probes: int | None) -> None:
+        """Note a zero diagonal, for all vectors.
+
+        Args:
+            probes: K; None if the diagonal is exact.
+        """
+        self.chunk["trace"] = self._zeros(self.size, self.count)
+        self.chunk["square"] = self._zeros(self.size, self.count)
+        if probes is not None:
+            self.chunk["probe_squares"] = self._zeros(self.size, self.count, probes)
+
+    def add_exact(self, y: int, diagonal: Tensor | None, samples: slice) -> None:
+        """Add the exact diagonal of R for one vector.
+
+        Args:
+            y: Number of the vector.
+            diagonal: [b, *shape]; None for zero.
+            samples: The b samples.
+        """
+        if "trace" not in self.chunk:
+            self.add_zero(None)
+        if diagonal is None:
+            return
+        r = diagonal.double().reshape(len(diagonal), -1)
+        self.chunk["trace"][samples, y] = r.sum(1)
+        self.chunk["square"][samples, y] = r.square().sum(1)
+        if self.diagonal is not None and self.diagonal_square is not None and self._has_weight(y):
+            w = self.weights[samples, y].double().unsqueeze(1)
+            shape = self.parameter.shape
+            self.diagonal += (w * r).sum(0).view(shape)
+            self.diagonal_square += (w * r.square()).sum(0).view(shape)
+
+    def add_probes(self, derivatives: ParameterDerivatives, probes: DiagonalProbes) -> None:
+        """Add what K probes show of the diagonal of R, for one vector.
+
+        With random signs v at the layer's output z and Hv its Hessian-vector product,
+        (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased estimate of ∂²φ/∂W_oi². See docs/theory.md,
+        "Second derivatives by probes".
+        """
+        if "trace" not in self.chunk:
+            self.add_zero(len(probes.directions))
+        outer, lookup = derivatives.outer_product_use(), derivatives.lookup_use()
+        if outer is not None and not self.self_interacting:
+            self._add_outer_products(derivatives, outer, probes)
+        elif lookup is not None:
+            self._add_lookup(derivatives, lookup, probes)
+        else:
+            self._add_per_sample(derivatives, probes)
+
+    def _add_per_sample(self, derivatives: ParameterDerivatives, probes: DiagonalProbes) -> None:
+        """Products of per-sample gradients, for any parameter."""
+        count = len(probes.directions)
+        # a reused weight moves its own later inputs x(W): the second derivative of W x has 2 Ẇ ẋ
+        motion = Motion(inputs=2.0 if self.self_interacting else 0.0)
+        bytes_per_sample = 4 * count * self.parameter.numel() * 8
+        step = max(1, int(self.workspace_bytes / bytes_per_sample))
+        for start in range(0, self.size, step):
+            samples = slice(start, min(start + step, self.size))
+            left = derivatives.gradients(probes.directions, samples)
+            products = []
+            for k in range(count):
+                r: Tensor | None = None
+                if left is not None:
+                    right = derivatives.gradient_tangents(
+                        probes.tangents[k], probes.vector, samples, motion
+                    )
+                    if right is not None:
+                        r = left[:, k] * right[:, 0]
+                if derivatives.uses.fallback_calls:
+                    r = self._add_fallback_diagonal(r, derivatives, probes, k, samples)
+                if r is not None:
+                    products.append(r.reshape(len(r), -1))
+            if products:
+                self._add_products(torch.stack(products, 1), samples, probes.number)
+
+    def _add_fallback_diagonal(
+        self,
+        r: Tensor | None,
+        derivatives: ParameterDerivatives,
+        probes: DiagonalProbes,
+        k: int,
+        samples: slice,
+    ) -> Tensor | None:
+        """Add u∘(∂²(δᵀz)/∂θ² u) of fallback calls, whose outputs z are not affine in θ.
+
+        Probes at z do not show this part of the diagonal, so that u is a probe of its own.
+        """
+        u = rademacher(
+            (1, *self.parameter.shape),
+            f"own {probes.number} {k} {derivatives.name}",
+            probes.seed,
+            dtype=self.parameter.dtype,
+            device=self.parameter.device,
+        )[0]
+        direction = ParameterDirection(values={derivatives.name: u}, flips={})
+        along_u = FallbackDerivatives(chunk=derivatives.chunk, direction=direction)
+        fixed = EdgeTangents([None] * len(probes.vector.edges), [])
+        motion = Motion(assigned_parameters=True)
+        for local_call in derivatives.uses.fallback_calls:
+            g = along_u.tangents(local_call, fixed, probes.vector, samples, motion)
+            if g is not None:
+                g = u * g[:, 0]
+                r = g if r is None else r + g
+        return r
+
+    def _add_outer_products(
+        self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
+    ) -> None:
+        """One position: r = (v∘Hv) (x∘x)ᵀ, whose sums factor."""
+        v, hv = self._probes_at(derivatives, use, probes)
+        if v is None or hv is None:
+            return
+        y = probes.number
+        x2 = at_least_float32(use.call.inputs[0]).square()
+        x2_sum, x4_sum = x2.sum(-1).double(), x2.double().square().sum(-1)
+        d = (v * hv).double()
+        self.chunk["trace"][:, y] = d.mean(1).sum(-1) * x2_sum
+        self.chunk["probe_squares"][:, y] = d.square().sum(-1) * x4_sum.unsqueeze(1)
+        self.chunk["square"][:, y] = unbiased_square(d).sum(-1) * x4_sum
+        if self.diagonal is not None and self.diagonal_square is not None and self._has_weight(y):
+            w = self.weights[:, y].double().unsqueeze(1)
+            self.diagonal += (w * d.mean(1)).T @ x2.double()
+            self.diagonal_square += (w * unbiased_square(d)).T @ x2.double().square()
+
+    def _add_lookup(
+        self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
+    ) -> None:
+        """Lookups: only the rows of tokens that occur differ from zero."""
+        v, hv = self._probes_at(derivatives, use, probes)
+        if v is None or hv is None:
+            return
+        y = probes.number
+        sample, token, left = embedding_tokens(use.call, v)
+        r = (left * embedding_tokens(use.call, hv)[2]).double()
+        self.chunk["trace"][:, y].index_add_(0, sample, r.mean(1).sum(-1))
+        self.chunk["square"][:, y].index_add_(0, sample, unbiased_square(r).sum(-1))
+        self.chunk["probe_squares"][:, y].index_add_(0, sample, r.square().sum(-1))
+        if self.diagonal is not None and self.diagonal_square is not None and self._has_weight(y):
+            w = self.weights[:, y].double()[sample].unsqueeze(1)
+            self.diagonal.index_add_(0, token, w * r.mean(1))
+            self.diagonal_square.index_add_(0, token, w * unbiased_square(r))
+
+    def _probes_at(
+        self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """v and Hv [B, K, ...] at a use; None where they are zero."""
+        v = derivatives.cotangents_at(use, probes.directions)
+        hv = derivatives.cotangents_at(use, [t.cotangents for t in probes.tangents])
+        if v is None or hv is None:
+            return None, None
+        return torch.stack(v, 1), torch.stack(hv, 1)
+
+    def _add_products(self, r: Tensor, samples: slice, y: int) -> None:
+        """Add r [b, K, P] of one vector, scaled where float32 does not hold the squares."""
+        gram, scale = r @ r.transpose(1, 2), 1.0
+        if r.dtype != torch.float64 and not in_float32_range(gram):
+            power = power_of_two_scale(r)
+            r, scale = r * (1 / power).to(r.dtype), power  # type: ignore[assignment]
+            gram = r @ r.transpose(1, 2)
+        gram, probes = gram.double() * scale**2, r.shape[1]
+        squares = gram.diagonal(dim1=1, dim2=2)
+        self.chunk["trace"][samples, y] = r.sum((1, 2)).double() * scale / probes
+        self.chunk["probe_squares"][samples, y] = squares
+        mixed = gram.sum((1, 2)) - squares.sum(1)
+        self.chunk["square"][samples, y] = mixed / (probes * (probes - 1))
+        if self.diagonal is not None and self.diagonal_square is not None and self._has_weight(y):
+            w = self.weights[samples, y].double().unsqueeze(1)
+            r = r.double()
+            shape = self.parameter.shape
+            self.diagonal += (w * r.mean(1)).sum(0).view(shape) * scale
+            self.diagonal_square += (w * unbiased_square(r)).sum(0).view(shape) * scale**2
+
+    def _has_weight(self, y: int) -> bool:
+        return y < self.weights.shape[1]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.parameter.device)

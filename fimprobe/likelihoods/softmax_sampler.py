@@ -1,0 +1,67 @@
+"""Size-biased labels of softmax outputs; all draws for the same outputs share one softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fimprobe.likelihoods.size_biased import SizeBiasedSampler
+from fimprobe.likelihoods.softmax import softmax_dtype
+
+MAX_FLOAT64_OUTPUTS = 2**12
+"""Outputs of one input up to which probabilities are float64; the cost is then negligible."""
+
+
+class SoftmaxSampler(SizeBiasedSampler):
+    """Size-biased labels of a categorical family.
+
+    Inputs with many outputs keep the precision of the outputs. There 1/w has the rounding error of
+    float32 probabilities, 1e-7. Sums over classes are always float64.
+
+    Args:
+        family: A family with ``class_dim``.
+        outputs: Logits [B, ...], the classes along ``class_dim``.
+        mask: Bool, of the labels' shape; False leaves a position out.
+    """
+
+    def __init__(self, family: Any, outputs: Tensor, mask: Tensor | None) -> None:
+        last = outputs.movedim(family.class_dim, -1)
+        h = last.double() if last[:1].numel() <= MAX_FLOAT64_OUTPUTS else last
+        self.p = torch.softmax(h, -1, dtype=softmax_dtype(h))
+        p_max, self.top = self.p.max(-1)
+        self.p_max = p_max.double()
+        square = torch.linalg.vecdot(self.p, self.p).double()
+        rest = self.p.scatter(-1, self.top.unsqueeze(-1), 0.0)
+        self.complement = rest.sum(-1, dtype=torch.float64)
+        confident = p_max > 0.5  # there Σp² − p_max² would cancel
+        self.rest_square = torch.where(
+            confident, torch.linalg.vecdot(rest, rest).double(), square - self.p_max.square()
+        )
+        expected = self.p_max * self.complement + self.complement - self.rest_square
+        super().__init__(family, outputs, expected, mask)
+        self.cdf: Tensor | None = None
+
+    def plain_labels(self, uniforms: Tensor) -> Tensor:
+        """Return labels from the model at the uniforms, which share one cumulative sum."""
+        if self.cdf is None:
+            self.cdf = self.p.double().cumsum(-1)
+        target = uniforms.unsqueeze(-1) * self.cdf[..., -1:]
+        labels = torch.searchsorted(self.cdf, target, right=True).squeeze(-1)
+        return labels.clamp_(max=self.p.shape[-1] - 1)
+
+    def scores_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return onehot(y) − p, and ‖δ_y‖² [B] without a sum over the classes."""
+        index = labels.unsqueeze(-1)
+        p_label = self.p.gather(-1, index).squeeze(-1).double()
+        is_top = labels == self.top
+        label_score = torch.where(is_top, self.complement, 1 - p_label)
+        others = torch.where(is_top, 0, self.p_max.square() - p_label.square()) + self.rest_square
+        square = label_score.square() + others
+        scores = (-self.p).scatter_(-1, index, label_score.to(self.p.dtype).unsqueeze(-1))
+        if self.mask is not None:
+            square = square * self.mask
+            scores.masked_fill_(~self.mask.unsqueeze(-1), 0)
+        scores = scores.movedim(-1, self.family.class_dim)
+        return scores, square.reshape(self.size, -1).sum(1)

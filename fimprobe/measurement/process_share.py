@@ -1,0 +1,218 @@
+"""One process's share of a measurement: checked, compared with the other processes, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fimprobe.config.config import Config, load_config
+from fimprobe.distributed.processes import MeasuredShare, ProcessGroup
+from fimprobe.engines.autograd.verification import (
+    check_curvature,
+    make_verified_plan,
+    measure_with_fallbacks,
+)
+from fimprobe.engines.problem.problem import Problem, Request
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.errors import BatchError
+from fimprobe.jacobian_bounds.layer_bounds import bound_layer_jacobians
+from fimprobe.likelihoods import get_likelihood
+from fimprobe.likelihoods.base import Likelihood
+from fimprobe.likelihoods.draws import Draws
+from fimprobe.measurement.arguments import (
+    check_backpack,
+    check_labels,
+    check_mask_and_output,
+    check_model,
+    choose_draws,
+    make_request,
+)
+from fimprobe.measurement.isolation import isolated_state
+from fimprobe.measurement.process_summary import (
+    ProcessSummary,
+    check_models_agree,
+    float_buffers,
+    summarize,
+)
+from fimprobe.model.batch import Batch
+from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
+from fimprobe.statistics import Measured
+
+_RANK_STREAM = 15_485_863
+"""Step between the seeds of processes with different inputs: a prime, unlike any user's step."""
+
+
+@dataclass(kw_only=True)
+class ProcessShare:
+    """The share of one process: :meth:`check`, then :meth:`compare`, then :meth:`measure`.
+
+    Attributes:
+        options: Those of :func:`fimprobe.measure` that are fields of ``Config``, not yet checked.
+        labels: Labels of the data [B, ...] for the empirical Fisher.
+        mask: Boolean, of the labels' shape; False leaves a position out.
+        output: From what the model returns to the outputs [B, ...].
+        diagonals: Whether diagonals are kept.
+        processes: The group that measures together.
+        plan: How parameters are reached; filled and verified here, reused later.
+    """
+
+    model: nn.Module
+    inputs: Any
+    options: Mapping[str, Any]
+    labels: Tensor | None
+    mask: Tensor | None
+    output: Callable[[Any], Tensor] | None
+    diagonals: bool
+    processes: ProcessGroup
+    plan: Plan
+    likelihood: Likelihood = field(init=False)
+    request: Request = field(init=False)
+    _config: Config = field(init=False)
+    _batch: Batch = field(init=False)
+    _draws: Draws = field(init=False)
+    _chooses_draws: bool = field(init=False)
+    _buffers: Mapping[str, Tensor] = field(init=False)
+
+    def check(self) -> ProcessSummary:
+        """Check all arguments; return what the other processes need to know.
+
+        Raises:
+            FimprobeError: With the argument, its value and a remedy.
+            BatchError: If the inputs are empty.
+        """
+        check_model(self.model)
+        self._config = load_config(None, **self.options)
+        self.likelihood = get_likelihood(self._config.likelihood)
+        self.request = make_request(self._config, self.labels)
+        check_mask_and_output(self.mask, self.output)
+        if is_sharded(self.model):
+            check_sharded(
+                self.model,
+                estimators=self._config.estimators,
+                bounds=self._config.bounds,
+                draws=self._config.draws,
+                engine=self._config.engine,
+                diagonals=self.diagonals,
+                processes=self.processes.size,
+            )
+        self._batch = Batch.of(self.inputs)
+        if self.processes.size == 1:
+            return ProcessSummary(size=self._batch.size)
+        return summarize(self.model, self._batch, rank=self.processes.rank)
+
+    def compare(self, summaries: Sequence[ProcessSummary]) -> None:
+        """Check that the shares fit together, and place this process's samples among all.
+
+        Args:
+            summaries: What :meth:`check` returned in each process.
+
+        Raises:
+            FimprobeError: If the models differ.
+            BatchError: If the sizes of batches rule a measurement out.
+        """
+        check_models_agree(summaries)
+        sizes = [summary.size for summary in summaries]
+        sharded = is_sharded(self.model)
+        if sharded and len(set(sizes)) > 1:
+            raise BatchError(
+                f"the batches of all processes must have one size, got {sizes}: they run a sharded "
+                "model (FSDP) in the same steps. Drop the last, smaller batch."
+            )
+        draws, seed, rank = self._config.draws, self._config.seed, self.processes.rank
+        size_biased = self._config.label_sampling == "size_biased"
+        count = {"exact": None, "auto": 2}[draws] if isinstance(draws, str) else draws
+        if sum(sizes) == 1 and count == 1:
+            raise BatchError(
+                "a batch of one with draws=1 has no variance to measure; pass draws=2 or more inputs"
+            )
+        if all(summary.input_shapes == summaries[0].input_shapes for summary in summaries):
+            # one stream for the whole batch: the number of processes changes no label
+            first = sum(sizes[:rank])
+            self._draws = Draws(
+                count=count, seed=seed, first=first, total=sum(sizes), size_biased=size_biased
+            )
+            self._chooses_draws = draws == "auto" and not sharded
+        else:
+            # other lengths use other amounts of random numbers and other numbers of passes: each
+            # process has a stream of its own, and all draw
+            self._draws = Draws(count=count, seed=seed + _RANK_STREAM * rank, size_biased=size_biased)
+            self._chooses_draws = False
+        self._buffers = summaries[0].buffers
+
+    def measure(self) -> MeasuredShare:
+        """Return the statistics of this process's samples, and the bounds of each layer.
+
+        Raises:
+            FimprobeError: If the model or the labels do not allow the measurement.
+            BatchError: If outputs are not finite.
+        """
+        with isolated_state(self.model, self._config.seed):
+            problem = self._make_problem()
+            check_labels(problem)
+            self._verify_plan(problem)
+            if self.request.backpack:
+                check_backpack(problem, self.plan, second_order=False)
+            if self.request.exact:
+                check_backpack(problem, self.plan, second_order=True)
+            measured = measure_with_fallbacks(problem, self.plan)
+            if self.request.backpack:
+                _replace_i1_by_backpack(problem, measured)
+            if self.plan.curvature_failure and self.request.i2:
+                measured.notes.append(self.plan.curvature_failure)
+            bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
+            return measured, bounds
+
+    def _make_problem(self) -> Problem:
+        """The question to the engine, about a twin of the model."""
+        shards = None
+        if is_sharded(self.model):
+            group = self.processes
+            shards = Shards(group.weights_group(), group.rank, group.size)
+        twin = make_twin(self.model) if shards is None else make_sharded_twin(self.model, shards)
+        if self._buffers:
+            for name, buffer in float_buffers(twin).items():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
+        problem = Problem(
+            twin=twin,
+            batch=self._batch.to(next(p.dtype for p in twin.parameters())),
+            likelihood=self.likelihood,
+            draws=self._draws,
+            select_outputs=self.output or select_outputs,
+            mask=self.mask,
+            memory_mb=self._config.memory_mb,
+            diagonals=self.diagonals,
+            request=self.request,
+            shards=shards,
+        )
+        if self._chooses_draws:
+            problem.draws = replace(self._draws, count=choose_draws(problem))
+        return problem
+
+    def _verify_plan(self, problem: Problem) -> None:
+        """Verify the plan if it is new, or if it was verified on a single sample only."""
+        plan, several = self.plan, problem.batch.size > 1
+        if not plan.verified_samples or (plan.verified_samples == 1 and several):
+            verified = make_verified_plan(problem)
+            for f in fields(plan):  # in place: the caller keeps the plan for later measurements
+                setattr(plan, f.name, getattr(verified, f.name))
+        curvature_samples = plan.curvature_verified_samples
+        if self.request.i2 and (not curvature_samples or (curvature_samples == 1 and several)):
+            check_curvature(problem, plan)
+        if self.request.i2 and plan.curvature_failure:
+            problem.request = replace(self.request, i2=False, exact=False)
+
+
+def _replace_i1_by_backpack(problem: Problem, measured: Measured) -> None:
+    from fimprobe.engines import backpack
+
+    autograd = measured.moments["i1"].parameters
+    measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
+    for name, moments in measured.moments["i1"].parameters.items():
+        # BackPACK does not compute the largest share of a label
+        moments.powers[3] = autograd[name].powers[3]

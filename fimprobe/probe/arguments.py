@@ -1,0 +1,43 @@
+"""Checks of the probe's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fimprobe.config.config import Config
+from fimprobe.errors import FimprobeError
+from fimprobe.measurement.arguments import check_model
+from fimprobe.model.fsdp import check_sharded, is_sharded
+
+
+def check_probe_arguments(
+    model: Any, config: Config, functions: Mapping[str, Callable[..., Any] | None]
+) -> None:
+    """Check the model, and that the arguments that must be functions are some.
+
+    Args:
+        model: The object that the loop calls.
+        config: The options.
+        functions: The arguments ``mask``, ``labels`` and ``output`` by name.
+
+    Raises:
+        FimprobeError: For a model that cannot be measured with these options, and for an argument
+            that is no function.
+    """
+    check_model(model)
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            source = "what the model returns" if name == "output" else "the forward's (args, kwargs)"
+            raise FimprobeError(
+                f"`{name}` must be a function, got {type(function).__name__}. Pass one from {source} "
+                "to a tensor."
+            )
+    if is_sharded(model):
+        check_sharded(
+            model,
+            estimators=config.estimators,
+            bounds=config.bounds,
+            draws=config.draws,
+            engine=config.engine,
+        )

@@ -1,0 +1,161 @@
+"""The measurement of one optimizer step, made by all processes together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from fimprobe.config.config import Config
+from fimprobe.distributed.processes import ProcessGroup
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.errors import ErrorHandler, FimprobeError
+from fimprobe.measurement.measure import measure
+from fimprobe.report.report import Report
+from fimprobe.training.batch_reader import BatchReader, ProbeBatch
+from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.schedule import Schedule, SharedBudget
+
+PREVIEW_NOTE = (
+    "Preview: only Î₁ was measured. Î₂ and the bounds follow as soon as the time budget allows; use "
+    'schedule={"every": 100} to measure everything from the first step.'
+)
+
+_LABEL_SEED_STEP = 1_000_003
+_ROW_SEED_STEP = 7919
+"""Difference of the seeds of two steps, for labels and for the choice of rows. They are two primes:
+no two steps share a stream of random numbers, and labels are independent of the rows."""
+
+
+@dataclass(kw_only=True)
+class StepMeasurement:
+    """Measures the batches of all processes; keeps what is reused from step to step.
+
+    Attributes:
+        model: The object that the loop calls.
+        config: The options.
+        reader: Selects batches, and holds the likelihood.
+        processes: The processes of the training.
+        errors: Treats errors.
+        deferred_error: An error of this process, which the next measurement raises in all.
+        plan: How parameters are reached.
+    """
+
+    model: nn.Module
+    config: Config
+    reader: BatchReader
+    processes: ProcessGroup
+    errors: ErrorHandler
+    deferred_error: Exception | None = None
+    plan: Plan = field(default_factory=Plan)
+
+    @property
+    def must_fail(self) -> bool:
+        """Whether an error waits that this process can raise without the others."""
+        return self.deferred_error is not None and self.processes.size == 1
+
+    def infer_likelihood(self, captured: CapturedBatch | None, inputs: Any) -> None:
+        """Infer the likelihood from the batch or, if None was captured, from given inputs."""
+        if captured is not None:
+            self._defer_error(lambda: self.reader.infer_from_batch(captured))
+        elif inputs is not None:
+            self._defer_error(lambda: self.reader.infer_from_inputs(inputs))
+
+    def measure(
+        self, step: int, captured: CapturedBatch | None, inputs: Any, *, schedule: Schedule
+    ) -> Report | None:
+        """Return one report of all processes' batches; None while the likelihood is unknown.
+
+        Args:
+            step: Number of the step.
+            captured: The training batch.
+            inputs: Inputs to measure in its place; None for none.
+            schedule: Decides whether it is a preview.
+
+        Raises:
+            BatchError: If the batch of some process cannot be measured.
+            FimprobeError: If measurements fail, or processes are at different steps.
+        """
+        started = time.perf_counter()
+        selected: list[ProbeBatch] = []
+
+        def select() -> str | None:
+            """Return what this process will measure, to be compared with the others."""
+            error, self.deferred_error = self.deferred_error, None
+            if error is not None:
+                raise error
+            if self.reader.likelihood is None:
+                return None
+            selected.append(self._select(step, captured, inputs))
+            return f"{self.reader.likelihood.name} at step {step}"
+
+        subjects = self.processes.run_everywhere(select)
+        if None in subjects:
+            return None
+        if len(set(subjects)) > 1:
+            raise FimprobeError(
+                f"all processes must measure the same, got {', '.join(map(str, subjects))}. "
+                "Attach at the same place and call the optimizer equally often on every process."
+            )
+        if captured is not None:
+            captured.release()  # the measurement needs the memory
+        preview = schedule.start(full=inputs is not None)
+        report = self._measure_batch(step, selected[0], preview=preview)
+        if isinstance(schedule, SharedBudget):
+            forecast = schedule.forecast
+            seconds = time.perf_counter() - started
+            # the clocks of processes differ: the forecast of the first one counts for all
+            schedule.next = self.processes.run_everywhere(lambda: forecast(step, seconds))[0]
+        return report
+
+    def _select(self, step: int, captured: CapturedBatch | None, inputs: Any) -> ProbeBatch:
+        """Return what this process measures, its part of the option ``batch``."""
+        selected = self.reader.select(
+            captured,
+            inputs,
+            estimators=self.config.estimators,
+            max_size=-(-self.config.batch // self.processes.size),
+            seed=self.config.seed + _ROW_SEED_STEP * step,
+        )
+        error = selected.labels_error
+        if error is not None:
+            if self.errors.raises:
+                raise error
+            self.errors.warn_once(f"step {step}, no empirical Fisher: {error}", str(error))
+        return selected
+
+    def _measure_batch(self, step: int, selected: ProbeBatch, *, preview: bool) -> Report:
+        """Measure with the options of the configuration; a preview leaves Î₂ and the bounds out."""
+        assert self.reader.likelihood is not None
+        config, setting = self.config, self.config.second_order
+        second_order = setting if isinstance(setting, str) else setting.model_dump()
+        estimators = [e for e in selected.estimators if not (preview and e == "i2")]
+        report = measure(
+            self.model,
+            selected.batch,
+            likelihood=self.reader.likelihood,
+            draws=config.draws,
+            label_sampling=config.label_sampling,
+            estimators=estimators or ["i1"],
+            second_order="off" if preview else second_order,
+            bounds=config.bounds and not preview,
+            engine=config.engine,
+            labels=selected.labels,
+            mask=selected.mask,
+            output=self.reader.output,
+            memory_mb=config.memory_mb,
+            seed=config.seed + _LABEL_SEED_STEP * step,
+            step=step,
+            plan=self.plan,
+            ranks=self.processes,
+        )
+        return replace(report, notes=[*report.notes, PREVIEW_NOTE]) if preview else report
+
+    def _defer_error(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.deferred_error = error

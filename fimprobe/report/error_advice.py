@@ -1,0 +1,190 @@
+"""Sentences on the errors of a report: how large they are, and how many inputs lower them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fimprobe.estimators.estimate import Estimate, GroupEstimates
+from fimprobe.estimators.names import SYMBOLS, UNBIASED_KEYS
+from fimprobe.report.format import count, listed, percent, some
+from fimprobe.report.reasons import group_by_cause, shared_reason, without_numbers
+from fimprobe.report.record import Record, describe_inputs, describe_labels, format_pairs
+
+if TYPE_CHECKING:
+    from fimprobe.report.report import Report
+
+TRUSTED_ERROR = 0.1
+"""Relative error up to which the F of a layer is called trusted."""
+
+MAX_LAYERS = 6
+"""Layers in a sentence."""
+
+MAX_ZERO_LAYERS = 8
+"""Layers without gradient in a sentence."""
+
+
+def verdict(group: GroupEstimates, batch_size: int) -> str:
+    """Return in a few words whether this report's F of a layer is reliable.
+
+    Args:
+        group: The estimates of the layer.
+        batch_size: Number of inputs of the report.
+
+    >>> from fimprobe.estimators.estimate import Estimate, GroupEstimates
+    >>> estimate = Estimate(trace=1.0, norm=1.0, rel_error=0.3)
+    >>> verdict(GroupEstimates(numel=1, i1=estimate), 32)
+    'needs 288 inputs (30 % now)'
+    """
+    estimate = group.i1
+    if estimate.norm == 0 and estimate.trace == 0:
+        return "zero"
+    if estimate.rel_error is None:
+        return f"unknown ({_reason(estimate)})"
+    if estimate.rel_error <= TRUSTED_ERROR:
+        return f"trusted ({percent(estimate.rel_error)})"
+    inputs = count(_inputs_needed(estimate, batch_size))
+    return f"needs {inputs} inputs ({percent(estimate.rel_error)} now)"
+
+
+def _inputs_needed(estimate: Estimate, batch_size: int) -> float:
+    """Return the inputs for a relative error of 10 %, measured like those of this report."""
+    assert estimate.rel_error is not None
+    return batch_size * (estimate.rel_error / TRUSTED_ERROR) ** 2
+
+
+def _reason(estimate: Estimate) -> str:
+    unknown = estimate.unknown
+    return unknown.get("rel_error") or unknown.get("norm") or "it was not measured"
+
+
+def error_sentences(report: Report) -> list[str]:
+    """Return the errors of the whole model, of the layers and with one label for each input."""
+    total = report.total.i1
+    if total.trace == 0:
+        return [_zero_fisher_message(report)]
+    if report.seen_mass is not None and total.trace is None:
+        return [
+            f"Î₁ gives no estimate of F: {total.unknown['trace']}. Labels that carry F are too rare "
+            "to be drawn from the model."
+        ]
+    verdicts = {name: verdict(group, report.batch_size) for name, group in report.layers.items()}
+    unknown = {
+        name: _reason(report.layers[name].i1)
+        for name, text in verdicts.items()
+        if text.startswith("unknown")
+    }
+    everywhere = _same_reason_everywhere(report, unknown)
+    sentences = [_total_sentence(report, "the whole model and of each layer" if everywhere else "")]
+    if len(report.layers) > 1:
+        sentences += _layer_sentences(report, verdicts, {} if everywhere else unknown)
+    zero = [repr(name) for name, text in verdicts.items() if text == "zero"]
+    if zero:
+        sentences.append(
+            f"No gradient reaches {some(zero, MAX_ZERO_LAYERS)} at these inputs: F is zero there, "
+            "whatever the label."
+        )
+    return sentences + _one_label_sentences(report)
+
+
+def _same_reason_everywhere(report: Report, unknown: dict[str, str]) -> bool:
+    """Return whether the errors of the model and of all layers are unknown for one cause."""
+    total = report.total.i1
+    if total.rel_error is not None or set(unknown) != set(report.layers):
+        return False
+    causes = {without_numbers(reason) for reason in unknown.values()}
+    return causes == {without_numbers(_reason(total))}
+
+
+def _total_sentence(report: Report, where: str) -> str:
+    """Return the error of the whole model, or why that of ``where`` is unknown."""
+    total, record = report.total.i1, _sampling_record(report)
+    sample = f"{describe_inputs(record)}, {describe_labels(record)}"
+    if total.rel_error is None:
+        where = where or "the whole model"
+        return f"The error of F of {where} at {sample} is unknown: {_reason(total)}."
+    sentence = f"F of the whole model is off by {percent(total.rel_error)} at {sample}"
+    if total.rel_error > TRUSTED_ERROR:
+        inputs = count(_inputs_needed(total, report.batch_size))
+        sentence += f"; an error of 10 % takes about {inputs} inputs measured in the same way"
+    return f"{sentence}."
+
+
+def _layer_sentences(report: Report, verdicts: dict[str, str], unknown: dict[str, str]) -> list[str]:
+    """Return which layers are trusted, which need more inputs, and which errors are unknown."""
+    sentences, estimates = [], {name: group.i1 for name, group in report.layers.items()}
+    trusted = [
+        f"{name!r} ({percent(estimates[name].rel_error)})"
+        for name, text in verdicts.items()
+        if text.startswith("trusted")
+    ]
+    imprecise = [
+        f"{name!r} takes {count(_inputs_needed(estimates[name], report.batch_size))} "
+        f"({percent(estimates[name].rel_error)} now)"
+        for name, text in verdicts.items()
+        if text.startswith("needs")
+    ]
+    if trusted:
+        sentences.append(f"Trusted to 10 %: {some(trusted, MAX_LAYERS)}.")
+    if imprecise:
+        sentences.append(f"More inputs are needed for 10 %: {some(imprecise, MAX_LAYERS)}.")
+    for reasons in group_by_cause([(repr(name), reason) for name, reason in unknown.items()]):
+        names = some([name for name, _ in reasons], MAX_LAYERS)
+        sentences.append(f"The error of {names} is unknown: {shared_reason(reasons)}.")
+    return sentences
+
+
+def _one_label_sentences(report: Report) -> list[str]:
+    """Return the errors of the estimators with one label from the model for each input."""
+    estimates = {key: e for key in UNBIASED_KEYS if (e := report.total.get(key)) is not None}
+    known = {key: e for key, e in estimates.items() if e.pairs_for(TRUSTED_ERROR) is not None}
+    sample = f"With one label from the model for each of {describe_inputs(_sampling_record(report))}"
+    sentences = []
+    if known:
+        errors = [percent(e.error_of(inputs=report.batch_size)) for e in known.values()]
+        off = [f"{SYMBOLS[key]} by {error}" for key, error in zip(known, errors, strict=True)]
+        off[0] = off[0].replace(" by ", " would be off by ", 1)
+        if "ih" in known:
+            off[-1] += " (with one random vector each)"
+        needs = [f"{format_pairs(_pairs_record(e))} with {SYMBOLS[key]}" for key, e in known.items()]
+        needs[0] = needs[0].replace(" with", " (input, label) pairs with", 1)
+        sentences.append(f"{sample}, {listed(off)}. An error of 10 % takes {', '.join(needs)}.")
+    # the first sentence has the reason of the total's error already
+    total = report.total.i1
+    stated = without_numbers(_reason(total)) if total.rel_error is None else ""
+    missing = []
+    for key, estimate in estimates.items():
+        reason = estimate.unknown.get("pairs", "")
+        if key not in known and reason and without_numbers(reason) != stated:
+            missing.append((SYMBOLS[key], reason))
+    for reasons in group_by_cause(missing):
+        names = listed([name for name, _ in reasons])
+        sentences.append(f"{sample}, the error of {names} is unknown: {shared_reason(reasons)}.")
+    return sentences
+
+
+def _sampling_record(report: Report) -> Record:
+    """Return the part of the report's record that states its inputs and labels."""
+    return {
+        "batch_size": report.batch_size,
+        "draws": "exact" if report.draws is None else report.draws,
+        "label_sampling": report.label_sampling,
+    }
+
+
+def _pairs_record(estimate: Estimate) -> Record:
+    return {
+        "pairs_for_10_percent": estimate.pairs_for(TRUSTED_ERROR),
+        "pairs_error": estimate.pairs_error,
+    }
+
+
+def _zero_fisher_message(report: Report) -> str:
+    if report.draws is None or report.label_sampling == "size_biased":
+        return (
+            "Î₁ of the whole model is zero, whatever the label: the outputs are saturated, or mask= "
+            "leaves no label."
+        )
+    return (
+        "Î₁ of the whole model is zero: none of the drawn labels has a gradient. The outputs are "
+        "saturated (draws='exact' also uses labels that are never drawn), or mask= leaves no label."
+    )

@@ -1,0 +1,109 @@
+"""Values and descriptions from a report's record (``Report.to_dict``, or a line of a file)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fimprobe.report.format import count, number, percent
+
+Record = dict[str, Any]
+"""A report as ``to_dict`` returns it, or as it is read from a file."""
+
+
+def pairs_needed(estimate: Record) -> float | None:
+    """Return the (input, label) pairs for 10 %, also from a file of an older version."""
+    pairs: float | None = estimate.get("pairs_for_10_percent", estimate.get("draws_for_10_percent"))
+    return pairs
+
+
+def format_pairs(estimate: Record) -> str:
+    """Return the pairs for 10 % with their relative standard error.
+
+    >>> format_pairs({"pairs_for_10_percent": 1622.0, "pairs_error": 0.1234})
+    '1,622 ± 12 %'
+    """
+    pairs, error = pairs_needed(estimate), estimate.get("pairs_error")
+    if pairs is None or error is None:
+        return count(pairs)
+    return f"{count(pairs)} ± {percent(float(f'{error:.2g}'))}"
+
+
+def error_with_drawn_labels(estimate: Record, inputs: int) -> float | None:
+    """Return the relative error of an estimator with one label from the model for each input.
+
+    Args:
+        estimate: The record of an estimate.
+        inputs: Number of inputs of its report.
+
+    >>> error_with_drawn_labels({"draws_for_10_percent": 800.0}, 8)  # from an older version's file
+    1.0
+    """
+    if "one_label_error" in estimate:
+        error: float | None = estimate["one_label_error"]
+        return error
+    pairs = pairs_needed(estimate)
+    return None if pairs is None else 0.1 * (max(pairs, 0.0) / inputs) ** 0.5
+
+
+def rank_layers(record: Record, top: int | None) -> list[tuple[str, Record]]:
+    """Return the layers that need the most pairs.
+
+    Args:
+        record: The record of a report.
+        top: Number of layers; None for all.
+
+    Returns:
+        (name, group) of each layer, most pairs first; all layers in the model's order where there
+        are no more than ``top``.
+    """
+    layers = list(record["layers"].items())
+    if top is None or len(layers) <= top:
+        return layers
+    return sorted(layers, key=lambda layer: -(pairs_needed(layer[1]["i1"]) or 0))[:top]
+
+
+def describe_labels(record: Record) -> str:
+    """Return the number of labels and how they were sampled, in words.
+
+    >>> describe_labels({"draws": 2, "label_sampling": "size_biased"})
+    '2 size-biased labels for each input'
+    >>> describe_labels({"draws": 1})
+    '1 label from the model for each input'
+    """
+    if record["draws"] == "exact":
+        return "exact labels"
+    noun = "label" if record["draws"] == 1 else "labels"
+    size_biased = label_sampling_of(record) == "size_biased"
+    labels = f"size-biased {noun}" if size_biased else f"{noun} from the model"
+    return f"{record['draws']} {labels} for each input"
+
+
+def label_sampling_of(record: Record) -> str:
+    """Return how labels were sampled; older versions drew all labels from the model."""
+    sampling = record.get("label_sampling")
+    return sampling or ("exact" if record["draws"] == "exact" else "model")
+
+
+def describe_inputs(record: Record) -> str:
+    """Return the number of inputs in words."""
+    return f"{record['batch_size']:,} input{'' if record['batch_size'] == 1 else 's'}"
+
+
+def summary_line(record: Record) -> str:
+    """Return one line on what was measured, and how."""
+    outputs = record.get("outputs") or {}
+    symbols = {"fisher_trace": "tr I(h)", "fisher_norm": "‖I(h)‖", "moment_norm": "‖M‖"}
+    norms = [
+        f"{symbol} {number(outputs[name])}"
+        for name, symbol in symbols.items()
+        if outputs.get(name) is not None
+    ]
+    return " · ".join(
+        [
+            f"fimprobe · step {record['step']:,}",
+            f"{describe_inputs(record)}, {describe_labels(record)}",
+            record["likelihood"],
+            *([f"outputs: {', '.join(norms)}"] if norms else []),
+            f"{record['seconds']:.3g} s",
+        ]
+    )

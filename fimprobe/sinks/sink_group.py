@@ -1,0 +1,99 @@
+"""The sinks of one probe: opened, written to together, dropped if they fail."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fimprobe.config.config import Config, TensorboardConfig
+from fimprobe.errors import ErrorHandler
+from fimprobe.report.report import Report
+from fimprobe.sinks.base import Sink
+from fimprobe.sinks.folder_lock import FolderLock
+from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
+from fimprobe.sinks.memory import MemorySink
+
+_REMEDY = "pass another log_dir; reports stay in probe.history"
+
+
+class SinkGroup:
+    """Writes every report to all sinks. A sink that fails is dropped with one warning.
+
+    Args:
+        sinks: Sinks of the user, in addition to the one in memory.
+        errors: Treats the errors of sinks.
+    """
+
+    def __init__(self, sinks: list[Sink] | None, errors: ErrorHandler) -> None:
+        self.memory = MemorySink()
+        self.sinks: list[Sink] = [self.memory, *(sinks or [])]
+        self._errors = errors
+        self._lock: FolderLock | None = None
+
+    def open_files(
+        self,
+        config: Config,
+        *,
+        open_tensorboard: Callable[[Path, TensorboardConfig], Sink],
+        describe_run: Callable[[], dict[str, Any]],
+        purge_step: int | None,
+    ) -> Path | None:
+        """Open the files that the configuration names.
+
+        Args:
+            config: Its options ``tensorboard`` and ``jsonl`` are used.
+            open_tensorboard: Returns the sink that writes charts to a folder, from its settings.
+            describe_run: Returns what the run measures, for the first line of the JSONL file.
+            purge_step: Step at which a training resumes; later records of the file are dropped.
+
+        Returns:
+            The folder of the charts, or None if there are none.
+        """
+        settings, log_dir, has_charts = config.tensorboard, default_log_dir(), False
+        if settings:
+            log_dir = log_dir if settings.log_dir is None else Path(settings.log_dir)
+            has_charts = self._errors.run_safely(
+                lambda: self.sinks.append(open_tensorboard(log_dir, settings)),
+                f"tensorboard log_dir={str(log_dir)!r} cannot be written ({_REMEDY})",
+                key="log_dir",
+            )
+        if config.jsonl is not False and (settings or config.jsonl):
+            path = Path(config.jsonl or log_dir / FILE_NAME)
+
+            def open_jsonl() -> None:
+                # the TensorBoard sink holds the lock of the folder; without it, the lines of two
+                # writers would be mixed
+                if not has_charts and not config.jsonl:
+                    self._lock = FolderLock(log_dir, take_over=purge_step is not None)
+                self.sinks.append(JsonlSink(path, run=describe_run, purge_step=purge_step))
+
+            # what prevents charts in log_dir prevents the file there: one warning for both
+            self._errors.run_safely(
+                open_jsonl,
+                f"jsonl={str(path)!r} cannot be written ({_REMEDY})",
+                key="jsonl" if config.jsonl else "log_dir",
+            )
+        return log_dir if has_charts else None
+
+    def write(self, report: Report) -> None:
+        """Write one report to all sinks."""
+        for sink in list(self.sinks):
+            write = functools.partial(sink.write, report)
+            if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
+                self.sinks.remove(sink)
+
+    def close(self) -> None:
+        """Close all sinks and release the folder."""
+        if self._lock is not None:
+            self._lock.release()
+        for sink in self.sinks:
+            self._errors.run_safely(sink.close, f"{type(sink).__name__} could not be closed")
+
+
+def default_log_dir() -> Path:
+    """Return a new folder name below ``runs/fimprobe``, of time and host."""
+    return Path("runs/fimprobe") / f"{datetime.now():%Y%m%d-%H%M%S-%f}_{socket.gethostname()}"

@@ -1,0 +1,42 @@
+"""The rooms of the package, in the order of their floors."""
+
+ROOMS = {
+    "_version": "",
+    "engines": "",
+    "engines.layers": "",
+    "engines.primitives": "",
+    "errors": "",
+    "torchvision_compat": "",
+    "likelihoods": "errors",
+    "model": "errors",
+    "engines.problem": "engines.primitives errors likelihoods model",
+    "penalties": "errors model",
+    "statistics": "likelihoods",
+    "training": "errors likelihoods model",
+    "estimators": "errors statistics",
+    "config": "errors estimators likelihoods training",
+    "engines.backpack": "engines.problem errors model statistics torchvision_compat",
+    "engines.tracing": "engines.layers engines.problem errors model",
+    "jacobian_bounds": "engines.problem model",
+    "distributed": "errors jacobian_bounds likelihoods model statistics",
+    "engines.moments": "engines.layers engines.primitives engines.problem engines.tracing model "
+    "statistics",
+    "report": "_version config errors estimators likelihoods model statistics",
+    "engines.curvature": "engines.backpack engines.layers engines.moments engines.primitives "
+    "engines.problem engines.tracing model statistics",
+    "plots": "estimators report",
+    "sinks": "config errors report",
+    "engines.autograd": "engines.backpack engines.curvature engines.layers engines.moments "
+    "engines.primitives engines.problem engines.tracing errors likelihoods model statistics",
+    "runs": "errors plots report sinks",
+    "sinks.tensorboard": "errors estimators plots report sinks training",
+    "measurement": "config distributed engines.autograd engines.backpack engines.problem "
+    "engines.tracing errors jacobian_bounds likelihoods model report statistics",
+    "probe": "config distributed engines.tracing errors likelihoods measurement model report sinks "
+    "sinks.tensorboard training",
+    "fimprobe": "_version config distributed engines.tracing errors estimators likelihoods "
+    "measurement penalties probe report runs sinks",
+    "cli": "config errors fimprobe report runs",
+    "__main__": "cli",
+}
+"""Each room, and what it may import; a room stands below those that import it."""

@@ -1,0 +1,203 @@
+"""The page of a run: its values, its pictures, and that a real browser opens it without a request."""
+
+import os
+import re
+import subprocess
+import sys
+from html import unescape
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+import fimprobe
+from fimprobe.cli.commands import main
+from fimprobe.report.format import count, number, percent
+from fimprobe.report.table import footnotes, make_rows
+from fimprobe.runs.html import make_page
+from tests.support.runs import deep_net, write_run
+
+CHROMIUM = "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, its reports, its page."""
+    folder = tmp_path_factory.mktemp("a & b <run>")
+    reports = write_run(folder, reports=4, estimators=["i1", "i2", "ih"]).history
+    page = folder / "page.html"
+    assert main(["show", str(folder), "--html", str(page)]) == 0
+    return folder, reports, page
+
+
+def cells(page):
+    """All rows of all tables, as texts."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    return [[unescape(c) for c in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_the_page_holds_the_reports_values(run):
+    text = run[2].read_text()
+    rows = cells(text)
+    last = run[1][-1]
+    for name, group in {**last.layers, "total": last.total}.items():
+        row = next(r for r in rows if r[0] == name)
+        assert row[2:4] == [number(group.i1.trace), number(group.i1.std_error)]
+        assert row[4] == percent(group.i1.rel_error)
+        assert row[5] == percent(group.i1.error_of(inputs=8))
+        assert row[7].partition(" ± ")[0] == count(group.i1.pairs_for(0.1))
+    for report in run[1]:
+        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 16)
+        for start, estimate in ((1, report.total.i1), (6, report.total.i2), (11, report.total.ih)):
+            assert row[start : start + 2] == [number(estimate.trace), number(estimate.std_error)]
+            assert row[start + 2] == percent(estimate.rel_error)
+            assert row[start + 3] == percent(estimate.error_of(inputs=8))
+            assert row[start + 4].partition(" ± ")[0] == count(estimate.pairs_for(0.1))
+    for sentence in last.advice:
+        assert f"<li>{sentence}</li>" in unescape(text)
+    assert f"<b>{percent(last.total.i1.rel_error)}</b>" in text
+    for line in footnotes(last.to_dict()):
+        assert line in unescape(text)
+    assert dict(r for r in rows if len(r) == 2)["1.bias"] == last.coverage["1.bias"]
+
+
+def test_the_page_tells_how_it_was_measured(run):
+    text = unescape(run[2].read_text())
+    for name, value in (
+        ("Model", "Sequential, 40 trainable parameters (float32)"),
+        ("Likelihood", "Categorical(class_dim=-1) (given)"),
+        ("Settings", "estimators [i1, i2, ih]"),
+    ):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in text
+
+
+def test_with_exact_labels_page_and_table_hold_the_same_errors(tmp_path):
+    (last,) = write_run(tmp_path, reports=1, draws="exact").history
+    page = make_page(fimprobe.read(tmp_path))
+    (total,) = (row for row in cells(page) if row[0] == "total")
+    assert total == list(make_rows(last.to_dict())[-1])
+    tiles = re.findall(r"<b>([\d.,]+ %)</b><span>([^<]*)</span>", unescape(page))
+    assert tiles == [
+        (total[4], "relative error of this report's F: 8 inputs, exact labels"),
+        (total[5], "relative error of Î₁: 8 inputs, 1 label from the model each"),
+        (total[6], "relative error of Î₂: 8 inputs, 1 label from the model each"),
+    ]
+    assert all(any(value in advice for advice in last.advice[:4]) for value in total[4:7])
+
+
+def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
+    """Three inputs: no error can be told; the reason stands once in the tiles, and below the table."""
+    (last,) = write_run(tmp_path, reports=1, size=3).history
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    why = last.total.i1.unknown["rel_error"]
+    assert why.startswith("3 inputs are too few")
+    tiles = re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)
+    assert tiles[0] == (number(last.total.i1.trace), "trace of F by Î₁")
+    dashes = [told for shown, told in tiles if shown == "–"]
+    assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
+    assert re.search(rf"– ± s.e., rel. error, .* everywhere: {re.escape(why)}", page)
+    assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
+
+
+def test_the_page_of_labels_that_were_not_seen(tmp_path):
+    """Every number of F is a dash, none is drawn, and the page says what to do."""
+    (last,) = write_run(
+        tmp_path, lambda: deep_net(bias=9.0), reports=1, size=40, label_sampling="model"
+    ).history
+    assert last.seen_mass < 0.5
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    for row in make_rows(last.to_dict())[1:]:
+        assert set(row[2:]) == {"–"} and list(row) in cells(page)
+    assert "<svg" not in page
+    assert page.count("pass label_sampling='size_biased' or draws='exact'") == 3
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(run):
+    class Links(HTMLParser):
+        found, scripts = [], 0
+
+        def handle_starttag(self, tag, attributes):
+            self.scripts += tag in ("script", "link", "iframe", "object", "embed")
+            names = ("src", "href", "xlink:href", "srcset", "data", "poster", "action")
+            self.found += [value for name, value in attributes if name in names]
+
+    text = run[2].read_text()
+    links = Links()
+    links.feed(text)
+    assert links.scripts == 0
+    assert links.found  # matplotlib's own references to parts of the picture
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links.found)
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
+    text = run[2].read_text()
+    pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(pictures) == 9
+    defined, used = [], set()
+    for picture in pictures:
+        root = ElementTree.fromstring(picture)
+        assert root.get("aria-label")
+        own = {e.get("id") for e in root.iter() if e.tag.endswith(("clipPath", "path"))} - {None}
+        used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', picture))
+        assert used <= own
+        defined += [i for i in own if i in used]
+        assert "currentColor" in picture
+        assert "#000000" not in picture
+    assert len(defined) == len(set(defined))  # a page has one element of each id
+
+
+def test_values_that_are_missing_leave_their_picture_out(tmp_path):
+    from fimprobe.plots.gallery import make_figures
+
+    reports = write_run(tmp_path, reports=1, draws=1, bounds=False, estimators=["i1"]).history
+    assert reports[0].total.i1.label_variance is None
+    assert "one label for each input" in reports[0].total.i1.unknown["label_variance"]
+    titles = [p.title for p in make_figures([reports[0].to_dict()])]
+    assert "Trace of the Fisher information" in titles
+    assert "Labels' covariance of the whole matrix, and its bound" not in titles
+    assert "Variance of one (input, label) pair" not in titles
+    assert "Layers at step 0" in make_page(fimprobe.read(tmp_path))
+
+
+def test_without_matplotlib_there_are_tables_and_the_remedy(run, monkeypatch):
+    for name in ("fimprobe.plots.style", "fimprobe.plots.figures", "fimprobe.plots.gallery"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = make_page(fimprobe.read(run[0]))
+    assert "<svg" not in text
+    assert "pip install 'fimprobe[plots]'" in unescape(text)
+    assert number(run[1][-1].total.i1.trace) in text
+
+
+def browse(page, folder):
+    """The DOM that chromium makes of a page, what it says, and the addresses it asked for."""
+    log = folder / "net.json"
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}",
+            "--enable-logging=stderr", "--dump-dom", page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    asked = set(re.findall(r'"url":"((?:http|ws)[^"]+)"', log.read_text()))
+    own = (".google.com", ".googleapis.com", ".gstatic.com")  # of the browser's start
+    asked = {url for url in asked if not url.split("/")[2].endswith(own)}
+    return done.stdout, [x for x in done.stderr.splitlines() if ":CONSOLE" in x], asked
+
+
+@pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason=f"{CHROMIUM} is not installed")
+def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
+    page = tmp_path / "page.html"
+    text = run[2].read_text()
+    for image, expected in (("", set()), ("http://127.0.0.1:9/x.png", {"http://127.0.0.1:9/x.png"})):
+        page.write_text(
+            text.replace("</body>", f"<img src='{image}'></body>" if image else "</body>")
+        )
+        dom, console, asked = browse(page, tmp_path)
+        assert "How wrong is the Fisher information?" in dom
+        assert dom.count("<svg") == 9
+        assert asked == expected  # the second page does ask: the check would see it
+        assert console == []
