@@ -22,15 +22,23 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, vmap
 
+from natural_gradient_figure import (  # isort: skip
+    EXACT,
+    PLAIN,
+    Curve,
+    draw,
+    mean_and_error,
+    root_mean_square,
+)
+
 DRAWS = (1, 4, 16, 64, 256)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-PLAIN, EXACT = "none: gradient descent", "F"
 
 
 class Problem(NamedTuple):
@@ -126,14 +134,6 @@ def optimum(problem: Problem) -> Tensor:
     return theta
 
 
-class Curve(NamedTuple):
-    """Excess losses [seeds, steps + 1], ‖Î − F‖_F/‖F‖_F at the start [seeds], and the step size η."""
-
-    excess: Tensor
-    error: Tensor
-    rate: float
-
-
 Results = dict[str, tuple[Problem, dict[tuple[str, int], Curve]]]
 """Every problem by name, with its curves by estimator and number of draws."""
 
@@ -215,18 +215,6 @@ def predicted_error(problem: Problem, draws: int) -> float:
     return math.sqrt((float(start.trace() / start.norm()) ** 2 + 1) / draws)
 
 
-def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard error over the first dimension; the error of one value is NaN."""
-    error = values.std(0) / math.sqrt(len(values)) if len(values) > 1 else math.nan * values[0]
-    return values.mean(0), error
-
-
-def root_mean_square(values: Tensor) -> tuple[float, float]:
-    """Return the root mean square and its standard error."""
-    mean, error = (float(v) for v in mean_and_error(values.square()))
-    return math.sqrt(mean), error / (2 * math.sqrt(mean)) if mean else error
-
-
 def steps_to(excess: Tensor, share: float) -> str:
     """Return the mean steps until the excess loss is a share of its start, where that is reached."""
     below = excess <= share * excess[:, :1]
@@ -262,94 +250,6 @@ def format_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Results, path: Path, damping: float) -> None:
-    """Draw the excess loss over steps for each problem, and the error of Î₁ over the draws.
-
-    Args:
-        results: The curves of every problem.
-        path: The path of the figure.
-        damping: The damping in the title.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results) + 1, figsize=(14, 4.6))
-    for axis, (name, (_, curves)) in zip(axes, results.items(), strict=False):
-        _draw_losses(axis, curves, pyplot.get_cmap("viridis"))
-        axis.set_title(name)
-    _draw_noise(axes[-1], results)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    seeds = max(len(curve.excess) for _, curves in results.values() for curve in curves.values())
-    figure.suptitle(
-        f"Natural gradient with an estimated Fisher information: means ± standard errors of {seeds} "
-        f"seeds,\neach curve at its best step size, damping {damping:g} × mean diagonal of F"
-    )
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _draw_losses(axis: Any, curves: dict[tuple[str, int], Curve], shades: Any) -> None:
-    """Draw the excess loss of every curve over steps."""
-    ends = []
-    for (estimator, draws), curve in curves.items():
-        mean, error = mean_and_error(curve.excess / curve.excess[:, :1])
-        steps = range(len(mean))
-        ends.append(float(mean[-1]))
-        label = f"{estimator}, N = {draws}"
-        if estimator == "Î₁":
-            place = DRAWS.index(draws) / (len(DRAWS) - 1)
-            style = {"color": shades(0.9 - 0.75 * place), "marker": "osDv^"[DRAWS.index(draws)]}
-        elif estimator == "Î₂":
-            style = {"color": "#D55E00", "marker": "x", "linestyle": "none", "zorder": 4}
-        else:
-            style = {"color": "black", "linestyle": ":" if estimator == PLAIN else "-"}
-            label = "gradient descent" if estimator == PLAIN else "F exact"
-        axis.plot(steps, mean, label=label, linewidth=1.3, markersize=5, markevery=3, **style)
-        if not bool(error.isnan().any()) and estimator == "Î₁":
-            low = (mean - error).clamp_min(1e-16)
-            axis.fill_between(steps, low, mean + error, color=style["color"], alpha=0.25, linewidth=0)
-    axis.set_yscale("log")
-    axis.set_ylim(max(min(ends) / 3, 1e-9), 2)
-    axis.set_xlabel("step")
-    axis.set_ylabel("excess loss / excess loss at the start")
-    axis.grid(True, color="0.88", linewidth=0.6)
-
-
-def _draw_noise(axis: Any, results: Results) -> None:
-    """Draw the measured and the predicted error of Î₁ over the number of draws."""
-    for (name, (problem, curves)), color, marker in zip(
-        results.items(), ("#0072B2", "#E69F00"), "os", strict=True
-    ):
-        points = [root_mean_square(curves["Î₁", n].error) for n in DRAWS]
-        axis.errorbar(
-            DRAWS,
-            [mean for mean, _ in points],
-            yerr=None if math.isnan(points[0][1]) else [error for _, error in points],
-            color=color,
-            marker=marker,
-            markersize=5,
-            linestyle="none",
-            capsize=2,
-            label=f"Î₁, {name.partition(' (')[0]}",
-        )
-        axis.plot(DRAWS, [predicted_error(problem, n) for n in DRAWS], color=color, linewidth=1)
-    axis.plot([], [], color="0.4", linewidth=1, label="√(((tr F)²/‖F‖² + 1)/N)")
-    axis.set_xscale("log", base=4)
-    axis.set_yscale("log")
-    axis.set_xticks(DRAWS, [str(n) for n in DRAWS])
-    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["10 %", "20 %", "50 %", "100 %", "200 %", "500 %"])
-    axis.minorticks_off()
-    axis.set_title("noise of the labels in Î₁ (in Î₂: none)")
-    axis.set_xlabel("draws N of labels for the data set")
-    axis.set_ylabel("‖Î₁ − F‖ / ‖F‖ at the start")
-    axis.grid(True, color="0.88", linewidth=0.6)
-    axis.legend(frameon=False, fontsize=9)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Descend, print and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -363,7 +263,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(format_table(results))
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        draw(results, options.out / "natural_gradient.png", options.damping)
+        theory = {
+            name: [predicted_error(problem, n) for n in DRAWS]
+            for name, (problem, _) in results.items()
+        }
+        curves = {name: curves for name, (_, curves) in results.items()}
+        draw(curves, theory, options.out / "natural_gradient.png", options.damping)
         print(f"figure: {options.out / 'natural_gradient.png'}")
     except ImportError as error:
         print(f"no figure: it needs {error.name} (pip install matplotlib)")

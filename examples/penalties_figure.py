@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 NONE, EARLY = "no penalty", "no penalty, stopped early"
 
-LOOKS = {  # colours of Okabe and Ito, which colour-blind readers distinguish, and shapes
+STYLES = {  # colours of Okabe and Ito, which colour-blind readers distinguish, and shapes
     EARLY: ("#000000", "o", ":"),
     "frobenius": ("#E69F00", "s", "-"),
     "spectral": ("#0072B2", "^", "-"),
@@ -60,7 +60,7 @@ def draw(results: Runs, models: list[str], path: Path) -> None:
     )
     for row, model in zip(axes, models, strict=True):
         for axis, (title, across, up, label) in zip(row, PANELS, strict=True):
-            for penalty in LOOKS:
+            for penalty in STYLES:
                 _draw_curve(axis, results, model, penalty, across, up)
             _format_axis(axis, results, model, across)
             axis.set_ylabel(label)
@@ -94,7 +94,7 @@ def _draw_curve(axis: Any, results: Runs, model: str, penalty: str, across: str,
             xs = [100 * (1 - run["confidence"]) for run in runs]
         points.append((*mean_and_error(xs), *mean_and_error([run[up] for run in runs])))
     x, dx, y, dy = (list(column) for column in zip(*points, strict=True))
-    color, marker, style = LOOKS[penalty]
+    color, marker, style = STYLES[penalty]
     axis.errorbar(
         x,
         y,

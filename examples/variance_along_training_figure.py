@@ -95,7 +95,7 @@ def confidence(point: Point) -> float:
 
 
 BLUE, RED = "#0072B2", "#D55E00"  # colours of Okabe and Ito, which colour-blind readers distinguish
-LOOKS = (("#000000", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+STYLES = (("#000000", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 """Colour and marker of each layer."""
 
 CURVES: tuple[tuple[int, str, str, str, Callable[[Layer], float]], ...] = (
@@ -175,7 +175,7 @@ def _draw_layer(column: Any, trainings: Trainings, i: int) -> None:
 
 def _draw_comparison(column: Any, trainings: Trainings) -> None:
     """Draw tr F and V2/V1 of all layers, and the accuracy, into the last column of panels."""
-    for i, (color, marker) in enumerate(LOOKS):
+    for i, (color, marker) in enumerate(STYLES):
         style = {"marker": marker, "label": f"layer {i + 1}"}
         _draw_line(column[0], trainings, lambda p, i=i: p.layers[i].trace, color, **style)
         if not has_no_variance(trainings, i):

@@ -20,7 +20,7 @@ logger = logging.getLogger("fimprobe")
 
 hide_broken_torchvision()  # before Lightning's torchmetrics imports torchvision
 
-# both names of the package may be installed; the one that the user imported first is meant
+# both names of the package may be installed; the name that the user imported decides
 _NAMES = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
 for _name in _NAMES:
     try:

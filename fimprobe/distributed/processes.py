@@ -63,6 +63,9 @@ class ProcessGroup(Protocol):
     def measure_together(self, action: Callable[[], MeasuredShare]) -> MeasuredShare:
         """Return the measurement of the whole batch; ``action`` measures this process's share."""
 
+    def add_tensors(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes."""
+
     def weights_group(self) -> Any:
         """Return a ``torch.distributed`` group for the weights of a sharded model.
 
@@ -82,6 +85,9 @@ class SingleProcess:
     def measure_together(self, action: Callable[[], MeasuredShare]) -> MeasuredShare:
         """Return the measurement of the only share."""
         return action()
+
+    def add_tensors(self, tensors: list[Tensor]) -> None:
+        """Leave the tensors as they are."""
 
     def weights_group(self) -> Any:
         """Return None: nothing is sent."""
@@ -144,6 +150,10 @@ class GlooProcessGroup:
         sums = local_sums(local[0], common_shapes(shapes))
         self._bounded(lambda: self._add(list(sums.values())))
         return merge(rests, sums | sharded_sums(local[0])), merge_bounds(bounds)
+
+    def add_tensors(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor, on the CPU, by its sum over the processes."""
+        self._bounded(lambda: self._add(tensors))
 
     def weights_group(self) -> Any:
         """Return the group, made at the first call, which all processes make together."""

@@ -205,7 +205,7 @@ def hessian_norm_squares(squares: Tensor, draws: int, exact: bool, classes: int 
 def _mean_error(values: Tensor, random_signs: bool) -> Tensor | None:
     """Return the standard error [G] of means of values [J, G, B, K].
 
-    J directions are shared by all inputs; each input has K sign vectors of its own. The variance over
+    All inputs share the J directions, and each input has K different sign vectors. The variance over
     inputs includes the noise of the signs (where these are random) and more. A direction changes
     all inputs together, so that a single direction does not show its noise.
     """

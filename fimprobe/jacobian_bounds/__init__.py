@@ -1,4 +1,4 @@
 """Bounds on layer Jacobians from the weights: Soen & Sun (2021), eq. 20 and 21.
 
-Starts at ``layer_bounds.py``; ``propagation.py`` walks the autograd graph down from the outputs.
+The entry is ``layer_bounds.py``; ``propagation.py`` visits the autograd graph from the outputs down.
 """

@@ -55,10 +55,10 @@ def linear_input_norms(rows: Tensor, *, weight: bool, bias: bool) -> InputNorms:
     if not weight:
         return bias_norms(rows.shape[0], rows.shape[1])
     length = rows.shape[1]
-    whole = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
-    whole = torch.hypot(whole, whole.new_tensor(math.sqrt(length * bias))).cpu() * ROUNDING
+    norm = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64)
+    norm = torch.hypot(norm, norm.new_tensor(math.sqrt(length * bias))).cpu() * ROUNDING
     if length == 1:
-        return InputNorms(whole, whole)
+        return InputNorms(norm, norm)
     spectral = []
     for chunk in _chunks(rows, rows[0].numel()):
         x, scale = _scale_samples(chunk, bias)
@@ -66,7 +66,7 @@ def linear_input_norms(rows: Tensor, *, weight: bool, bias: bool) -> InputNorms:
             ones = (1 / scale).to(x.dtype).view(-1, 1, 1).expand(-1, length, 1)
             x = torch.cat([x, ones], 2)
         spectral.append((_largest(x).sqrt() * scale).cpu() * ROUNDING)
-    return InputNorms(torch.minimum(torch.cat(spectral), whole), whole)
+    return InputNorms(torch.minimum(torch.cat(spectral), norm), norm)
 
 
 def convolution_input_norms(

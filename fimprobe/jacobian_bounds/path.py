@@ -13,7 +13,7 @@ from fimprobe.jacobian_bounds.graph import AutogradGraph, Edge, signed
 
 @dataclass(frozen=True, kw_only=True)
 class PathNorm:
-    """What is known of ∂h_L/∂z, z the tensor that the path has reached."""
+    """Norms and layout of ∂h_L/∂z, z being the tensor that a path has reached."""
 
     spectral: Tensor
     """A bound of s_max(∂h_L/∂z) for each sample, float64 [B]."""

@@ -78,7 +78,7 @@ def normalised(graph: AutogradGraph, edge: Edge, path: PathNorm) -> PathNorm:
 def branches(graph: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edge, PathNorm]]:
     """The arguments of a sum or concatenation, each with the norm of the path through it alone.
 
-    Where two branches meet again, the propagation finds a fork.
+    If two branches join again, the propagation finds a fork.
     """
     onward = []
     for slot in range(len(edge.node.next_functions)):

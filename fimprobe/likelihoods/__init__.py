@@ -47,8 +47,8 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
     if isinstance(likelihood, str):
         if likelihood not in LIKELIHOODS:
             raise FimprobeError(
-                f"likelihood={likelihood!r} is unknown; use one of {sorted(LIKELIHOODS)} or an "
-                "object such as fimprobe.likelihoods.Gaussian(sigma=0.5)"
+                f"likelihood must be one of {sorted(LIKELIHOODS)}, got {likelihood!r}. An object "
+                "such as fimprobe.likelihoods.Gaussian(sigma=0.5) is possible too."
             )
         return LIKELIHOODS[likelihood]()
     if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):

@@ -22,7 +22,7 @@ class Bernoulli(Independent):
     """
 
     name: str = "bernoulli"
-    support = "labels 0 and 1 (not probabilities)"
+    support = "0 or 1 (not probabilities)"
 
     def in_support(self, labels: Tensor) -> Tensor:
         """Return where a label is 0 or 1."""

@@ -66,20 +66,21 @@ class Categorical:
         """
         if outputs.dim() < 2 or not -outputs.dim() <= self.class_dim < outputs.dim():
             raise FimprobeError(
-                f"likelihood='categorical' needs logits [B, ..., C], but the outputs have shape "
-                f"{tuple(outputs.shape)} (class_dim={self.class_dim})"
+                f"outputs must be logits [B, ..., C] for likelihood='categorical', got shape "
+                f"{tuple(outputs.shape)} with class_dim={self.class_dim}. Pass output= a function "
+                "from what the model returns to its logits."
             )
         if outputs.dim() >= 4 and self.class_dim == -1:
             raise FimprobeError(
-                f"likelihood='categorical' cannot tell which dimension of {tuple(outputs.shape)} "
-                "holds the classes; pass likelihood=fimprobe.likelihoods.Categorical(class_dim=1) "
-                "for maps [B, C, H, W], or class_dim=" + str(outputs.dim() - 1) + " for the last"
+                f"class_dim must be given for outputs of shape {tuple(outputs.shape)}, got -1. Pass "
+                "likelihood=fimprobe.likelihoods.Categorical(class_dim=1) for maps [B, C, H, W], or "
+                f"class_dim={outputs.dim() - 1} for classes in the last dimension."
             )
         if outputs.shape[self.class_dim] < 2:
             raise FimprobeError(
-                f"likelihood='categorical' needs at least 2 classes, but outputs of shape "
-                f"{tuple(outputs.shape)} have {outputs.shape[self.class_dim]}; for one logit per "
-                "label pass likelihood='bernoulli'"
+                f"outputs must have at least 2 classes for likelihood='categorical', got "
+                f"{outputs.shape[self.class_dim]} in shape {tuple(outputs.shape)}. Pass "
+                "likelihood='bernoulli' for one logit per label."
             )
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
@@ -94,27 +95,27 @@ class Categorical:
         """
         shape, classes = self.label_shape(outputs), outputs.shape[self.class_dim]
         if labels.shape != shape:
-            remedy = "pass one class index per position, -100 where there is none"
+            remedy = "Pass one class index per position, -100 where there is none"
             if labels.shape == outputs.shape:
-                remedy = f"pass class indices: labels.argmax({self.class_dim}) of one-hot labels"
+                remedy = f"Pass class indices: labels.argmax({self.class_dim}) of one-hot labels"
             elif labels.numel() == shape.numel():
                 remedy += f": labels.reshape{tuple(shape)} if the order is the same"
             raise FimprobeError(
-                f"labels have shape {tuple(labels.shape)}, but likelihood='categorical' with outputs "
-                f"{tuple(outputs.shape)} needs {tuple(shape)}; {remedy}"
+                f"labels must have the shape {tuple(shape)} for likelihood='categorical' with "
+                f"outputs {tuple(outputs.shape)}, got {tuple(labels.shape)}. {remedy}."
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise FimprobeError(
-                f"labels have type {labels.dtype}, but likelihood='categorical' needs class indices; "
-                "pass whole numbers such as labels.long()"
+                "labels must be class indices for likelihood='categorical', got type "
+                f"{labels.dtype}. Pass whole numbers, such as labels.long()."
             )
         labels = labels.long()
         invalid = ((labels < 0) | (labels >= classes)) & (labels != IGNORED)
         if bool(invalid.any()):
             raise FimprobeError(
-                f"labels hold {int(invalid.sum())} of {labels.numel()} class indices outside 0 to "
-                f"{classes - 1}, the first {labels[invalid][0].item()}; number the classes from 0, "
-                f"and set the label of ignored positions to {IGNORED}"
+                f"labels must be class indices from 0 to {classes - 1}, got {int(invalid.sum())} of "
+                f"{labels.numel()} outside, the first {labels[invalid][0].item()}. Number the "
+                f"classes from 0, and set the label of ignored positions to {IGNORED}."
             )
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:

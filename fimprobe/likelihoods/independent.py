@@ -113,7 +113,8 @@ class Independent:
         """
         if outputs.dim() < 1:
             raise FimprobeError(
-                f"likelihood={self.name!r} needs outputs [B, ...], but they have shape ()"
+                f"outputs must have a batch dimension, [B, ...], for likelihood={self.name!r}, got "
+                "shape (). Pass output= a function from what the model returns to its outputs."
             )
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
@@ -127,21 +128,25 @@ class Independent:
             FimprobeError: If the shape differs, or a label is not possible.
         """
         if labels.shape != outputs.shape:
-            remedy = "pass one label per output component"
+            remedy = "Pass one label per output component"
             if labels.numel() == outputs.numel():
                 remedy += ": labels.view_as(outputs) if the order is the same"
             raise FimprobeError(
-                f"labels have shape {tuple(labels.shape)}, but likelihood={self.name!r} with outputs "
-                f"{tuple(outputs.shape)} needs the outputs' shape; {remedy}"
+                f"labels must have the outputs' shape {tuple(outputs.shape)} for likelihood="
+                f"{self.name!r}, got {tuple(labels.shape)}. {remedy}."
             )
         if labels.is_complex():
-            raise FimprobeError(f"labels have type {labels.dtype}; pass real numbers")
+            raise FimprobeError(
+                f"labels must be real numbers, got type {labels.dtype}. Pass labels.real if the "
+                "imaginary parts are zero."
+            )
         invalid = ~self.in_support(labels)
         if bool(invalid.any()):
             raise FimprobeError(
-                f"labels hold {int(invalid.sum())} of {labels.numel()} values that likelihood="
-                f"{self.name!r} cannot draw, the first {labels[invalid][0].item()}; pass "
-                f"{self.support} (any of them where mask is False), or another likelihood"
+                f"labels must be {self.support} for likelihood={self.name!r}, got "
+                f"{int(invalid.sum())} of {labels.numel()} other values, the first "
+                f"{labels[invalid][0].item()}. Correct them (where mask is False, any possible label "
+                "serves), or pass another likelihood."
             )
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:

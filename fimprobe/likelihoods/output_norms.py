@@ -64,8 +64,8 @@ def position_mask(mask: Tensor | None, like: Tensor) -> Tensor:
         return torch.ones_like(like, dtype=torch.bool)
     if mask.shape[:1] != like.shape[:1] or mask.numel() != like.numel():
         raise FimprobeError(
-            f"mask has shape {tuple(mask.shape)}, but there are {like.shape[1]} labels for each of "
-            f"{like.shape[0]} inputs; pass a boolean mask of the labels' shape"
+            f"mask must have the labels' shape, {like.shape[1]} labels for each of {like.shape[0]} "
+            f"inputs, got {tuple(mask.shape)}. Pass a boolean mask, False where there is no label."
         )
     return mask.reshape(like.shape).bool()
 

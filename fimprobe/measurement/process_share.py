@@ -38,8 +38,10 @@ from fimprobe.measurement.process_summary import (
     summarize,
 )
 from fimprobe.model.batch import Batch
+from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
 from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import unwrap
 from fimprobe.model.twin import make_twin
 from fimprobe.statistics import Measured
 
@@ -164,26 +166,32 @@ class ProcessShare:
                 _replace_i1_by_backpack(problem, measured)
             if self.plan.curvature_failure and self.request.i2:
                 measured.notes.append(self.plan.curvature_failure)
+            if self.plan.twin is not None:
+                measured.notes.extend(self.plan.twin.notes)
             bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
             return measured, bounds
 
     def _make_problem(self) -> Problem:
         """The question to the engine, about a twin of the model."""
+        select = self.output or select_outputs
+        batch = self._batch.to(next(unwrap(self.model).parameters()).dtype)
         shards = None
         if is_sharded(self.model):
             group = self.processes
             shards = Shards(group.weights_group(), group.rank, group.size)
-        twin = make_twin(self.model) if shards is None else make_sharded_twin(self.model, shards)
+            twin = make_sharded_twin(self.model, shards)
+        else:
+            twin, self.plan.twin = make_checked_twin(self.model, batch, select, self.plan.twin)
         if self._buffers:
             for name, buffer in float_buffers(twin).items():
                 if name in self._buffers:
                     buffer.copy_(self._buffers[name])
         problem = Problem(
             twin=twin,
-            batch=self._batch.to(next(p.dtype for p in twin.parameters())),
+            batch=batch,
             likelihood=self.likelihood,
             draws=self._draws,
-            select_outputs=self.output or select_outputs,
+            select_outputs=select,
             mask=self.mask,
             memory_mb=self._config.memory_mb,
             diagonals=self.diagonals,
@@ -199,6 +207,7 @@ class ProcessShare:
         plan, several = self.plan, problem.batch.size > 1
         if not plan.verified_samples or (plan.verified_samples == 1 and several):
             verified = make_verified_plan(problem)
+            verified.twin = plan.twin
             for f in fields(plan):  # in place: the caller keeps the plan for later measurements
                 setattr(plan, f.name, getattr(verified, f.name))
         curvature_samples = plan.curvature_verified_samples

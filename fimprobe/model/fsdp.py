@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fimprobe.errors import FimprobeError
-from fimprobe.model.twin import make_twin, unwrap
+from fimprobe.model.twin import TwinSettings, copy_twin, unwrap
 
 
 class Saved(NamedTuple):
@@ -64,7 +64,7 @@ class Shards:
         part = self.parts[name].detach()
         own = part.to_local().contiguous().reshape(-1)
         if self.size == 1:
-            return own.view(part.shape)
+            return own.clone().view(part.shape)
         each = self._rows(part.shape) * part.shape[1:].numel()
         sent = torch.zeros(each, dtype=own.dtype)
         sent[: own.numel()] = own
@@ -229,26 +229,31 @@ def check_sharded(
     for name, parameter in model.named_parameters():
         if not is_part(parameter):
             continue
-        mesh: Any = parameter.device_mesh
-        told = None
-        if id(parameter) not in held:
-            told = "is a DTensor that fully_shard did not make"
-        elif mesh.ndim != 1:
-            told = f"is spread over a mesh of {mesh.ndim} dimensions (HSDP, tensor parallelism)"
-        elif mesh.mesh.tolist() != list(range(processes)):
-            told = f"lies on processes {mesh.mesh.tolist()}, but {processes} measure together"
-        elif not parameter.placements[0].is_shard(0):
-            told = f"is placed {parameter.placements[0]}, not sharded by rows"
-        elif parameter.device.type != mesh.device_type:
-            told = f"is offloaded to the {parameter.device.type}"
-        if told is not None:
+        problem = _describe_placement(parameter, held, processes)
+        if problem:
             raise FimprobeError(
-                f"parameter {name!r} {told}; a sharded model can be measured where fully_shard "
+                f"parameter {name!r} {problem}; a sharded model can be measured where fully_shard "
                 "shards it by rows over all processes and all of them measure (attach)"
             )
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
             raise FimprobeError(f"{path!r} has max_norm, which cannot be measured sharded; drop it")
+
+
+def _describe_placement(parameter: Any, held: Collection[int], processes: int) -> str:
+    """Why a sharded parameter cannot be measured; empty if it can."""
+    mesh: Any = parameter.device_mesh
+    if id(parameter) not in held:
+        return "is a DTensor that fully_shard did not make"
+    if mesh.ndim != 1:
+        return f"is spread over a mesh of {mesh.ndim} dimensions (HSDP, tensor parallelism)"
+    if mesh.mesh.tolist() != list(range(processes)):
+        return f"lies on processes {mesh.mesh.tolist()}, but {processes} measure together"
+    if not parameter.placements[0].is_shard(0):
+        return f"is placed {parameter.placements[0]}, not sharded by rows"
+    if parameter.device.type != mesh.device_type:
+        return f"is offloaded to the {parameter.device.type}"
+    return ""
 
 
 def make_sharded_twin(model: nn.Module, shards: Shards) -> nn.Module:
@@ -265,7 +270,7 @@ def make_sharded_twin(model: nn.Module, shards: Shards) -> nn.Module:
     for unit in units:  # FSDP's classes refuse to be copied: the class they were made from is
         plain: Any = type(unit).__mro__[2]
         memo[id(unit)] = plain.__new__(plain)
-    twin = make_twin(model, memo, units)
+    twin, _ = copy_twin(model, TwinSettings(), memo, units)
     owner: dict[int, nn.Module] = {}
     for unit in units:  # outermost first: the innermost unit is the one that gathers
         for parameter in unit.parameters():

@@ -1,39 +1,77 @@
-"""A copy of the model that shares the parameters' storage and nothing else.
+"""A copy of the model for one measurement, in memory of its own.
 
-Everything the probe does, it does to the twin: hooks, gradients, modes and in-place layers of the
-user's model stay as they are. It is made anew for each measurement, so it is never out of date.
+Everything that the probe does, it does to the twin. Design, and what was weighed for it:
+
+*A copy, and not the model itself.* A forward changes more than tensors: counters, caches, lists
+that hooks fill, the flags of modes. Run often on the user's modules, each of these would have to be
+restored exactly, while other threads may use them. A copy isolates all of them at once.
+
+*No shared memory.* Parameters were shared once, to save memory. But ``train()``, ``eval()``, hooks
+and the forward itself write parameters (loralib, RWKV, ``weight.data.div_``), some of them unseen
+by version counters. Copy-on-write memory is no way out: it changes the address of the user's
+parameter when either side is written, which breaks recorded CUDA graphs. A copy of the trainable
+parameters costs less memory than their gradients, and about as much time as reading them once.
+Frozen parameters are shared only where they are larger than ``LARGE_FROZEN_BYTES``, and no longer
+once a write to one of them was seen.
+
+*What a copy must follow.* ``copy.deepcopy`` stops at functions, weak references and tensors with a
+graph. :class:`~fimprobe.model.model_copies.ModelCopier` rebuilds closures, methods, partial
+functions and weak references around the copied modules, keeps views of parameters as views, and
+shares what cannot be copied. Forward hooks belong to the model's function and run in the copy, as
+copies: lists and counters in their closures are not the user's. Backward hooks and hooks of tensors
+observe or change gradients, not the function, and stay behind; so do hooks of fimprobe and
+``torch.distributed``.
+
+*Modes.* ``module.training`` is set on the copies; no override of ``train()`` or ``eval()`` runs.
+What an override does beyond that (merging adapters, swapping averaged weights in) prepares for
+inference; the information that is measured is that of the weights that are trained.
+
+*Trust.* Nothing of this is believed. :func:`~fimprobe.model.checked_twin.make_checked_twin`
+compares the twin with the user's own modules before the first measurement and whenever the model
+has changed.
 """
 
 from __future__ import annotations
 
-import copy
-import copyreg
 import functools
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
 from fimprobe.errors import FimprobeError
+from fimprobe.model.model_copies import ModelCopier
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_NO_STATE = {*_HOOKS, "_parameters", "_modules"}
-_ATOMS = {type(None), bool, int, float, complex, str, bytes, type}
-_CONTAINERS = {dict, OrderedDict, set, list}
+LARGE_FROZEN_BYTES = 512 * 2**20
+"""Frozen parameters above this share the user's memory; the default of ``memory_mb``."""
+
+
+@dataclass(kw_only=True)
+class TwinSettings:
+    """How the twin of a model is made, learned by :mod:`fimprobe.model.checked_twin`.
+
+    Attributes:
+        training_modules: Paths of modules that stay in training mode.
+        copies_inputs: Whether the forward overwrites its inputs, so that each gets a copy of them.
+        resets_state: Whether the forward changes its own function, so that each begins from the
+            same state.
+        shares_frozen: Whether large frozen parameters share the user's memory.
+        adjusts_foreign_classes: Whether an option ``inplace`` is switched off, and Accelerate's
+            autocast taken off, in classes that are not torch's.
+        fingerprint: Of the model that the settings were found with; None before.
+        notes: Sentences for the report.
+    """
+
+    training_modules: frozenset[str] = frozenset()
+    copies_inputs: bool = False
+    resets_state: bool = False
+    shares_frozen: bool = True
+    adjusts_foreign_classes: bool = True
+    fingerprint: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def unwrap(wrapped: nn.Module) -> nn.Module:
@@ -48,136 +86,147 @@ def unwrap(wrapped: nn.Module) -> nn.Module:
             return model  # type: ignore[no-any-return]
 
 
-def make_twin(
-    model: nn.Module, memo: dict[int, Any] | None = None, shells: Sequence[nn.Module] = ()
-) -> nn.Module:
-    """A copy in eval mode: parameters share storage, buffers are copied, hooks left behind.
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, each once; wrappers' prefixes left out."""
+    return {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in unwrap(model).named_parameters()
+        if parameter.requires_grad
+    }
 
-    Hooks of ``torch.nn.utils`` (weight and spectral norm, pruning) compute the layer's weight and
-    come along. ``inplace`` is off everywhere, as are caches for generation; embeddings with
-    ``max_norm`` (which rewrite their weight in the forward) get a weight of their own. ``memo`` names
-    copies that were made before (of parameters, by id); those of ``shells`` are still empty and get
-    their modules' contents.
+
+def make_twin(model: nn.Module, settings: TwinSettings | None = None) -> nn.Module:
+    """Return a copy in eval mode with parameters, buffers, attributes and forward hooks of its own.
+
+    ``inplace`` is off, as are caches for generation.
+
+    Args:
+        model: The user's model; it is read only.
+        settings: What is known about it.
+
+    Raises:
+        FimprobeError: If a lazy layer has no parameters yet.
 
     >>> net = nn.Linear(2, 1)
     >>> twin = make_twin(net)
     >>> twin.weight.data_ptr() == net.weight.data_ptr(), twin.training
-    (True, False)
+    (False, False)
+    """
+    return copy_twin(model, settings or TwinSettings())[0]
+
+
+def copy_twin(
+    model: nn.Module,
+    settings: TwinSettings,
+    memo: dict[int, Any] | None = None,
+    shells: Sequence[nn.Module] = (),
+) -> tuple[nn.Module, ModelCopier]:
+    """Return the twin, and the copier that made it.
+
+    Args:
+        model: The user's model.
+        settings: How the twin is made.
+        memo: Copies made before (of parameters), by the identity of the original.
+        shells: Modules whose copies in ``memo`` are still empty; they are filled.
     """
     model = unwrap(model)
-    memo = {} if memo is None else memo
-    compiled = []
-    module: Any
-    for module in model.modules():
-        if module is not model and "_orig_mod" in {**module.__dict__, **module._modules}:
-            compiled.append(module)
-        renorms = _has(module, "max_norm") is not None
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise FimprobeError(
-                    f"the model has a lazy layer {type(module).__name__} that has seen no input; "
-                    "run one forward pass first"
-                )
-            if id(parameter) not in memo or renorms:
-                data = parameter.detach().clone() if renorms else parameter.detach()
-                memo[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-        for name in _HOOKS:
-            hooks = module.__dict__.get(name)
-            if hooks:
-                memo[id(hooks)] = OrderedDict(
-                    (k, copy.deepcopy(hook))
-                    for k, hook in hooks.items()
-                    if name == "_forward_pre_hooks"
-                    and type(hook).__module__.startswith("torch.nn.utils")
-                )
-        # tensors that a forward left on the module belong to a graph and cannot be copied
-        for name, value in module.__dict__.items():
-            if name in _NO_STATE or not isinstance(value, (Tensor, list, tuple, dict)):
-                continue
-            if isinstance(value, Tensor) or value:
-                for leaf in tree_leaves(value):
-                    if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                        memo[id(leaf)] = leaf.detach().clone()
-    for module in compiled:
-        memo[id(module)] = _copied(module._orig_mod, memo)
+    copier = ModelCopier(model, {} if memo is None else memo)
+    if settings.shares_frozen:
+        _share_large_frozen(model, copier)
     for module in shells:
-        for key, value in module.__dict__.items():
-            if not key.startswith("__composable_api"):  # FSDP's state
-                memo[id(module)].__dict__[key] = copy.deepcopy(value, memo)
-    twin = _copied(model, memo)
-    for module in twin.modules():
-        if (
-            "_original_forward" in module.__dict__
-        ):  # Accelerate's autocast: measured in full precision
-            module.forward = module._original_forward
-        _differentiable_weight_norm(module)
-        if _has(module, "inplace") is True:
-            module.inplace = False
-        config: Any = module.__dict__.get("config")
-        if getattr(config, "use_cache", False) is True:  # a replay would meet what a pass stored
-            config.use_cache = False
-        if _has(module, "scale_grad_by_freq"):
-            module.scale_grad_by_freq = False
-        if _has(module, "sparse") is True:
-            module.sparse = False
-    return twin.eval()
+        copier.fill(copier.memo[id(module)], module, "__composable_api")  # FSDP's own state
+    twin = copier.copy(model)
+    _set_modes(twin, copier.modules, settings.training_modules)
+    for module in copier.modules:
+        _adjust(module, foreign=settings.adjusts_foreign_classes)
+    before: list[Callable[..., Any]] = []
+    if settings.resets_state:
+        before.append(StateReset(twin))
+    if settings.copies_inputs:
+        before.append(_copy_inputs)
+    for hook in before:
+        twin.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    return twin, copier
 
 
-def _has(module: nn.Module, name: str) -> Any:
-    """An attribute that is no tensor and no module; asking for one that is missing costs little."""
-    found = module.__dict__.get(name, _MISSING)
-    return getattr(type(module), name, None) if found is _MISSING else found
+def _share_large_frozen(model: nn.Module, copier: ModelCopier) -> None:
+    frozen = [p for p in model.parameters() if not p.requires_grad and type(p) is nn.Parameter]
+    if sum(p.numel() * p.element_size() for p in frozen) > LARGE_FROZEN_BYTES:
+        for parameter in frozen:
+            copier.share_storage(parameter.detach())
 
 
-_MISSING = object()
+def _set_modes(
+    twin: nn.Module, modules: Sequence[nn.Module], training_modules: frozenset[str]
+) -> None:
+    """Set the flags; what a class does in its own ``train()`` or ``eval()`` is left out."""
+    for module in modules:
+        module.__dict__["training"] = False
+    if training_modules:
+        for path, module in twin.named_modules():
+            if path in training_modules:
+                module.__dict__["training"] = True
 
 
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What ``copy.deepcopy`` makes of a module, without its price for dozens of empty containers."""
-    if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
-    kind: Any = type(module)
-    if not _plainly_copied(kind):
-        return copy.deepcopy(module, memo)
-    twin = memo[id(module)] = kind.__new__(kind)
-    kept: Any = kind.__getstate__(module)
-    twin.__setstate__(
-        {k: v if type(v) in _ATOMS else _copied_value(v, memo) for k, v in kept.items()}
-    )
-    return twin  # type: ignore[no-any-return]
+def _adjust(module: nn.Module, *, foreign: bool) -> None:
+    """Switch off what the engines cannot work with and what does not change the function."""
+    attributes = module.__dict__
+    if attributes.get("inplace") is True and (foreign or _is_of_torch(module)):
+        attributes["inplace"] = False
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _has_torch_forward(module):
+        module.sparse = module.scale_grad_by_freq = False
+    if foreign and "_original_forward" in attributes:
+        module.forward = attributes["_original_forward"]  # without Accelerate's autocast
+    switch_cache_off(module)
+    attributes["_fimprobe_altered_call"] = "forward" in attributes or bool(module._forward_hooks)
+    _differentiable_weight_norm(module)
+    attributes["_apply"] = functools.partial(_guarded_apply, module)
 
 
-def _copied_value(value: Any, memo: dict[int, Any]) -> Any:
-    if id(value) in memo:
-        return memo[id(value)]
-    kind: Any = type(value)
-    if kind in _CONTAINERS and not value:
-        found = memo[id(value)] = kind()
-        return found
-    if isinstance(value, nn.Module):
-        return _copied(value, memo)
-    if kind is dict and _ATOMS.issuperset(map(type, value)):
-        found = memo[id(value)] = {}
-        for k, v in value.items():
-            found[k] = v if type(v) in _ATOMS else _copied_value(v, memo)
-        return found
-    return copy.deepcopy(value, memo)
+def switch_cache_off(module: nn.Module) -> None:
+    """Let transformers not store keys and values: a fallback would read those of another pass."""
+    config: Any = module.__dict__.get("config")
+    kinds = {kind.__name__ for kind in type(config).__mro__}
+    is_of_transformers = bool(kinds & {"PreTrainedConfig", "PretrainedConfig"})
+    if is_of_transformers and getattr(config, "use_cache", False) is True:
+        config.use_cache = False
 
 
-@functools.cache
-def _plainly_copied(kind: Any) -> bool:
-    """Whether ``copy.deepcopy`` makes an empty object and gives it a copy of its attributes."""
-    plain = ("__reduce_ex__", "__reduce__", "__new__")
-    return (
-        all(getattr(kind, name) is getattr(object, name) for name in plain)
-        and kind.__getstate__ is nn.Module.__getstate__
-        and not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__"))
-        and not hasattr(kind, "__getnewargs_ex__")
-        and not any("__slots__" in base.__dict__ for base in kind.__mro__)
-        and kind not in copyreg.dispatch_table
-    )
+def has_altered_call(module: nn.Module) -> bool:
+    """Whether a module of a twin does not return what its class's own ``forward`` returns."""
+    return bool(module.__dict__.get("_fimprobe_altered_call", False))
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _has_torch_forward(module: nn.Module) -> bool:
+    return type(module).forward.__module__.startswith("torch.nn.")
+
+
+def _guarded_apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """``Module._apply``, behind ``to()``, ``half()`` and others, which ends the process under
+    ``vmap``.
+
+    It sets ``parameter.data`` to a tensor that dies with the transformation (torch 2.13).
+    """
+    refuse_data_swap()
+    applied: nn.Module = type(module)._apply(module, *args, **kwargs)
+    return applied
+
+
+def refuse_data_swap() -> None:
+    """Raise inside of a transformation of ``torch.func``.
+
+    Raises:
+        FimprobeError: There, before any damage.
+    """
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise FimprobeError(
+            "the forward converts a module (`to`, `half`, ...) or replaces a tensor's data, which "
+            "cannot be vectorized"
+        )
 
 
 def _differentiable_weight_norm(module: Any) -> None:
@@ -192,7 +241,7 @@ def _differentiable_weight_norm(module: Any) -> None:
     if type(module).__name__ == "_WeightNorm" and hasattr(module, "dim"):
         dim = -1 if module.dim is None else module.dim
         module.forward = lambda g, v: weight(g, v, dim)
-    for hook in getattr(module, "_forward_pre_hooks", {}).values():
+    for hook in module.__dict__.get("_forward_pre_hooks", {}).values():
         if type(hook).__name__ == "WeightNorm" and hasattr(hook, "compute_weight"):
             name, dim = hook.name, hook.dim
             hook.compute_weight = lambda m, name=name, dim=dim: weight(
@@ -200,10 +249,32 @@ def _differentiable_weight_norm(module: Any) -> None:
             )
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name, each once; wrappers' prefixes left out."""
-    return {
-        name.replace("_orig_mod.", ""): parameter
-        for name, parameter in unwrap(model).named_parameters()
-        if parameter.requires_grad
-    }
+def _copy_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A forward pre-hook: the forward gets inputs that it may overwrite."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+
+
+class StateReset:
+    """A forward pre-hook that gives the model the tensors and numbers of its beginning.
+
+    Tensors are written through ``.data``: graphs of earlier passes keep working, since the pass that
+    begins now writes the same values again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [
+            (tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())
+        ]
+        self._numbers = [
+            (module, name, value)
+            for module in model.modules()
+            for name, value in module.__dict__.items()
+            if type(value) in (bool, int, float, type(None)) and name != "training"
+        ]
+
+    def __call__(self, *call: Any) -> None:
+        """Restore everything."""
+        for tensor, value in self._tensors:
+            tensor.data.copy_(value)
+        for module, name, value in self._numbers:
+            module.__dict__[name] = value

@@ -6,7 +6,7 @@ no values for its figure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -187,10 +187,9 @@ def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
     for key, values in errors.items():
         axis.scatter(traces, values, s=22, c=COLORS[key], marker=MARKERS[key], label=SYMBOLS[key])
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
-    make_shares(axis)
-    make_falling(axis)
-    label_axis(axis, "tr I(h) of the outputs: confident to the right")
-    return add_legend(figure, axis)
+    return _finish_errors(
+        figure, axis, "tr I(h) of the outputs: confident to the right", make_falling
+    )
 
 
 def draw_convergence(record: Record) -> Figure | None:
@@ -207,10 +206,7 @@ def draw_convergence(record: Record) -> Figure | None:
     axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="all of them", zorder=3)
     axis.plot(line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="∝ 1/√inputs")
     axis.axhline(0.1, color=INK, ls=":", lw=1, alpha=0.6)
-    make_shares(axis)
-    make_logarithmic(axis)
-    label_axis(axis, "inputs")
-    return add_legend(figure, axis)
+    return _finish_errors(figure, axis, "inputs", make_logarithmic)
 
 
 def draw_diagonal(record: Record) -> Figure | None:
@@ -263,6 +259,16 @@ def _draw_line(
         steps, values, STYLES[key], marker="o", ms=3, color=COLORS[key], label=SYMBOLS[key],
         markevery=every,
     )  # fmt: skip
+
+
+def _finish_errors(
+    figure: Figure, axis: Axes, quantity: str, set_scale: Callable[[Axes], None]
+) -> Figure:
+    """Return a chart of errors with its scales, the horizontal label and a legend."""
+    make_shares(axis)
+    set_scale(axis)
+    label_axis(axis, quantity)
+    return add_legend(figure, axis)
 
 
 def _positive(values: Sequence[float | None]) -> np.ndarray:

@@ -16,6 +16,7 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.probe.optimizers import (
     Arguments,
+    ClosureOrder,
     OptimizerFilter,
     find_closure,
     holds_parameters,
@@ -103,7 +104,7 @@ def attach(
 
 def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> None:
     """Call ``probe.step`` before each step of the model's optimizers, or of ``only`` that one."""
-    of_model = OptimizerFilter(probe.model)
+    of_model, order = OptimizerFilter(probe.model), ClosureOrder()
 
     def before_step(
         optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -116,7 +117,8 @@ def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> 
         step = partial(probe.step, found_inf=getattr(optimizer, "found_inf", None))
         closure = find_closure(args, kwargs)
         if closure is not None:
-            return replace_closure(args, kwargs, _observe_closure(probe, step, closure))
+            closure = _observe_closure(probe, optimizer, step, closure, order)
+            return replace_closure(args, kwargs, closure)
         step()
         return None
 
@@ -124,25 +126,34 @@ def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> 
 
 
 def _observe_closure(
-    probe: Probe, step: Callable[[], Any], closure: Callable[[], Any]
+    probe: Probe,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], Any],
+    closure: Callable[[], Any],
+    order: ClosureOrder,
 ) -> Callable[[], Any]:
     """Return a closure that calls ``step`` once, at the parameters before the optimizer's step.
 
     Args:
         probe: The probe.
+        optimizer: The optimizer that calls the closure.
         step: Measures the captured batch if it is due.
         closure: The closure that the loop passed.
+        order: Which optimizers move the parameters before they call their closure.
     """
+    versions = parameter_versions(probe.model) if probe.due else []
     pending = True
-    if probe.backward_done:
+    if probe.backward_done and not order.closure_comes_first(optimizer):
         # sharpness-aware optimizers: the gradients exist, and the parameters move before the closure
         step()
         pending = False
-    versions = parameter_versions(probe.model) if pending and probe.due else []
 
     def observed_closure() -> Any:
-        nonlocal pending
-        moved = bool(versions) and pending and versions != parameter_versions(probe.model)
+        nonlocal pending, versions
+        moved = bool(versions) and versions != parameter_versions(probe.model)
+        if versions and not moved:
+            order.record_closure_first(optimizer)
+        versions = []
         loss = closure()
         if not pending:
             probe.discard_batch()  # later evaluations are at other parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,6 +64,27 @@ def holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool
     """Return whether the optimizer holds any parameter of the model."""
     ids = {id(p) for p in model.parameters()}
     return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+
+
+class ClosureOrder:
+    """Knows which optimizers call their closure before they move the parameters.
+
+    Those of torch do. Another one is observed at a measured step; until then it is assumed to move
+    the parameters first, as sharpness-aware optimizers do.
+    """
+
+    def __init__(self) -> None:
+        self._closure_first: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+    def closure_comes_first(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether the optimizer is known to call its closure first."""
+        # a subclass with a step of its own may do otherwise
+        step = inspect.unwrap(type(optimizer).step)
+        return step.__module__.startswith("torch.optim.") or optimizer in self._closure_first
+
+    def record_closure_first(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record that the optimizer called its closure first."""
+        self._closure_first.add(optimizer)
 
 
 def parameter_versions(model: nn.Module) -> list[int]:

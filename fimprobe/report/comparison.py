@@ -8,10 +8,10 @@ from fimprobe.report.record import Record, label_sampling_of, rank_layers
 from fimprobe.report.table import Column
 
 COMPARED = (
-    Column(head="trace F", kind="i1", field="trace", show=number),
-    Column(head="rel. error", kind="i1", field="rel_error", show=percent),
-    Column(head="V labels", kind="i1", field="label_variance", show=number),
-    Column(head="pairs for 10 %", kind="i1", field="pairs_for_10_percent", show=count),
+    Column(head="trace F", key="i1", field="trace", show=number),
+    Column(head="rel. error", key="i1", field="rel_error", show=percent),
+    Column(head="V labels", key="i1", field="label_variance", show=number),
+    Column(head="pairs for 10 %", key="i1", field="pairs_for_10_percent", show=count),
 )
 """The values of two runs."""
 

@@ -18,13 +18,13 @@ _FIELDS_OF_COLUMN = {
 """The keys of ``Estimate.unknown`` that explain a column, the first one before the others."""
 
 
-def why_unknown(record: Record, group: Record, kind: str, field: str) -> str:
+def why_unknown(record: Record, group: Record, key: str, field: str) -> str:
     """Return why a value of the table is None, with the remedy; empty where no reason is known.
 
     Args:
         record: The record of a report.
         group: The record of one of its layers, or of the total.
-        kind: The key of the estimator.
+        key: The key of the estimator.
         field: The field of the estimate, as in a ``Column``.
 
     >>> record = {"draws": 2, "batch_size": 8}
@@ -32,12 +32,12 @@ def why_unknown(record: Record, group: Record, kind: str, field: str) -> str:
     >>> why_unknown(record, group, "i1", "label_variance")
     "lost in its noise (1 ± 2); take more inputs, or draws='exact'"
     """
-    estimate = group.get(kind, {})
+    estimate = group.get(key, {})
     unknown = estimate.get("unknown", {})
     names = _FIELDS_OF_COLUMN.get(field, (field,))
     reason: str = next((unknown[name] for name in names if name in unknown), "")
     if reason:
-        return _with_remedy(reason, record, kind, estimate)
+        return _with_remedy(reason, record, key, estimate)
     if "unknown" not in estimate or field in ("trace", "std_error", "rel_error"):
         return ""
     if field == "tightness":
@@ -48,13 +48,13 @@ def why_unknown(record: Record, group: Record, kind: str, field: str) -> str:
     return "one input does not determine it; take more" if record["batch_size"] == 1 else ""
 
 
-def _with_remedy(reason: str, record: Record, kind: str, estimate: Record) -> str:
+def _with_remedy(reason: str, record: Record, key: str, estimate: Record) -> str:
     """Return a reason with the remedy for noise, where it has no remedy yet."""
     if ";" in reason or "noise" not in reason:
         return reason
     if "random probes" in reason:
         return f"{reason}; take second_order={{'probes': ...}} with more of them"
-    if kind == "i2" and estimate.get("probe_error"):
+    if key == "i2" and estimate.get("probe_error"):
         return f"{reason}; take more inputs, or second_order={{'probes': ...}}"
     exact_labels = "" if record["draws"] == "exact" else ", or draws='exact'"
     return f"{reason}; take more inputs{exact_labels}"

@@ -39,14 +39,14 @@ class Column:
     """A column of the table: a value of one estimator, None where it is unknown."""
 
     head: str
-    kind: str
+    key: str
     """The key of the estimator."""
     field: str
     show: Callable[[float | None], str]
 
     def value(self, record: Record, group: Record) -> float | None:
         """Return the value of one row."""
-        estimate = group.get(self.kind, {})
+        estimate = group.get(self.key, {})
         if self.field == "one_label_error":
             return error_with_drawn_labels(estimate, record["batch_size"])
         if self.field == "pairs_for_10_percent":
@@ -57,7 +57,7 @@ class Column:
     def cell(self, record: Record, group: Record) -> str:
         """Return the text of one row."""
         if self.field == "pairs_for_10_percent":
-            return format_pairs(group.get(self.kind, {}))
+            return format_pairs(group.get(self.key, {}))
         return self.show(self.value(record, group))
 
 
@@ -105,7 +105,7 @@ def _missing_footnotes(record: Record, top: int | None, without: Sequence[str]) 
     for column in columns:
         for name, group in rows:
             if column.value(record, group) is None:
-                reason = why_unknown(record, group, column.kind, column.field)
+                reason = why_unknown(record, group, column.key, column.field)
                 if reason:
                     key = without_numbers(reason), column.head
                     missing.setdefault(key, []).append((name, reason))
@@ -129,20 +129,20 @@ def make_columns(record: Record) -> list[Column]:
     has_i2 = record["total"].get("i2") is not None
     i1, i2 = SYMBOLS["i1"], SYMBOLS["i2"]
     columns = [
-        Column(head="trace F", kind="i1", field="trace", show=number),
-        Column(head="± s.e.", kind="i1", field="std_error", show=number),
-        Column(head="rel. error", kind="i1", field="rel_error", show=percent),
-        Column(head=f"{i1}: 1 label", kind="i1", field="one_label_error", show=percent),
-        *[Column(head=f"{i2}: 1 label", kind="i2", field="one_label_error", show=percent)] * has_i2,
-        Column(head="pairs for 10 %", kind="i1", field="pairs_for_10_percent", show=count),
-        Column(head="V labels", kind="i1", field="label_variance", show=number),
-        Column(head="V inputs", kind="i1", field="input_variance", show=number),
-        *[Column(head=f"{i2}: V labels", kind="i2", field="label_variance", show=number)] * has_i2,
+        Column(head="trace F", key="i1", field="trace", show=number),
+        Column(head="± s.e.", key="i1", field="std_error", show=number),
+        Column(head="rel. error", key="i1", field="rel_error", show=percent),
+        Column(head=f"{i1}: 1 label", key="i1", field="one_label_error", show=percent),
+        *[Column(head=f"{i2}: 1 label", key="i2", field="one_label_error", show=percent)] * has_i2,
+        Column(head="pairs for 10 %", key="i1", field="pairs_for_10_percent", show=count),
+        Column(head="V labels", key="i1", field="label_variance", show=number),
+        Column(head="V inputs", key="i1", field="input_variance", show=number),
+        *[Column(head=f"{i2}: V labels", key="i2", field="label_variance", show=number)] * has_i2,
     ]
     for key in LAYER_KEYS:
         if any(group.get(key, {}).get("tightness") is not None for group in groups):
             columns.append(
-                Column(head=f"bound/Cov {SYMBOLS[key]}", kind=key, field="tightness", show=number)
+                Column(head=f"bound/Cov {SYMBOLS[key]}", key=key, field="tightness", show=number)
             )
     return columns
 

@@ -9,9 +9,9 @@ from fimprobe.report.record import Record, error_with_drawn_labels, pairs_needed
 from fimprobe.report.table import Column
 
 TRENDS = (
-    Column(head="Î₁: 1 label", kind="i1", field="one_label_error", show=percent),
-    Column(head="trace F", kind="i1", field="trace", show=number),
-    Column(head="V labels", kind="i1", field="label_variance", show=number),
+    Column(head="Î₁: 1 label", key="i1", field="one_label_error", show=percent),
+    Column(head="trace F", key="i1", field="trace", show=number),
+    Column(head="V labels", key="i1", field="label_variance", show=number),
 )
 """The values over steps."""
 

@@ -210,10 +210,10 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     groups += [("layer", name, group) for name, group in report["layers"].items()]
     groups += [("parameter", name, group) for name, group in report.get("parameters", {}).items()]
     return [
-        {"step": report["step"], "group": kind, "name": name, "estimator": key}
+        {"step": report["step"], "group": level, "name": name, "estimator": key}
         | {"numel": group["numel"]}
         | group[key]
-        for kind, name, group in groups
+        for level, name, group in groups
         for key in RECORD_KEYS
         if key in group
     ]

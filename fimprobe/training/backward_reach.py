@@ -11,7 +11,7 @@ from fimprobe.model.fsdp import is_part
 
 
 class Reach(IntEnum):
-    """What is known of the backward pass of one forward; a larger value is a better batch.
+    """Extent of the backward passes of one forward; the batch with the largest value is measured.
 
     An optimizer uses the gradients that a backward pass accumulates. A pass that stops at the inputs
     (adversarial examples, saliency, gradient penalties) does not change them.
@@ -49,8 +49,11 @@ def current_reach(model: nn.Module) -> Reach:
             continue
         try:
             node = torch.autograd.graph.get_gradient_edge(parameter).node
+        except AttributeError:  # inside a transform of torch.func
+            continue
+        try:
             if torch._C._will_engine_execute_node(node):
                 return Reach.ACCUMULATED
-        except RuntimeError:  # raised for the parameters that autograd.grad was asked for
+        except RuntimeError:  # raised for the parameters whose gradient autograd.grad returns
             return Reach.RETURNED
     return Reach.OUTPUTS

@@ -33,7 +33,7 @@ MAX_INFERENCE_BATCHES = 20
 """Training batches that likelihood="auto" examines before it gives up."""
 
 MAX_INFERENCE_OUTPUTS = 2**24
-"""Outputs of a batch that it examines (at least one sample): float64 copies of 128 MiB each."""
+"""Outputs of a batch that it examines, at least those of one sample: 128 MiB per float64 copy."""
 
 _CHANGED_BEFORE_LOSS = Decision(
     likelihood=None,
@@ -175,8 +175,8 @@ class BatchReader:
         if mask is None and captured is not None and self._lost_positions(captured):
             raise BatchError(
                 "no gradient arrived at the outputs of the model, so the positions that carry a "
-                "label are not known; pass mask= a function from the forward's (args, kwargs) to a "
-                "boolean tensor of the labels' shape"
+                "label are not known. Pass mask= a function from the forward's (args, kwargs) to a "
+                "boolean tensor of the labels' shape."
             )
         return mask
 
@@ -199,8 +199,8 @@ class BatchReader:
             shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             if not isinstance(labels, Tensor) or shape[:1] != (size,):
                 raise FimprobeError(
-                    f"labels= returned {shape} for a batch of {size}; return a tensor with the "
-                    f"labels of all {size} samples"
+                    f"labels must return a tensor with the labels of all {size} samples, got "
+                    f"{shape}. Return them in the order of the batch."
                 )
             return labels
         positions = self._positions(captured)
@@ -210,11 +210,11 @@ class BatchReader:
         if captured.outputs_changed:
             raise BatchError(
                 "the outputs of the model were changed in place after the forward, so labels cannot "
-                f"be read off them; {LABELS_REMEDY}"
+                f"be read off them. {LABELS_REMEDY}."
             )
         if captured.outputs is None or captured.gradient is None:
             raise BatchError(
-                f"no gradient arrived at the outputs to read labels off; {LABELS_REMEDY}"
+                f"no gradient arrived at the outputs to read labels off. {LABELS_REMEDY}."
             )
         return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
 

@@ -148,7 +148,7 @@ class BatchCapture:
         if batch is None:
             return
         if not self._candidates or batch is not self._candidates[-1]:
-            # a forward that calls itself (Lightning under DDP): the inner one counts
+            # a forward that calls itself (Lightning under DDP): the inner call counts
             self._candidates = [b for b in self._candidates if b is not batch]
             return
         try:

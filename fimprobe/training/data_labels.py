@@ -11,7 +11,7 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.bernoulli import Bernoulli
 from fimprobe.likelihoods.categorical import IGNORED, Categorical
 
-LABELS_REMEDY = "pass labels= a function from the forward's (args, kwargs) to the labels"
+LABELS_REMEDY = "Pass labels= a function from the forward's (args, kwargs) to the labels"
 
 
 def labels_from_gradient(outputs: Tensor, gradient: Tensor, likelihood: Any) -> Tensor:
@@ -44,14 +44,14 @@ def labels_from_gradient(outputs: Tensor, gradient: Tensor, likelihood: Any) -> 
         labels = ((gradient < 0) | ((gradient == 0) & (outputs > 0))).to(outputs.dtype)
     else:
         raise FimprobeError(
-            f"estimators holds 'empirical', but labels of likelihood={likelihood.name!r} cannot be "
-            f"read off the loss; {LABELS_REMEDY}"
+            f"labels must be given for the estimator 'empirical': those of likelihood="
+            f"{likelihood.name!r} cannot be read off the loss. {LABELS_REMEDY}."
         )
     score = likelihood.data_score(outputs, labels).double()
     if not _matches(score, -gradient.double(), dim, torch.finfo(outputs.dtype).eps):
         raise BatchError(
-            "the loss's gradient is not that of hard labels under this likelihood (smoothed, mixed "
-            f"or weighted labels?), so the empirical Fisher is not known here; {LABELS_REMEDY}"
+            "the loss gradient is not that of hard labels under this likelihood (smoothed, mixed or "
+            f"weighted labels?), so the empirical Fisher is not known. {LABELS_REMEDY}."
         )
     return labels
 

@@ -25,7 +25,7 @@ LIKELIHOOD_REMEDY = (
 )
 
 _UNDECIDED = "undecided"
-"""Verdict of a matcher on a batch that cannot tell its family from other losses."""
+"""Verdict of a matcher on a batch that does not separate its family from other losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def _match_categorical(h: Tensor, g: Tensor, tolerance: float) -> Decision | Non
         verdicts.append(verdict)
     # a gradient that sums to zero over the classes belongs to no other family, except by chance
     if _UNDECIDED in verdicts:
-        return _undecided("the batch is too uniform to tell cross-entropy from other losses")
+        return _undecided("the batch is too uniform to separate cross-entropy from other losses")
     return None
 
 
@@ -135,7 +135,7 @@ def _match_independent(h: Tensor, g: Tensor, tolerance: float) -> Decision | Non
     for family, match in ((Bernoulli(), _bernoulli), (Poisson(), _poisson)):
         verdict = match(h, g, tolerance)
         if verdict == _UNDECIDED:
-            reason = f"too few outputs to tell {family.name} from other losses"
+            reason = f"the outputs are too few to separate {family.name} from other losses"
             undecided = undecided or _undecided(reason)
         elif verdict:
             return Decision(likelihood=family, reason=f"the loss gradient is {verdict}")
@@ -212,7 +212,7 @@ def _constant(c: Tensor, p_label: Tensor, group: Tensor, tolerance: float) -> st
 
     Focal loss has c = (1−p)^γ − γ p (1−p)^(γ−1) log p, others c = p^q or p(1−p). Squared error
     against ±2 has the tangent of the sigmoid at 0. Where these vary no more than c does, the batch is
-    too uniform to tell.
+    too uniform to decide.
 
     Returns:
         "yes", "undecided", or empty if c varies.

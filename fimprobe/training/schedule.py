@@ -1,4 +1,4 @@
-"""When to probe: every n steps, at given steps, or within a share of the wall time."""
+"""Schedules of measurements: every n steps, at given steps, or within a share of the wall time."""
 
 from __future__ import annotations
 

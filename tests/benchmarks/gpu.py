@@ -247,7 +247,7 @@ def rates(sizes: Sizes, device: Device) -> list[Row]:
             ledger = MomentAccumulators.of({"weight": torch.empty(shape, device=x.device)})
             ledger.start_chunk(len(x), 1)
             with torch.no_grad():
-                add_fused(ledger.accumulators["weight"], Operands(x, (delta,)), None)
+                add_fused(ledger.accumulators["weight"], Operands(x=x, deltas=(delta,)), None)
 
         def product(x: Tensor = x, delta: Tensor = delta) -> None:
             torch.bmm(delta.mT, x)

@@ -296,7 +296,7 @@ def test_labels_that_cannot_be_read_are_told_once_and_the_rest_is_measured(only,
                 all_equal(probe.last, want)
             assert probe.active and (probe.last.total.empirical is not None) == hard
     (line,) = warnings_of(caplog)
-    assert "no empirical Fisher" in line and "pass labels= a function" in line
+    assert "no empirical Fisher" in line and "Pass labels= a function" in line
     assert [r.step for r in probe.history] == [0, 1, 2, 3]
 
 

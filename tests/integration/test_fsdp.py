@@ -117,7 +117,7 @@ def test_what_cannot_be_had_is_refused_at_attach(results, options, told):
 def test_a_batch_of_other_size_is_skipped(results):
     for found in results:
         kind, message = found["uneven"]
-        assert kind == "BatchError" and "the processes' batches hold [3, 4] samples" in message
+        assert kind == "BatchError" and "must have one size, got [3, 4]" in message
 
 
 def test_parameters_out_of_reach_are_named(results):

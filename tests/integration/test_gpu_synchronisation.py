@@ -111,7 +111,7 @@ def test_the_rest_waits_for_known_reasons(gpu):
         "tensor_functions.normalised",
         "path.per_sample",
         "rules.embedding_tokens",
-        "operator_norms._scaled",
+        "operator_norms._scale_weight",
         "operator_norms.linear_norms",
         "input_norms.linear_input_norms",
         "spectral_norm.gram_bound",

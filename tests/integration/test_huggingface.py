@@ -284,7 +284,7 @@ def test_training_is_bit_identical(tmp_path):
 
 
 def test_import_fimprobe_imports_no_transformers():
-    code = "import sys, fimprobe; sys.exit('transformers' in sys.modules)"
+    code = "import sys, fimprobe; assert 'transformers' not in sys.modules"
     assert run_fresh(code).returncode == 0
 
 
@@ -671,7 +671,7 @@ def test_configuration(tmp_path, monkeypatch):
         with pytest.raises(fimprobe.FimprobeError, match=r"f\.yaml:3: .*Did you mean 'schedule'"):
             make()
     monkeypatch.setenv("FIMPROBE_CONFIG", str(tmp_path / "none.yaml"))
-    with pytest.raises(fimprobe.FimprobeError, match="cannot be read"):
+    with pytest.raises(fimprobe.FimprobeError, match="must be a readable text file"):
         FimProbeCallback()
 
 

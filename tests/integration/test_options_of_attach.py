@@ -69,6 +69,10 @@ def test_bad_settings_of_attach_and_yaml(text, argument, remedy, tmp_path):
             assert "exact" not in message  # a mapping was meant
     with pytest.raises(FimprobeError, match=rf"{path.name}:2: "):
         fimprobe.attach(net, path)
+    if "samplng" not in text:  # an unknown keyword of a function is Python's own error
+        with pytest.raises(FimprobeError) as of_measure:
+            measure(net, **yaml.safe_load(text))
+        assert str(of_measure.value) == message
     fimprobe.attach(net, tensorboard=False).detach()  # nothing was left attached
 
 

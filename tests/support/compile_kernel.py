@@ -53,8 +53,8 @@ def compiled(configuration, kind, **constants):
     fixed = {(moments.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(moments, signature, fixed, attributes)
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return found.asm["ptx"], found.metadata.shared
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return kernel.asm["ptx"], kernel.metadata.shared
 
 
 def assembled(ptx):

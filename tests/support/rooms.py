@@ -3,7 +3,7 @@
 ROOMS = {
     "_version": "",
     "engines": "",
-    "engines.layers": "",
+    "engines.layers": "model",
     "engines.primitives": "",
     "errors": "",
     "torchvision_compat": "",
@@ -28,7 +28,7 @@ ROOMS = {
     "sinks": "config errors report",
     "engines.autograd": "engines.backpack engines.curvature engines.layers engines.moments "
     "engines.primitives engines.problem engines.tracing errors likelihoods model statistics",
-    "runs": "errors plots report sinks",
+    "runs": "errors estimators plots report sinks",
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
     "engines.tracing errors jacobian_bounds likelihoods model report statistics",

@@ -1,1 +1,1 @@
-"""The autograd engine: all chunks of a batch, its plan made and verified, its results gathered."""
+"""The autograd engine: chunks of a batch, the verified plan, and the results of all chunks."""

@@ -180,7 +180,7 @@ def _prepare_double_backward(
 ) -> DoubleBackward | None:
     """Pull the vectors back such that the result can be differentiated.
 
-    None where it cannot: a note then says why Î₂ is missing, and the rest is measured.
+    None if it cannot: a note then gives the reason, and the rest is measured.
     """
     if "i2" in run.notes:
         return None
@@ -202,7 +202,7 @@ def _prepare_double_backward(
 def _accumulate_curvature(
     chunk: Chunk, run: RunningResults, double_backward: DoubleBackward, cotangents: Cotangents
 ) -> None:
-    """Add the second derivatives; if the model has none, a note says so."""
+    """Add the second derivatives; if the model has none, a note gives the reason."""
     assert cotangents.weights is not None and cotangents.weights.square is not None
     for name, parameter in chunk.problem.parameters.items():
         if name not in run.curvature:

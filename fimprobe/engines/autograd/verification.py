@@ -99,13 +99,18 @@ def make_verified_plan(problem: Problem) -> Plan:
             plan.verified_samples = problem.batch.size
             return plan
         without_alternative = [name for name in disagreeing if plan.fallbacks.get(name) == ""]
-        if without_alternative:
+        if without_alternative and "" not in plan.unvectorized:
+            # under vmap the model has other parameters than its own; views of those, and backward
+            # passes that run the model again, do not see them
+            plan.unvectorized.add("")
+        elif without_alternative:
             raise FimprobeError(
                 "guard: per-sample gradients must agree with those of single samples, but "
                 f"{', '.join(map(repr, without_alternative))} differ. Please report this, with the "
                 "model."
             )
-        _fall_back_to_parent(problem, plan, dict.fromkeys(disagreeing, "guard"))
+        nested = [name for name in disagreeing if name not in without_alternative]
+        _fall_back_to_parent(problem, plan, dict.fromkeys(nested, "guard"))
     raise FimprobeError(NO_PLAN)
 
 

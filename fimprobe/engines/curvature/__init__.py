@@ -1,1 +1,1 @@
-"""Second order: double backwards along random directions, summed up by parameter."""
+"""Second order: double backward passes along random directions, summed for each parameter."""

@@ -180,7 +180,7 @@ class _ChunkCurvature:
         ]
 
     def _add_exact_diagonals(self, count: int) -> None:
-        """Add exact diagonals for the first ``count`` vectors, by BackPACK on some samples at once."""
+        """Add exact diagonals for the first ``count`` vectors, by BackPACK on chunks of samples."""
         from fimprobe.engines import backpack  # optional dependency
 
         chunk, problem = self.chunk, self.chunk.problem

@@ -1,1 +1,1 @@
-"""What is known of single layers: rules of per-sample gradients, decompositions, activations."""
+"""Knowledge about single layers: rules of per-sample gradients, decompositions, activations."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fimprobe.model.storage_guard import RefusesDataSwaps
+
 Select = Callable[[Any], list[Tensor]]
 OptionalTensors = list[Tensor | None]
 
@@ -53,6 +55,8 @@ class _SampleCall:
         for i, x in inputs.items():
             leaves[i] = x
         args, kwargs = tree_unflatten(leaves, self._structure)
+        if all(parameters[n] is p for n, p in self.module.named_parameters() if n in parameters):
+            return self._select(self.module(*args, **kwargs))
         return self._select(functional_call(self.module, parameters, args, kwargs))
 
 
@@ -96,9 +100,12 @@ def per_sample_vjp(
     batched = [call.leaves[i] for i in call.batched]
     if vectorize:
         over_draws = vmap(grad(scalar), in_dims=(None, None, 0))
-        return vmap(over_draws, in_dims=(None, 0, 0))(parameters, batched, present)
+        with RefusesDataSwaps():
+            return vmap(over_draws, in_dims=(None, 0, 0))(parameters, batched, present)
     draws = present[0].shape[1]
-    copies = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+    # the module's own parameters: views of them, and backward passes that run the module again, see
+    # no others
+    copies: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if n in parameters}
     gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for b in range(batch_size):
         for s in range(draws):
@@ -172,8 +179,9 @@ def per_sample_vjp_tangent(
     def single(params: dict[str, Tensor], sample: _SampleData) -> Tensor:
         return scalar(params | others, sample, _differentiate_functionally)
 
-    own = {n: values[n] for n in parameters}
-    result: dict[str, Tensor] = vmap(grad(single), in_dims=(None, 0))(own, data)
+    differentiated = {n: values[n] for n in parameters}
+    with RefusesDataSwaps():
+        result: dict[str, Tensor] = vmap(grad(single), in_dims=(None, 0))(differentiated, data)
     return result
 
 

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fimprobe.engines.layers.convolutions import conv_weight
 from fimprobe.engines.layers.layer_call import LayerCall
+from fimprobe.model.twin import has_altered_call
 
 Gradient = Callable[[LayerCall, Tensor], Tensor]
 """Maps a call and δ [B, S, ...] to g [B, S, *parameter.shape]."""
@@ -294,6 +295,8 @@ def parameter_jvp(
 
 def rules_for(module: nn.Module) -> dict[str, GradientRule]:
     """The rules of a layer by parameter name; empty for a layer without rules."""
+    if has_altered_call(module):
+        return {}
     kind = type(module)
     if kind in RULES:
         if isinstance(module, nn.EmbeddingBag) and module.mode == "max":

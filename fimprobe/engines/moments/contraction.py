@@ -59,11 +59,11 @@ class Contraction:
         Args:
             accumulator: The parameter's accumulator.
             reached: Its uses that cotangents reach; at least one.
-            rescale: Whether its gradients had to be scaled in the last chunk. If not, a CPU tries
+            rescale: Whether its gradients were scaled in the last chunk. If not, a CPU tries
                 without a scale first.
 
         Returns:
-            Whether its gradients had to be scaled.
+            Whether its gradients were scaled.
         """
         operands = find_operands(reached, self.weights)
         if operands is not None:

@@ -109,12 +109,12 @@ def add_fused(
     outs, ins = reversed(shape) if operands.transposed else shape
     samples = len(operands.cotangents[0])
     share = -(-samples // _sample_shares(samples, outs, ins, accumulator.diagonals))
-    parts = -(-samples // share)
+    num_shares = -(-samples // share)
     # the kernel writes to the accumulator itself; never if A2 is not kept
-    in_place = accumulator.empty and parts == 1
+    in_place = accumulator.empty and num_shares == 1
     a2 = accumulator.a2.unsqueeze(0)
     if not in_place:
-        a2 = torch.empty((parts, *shape), dtype=torch.float32, device=device)
+        a2 = torch.empty((num_shares, *shape), dtype=torch.float32, device=device)
     entries: tuple[Tensor, Tensor, Tensor] | None = None
     if accumulator.diagonals:
         a4, q = (torch.empty(shape, dtype=torch.float64, device=device) for _ in range(2))
@@ -138,9 +138,9 @@ def _run_kernel(
     Args:
         operands: Factors of the gradients.
         weights: Weights of the passes.
-        a2: Σ_b Σ_s w g² of every entry, for each part of the samples [parts, *shape].
+        a2: Σ_b Σ_s w g² of every entry, for each share of the samples [shares, *shape].
         entries: A4, Q and R of every entry; None if they are not kept.
-        share: Samples of each part.
+        share: Samples of each share.
 
     Returns:
         Sums of each tile and sample [tiles, B, S (S + 1)/2 + S + 3]: inner products, Σ g⁴ of each

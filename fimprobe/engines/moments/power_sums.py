@@ -29,7 +29,7 @@ class OuterProductPowers:
     f: Tensor
     """Σ_s w δ² [b, o]."""
     blocks: list[Tensor]
-    """The same sum over the passes of each block."""
+    """Σ w δ² over the passes of each block."""
     sums: Tensor
     """A4, Q, R and top of each sample, summed over o: float64 [4, b]."""
     inner: Tensor
@@ -196,7 +196,7 @@ def power_of_two_scale(*tensors: Tensor) -> Tensor:
 
 
 def is_one(scale: Tensor) -> bool:
-    """Whether a scale is known to be 1; False on a GPU, where reading it would wait for the device."""
+    """Whether a scale is known to be 1; False on a GPU, where reading it would wait."""
     return scale.device.type == "cpu" and float(scale) == 1
 
 

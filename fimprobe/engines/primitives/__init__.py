@@ -1,1 +1,1 @@
-"""Products with Jacobians by backward passes only, random signs, transfers between devices."""
+"""Products with Jacobians by backward passes, random signs, transfers between devices."""

@@ -1,1 +1,1 @@
-"""The question of one measurement: problem, output cotangents, weights, memory."""
+"""What a measurement asks for: the problem, cotangents at the outputs, weights, memory."""

@@ -116,13 +116,14 @@ class Problem:
             h = self.select_outputs(self.twin(*batch.args, **batch.kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(
-                f"output= returns {type(h).__name__}; let it return the tensor of outputs [B, ...]"
+                f"`output` must return the tensor of outputs [B, ...], got {type(h).__name__}. Select "
+                "that tensor from what the model returns."
             )
         if h.dim() == 0 or h.shape[0] != batch.size:
             raise FimprobeError(
-                f"the outputs have shape {tuple(h.shape)}, but the batch holds {batch.size} "
-                "samples; give inputs and outputs batch first, or pass output= a function that "
-                "returns the outputs [B, ...]"
+                f"the outputs must have one row for each of the {batch.size} samples, got shape "
+                f"{tuple(h.shape)}. Let the batch be the first dimension of inputs and outputs, or "
+                "pass `output`, a function that returns the outputs [B, ...]."
             )
         self.likelihood.check_outputs(h)
         if unchecked is not None and h.device.type != "cpu" and self.shards is None:
@@ -147,8 +148,8 @@ def check_finite(counts: Sequence[Tensor]) -> None:
     non_finite, numel = (sum(int(count[i]) for count in counts) for i in range(2))
     if non_finite:
         raise BatchError(
-            f"{non_finite} of {numel} outputs are not finite (NaN or infinite); "
-            "look at the inputs, the learning rate and the model's precision"
+            f"{non_finite} of {numel} outputs are not finite (NaN or infinite). "
+            "Check the inputs, the learning rate and the model's precision."
         )
 
 

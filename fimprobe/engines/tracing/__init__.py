@@ -1,1 +1,1 @@
-"""One recorded forward: uses of layers, the autograd graph, the plan to reach each parameter."""
+"""One recorded forward pass: uses of parameters, the autograd graph, how each parameter is reached."""

@@ -8,6 +8,7 @@ from fimprobe.engines.layers.decompositions import UNROLLED
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.model.twin import TwinSettings
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class Plan:
         kinks: Modules that are not twice differentiable; None before they were searched for.
         backpack: What BackPACK does not support, by module, for first (False) and second order
             (True); None before it was checked.
+        twin: How the model is copied; None before it was checked.
     """
 
     layouts: BatchLayouts = field(default_factory=BatchLayouts)
@@ -42,6 +44,7 @@ class Plan:
     curvature_failure: str = ""
     kinks: list[str] | None = None
     backpack: dict[bool, dict[str, str]] | None = None
+    twin: TwinSettings | None = None
 
 
 class PlanMismatch(Exception):

@@ -15,6 +15,7 @@ from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.tracing.affine_recorder import AffineRecorder
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.tape import Tape
+from fimprobe.model.twin import has_altered_call
 
 
 @contextmanager
@@ -54,18 +55,22 @@ def record_forward(
             for n, p in module._parameters.items()
             if p is not None and p.requires_grad and canonical[id(p)] not in fallbacks
         }
+        altered = has_altered_call(module)
         rules = rules_for(module)
-        uncovered = bool(names) and type(module) not in UNROLLED and not names <= set(rules)
+        decomposed = type(module) in UNROLLED and not altered
+        uncovered = not decomposed and not names <= set(rules)
         if path in fallback_paths or uncovered:
             if path != "":  # a call of the whole model has the batch as its input
                 hook = functools.partial(_record_fallback_call, tape, path)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        elif not names and altered:
+            continue
         elif not names:
             closed_form = closed_form_forward(module, twice_differentiable)
             if closed_form is not None:
                 module.forward = closed_form  # type: ignore[method-assign]
                 replaced.append(module)
-        elif type(module) in UNROLLED:
+        elif decomposed:
             _decompose(tape, path, module)
             replaced.append(module)
         else:

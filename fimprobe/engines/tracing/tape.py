@@ -36,7 +36,7 @@ class ParameterUse:
             None where an input depends on no parameter. For second derivatives.
         output_tangent: Maps a direction of the parameter to the derivative of the output along it.
             For second derivatives.
-        per_step: Whether the use stands in a recurrent layer, once for every time step.
+        per_step: Whether the use belongs to a recurrent layer and occurs in every time step.
     """
 
     rule: GradientRule
@@ -231,13 +231,13 @@ class Tape:
 
 
 def check_inputs_unchanged(tape: Tape) -> None:
-    """Raise if a recorded input was overwritten after its layer had read it.
+    """Raise if a recorded input was overwritten after its layer read it.
 
     The gradient of the layer's weight would be computed from the wrong input.
     """
     for x, version, path in tape.versions:
         if x._version != version:
             raise FimprobeError(
-                f"the input of layer {path!r} must not change after the layer has read it, but an "
+                f"the input of layer {path!r} must not change after the layer reads it, but an "
                 "in-place operation changed it. Use the out-of-place operation there."
             )

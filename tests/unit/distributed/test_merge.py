@@ -271,7 +271,7 @@ class Positions(nn.Module):
 
 def hessian_norms(curvature):
     """Σ_a ‖H_a‖² [J, B, 1] from the labels' seeds and, behind them, those of the bounds."""
-    gram = diagonal_of(whole_gram(curvature), curvature.draws)
+    gram = diagonal_of(whole_gram(curvature))
     return hessian_norm_squares(gram, curvature.draws, True, 3)
 
 

@@ -267,20 +267,26 @@ def test_poisson_quantile_is_the_smallest_sufficient_count(rate, double):
 
 def test_messages_name_the_remedy():
     cases = [
-        (torch.zeros(3, 1), "needs at least 2 classes.*likelihood='bernoulli'"),
-        (torch.zeros(2, 3, 4, 4), r"cannot tell which dimension.*class_dim=1\).*class_dim=3"),
-        (torch.zeros(3), r"needs logits \[B, ..., C\].*\(3,\)"),
+        (torch.zeros(3, 1), "at least 2 classes.*likelihood='bernoulli'"),
+        (torch.zeros(2, 3, 4, 4), r"class_dim must be given.*class_dim=1\).*class_dim=3"),
+        (torch.zeros(3), r"must be logits \[B, ..., C\].*\(3,\)"),
     ]
     for outputs, message in cases:
         with pytest.raises(FimprobeError, match=message):
             Categorical().check_outputs(outputs)
-    with pytest.raises(FimprobeError, match=r"needs logits.*class_dim=2"):
+    with pytest.raises(FimprobeError, match=r"must be logits.*class_dim=2"):
         Categorical(class_dim=2).check_outputs(torch.zeros(3, 4))
-    with pytest.raises(FimprobeError, match=r"'gaussian' needs outputs \[B, ...\]"):
+    with pytest.raises(
+        FimprobeError, match=r"batch dimension, \[B, ...\], for likelihood='gaussian'"
+    ):
         Gaussian().check_outputs(torch.zeros(()))
-    with pytest.raises(FimprobeError, match="sigma=0 is no standard deviation"):
+    with pytest.raises(
+        FimprobeError, match="sigma must be a positive and finite standard deviation, got 0"
+    ):
         Gaussian(sigma=0)
-    with pytest.raises(FimprobeError, match="'weibull' is unknown; use one of"):
+    with pytest.raises(FimprobeError, match="likelihood must be one of .*, got 'weibull'"):
         get_likelihood("weibull")
-    with pytest.raises(FimprobeError, match="is no likelihood"):
+    with pytest.raises(
+        FimprobeError, match="likelihood must be one of .* or an instance with the methods"
+    ):
         get_likelihood(Poisson)

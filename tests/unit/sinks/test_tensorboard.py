@@ -325,7 +325,7 @@ def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_pa
     argv = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(argv, stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout.readline() == "open\n"
-        refused = rf"another probe \(process {other.pid}\).*pass another log_dir"
+        refused = rf"another probe \(process {other.pid}\).*pass another folder"
         with pytest.raises(FimprobeError, match=refused):
             TensorboardSink(tmp_path)
         options = {"log_dir": tmp_path, "likelihood": "categorical"}
@@ -347,7 +347,7 @@ def test_a_training_that_resumes_in_its_process_takes_over(tmp_path):
     for step in range(3):
         left.write(build_report(3, step))
     write(tmp_path, [build_report(3, 2), build_report(3, 3)], figures=False, purge_step=2)
-    with pytest.raises(FimprobeError, match="taken over"):
+    with pytest.raises(FimprobeError, match="a resumed training writes to this folder now"):
         left.write(build_report(3, 9))
     left.close()
     assert [e.step for e in load(tmp_path).Scalars("fim/i1/trace")] == [0, 1, 2, 3]

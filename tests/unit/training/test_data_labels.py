@@ -141,7 +141,7 @@ def test_labels_of_other_families_cannot_be_read(family, loss):
         read(h, lambda o: loss(o, y), family)
     assert not isinstance(error.value, BatchError)  # no other batch will do
     message = str(error.value)
-    assert f"likelihood='{family.name}'" in message and "pass labels=" in message
+    assert f"likelihood='{family.name}'" in message and "Pass labels=" in message
 
 
 def trained(size=256, classes=5):
@@ -184,7 +184,7 @@ def mixed_up(h, y):
 )
 def test_classes_that_are_not_hard_are_refused(loss, classes):
     h, y = trained(classes=classes)
-    with pytest.raises(BatchError, match="pass labels= a function"):
+    with pytest.raises(BatchError, match="Pass labels= a function"):
         read(h, lambda o: loss(o, y), Categorical())
 
 

@@ -240,7 +240,7 @@ def test_layers_that_some_chunks_do_not_use(double, monkeypatch):
     model = Lambda(f, nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     problem = make_problem(model, x, draws=2)
     monkeypatch.setattr(
-        "fimprobe.engines.backpack.first_order._draws_and_chunk", lambda problem: (2, 1)
+        "fimprobe.engines.backpack.first_order._draws_and_chunk_size", lambda problem: (2, 1)
     )
     have = measure_moments(problem)
     assert (have.parameters["parts.0.bias"].squared_norms.sum(1) > 0).tolist() == [1, 1, 1, 0, 1]

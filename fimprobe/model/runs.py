@@ -1,0 +1,218 @@
+"""One forward and backward of a model on a few samples, and the comparison of two of them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fimprobe.errors import FimprobeError
+from fimprobe.model.batch import Batch
+from fimprobe.model.storage_guard import StorageGuard, addresses
+
+Selector = Callable[[Any], Tensor]
+"""From what a model returns to the outputs [B, ...]."""
+
+_SEED = 20240525
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What one forward and backward gave.
+
+    Attributes:
+        outputs: The selected outputs [B, ...], detached.
+        gradients: Of a random projection of the outputs, by name; None where none arrives.
+        reached: Names of the tensors that the outputs depend on.
+        drew_random: Whether random numbers were drawn from a global stream.
+    """
+
+    outputs: Tensor
+    gradients: dict[str, Tensor | None]
+    reached: set[str]
+    drew_random: bool
+
+
+@dataclass
+class Randomness:
+    """Whether the random streams moved inside of :func:`same_randomness`."""
+
+    moved: bool = field(default=False)
+
+
+def run_model(
+    model: nn.Module,
+    batch: Batch,
+    select_outputs: Selector,
+    tensors: Mapping[str, Tensor],
+    guard: StorageGuard,
+    *,
+    backward: bool = True,
+) -> Run:
+    """Run a model forward and backward on copies of the inputs.
+
+    Args:
+        model: A twin, or the user's modules.
+        batch: The samples.
+        select_outputs: From what the model returns to the outputs.
+        tensors: What the gradients belong to, by name.
+        guard: Watches all operations.
+        backward: Whether to compute gradients.
+
+    Raises:
+        FimprobeError: If ``select_outputs`` returns no tensor.
+    """
+    args, kwargs = clone_inputs(batch)
+    guard.watch_inputs(addresses({"inputs": [args, kwargs]}))
+    gradients: Sequence[Tensor | None] = [None] * len(tensors)
+    with same_randomness() as randomness:
+        with guard:
+            outputs = select_outputs(model(*args, **kwargs))
+        if not isinstance(outputs, Tensor):
+            raise FimprobeError(
+                f"`output` must return the tensor of outputs [B, ...], got {type(outputs).__name__}"
+            )
+        leaves = find_leaves(outputs.grad_fn)
+        if outputs.requires_grad and tensors and backward:
+            projection = (outputs * _random_like(outputs)).sum()  # a scalar: less to import for torch
+            with guard:
+                gradients = torch.autograd.grad(projection, list(tensors.values()), allow_unused=True)
+    return Run(
+        outputs=outputs.detach(),
+        gradients=dict(zip(tensors, gradients, strict=True)),
+        reached={name for name, tensor in tensors.items() if id(tensor) in leaves},
+        drew_random=randomness.moved,
+    )
+
+
+def find_leaves(node: Any) -> set[int]:
+    """The identities of the leaves of a graph, from one of its nodes."""
+    leaves, seen, pending = set(), set(), [node]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves.add(id(getattr(node, "variable", None)))
+        pending += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
+def run_forward(model: nn.Module, batch: Batch, select_outputs: Selector) -> Tensor:
+    """The outputs [B, ...] of a forward with the random numbers of :func:`run_model`."""
+    args, kwargs = clone_inputs(batch)
+    with torch.no_grad(), same_randomness():
+        return select_outputs(model(*args, **kwargs)).detach()
+
+
+def clone_inputs(batch: Batch) -> tuple[Any, Any]:
+    """Positional and keyword inputs that a forward may overwrite."""
+    cloned: tuple[Any, Any] = tree_map(
+        lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
+    )
+    return cloned
+
+
+def describe_difference(run: Run, reference: Run) -> str:
+    """What differs between the twin's run and the model's, in words; empty if nothing does."""
+    a, b = run.outputs, reference.outputs
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"its outputs are {describe_tensor(a)}, the model's are {describe_tensor(b)}"
+    if not almost_equal(a, b):
+        return f"its outputs differ by up to {float((a - b).abs().max()):.2g} from the model's"
+    norms = [float(g.norm()) for g in reference.gradients.values() if g is not None]
+    largest = max(norms, default=0.0)
+    wrong = [
+        name
+        for name, gradient in reference.gradients.items()
+        if not _same_gradient(run.gradients.get(name), gradient, largest)
+    ]
+    return f"its gradients of {list_names(wrong)} differ from the model's" if wrong else ""
+
+
+def almost_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors agree within rounding, relative to the largest entry."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = b[torch.isfinite(b)]
+    largest = float(finite.abs().amax()) if finite.numel() else 0.0
+    tolerance = rounding_tolerance(b.dtype)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+
+
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """Relative difference of one computation in two orders: the square root of the rounding."""
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return float(torch.finfo(dtype).eps ** 0.5) if inexact else 0.0
+
+
+def describe_tensor(outputs: Tensor) -> str:
+    """Type and shape, in words, and whether the values are probabilities."""
+    kind = " of probabilities" if are_probabilities(outputs) else ""
+    return f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}{kind}"
+
+
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether all values are in [0, 1], as those of a softmax or a sigmoid."""
+    return outputs.is_floating_point() and bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """The first names in quotes, and how many more there are."""
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+@contextmanager
+def same_randomness() -> Iterator[Randomness]:
+    """Give each run the same random numbers, restore all streams, and tell whether one moved."""
+    numpy = sys.modules.get("numpy")
+    randomness = Randomness()
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(_SEED)
+        random.seed(_SEED)
+        if numpy is not None:
+            numpy.random.seed(_SEED)
+        before = _stream_states(numpy)
+        try:
+            yield randomness
+        finally:
+            after = _stream_states(numpy)
+            randomness.moved = before[1:] != after[1:] or not torch.equal(before[0], after[0])
+            random.setstate(python_state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
+
+
+def _stream_states(numpy: Any) -> tuple[Tensor, Any, Any]:
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    key = None if numpy_state is None else (numpy_state[1].tobytes(), *numpy_state[2:])
+    return torch.get_rng_state(), random.getstate(), key
+
+
+def _random_like(outputs: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    direction = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    return direction.to(outputs.device, outputs.dtype)
+
+
+def _same_gradient(a: Tensor | None, b: Tensor | None, largest: float) -> bool:
+    """Whether two gradients agree within rounding; ``largest`` is the norm of the largest one."""
+    if a is None or b is None:
+        rest = a if b is None else b
+        return rest is None or float(rest.norm()) <= rounding_tolerance(rest.dtype) ** 2 * largest
+    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    if not bool(torch.isfinite(b).all()):  # such as those of an infinite slope
+        return torch.equal(torch.isfinite(a), torch.isfinite(b))
+    tolerance = rounding_tolerance(b.dtype)
+    return float((a - b).norm()) <= tolerance * (float(b.norm()) + tolerance * largest)
