@@ -7,6 +7,9 @@ from fimprobe.distributed.processes import ProcessGroup, join_processes
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
+from fimprobe.fisher.estimate import estimate
+from fimprobe.fisher.fisher import Fisher
+from fimprobe.fisher.loading import load_fisher
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.measure import measure
 from fimprobe.probe.attach import attach
@@ -20,6 +23,7 @@ __all__ = [
     "Config",
     "Estimate",
     "FimprobeError",
+    "Fisher",
     "Geometry",
     "GroupEstimates",
     "Likelihood",
@@ -31,9 +35,11 @@ __all__ = [
     "Sink",
     "__version__",
     "attach",
+    "estimate",
     "join_processes",
     "likelihoods",
     "load_config",
+    "load_fisher",
     "measure",
     "penalties",
     "read",

@@ -42,7 +42,6 @@ from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import unwrap
-from fimprobe.model.twin import make_twin
 from fimprobe.statistics import Measured
 
 _RANK_STREAM = 15_485_863

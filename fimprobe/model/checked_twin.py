@@ -248,7 +248,7 @@ class TwinChecks:
                 self.select_outputs,
                 copier=copier,
                 guard=guard,
-                training_modules=settings.training_modules,
+                settings=settings,
             )
         except (ReachesUserError, WritesSharedError):
             return None

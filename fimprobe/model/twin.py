@@ -34,6 +34,7 @@ has changed.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,12 +176,19 @@ def _adjust(module: nn.Module, *, foreign: bool) -> None:
         attributes["inplace"] = False
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and _has_torch_forward(module):
         module.sparse = module.scale_grad_by_freq = False
-    if foreign and "_original_forward" in attributes:
-        module.forward = attributes["_original_forward"]  # without Accelerate's autocast
+    if foreign:
+        take_autocast_off(module)
     switch_cache_off(module)
     attributes["_fimprobe_altered_call"] = "forward" in attributes or bool(module._forward_hooks)
     _differentiable_weight_norm(module)
     attributes["_apply"] = functools.partial(_guarded_apply, module)
+
+
+def take_autocast_off(module: nn.Module) -> None:
+    """Undo ``Accelerator.prepare``: a model is measured in full precision."""
+    attributes = module.__dict__
+    if "_original_forward" in attributes and "accelerate" in sys.modules:
+        attributes["forward"] = attributes["_original_forward"]
 
 
 def switch_cache_off(module: nn.Module) -> None:

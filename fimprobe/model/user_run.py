@@ -19,7 +19,7 @@ from fimprobe.model.model_copies import (
 )
 from fimprobe.model.runs import Run, Selector, run_model
 from fimprobe.model.storage_guard import StorageGuard, storage_address
-from fimprobe.model.twin import switch_cache_off
+from fimprobe.model.twin import TwinSettings, switch_cache_off, take_autocast_off
 from fimprobe.model.user_state import UserState
 
 
@@ -30,7 +30,7 @@ def run_user_model(
     *,
     copier: ModelCopier,
     guard: StorageGuard,
-    training_modules: frozenset[str],
+    settings: TwinSettings,
 ) -> Run:
     """Run the user's modules, with modes and tensors lent to them for the time of the run.
 
@@ -42,7 +42,7 @@ def run_user_model(
         select_outputs: From what the model returns to the outputs.
         copier: Made a twin, whose tensors the run uses.
         guard: Stops an operation that writes a tensor of the user's.
-        training_modules: Paths of the modules in training mode; the others are in eval mode.
+        settings: How the twin was made: the modules in training mode, and what was adjusted.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     copies = {name: copier.memo[id(p)] for name, p in trained.items()}
@@ -52,8 +52,10 @@ def run_user_model(
     try:
         for path, module in model.named_modules():
             _lend_tensors(module, copier)
-            module.__dict__["training"] = path in training_modules
+            module.__dict__["training"] = path in settings.training_modules
             switch_cache_off(module)
+            if settings.adjusts_foreign_classes:
+                take_autocast_off(module)
         with _without_compilation():
             run = run_model(model, batch, select_outputs, {**copies, **viewed}, guard)
     finally:

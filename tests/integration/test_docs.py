@@ -176,16 +176,17 @@ def test_the_reference_documents_every_public_name():
 
 def test_the_tables_of_the_reference_have_every_member():
     words = {name: set(re.findall(r"\w+", read(page))) for name, page in documented().items()}
-    for record in (fimprobe.Estimate, fimprobe.Geometry, fimprobe.GroupEstimates, fimprobe.Report):
+    for record in (fimprobe.Estimate, fimprobe.Fisher, fimprobe.Geometry, fimprobe.GroupEstimates,
+                   fimprobe.Report):  # fmt: skip
         names = {field.name for field in dataclasses.fields(record)}
         assert not names - words[f"fimprobe.{record.__name__}"], record
-    for kind in (fimprobe.Estimate, fimprobe.GroupEstimates, fimprobe.Likelihood, fimprobe.Probe,
+    for kind in (fimprobe.Estimate, fimprobe.Fisher, fimprobe.GroupEstimates, fimprobe.Likelihood, fimprobe.Probe,
                  fimprobe.Records, fimprobe.Report, fimprobe.Sink):  # fmt: skip
         names = {name for name in vars(kind) if not name.startswith("_")}
         assert not names - words[f"fimprobe.{kind.__name__}"], kind
 
 
-@pytest.mark.parametrize("function", [fimprobe.measure, fimprobe.attach])
+@pytest.mark.parametrize("function", [fimprobe.measure, fimprobe.attach, fimprobe.estimate])
 def test_the_reference_shows_arguments_and_defaults(function):
     text = read(documented()[f"fimprobe.{function.__name__}"])
     table = {}

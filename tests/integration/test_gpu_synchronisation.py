@@ -75,6 +75,8 @@ def waited(model, inputs, **options):
     plan = Plan()
     options = {"likelihood": "categorical", "plan": plan, **options}
     want = fimprobe.measure(model, inputs, **options)
+    with FakeGpu():  # the twin is compared with the model once more on another device
+        fimprobe.measure(model, inputs, **options)
     with FakeGpu() as gpu_calls:
         have = fimprobe.measure(model, inputs, **options)
     assert gpu_calls.calls > 100
@@ -126,9 +128,11 @@ def test_outputs_that_are_not_finite_are_told_at_the_end(family, bad, gpu):
     plan, inputs = Plan(), torch.randn(6, 4)
     options = {"likelihood": family, "plan": plan, "estimators": ["i1"], "bounds": False}
     fimprobe.measure(model, inputs, **options)
+    with FakeGpu():  # the twin is compared with the model once more on another device
+        fimprobe.measure(model, inputs, **options)
     inputs[2, 1] = bad
     with pytest.raises(BatchError) as near:
-        fimprobe.measure(model, inputs, **options)
+        fimprobe.measure(model, inputs, **{**options, "plan": Plan()})
     with FakeGpu() as gpu_calls, pytest.raises(BatchError) as late:
         fimprobe.measure(model, inputs, **options)
     assert str(late.value) == str(near.value)

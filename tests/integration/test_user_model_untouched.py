@@ -18,19 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 import fimprobe
 from fimprobe.engines.tracing.plan import Plan
-
-
-class Function(nn.Module):
-    """A model from a function of (self, x) and named parts."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
+from tests.models.cases import Lambda
 
 
 def layers():
@@ -65,7 +53,7 @@ def counting_calls():
         self.history.append(self.calls)
         return self.net(x)
 
-    return Function(forward, net=layers(), calls=0, history=[])
+    return Lambda(forward, net=layers(), calls=0, history=[])
 
 
 def averaging_inputs():
@@ -74,7 +62,7 @@ def averaging_inputs():
             self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
         return self.net(x)
 
-    model = Function(forward, net=layers())
+    model = Lambda(forward, net=layers())
     model.register_buffer("mean", torch.zeros(4))
     return model
 
@@ -84,7 +72,7 @@ def shrinking_a_scale():
         self.scale.data.mul_(0.9)
         return self.net(x) * self.scale
 
-    return Function(forward, net=layers(), scale=nn.Parameter(torch.ones(3)))
+    return Lambda(forward, net=layers(), scale=nn.Parameter(torch.ones(3)))
 
 
 def normalising_its_weight():
@@ -93,7 +81,7 @@ def normalising_its_weight():
         weight.div_(weight.norm(dim=1, keepdim=True))
         return self.net(x)
 
-    return Function(forward, net=layers())
+    return Lambda(forward, net=layers())
 
 
 def overwriting_its_input():
@@ -101,7 +89,7 @@ def overwriting_its_input():
         x.sub_(0.5).mul_(2.0)
         return self.net(x)
 
-    return Function(forward, net=layers())
+    return Lambda(forward, net=layers())
 
 
 class WeightAsProperty(nn.Module):
@@ -132,7 +120,7 @@ def with_baggage():
         with self.lock:
             return self.net(x)
 
-    return Function(forward, net=layers(), **parts)
+    return Lambda(forward, net=layers(), **parts)
 
 
 class WithSlots(nn.Module):
@@ -237,14 +225,14 @@ def with_an_option_called_inplace():
         h = self.net(x)
         return h * 2 if self.inplace else h
 
-    return Function(forward, net=layers(), inplace=True)
+    return Lambda(forward, net=layers(), inplace=True)
 
 
 def with_a_table_of_modules():
     def forward(self, x):
         return self.net(x) * self.factors[self.net]
 
-    model = Function(forward, net=layers(), factors=weakref.WeakKeyDictionary())
+    model = Lambda(forward, net=layers(), factors=weakref.WeakKeyDictionary())
     model.factors[model.net] = 2.0
     return model
 
@@ -253,18 +241,18 @@ def with_a_weak_reference():
     def forward(self, x):
         return self.net(x) * self.parent().scale
 
-    child = Function(forward, net=layers())
-    model = Function(lambda self, x: self.child(x), child=child, scale=nn.Parameter(torch.ones(3)))
+    child = Lambda(forward, net=layers())
+    model = Lambda(lambda self, x: self.child(x), child=child, scale=nn.Parameter(torch.ones(3)))
     child.parent = weakref.ref(model)
     return model
 
 
 def with_views_of_its_weight():
     def forward(self, x):
-        return self.head(torch.cat([F.linear(x, w) for w in self.parts["rows"]], -1).tanh())
+        return self.head(torch.cat([F.linear(x, w) for w in self.rows["rows"]], -1).tanh())
 
-    model = Function(forward, weight=nn.Parameter(torch.randn(5, 4)), head=nn.Linear(5, 3))
-    model.parts = {"rows": (model.weight[:2], model.weight[2:])}
+    model = Lambda(forward, weight=nn.Parameter(torch.randn(5, 4)), head=nn.Linear(5, 3))
+    model.rows = {"rows": (model.weight[:2], model.weight[2:])}
     return model
 
 
@@ -272,7 +260,7 @@ def with_a_detached_view():
     def forward(self, x):
         return self.net(x) + self.net[0].bias.sum() * 0 + self.shared.sum()
 
-    model = Function(forward, net=layers())
+    model = Lambda(forward, net=layers())
     model.shared = model.net[0].weight.detach()[0]
     return model
 
@@ -283,7 +271,7 @@ def keeping_its_features():
         self.last = [self.features.exp()]
         return self.net[2](self.features.tanh())
 
-    return Function(forward, net=layers())
+    return Lambda(forward, net=layers())
 
 
 def returning_probabilities_in_evaluation():
@@ -291,7 +279,7 @@ def returning_probabilities_in_evaluation():
         h = self.net(x)
         return h if self.training else h.softmax(-1)
 
-    return Function(forward, net=layers())
+    return Lambda(forward, net=layers())
 
 
 def detached_in_evaluation():
@@ -299,11 +287,11 @@ def detached_in_evaluation():
         h = self.net[0](x)
         return self.net[2]((h if self.training else h.detach()).tanh())
 
-    return Function(forward, net=layers())
+    return Lambda(forward, net=layers())
 
 
 def with_functional_dropout():
-    return Function(lambda self, x: F.dropout(self.net(x), 0.5, self.training), net=layers())
+    return Lambda(lambda self, x: F.dropout(self.net(x), 0.5, self.training), net=layers())
 
 
 def rescaled_in_evaluation():
@@ -315,7 +303,7 @@ def rescaled_in_evaluation():
             self.rescaled = True
         return self.net(x) * (1 if self.training else 2)
 
-    return Function(forward, net=layers(), rescaled=False)
+    return Lambda(forward, net=layers(), rescaled=False)
 
 
 def replacing_data():
@@ -324,7 +312,7 @@ def replacing_data():
         self.scale.data = self.scale.data.clone()
         return self.net(x) * self.scale
 
-    return Function(forward, net=layers(), scale=nn.Parameter(torch.ones(3)))
+    return Lambda(forward, net=layers(), scale=nn.Parameter(torch.ones(3)))
 
 
 TRAINED_MODE = {returning_probabilities_in_evaluation, detached_in_evaluation, rescaled_in_evaluation}

@@ -3,12 +3,12 @@
 ROOMS = {
     "_version": "",
     "engines": "",
-    "engines.layers": "model",
     "engines.primitives": "",
     "errors": "",
     "torchvision_compat": "",
     "likelihoods": "errors",
     "model": "errors",
+    "engines.layers": "model",
     "engines.problem": "engines.primitives errors likelihoods model",
     "penalties": "errors model",
     "statistics": "likelihoods",
@@ -32,9 +32,11 @@ ROOMS = {
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
     "engines.tracing errors jacobian_bounds likelihoods model report statistics",
+    "fisher": "_version distributed engines.autograd engines.problem engines.tracing errors estimators "
+    "likelihoods measurement model report statistics training",
     "probe": "config distributed engines.tracing errors likelihoods measurement model report sinks "
     "sinks.tensorboard training",
-    "fimprobe": "_version config distributed engines.tracing errors estimators likelihoods "
+    "fimprobe": "_version config distributed engines.tracing errors estimators fisher likelihoods "
     "measurement penalties probe report runs sinks",
     "cli": "config errors fimprobe report runs",
     "__main__": "cli",

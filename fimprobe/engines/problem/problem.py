@@ -116,8 +116,8 @@ class Problem:
             h = self.select_outputs(self.twin(*batch.args, **batch.kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(
-                f"`output` must return the tensor of outputs [B, ...], got {type(h).__name__}. Select "
-                "that tensor from what the model returns."
+                f"`output` must return the tensor of outputs [B, ...], got {type(h).__name__}. "
+                "Select that tensor from what the model returns."
             )
         if h.dim() == 0 or h.shape[0] != batch.size:
             raise FimprobeError(

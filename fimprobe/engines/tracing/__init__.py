@@ -1,1 +1,1 @@
-"""One recorded forward pass: uses of parameters, the autograd graph, how each parameter is reached."""
+"""One recorded forward pass: uses of parameters, the autograd graph, and the plan to reach them."""

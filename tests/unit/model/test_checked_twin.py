@@ -22,19 +22,9 @@ from fimprobe.model.object_copies import ObjectCopier
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.runs import same_randomness
 from fimprobe.model.twin import make_twin
+from tests.models.cases import Lambda
 
 FACTORS = {}
-
-
-class Function(nn.Module):
-    def __init__(self, function, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 class ReadsAGlobal(nn.Module):
@@ -69,7 +59,7 @@ def cached():
             self.cache = self.v / self.v.norm()
         return self.out(F.linear(x, self.cache).tanh())
 
-    model = Function(forward, v=nn.Parameter(torch.randn(4, 4)), out=nn.Linear(4, 3), cache=None)
+    model = Lambda(forward, v=nn.Parameter(torch.randn(4, 4)), out=nn.Linear(4, 3), cache=None)
     model(torch.randn(2, 4))
     return model
 
@@ -78,7 +68,7 @@ def looked_up_by_identity():
     def forward(self, x):
         return self.net(x) * FACTORS[id(self.net)]
 
-    model = Function(forward, net=nn.Linear(4, 3))
+    model = Lambda(forward, net=nn.Linear(4, 3))
     FACTORS[id(model.net)] = 2.0
     return model
 
@@ -87,13 +77,13 @@ def looked_up_with_a_default():
     def forward(self, x):
         return self.net(x) * FACTORS.get(id(self.net), 1.0)
 
-    model = Function(forward, net=nn.Linear(4, 3))
+    model = Lambda(forward, net=nn.Linear(4, 3))
     FACTORS[id(model.net)] = 2.0
     return model
 
 
 def reading_a_generator():
-    model = Function(lambda self, x: self.net(x) * next(self.values), net=nn.Linear(4, 3))
+    model = Lambda(lambda self, x: self.net(x) * next(self.values), net=nn.Linear(4, 3))
     model.values = (float(i + 1) for i in range(100))
     return model
 
@@ -102,7 +92,7 @@ def drawing_from_its_own_stream():
     def forward(self, x):
         return self.net(x) + torch.randn(3, generator=self.stream)
 
-    return Function(forward, net=nn.Linear(4, 3), stream=torch.Generator().manual_seed(1))
+    return Lambda(forward, net=nn.Linear(4, 3), stream=torch.Generator().manual_seed(1))
 
 
 def noisy_and_probabilities_in_evaluation():
@@ -110,7 +100,7 @@ def noisy_and_probabilities_in_evaluation():
         h = F.dropout(self.net(x), 0.5, self.training)
         return h if self.training else h.softmax(-1)
 
-    return Function(forward, net=nn.Linear(4, 3))
+    return Lambda(forward, net=nn.Linear(4, 3))
 
 
 def noisy_and_detached_in_evaluation():
@@ -118,7 +108,7 @@ def noisy_and_detached_in_evaluation():
         h = F.dropout(self.a(x), 0.5, self.training)
         return self.b(h if self.training else h.detach())
 
-    return Function(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    return Lambda(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
 
 
 def of_another_shape_in_training():
@@ -126,14 +116,14 @@ def of_another_shape_in_training():
         h = self.net(x) + (torch.rand(()) if self.training else 0)
         return h[:, :2] if self.training else h
 
-    return Function(forward, net=nn.Linear(4, 3))
+    return Lambda(forward, net=nn.Linear(4, 3))
 
 
 def failing():
     def forward(self, x):
         raise RuntimeError("no such thing")
 
-    return Function(forward, net=nn.Linear(4, 3))
+    return Lambda(forward, net=nn.Linear(4, 3))
 
 
 REFUSED = {
@@ -175,7 +165,7 @@ def test_training_mode_is_measured_where_eval_mode_is_another_function():
         return h if self.training else h.softmax(-1)
 
     report = measure(
-        Function(forward, net=nn.Linear(4, 3)), torch.randn(6, 4), likelihood="categorical"
+        Lambda(forward, net=nn.Linear(4, 3)), torch.randn(6, 4), likelihood="categorical"
     )
     assert any("was measured in training mode" in note for note in report.notes)
 
@@ -187,7 +177,7 @@ def test_dropout_batch_norm_and_noise_are_no_other_function():
             x = x * torch.rand_like(x) + np.random.rand() + random.random()
         return self.b(x)
 
-    model = Function(forward, a=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), b=nn.Linear(4, 3)).train()
+    model = Lambda(forward, a=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), b=nn.Linear(4, 3)).train()
     assert measure(model, torch.randn(6, 4), likelihood="categorical").notes == []
 
 
@@ -250,7 +240,7 @@ def test_large_frozen_parameters_are_shared_until_they_are_written(monkeypatch):
         self.a.weight.data.clamp_(-1, 1)
         return self.b(self.a(x))
 
-    writing = Function(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    writing = Lambda(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
     writing.a.requires_grad_(False)
     twin, settings = make_checked_twin(writing, x, select_outputs, None)
     assert twin.a.weight.data_ptr() != writing.a.weight.data_ptr() and not settings.shares_frozen

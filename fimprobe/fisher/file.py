@@ -1,0 +1,98 @@
+"""The file of a Fisher: plain tensors under the parameters' names, and JSON metadata.
+
+The format is safetensors, so that the file is readable without fimprobe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fimprobe.errors import FimprobeError
+
+FORMAT = 1
+"""Version of the file's layout."""
+
+KEY = "fimprobe"
+"""The key of the JSON text in the file's metadata."""
+
+
+def write_file(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write tensors and metadata; the file is replaced as a whole.
+
+    Args:
+        path: The file.
+        tensors: By prefix, then by the parameter's name.
+        metadata: Plain values.
+    """
+    package = _safetensors(path)
+    flat = {
+        f"{prefix}{name}": x.detach().cpu().contiguous().clone()
+        for prefix, named in tensors.items()
+        for name, x in named.items()
+    }
+    temporary = f"{os.fspath(path)}.tmp"
+    text = json.dumps({"format": FORMAT, **metadata})
+    package.save_file(flat, temporary, metadata={KEY: text})
+    os.replace(temporary, path)
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all tensors by their names in the file, and the metadata.
+
+    Raises:
+        FimprobeError: If the file is missing, or is not one that fimprobe wrote.
+    """
+    package = _safetensors(path)
+    try:
+        with package.safe_open(os.fspath(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            metadata = None if text is None else json.loads(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FimprobeError(
+            f"`path` must be a file, got {os.fspath(path)!r}, which does not exist."
+        ) from None
+    except Exception as error:
+        raise FimprobeError(
+            f"`path` must be a safetensors file, but {os.fspath(path)!r} cannot be read "
+            f"({type(error).__name__}: {error}). Pass a file that Fisher.save wrote."
+        ) from None
+    if metadata is None:
+        raise FimprobeError(
+            f"`path` must be a file that Fisher.save wrote, but {os.fspath(path)!r} has no metadata "
+            f"{KEY!r}. Read it by safetensors.torch.load_file."
+        )
+    if metadata.get("format") != FORMAT:
+        raise FimprobeError(
+            f"`path` must have format {FORMAT}, but {os.fspath(path)!r} has format "
+            f"{metadata.get('format')} (fimprobe {metadata.get('fimprobe')}). Install that version."
+        )
+    return tensors, metadata
+
+
+def _safetensors(path: str | os.PathLike[str]) -> Any:
+    try:
+        import safetensors.torch
+
+        return _Package(safetensors.torch.save_file, safetensors.safe_open)
+    except ImportError:
+        raise FimprobeError(
+            f"{os.fspath(path)!r} is a safetensors file, which needs the package safetensors. Run: "
+            "pip install 'fimprobe[safetensors]'"
+        ) from None
+
+
+class _Package:
+    """The two functions of safetensors that are used."""
+
+    def __init__(self, save_file: Any, safe_open: Any) -> None:
+        self.save_file, self.safe_open = save_file, safe_open

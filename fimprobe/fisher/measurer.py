@@ -1,0 +1,231 @@
+"""Moments of one batch after the other, with one twin and one verified plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
+from fimprobe.engines.problem.problem import Problem, Request
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.fisher.indexed_draws import IndexedDraws
+from fimprobe.likelihoods.base import Likelihood, Pass
+from fimprobe.likelihoods.size_biased import (
+    MIN_EXPECTED_SQUARE,
+    SizeBiasedScores,
+    expected_squares,
+    has_size_biased_draws,
+    make_sampler,
+)
+from fimprobe.model.batch import Batch
+from fimprobe.model.outputs import select_outputs
+from fimprobe.model.twin import make_twin
+from fimprobe.statistics import MomentsBatch
+
+
+class TraceWeighted:
+    """A family for inputs that were drawn in proportion to τ: each counts with the weight τ̄/τ.
+
+    The weight is a function of the outputs, and multiplies squares of scores.
+
+    Args:
+        family: The family.
+        mean: τ̄, the mean of τ over the data set.
+    """
+
+    def __init__(self, family: Likelihood, mean: float) -> None:
+        self.family: Any = family
+        self.mean = mean
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+    @property
+    def name(self) -> str:
+        """The name of the family."""
+        return str(self.family.name)
+
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the family's labels at ``uniforms``."""
+        labels: Tensor = self.family.quantile(outputs, uniforms)
+        return labels
+
+    def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the family's score of ``labels``."""
+        score: Tensor = self.family.score(outputs, labels)
+        return score
+
+    def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the family's size-biased labels at ``uniforms``."""
+        labels: Tensor = self.family.size_biased_quantile(outputs, uniforms)
+        return labels
+
+    def size_biased_sampler(self, outputs: Tensor, mask: Tensor | None) -> Any:
+        """Return the family's sampler with weighted scores."""
+        return _WeightedSampler(make_sampler(self.family, outputs, mask), self.mean)
+
+    def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
+        """Yield the family's passes with weighted squares."""
+        expected = expected_squares(self.family, outputs, mask)
+        assert expected is not None
+        weight = _input_weights(expected, self.mean)
+        for one in self.family.exact_passes(outputs, mask):
+            second, fourth = one.second * weight, one.fourth * weight.square()
+            yield one._replace(second=second, fourth=fourth)
+
+
+class _WeightedSampler:
+    """Draws whose squared scores are multiplied by τ̄/τ."""
+
+    def __init__(self, sampler: Any, mean: float) -> None:
+        self.sampler, self.mean = sampler, mean
+
+    def draw(self, uniforms: Tensor, positions: Tensor) -> SizeBiasedScores:
+        """Draw as the family does, and weight the scores."""
+        drawn: SizeBiasedScores = self.sampler.draw(uniforms, positions)
+        weight = _input_weights(drawn.expected, self.mean)
+        root = weight.sqrt().to(drawn.scores.dtype).view(-1, *[1] * (drawn.scores.dim() - 1))
+        # the moments of 1/w are those of g⁴ with labels from the model, which are not used here
+        return replace(
+            drawn,
+            scores=drawn.scores * root,
+            square=drawn.square * weight,
+            expected=drawn.expected * weight,
+        )
+
+
+def _input_weights(expected: Tensor, mean: float) -> Tensor:
+    valid = expected > MIN_EXPECTED_SQUARE
+    return torch.where(valid, mean / expected.where(valid, 1), 0)
+
+
+@dataclass(kw_only=True)
+class Measurer:
+    """Measures batches of one model.
+
+    Attributes:
+        model: The model; it is read only.
+        likelihood: The family of labels.
+        output: From what the model returns to the outputs; None for the usual places.
+        memory_mb: The memory limit in MB.
+        seed: The random seed of the labels.
+        plan: How parameters are reached; verified with the first batch.
+    """
+
+    model: nn.Module
+    likelihood: Likelihood
+    output: Callable[[Any], Tensor] | None
+    memory_mb: float
+    seed: int
+    plan: Plan = field(default_factory=Plan)
+    twin: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the twin."""
+        self.twin = make_twin(self.model)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the trainable parameters by name, each once."""
+        named = self.twin.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
+
+    def moments(
+        self,
+        batch: Batch,
+        mask: Tensor | None,
+        indices: Tensor,
+        draws: int | None,
+        mean_expected: float | None = None,
+    ) -> MomentsBatch:
+        """Return the moments of a batch with those of every entry.
+
+        Args:
+            batch: The inputs.
+            mask: Labels that count.
+            indices: Numbers of the inputs [B], which determine their labels.
+            draws: Labels per input; None for exact ones.
+            mean_expected: τ̄ where inputs were drawn in proportion to τ.
+        """
+        problem = self._problem(batch, mask, indices, draws)
+        if not self.plan.verified_samples or (self.plan.verified_samples == 1 and batch.size > 1):
+            verified = make_verified_plan(problem)
+            for f in fields(Plan):
+                setattr(self.plan, f.name, getattr(verified, f.name))
+        if mean_expected is not None:
+            weighted: Any = TraceWeighted(self.likelihood, mean_expected)
+            problem = replace(problem, likelihood=weighted)
+        return measure_with_fallbacks(problem, self.plan).moments["i1"]
+
+    def expected(self, batch: Batch, mask: Tensor | None) -> Tensor | None:
+        """Return τ of every input [B], float64 on the CPU; None where the family has none."""
+        outputs = self.outputs(batch, mask)
+        squares = expected_squares(self.likelihood, outputs, mask)
+        return None if squares is None else squares.cpu()
+
+    def outputs(self, batch: Batch, mask: Tensor | None) -> Tensor:
+        """Return the outputs [B, ...] of a batch."""
+        with torch.no_grad():
+            problem = self._problem(batch, mask, torch.arange(batch.size), 1)
+            return problem.forward(problem.batch).detach()
+
+    def count_passes(self, batch: Batch) -> int:
+        """Return the number of backward passes of exact labels."""
+        return self.likelihood.count_passes(self.outputs(batch[:1], None))
+
+    def can_draw_inputs(self, batch: Batch, mask: Tensor | None) -> bool:
+        """Return whether inputs may be drawn in proportion to τ: that is of use for rare labels."""
+        return has_size_biased_draws(
+            self.likelihood, self.outputs(batch[:1], None if mask is None else mask[:1])
+        )
+
+    def _problem(
+        self, batch: Batch, mask: Tensor | None, indices: Tensor, draws: int | None
+    ) -> Problem:
+        dtype = next(p.dtype for p in self.twin.parameters())
+        return Problem(
+            twin=self.twin,
+            batch=batch.to(dtype),
+            likelihood=self.likelihood,
+            draws=IndexedDraws(count=draws, seed=self.seed, size_biased=True, indices=indices),
+            select_outputs=self.output or select_outputs,
+            mask=mask,
+            memory_mb=self.memory_mb,
+            diagonals=True,
+            request=Request(),
+        )
+
+
+def plan_to_state(plan: Plan) -> dict[str, Any]:
+    """Return what a plan has learned, as plain values: without it a resumed run would round anew."""
+    return {
+        "layouts": {k: sorted(v) if isinstance(v, set) else v for k, v in vars(plan.layouts).items()},
+        "fallbacks": plan.fallbacks,
+        "unvectorized": sorted(plan.unvectorized),
+        "unused": sorted(plan.unused),
+        "chunk_size": plan.chunk_size,
+        "rescaled": sorted(plan.rescaled),
+        "verified_samples": plan.verified_samples,
+    }
+
+
+def plan_from_state(state: dict[str, Any]) -> Plan:
+    """Return the plan of :func:`plan_to_state`."""
+    layouts = BatchLayouts(**{**state["layouts"], "refused": set(state["layouts"]["refused"])})
+    return Plan(
+        layouts=layouts,
+        fallbacks=state["fallbacks"],
+        unvectorized=set(state["unvectorized"]),
+        unused=set(state["unused"]),
+        chunk_size=state["chunk_size"],
+        rescaled=set(state["rescaled"]),
+        verified_samples=state["verified_samples"],
+    )
+
+
+DEFAULT_LABELS = 2
+"""Labels per input of ``draws="auto"``: two separate the error of labels from that of inputs."""

@@ -1,0 +1,83 @@
+"""Processes that estimate over a data set: one that is killed, several that share the data."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+import fimprobe
+from tests.models.digits import confident_mlp, digits
+
+
+class SlowDigits(Dataset):
+    """Images that take a while to read."""
+
+    def __init__(self, size: int, seconds: float) -> None:
+        self.size, self.seconds = size, seconds
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        time.sleep(self.seconds)
+        x, y = digits()
+        return x[i], y[i]
+
+
+def results(fisher: fimprobe.Fisher) -> dict[str, Any]:
+    """What two estimates must have in common, for ``torch.save``."""
+    tensors = {f"diagonal {n}": x for n, x in fisher.diagonal.items()}
+    tensors |= {f"error {n}": x for n, x in fisher.std_error.items()}
+    kept = ("inputs", "labels", "end", "input_sampling", "batches")
+    return {**tensors, "rel_error": fisher.rel_error, **{k: fisher.metadata[k] for k in kept}}
+
+
+def estimate_slowly(out: str, state: str | None, options: dict[str, Any], seconds: float) -> None:
+    """Estimate from a state file, and write the results where it is not killed before."""
+    torch.set_num_threads(1)
+    loader = DataLoader(SlowDigits(600, seconds), batch_size=32)
+    fisher = fimprobe.estimate(
+        confident_mlp(), loader, likelihood="categorical", state=state, **options
+    )
+    torch.save(results(fisher), out)
+
+
+def estimate_together(rank: int, size: int, port: int, folder: str) -> None:
+    """Estimate in several processes: data that they share, and shards."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    ranks = fimprobe.join_processes()
+    for name, data, options in cases():
+        shard = data[rank::size] if isinstance(data, list) else data
+        fisher = fimprobe.estimate(confident_mlp().double(), shard, ranks=ranks, **options)
+        torch.save(results(fisher), Path(folder, f"{name} {rank}"))
+    try:
+        bad = [torch.zeros(4, 3, dtype=torch.float64)] if rank else [digits()[0][:4].double()]
+        fimprobe.estimate(confident_mlp().double(), bad, ranks=ranks, likelihood="categorical")
+    except fimprobe.FimprobeError as error:
+        Path(folder, f"error {rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def cases() -> list[tuple[str, Any, dict[str, Any]]]:
+    """Name, data and options of estimates that must not depend on the number of processes."""
+    x = digits()[0][:700].double()
+    exact = {"likelihood": "categorical", "rel_error": 1e-9, "draws": "exact"}
+    drawn = {"likelihood": "categorical", "rel_error": 0.02, "draws": 2}
+    stopped = {"likelihood": "categorical", "rel_error": 0.3, "input_sampling": "uniform"}
+    trace = {"likelihood": "categorical", "rel_error": 0.1, "input_sampling": "trace"}
+    return [
+        ("exact", x, exact),
+        ("all", x, drawn | {"input_sampling": "uniform"}),
+        ("stopped", x, stopped),
+        ("trace", x, trace),
+        ("at most", x, drawn | {"input_sampling": "uniform", "max_inputs": 301}),
+        ("shards", [*x.split(64)], drawn),
+    ]
