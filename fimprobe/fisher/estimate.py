@@ -24,6 +24,8 @@ from fimprobe.fisher.stopping import StoppingRule
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.isolation import isolated_state
+from fimprobe.measurement.process_summary import check_models_agree, summarize
+from fimprobe.model.batch import Batch
 
 
 def estimate(
@@ -121,6 +123,7 @@ def estimate(
                 "`input_sampling='trace'` must have data with random access, got "
                 f"{type(data).__name__}. Pass a tensor, a Dataset or a DataLoader over one."
             )
+        _agree_on_model(measurer, processes)
         source.count_inputs(reader, processes)
         line = ProgressLine(
             shown=progress and processes.rank == 0,
@@ -150,6 +153,16 @@ def estimate(
         run.resume()
         description = {"likelihood_from": reason, "data": _describe(data), "draws_option": draws}
         return _finish(run, description)
+
+
+def _agree_on_model(measurer: Measurer, processes: ProcessGroup) -> None:
+    """Check that all processes hold one model, and give its buffers to all."""
+    if processes.size == 1:
+        return
+    model, rank = measurer.model, processes.rank
+    summaries = processes.run_everywhere(lambda: summarize(model, Batch((), {}, 0), rank=rank))
+    check_models_agree(summaries)
+    measurer.buffers = summaries[0].buffers
 
 
 def _finish(run: EstimateRun, description: dict[str, Any]) -> Fisher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -22,9 +22,11 @@ from fimprobe.likelihoods.size_biased import (
     has_size_biased_draws,
     make_sampler,
 )
+from fimprobe.measurement.process_summary import float_buffers
 from fimprobe.model.batch import Batch
+from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.outputs import select_outputs
-from fimprobe.model.twin import make_twin
+from fimprobe.model.twin import trainable, unwrap
 from fimprobe.statistics import MomentsBatch
 
 
@@ -115,6 +117,7 @@ class Measurer:
         memory_mb: The memory limit in MB.
         seed: The random seed of the labels.
         plan: How parameters are reached; verified with the first batch.
+        buffers: Floating-point buffers of the first of several processes, which replace this one's.
     """
 
     model: nn.Module
@@ -123,16 +126,27 @@ class Measurer:
     memory_mb: float
     seed: int
     plan: Plan = field(default_factory=Plan)
-    twin: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Make the twin."""
-        self.twin = make_twin(self.model)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    _twin: nn.Module | None = field(init=False, default=None)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name, each once."""
-        named = self.twin.named_parameters()
-        return {name: p.detach() for name, p in named if p.requires_grad}
+        return {name: p.detach() for name, p in trainable(self.model).items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the comparison of the twin with the model found."""
+        return [] if self.plan.twin is None else list(self.plan.twin.notes)
+
+    def _twin_for(self, batch: Batch) -> nn.Module:
+        """The twin, compared with the model on the first batch."""
+        if self._twin is None:
+            select = self.output or select_outputs
+            self._twin, self.plan.twin = make_checked_twin(self.model, batch, select, self.plan.twin)
+            for name, buffer in float_buffers(self._twin).items():
+                if name in self.buffers:
+                    buffer.copy_(self.buffers[name])
+        return self._twin
 
     def moments(
         self,
@@ -154,6 +168,7 @@ class Measurer:
         problem = self._problem(batch, mask, indices, draws)
         if not self.plan.verified_samples or (self.plan.verified_samples == 1 and batch.size > 1):
             verified = make_verified_plan(problem)
+            verified.twin = self.plan.twin
             for f in fields(Plan):
                 setattr(self.plan, f.name, getattr(verified, f.name))
         if mean_expected is not None:
@@ -186,10 +201,10 @@ class Measurer:
     def _problem(
         self, batch: Batch, mask: Tensor | None, indices: Tensor, draws: int | None
     ) -> Problem:
-        dtype = next(p.dtype for p in self.twin.parameters())
+        batch = batch.to(next(unwrap(self.model).parameters()).dtype)
         return Problem(
-            twin=self.twin,
-            batch=batch.to(dtype),
+            twin=self._twin_for(batch),
+            batch=batch,
             likelihood=self.likelihood,
             draws=IndexedDraws(count=draws, seed=self.seed, size_biased=True, indices=indices),
             select_outputs=self.output or select_outputs,

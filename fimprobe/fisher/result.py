@@ -123,7 +123,7 @@ def _estimator(run: EstimateRun, draws: int | None) -> str:
 
 def _notes(run: EstimateRun, sums: FisherSums, total: GroupFisher, end: str) -> list[str]:
     """What a reader of the numbers must know."""
-    notes = []
+    notes = list(run.measurer.notes)
     seen, expected = sums.score_mass
     unseen = seen_mass_reason(seen / expected if expected > 0 else None, size_biased=True)
     if unseen:

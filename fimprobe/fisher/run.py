@@ -172,12 +172,8 @@ class EstimateRun:
                 expected = self.measurer.expected(batch, mask)
                 if expected is not None and moments.parameters:
                     self.pilot.add(moments, expected)
-        except torch.OutOfMemoryError:
-            raise
-        except (FimprobeError, KeyboardInterrupt):
-            raise
         except Exception as error:
-            raise FimprobeError(failed_forward(number, batch, error)) from error
+            raise _with_batch(number, batch, error) from error
         self.sums.add(moments)
 
     def _choose_passes(self, batch: Batch) -> tuple[int, bool]:
@@ -278,10 +274,8 @@ class EstimateRun:
         try:
             expected = self.measurer.expected(batch, mask)
             possible = expected is not None and self.measurer.can_draw_inputs(batch, mask)
-        except (FimprobeError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
-            raise FimprobeError(failed_forward(self.position.batches, batch, error)) from error
+            raise _with_batch(self.position.batches, batch, error) from error
         if not possible:
             raise FimprobeError(
                 "`input_sampling='trace'` must have a likelihood with rare labels, got "
@@ -339,3 +333,15 @@ class EstimateRun:
             self.expected = [(state["indices"], state["expected"])]
         self.measurer.plan = plan_from_state(state["plan"])
         self.started -= state["seconds"]
+
+
+def _with_batch(number: int, batch: Batch, error: Exception) -> Exception:
+    """The error to raise for a batch: one of the model's own forward names the batch."""
+    own = isinstance(error, FimprobeError) and not str(error).startswith(FAILED_MODEL)
+    if own or isinstance(error, torch.OutOfMemoryError):
+        return error
+    return FimprobeError(failed_forward(number, batch, error))
+
+
+FAILED_MODEL = "the model raises"
+"""The beginning of the message of a twin that cannot be compared because the model fails."""

@@ -22,6 +22,9 @@ Selector = Callable[[Any], Tensor]
 
 _SEED = 20240525
 
+_COMPARED = 2**18
+"""Entries that are compared at once, so that the comparison of large outputs takes little memory."""
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -141,10 +144,19 @@ def almost_equal(a: Tensor, b: Tensor) -> bool:
     """Whether tensors agree within rounding, relative to the largest entry."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    finite = b[torch.isfinite(b)]
-    largest = float(finite.abs().amax()) if finite.numel() else 0.0
+    pieces = list(zip(a.reshape(-1).split(_COMPARED), b.reshape(-1).split(_COMPARED), strict=True))
+    largest = max((_largest_finite(piece) for _, piece in pieces), default=0.0)
     tolerance = rounding_tolerance(b.dtype)
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    return all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+        for x, y in pieces
+    )
+
+
+def _largest_finite(x: Tensor) -> float:
+    """The largest magnitude among finite entries; 0 if there are none."""
+    finite = x[torch.isfinite(x)]
+    return float(finite.abs().amax()) if finite.numel() else 0.0
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:

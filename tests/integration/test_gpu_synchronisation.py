@@ -1,6 +1,7 @@
 """What a measurement on a GPU would wait for, counted without one (``FakeGpu``)."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -128,13 +129,14 @@ def test_outputs_that_are_not_finite_are_told_at_the_end(family, bad, gpu):
     plan, inputs = Plan(), torch.randn(6, 4)
     options = {"likelihood": family, "plan": plan, "estimators": ["i1"], "bounds": False}
     fimprobe.measure(model, inputs, **options)
+    on_gpu = {**options, "plan": copy.deepcopy(plan)}
     with FakeGpu():  # the twin is compared with the model once more on another device
-        fimprobe.measure(model, inputs, **options)
+        fimprobe.measure(model, inputs, **on_gpu)
     inputs[2, 1] = bad
     with pytest.raises(BatchError) as near:
-        fimprobe.measure(model, inputs, **{**options, "plan": Plan()})
-    with FakeGpu() as gpu_calls, pytest.raises(BatchError) as late:
         fimprobe.measure(model, inputs, **options)
+    with FakeGpu() as gpu_calls, pytest.raises(BatchError) as late:
+        fimprobe.measure(model, inputs, **on_gpu)
     assert str(late.value) == str(near.value)
     assert "3 of 18 outputs are not finite" in str(late.value)
     if family != "poisson":  # its bisection looks whether it is done

@@ -27,8 +27,8 @@ def _trained(confidence: float) -> nn.Module:
     x, y = digits()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 12), nn.Tanh())
-        model.append(nn.Linear(12, 10)).float()
+        layers = [nn.Linear(*s, dtype=torch.float32) for s in ((64, 16), (16, 12), (12, 10))]
+        model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Tanh(), layers[2])
         optimizer = torch.optim.Adam(model.parameters(), 5e-3)
         while True:
             for rows in torch.randperm(len(x)).split(64):
