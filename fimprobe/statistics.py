@@ -59,9 +59,13 @@ class Moments:
     a2_square: float
     """A2² summed over the entries."""
     powers: Tensor
-    """[4, B], summed over the entries: A4 = Σ_s w₄ ĝ⁴ (of drawn labels Σ_s w g⁴); Q = (Σ_s w g²)²;
-    R, as Q with the square inside each block (of drawn labels each label is a block: Σ_s w² g⁴); and
-    F_bi max_s g_bsi² of the exact passes of one label."""
+    """Four sums for each input, over the entries [4, B].
+
+    Row 0: A4 = Σ_s w₄ ĝ⁴; for drawn labels Σ_s w g⁴.
+    Row 1: Q = (Σ_s w g²)².
+    Row 2: R = Σ_blocks (Σ_{s in block} w g²)². Each drawn label is a block, so that R = Σ_s w² g⁴.
+    Row 3: F_bi max_s g_bsi², over the exact passes of one label; the bound of a debiased norm uses it.
+    """
     squared_norms: Tensor
     """Per-sample squared norms ‖ĝ_s‖² [B, S]."""
     gram: Tensor | None = None

@@ -127,7 +127,7 @@ class FimProbeCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach from an earlier training, which an exception may have ended."""
+        """Detach from an earlier training, which may have ended with an exception."""
         self.detach()
         self.probe = None
         self._attach_pending = True
@@ -152,7 +152,7 @@ class FimProbeCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure, before the parameters change."""
+        """Measure before the parameters change, and log the headline values."""
         probe = self.probe
         if probe is None or probe.detached:
             return
@@ -182,7 +182,7 @@ class FimProbeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach."""
+        """Remove the hooks and close the files."""
         self.detach()
 
     # -- inside ------------------------------------------------------------------------------

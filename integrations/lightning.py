@@ -134,15 +134,15 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             self._check_called(trainer, pl_module, probe)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach; reports stay in ``probe.history``."""
+        """Detach the probe; reports stay in ``probe.history``."""
         self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach when an error or the user stops the training."""
+        """Detach the probe when an error or the user stops the training."""
         self._detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Detach, however the training ended."""
+        """Detach the probe, however the training ended."""
         self._detach()
 
     def _target(self, pl_module: Any) -> Any:

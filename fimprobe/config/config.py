@@ -76,7 +76,7 @@ _PATTERNS = Option(
 
 
 class LayersConfig(_Section):
-    """Which layers have charts of their own in TensorBoard; the JSONL file holds all layers."""
+    """Selection of the layers that TensorBoard shows; the JSONL file holds all layers."""
 
     include: Annotated[list[str], _PATTERNS] = Field(
         ["*"], description="names of layers that may have charts"
@@ -104,7 +104,7 @@ _SWITCH = Option(must_be="true or false", remedy="Use one of the two.")
 
 
 class TensorboardConfig(_Section):
-    """What is written for TensorBoard, and where."""
+    """The content and the folder of the files for TensorBoard."""
 
     log_dir: Annotated[
         str | None,
@@ -277,6 +277,13 @@ def describe_options(
     """Return the description of every option, sections and their keys, by dotted name.
 
     Error messages, ``docs/configuration.md`` and the tests read options here only.
+
+    Args:
+        model: The pydantic model whose fields are the options.
+        prefix: Start of the dotted names, such as "schedule."; empty at the top.
+
+    Returns:
+        The descriptions by name; the keys of a section follow the section itself.
 
     >>> describe_options()["schedule.every"].must_be
     'a positive integer'

@@ -1,4 +1,4 @@
-"""What an option accepts, in words: the source of error messages and of the documentation."""
+"""Values that an option accepts, in words: the source of error messages and the documentation."""
 
 from __future__ import annotations
 

@@ -64,7 +64,15 @@ def common_shapes(shapes: Sequence[Shapes]) -> Shapes:
 
 
 def local_sums(measured: Measured, shapes: Shapes) -> dict[Key, Tensor]:
-    """Return this process's tensors of the given shapes, zeros for those that it did not measure."""
+    """Return this process's tensors of the given shapes, zeros for those that it did not measure.
+
+    Args:
+        measured: The statistics of this process.
+        shapes: :func:`common_shapes` of all processes.
+
+    Returns:
+        One tensor on the CPU for each key of ``shapes``.
+    """
     sums = _sums(measured)
     return {
         key: sums[key] if key in sums else torch.zeros(shape, dtype=dtype)
@@ -229,6 +237,15 @@ def _merge_parameter(shares: list[Moments | None], sizes: list[int], sums: dict[
     known = [m for m in shares if m is not None]
 
     def concatenated(field: str, dim: int = 0) -> Tensor:
+        """Return a field of all samples of the batch.
+
+        Args:
+            field: A field of :class:`Moments` that is known in some process.
+            dim: The dimension of the samples.
+
+        Returns:
+            The processes' tensors along ``dim``, zeros for a process without the parameter.
+        """
         rows = _concatenate([getattr(m, field, None) for m in shares], sizes, dim)
         assert rows is not None
         return rows
@@ -272,6 +289,16 @@ def _merge_curvature(shares: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -
         diagonal_only = min(c.block.dim() for c in known) == 3
 
         def concatenated(field: str, dim: int) -> Tensor | None:
+            """Return a field of all samples of the batch; None if no process has it.
+
+            Args:
+                field: A field of :class:`Curvature`.
+                dim: The dimension of the samples.
+
+            Returns:
+                The processes' tensors along ``dim``. Zeros fill in for a process without the
+                parameter and for passes that only longer sequences have.
+            """
             rows: list[Tensor | None] = []
             for share, c in zip(shares, curvatures, strict=True):
                 x = getattr(c, field, None)

@@ -54,13 +54,30 @@ class GroupSums:
         return self._total(torch.tensor(values, dtype=torch.float64).T).T
 
     def sum(self, parameters: Mapping[str, Any], field: str) -> Tensor:
-        """Return the sums of a field that is a tensor [...] in every record: [G, ...]."""
+        """Return the sums of a field that is a tensor in every record.
+
+        Args:
+            parameters: The record of every parameter, by its name.
+            field: Name of a field that is a tensor [...] of one shape.
+
+        Returns:
+            The sum over each group [G, ...], float64 on the CPU, in the unit of the field.
+        """
         sums = self.sum_known(parameters, field)
         assert sums is not None
         return sums
 
     def sum_known(self, parameters: Mapping[str, Any], field: str) -> Tensor | None:
-        """Return the sums of a tensor field [G, ...]; None where it is None for a parameter."""
+        """Return the sums of a tensor field, or None if a parameter lacks it.
+
+        Args:
+            parameters: The record of every parameter, by its name.
+            field: Name of a field that is a tensor [...] of one shape, or None.
+
+        Returns:
+            The sum over each group [G, ...], float64 on the CPU, in the unit of the field. None if
+            the field of any parameter is None.
+        """
         values = [getattr(parameters[name], field) for name in self.names]
         if any(value is None for value in values):
             return None

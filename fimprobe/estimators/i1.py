@@ -124,7 +124,12 @@ class InputSums:
 
     @classmethod
     def of(cls, moments: MomentsBatch, groups: Groups) -> InputSums:
-        """Return the sums of moments of any kind of cotangents."""
+        """Return the sums of moments of any kind of cotangents.
+
+        Args:
+            moments: The moments of the cotangents, of B inputs and S draws or passes.
+            groups: The parameters of each of the G groups.
+        """
         group_sums, draws = GroupSums(groups), moments.draws
         size, labels = moments.batch_size, draws or 1
         norms = group_sums.sum(moments.parameters, "squared_norms")
@@ -229,7 +234,16 @@ def skewness(trace: Tensor) -> Tensor | None:
 
 
 def relative_error(error_square: Tensor | None, norm_square: Tensor) -> Tensor | None:
-    """Return √(Σ_i Var F̂_i)/‖diag F‖ [G]; NaN where the debiased norm is not positive."""
+    """Return the relative error √(Σ_i Var F̂_i)/‖diag F‖ of each group.
+
+    Args:
+        error_square: Σ_i Var F̂_i [G]; None for one input, which does not determine it.
+        norm_square: ‖diag F‖² [G], debiased, in the same unit.
+
+    Returns:
+        The error [G] as a share of the norm; NaN where ``norm_square`` is not positive. None if
+        ``error_square`` is None.
+    """
     if error_square is None:
         return None
     known = norm_square > 0
@@ -245,14 +259,27 @@ def _standard_error(values: Tensor) -> Tensor | None:
 def columns_to_lists(
     columns: Mapping[str, Tensor | None], rows: int
 ) -> dict[str, list[float | None]]:
-    """Return columns [G] as lists of ``rows`` numbers, a missing one as a list of None."""
+    """Return tensors as lists of numbers, and a missing tensor as a list of None.
+
+    Args:
+        columns: Tensors [G] or None, by name.
+        rows: G.
+
+    Returns:
+        Lists of G items, by the same names.
+    """
     return {
         name: [None] * rows if column is None else column.tolist() for name, column in columns.items()
     }
 
 
 def row_of(values: Mapping[str, Sequence[float | None]], row: int) -> dict[str, Any]:
-    """Return the values of one group, None in place of NaN."""
+    """Return the values of one group, None in place of NaN.
+
+    Args:
+        values: Lists of G numbers, by name.
+        row: Index of the group.
+    """
     row_values = {name: column[row] for name, column in values.items()}
     return {name: None if x is None or x != x else x for name, x in row_values.items()}
 

@@ -184,7 +184,7 @@ class IndexedSource:
 
 
 class IterableSource:
-    """Data that are read in their own order.
+    """Data that are read in the order in which they come.
 
     Args:
         data: Any iterable of batches.
@@ -201,7 +201,7 @@ class IterableSource:
         """Leave the number of inputs unknown until the end."""
 
     def batches(self, rank: int, processes: int, skip: int) -> Iterator[NumberedBatch]:
-        """Yield the batches; each process has a shard of its own."""
+        """Yield the batches; each process has a separate shard."""
         for number, raw in enumerate(self.data):
             if number >= skip:
                 yield NumberedBatch(raw=raw, indices=None)
@@ -225,7 +225,7 @@ class ListSource(IterableSource):
 
         Args:
             reader: From batches to inputs.
-            processes: Each has a shard of its own.
+            processes: Each has a separate shard.
         """
         sizes: list[int] = []
 

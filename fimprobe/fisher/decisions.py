@@ -174,10 +174,12 @@ class Ratio:
         for name, f in one.diagonal.items():
             base = other.diagonal[name].to(f.device)
             ratio = torch.where(f > 0, f / base, 0.0)
-            own = one.std_error[name] / f.clamp(min=1e-300)
-            its = other.std_error[name].to(f.device) / base.clamp(min=1e-300)
+            error_of_one = one.std_error[name] / f.clamp(min=1e-300)
+            error_of_other = other.std_error[name].to(f.device) / base.clamp(min=1e-300)
             values[name] = ratio
-            errors[name] = torch.where(ratio > 0, ratio * (own.square() + its.square()).sqrt(), 0.0)
+            errors[name] = torch.where(
+                ratio > 0, ratio * (error_of_one.square() + error_of_other.square()).sqrt(), 0.0
+            )
         return cls(values=values, std_error=errors, numerator=one, denominator=other)
 
     def above(self, factor: float) -> Mask:
@@ -193,8 +195,8 @@ class Ratio:
         masks, sure, kept = {}, 0.0, 0
         for name, f in one.diagonal.items():
             excess = f - factor * other.diagonal[name].to(f.device)
-            its = factor * other.std_error[name].to(f.device)
-            error = (one.std_error[name].square() + its.square()).sqrt()
+            error_of_other = factor * other.std_error[name].to(f.device)
+            error = (one.std_error[name].square() + error_of_other.square()).sqrt()
             masks[name] = excess > 0
             sure += float(_exceeds(excess, error, 0.0)[masks[name]].sum())
             kept += int(masks[name].sum())

@@ -278,7 +278,7 @@ def _spread(sums: FisherSums, norm_square: Tensor) -> Tensor:
     """Relative standard error of the relative error over inputs, by the delta method.
 
     ρ² = (M − f)/((n − 1) f), where M is the mean of Q_b and f = ‖diag F‖². An input's influence on f
-    is 2(a_b·F − f). The inner product is taken as proportional to √Q_b, with the right mean.
+    is 2(a_b·F − f). The model of the inner product is proportional to √Q_b, with the right mean.
     """
     n = max(sums.inputs, 2)
     mean = sums.column("square") / n

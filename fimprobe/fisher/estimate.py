@@ -134,6 +134,7 @@ def estimate(
             "draws": draws,
             "input_sampling": input_sampling,
             "seed": seed,
+            "max_inputs": max_inputs,  # it may cut a batch, whose rest would be left out later
             "size": source.size,
             "batch_size": getattr(source, "batch_size", None),
         }

@@ -27,11 +27,11 @@ def linear_error(fisher: FisherRecord, weights: Mapping[str, Tensor]) -> float:
         layers.setdefault(name.rpartition(".")[0] or "(model)", []).append(name)
     variances, unit_variances = [], []
     for layer, names in layers.items():
-        own = _sums(fisher, names, weights)
+        weighted = _sums(fisher, names, weights)
         unit = _sums(fisher, names, None)
         trace_error = fisher.layers[layer].std_error or 0.0
         correlation = _share(trace_error**2 - unit[1], unit[0] ** 2 - unit[1])
-        variances.append(own[1] + correlation * max(own[0] ** 2 - own[1], 0.0))
+        variances.append(weighted[1] + correlation * max(weighted[0] ** 2 - weighted[1], 0.0))
         unit_variances.append(unit[1] + correlation * max(unit[0] ** 2 - unit[1], 0.0))
     across = _cross(variances)
     trace_square = (fisher.total.std_error or 0.0) ** 2

@@ -77,8 +77,8 @@ class TraceWeighted:
         assert expected is not None
         weight = _input_weights(expected, self.mean)
         for one in self.family.exact_passes(outputs, mask):
-            second, fourth = one.second * weight, one.fourth * weight.square()
-            yield one._replace(second=second, fourth=fourth)
+            square, quartic = one.square * weight, one.quartic * weight.square()
+            yield one._replace(square=square, quartic=quartic)
 
 
 class _WeightedSampler:

@@ -42,7 +42,7 @@ LABEL_STREAM = 2**40
 
 @dataclass(kw_only=True)
 class Pilot:
-    """Sums over the first inputs, which tell whether drawing inputs in proportion to τ pays.
+    """Sums over the first inputs, by which drawing inputs in proportion to τ is decided.
 
     Attributes:
         inputs: Number of inputs.

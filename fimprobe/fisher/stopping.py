@@ -23,7 +23,7 @@ MIN_INPUTS = 32
 """Number of inputs before which no estimate stops."""
 
 MIN_EFFECTIVE_INPUTS = 20
-"""Effective number of inputs before which no estimate stops: fewer do not show their own spread."""
+"""Effective number of inputs before which no estimate stops: fewer do not show their spread."""
 
 MIN_BATCHES = 4
 """Number of batches before which no estimate stops; also the step between two decisions."""
@@ -99,9 +99,9 @@ class StoppingRule:
         first = next(iter(self.targets.values()))
         ratios, certain = [], True
         if self.entries is not None:
-            own = entries_rel_error(sums, design, self.entries) / first
-            ratios.append(own)
-            certain = own * (1 + _spread(errors, -1)) <= 1
+            subset_error = entries_rel_error(sums, design, self.entries) / first
+            ratios.append(subset_error)
+            certain = subset_error * (1 + _spread(errors, -1)) <= 1
         else:
             for row, group in enumerate(sums.groups):
                 if group in self.targets and float(sums.column("trace")[row]) > 0:

@@ -96,7 +96,16 @@ def input_norms(
 
 
 def weight_of(graph: AutogradGraph, edge: Edge) -> Tensor | None:
-    """A layer's weight, transposed or not; None if autograd kept none."""
+    """A layer's weight, transposed or not; None if autograd kept none.
+
+    Args:
+        graph: The autograd graph.
+        edge: The layer, of a kind in ``AFFINE``.
+
+    Returns:
+        The weight as it is stored. A saved batch of matrices counts if they are one expanded matrix,
+        or if there is only one; otherwise None.
+    """
     node, slot = edge.node, edge.parent(AFFINE[edge.kind][1])
     if edge.kind == "Convolution":
         return slot.node.variable if slot and hasattr(slot.node, "variable") else node._saved_weight
@@ -113,7 +122,12 @@ def weight_of(graph: AutogradGraph, edge: Edge) -> Tensor | None:
 
 
 def geometry_on(node: Any, images: Tensor | Edge) -> ConvGeometry:
-    """The geometry of a convolution, given by its backward node, on images [..., n₁, n₂, ...]."""
+    """The geometry of a convolution on its input.
+
+    Args:
+        node: The convolution's backward node, with its kernel and options.
+        images: The input [..., n₁, n₂, ...], or its edge; only the shape is read.
+    """
     kernel = node._saved_weight.shape[2:]
     size = images.shape[len(images.shape) - len(kernel) :]
     return ConvGeometry.of(

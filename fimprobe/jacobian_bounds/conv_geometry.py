@@ -94,7 +94,15 @@ class ConvGeometry:
 
 
 def weighted(x: Tensor, counts: list[Tensor]) -> Tensor:
-    """``x`` [..., n₁, n₂, ...] times a count [n] for each index of its last dimensions."""
+    """Multiply a tensor by a count for each index of its last dimensions.
+
+    Args:
+        x: A tensor [..., n₁, n₂, ...].
+        counts: A count [n] for each index of each of the last dimensions, in their order.
+
+    Returns:
+        The product, of the shape of ``x``.
+    """
     for dim, count in enumerate(reversed(counts)):
         x = x * count.to(x.device).view(-1, *[1] * dim)
     return x

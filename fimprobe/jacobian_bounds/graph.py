@@ -105,16 +105,31 @@ class AutogradGraph:
         return "the inputs"
 
     def location(self, edge: Edge, above: str) -> str:
-        """The place of a function in the model, for messages; ``above`` is the layer that follows."""
+        """The place of a function in the model, for messages.
+
+        Args:
+            edge: The function.
+            above: The layer that follows it, quoted.
+        """
         return f"between {self.nearest_module(edge)} and {above} ({edge.name})"
 
     def unknown_function(self, edge: Edge, above: str) -> str:
-        """The message about a function without a known bound."""
+        """The message about a function without a known bound.
+
+        Args:
+            edge: The function.
+            above: The layer that follows it, quoted.
+        """
         between = f"between {self.nearest_module(edge)} and {above}"
         return f"the function {between} is not known ({edge.name})"
 
     def mixed_samples(self, edge: Edge, above: str) -> str:
-        """The message about a function that may couple the samples of a batch."""
+        """The message about a function that may couple the samples of a batch.
+
+        Args:
+            edge: The function.
+            above: The layer that follows it, quoted.
+        """
         return f"samples of the batch cannot be separated {self.location(edge, above)}"
 
 

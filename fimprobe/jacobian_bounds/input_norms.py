@@ -107,7 +107,16 @@ def convolution_input_norms(
 
 
 def bias_norms(samples: int, positions: int, groups: int = 1) -> InputNorms:
-    """Norms [B] of X̃ = 1, a column of ones: only the bias is trained."""
+    """Norms of X̃ = 1, a column of ones: only the bias is trained.
+
+    Args:
+        samples: B.
+        positions: Rows of X̃, the positions at which the bias is added.
+        groups: Groups of a convolution, each with a column of its own.
+
+    Returns:
+        The norms, float64 [B]: s_max = √positions and ‖X̃‖_F = √(positions · groups).
+    """
     norm = torch.full((samples,), math.sqrt(positions), dtype=torch.float64)
     return InputNorms(norm, norm * math.sqrt(groups))
 

@@ -56,7 +56,12 @@ def last(count: int) -> Callable[[Any, int], set[int]]:
 
 
 def saved_dims(node: Any, dims: int) -> set[int]:
-    """The dimensions that a node saved; all ``dims`` of them if it saved none."""
+    """The dimensions that a node saved; all of them if it saved none.
+
+    Args:
+        node: The backward node of a function.
+        dims: Number of dimensions of the tensor that it acts on.
+    """
     for name in ("_saved_dim", "_saved_dims"):
         if hasattr(node, name):
             saved = getattr(node, name)

@@ -57,7 +57,16 @@ def scaled(
 
 
 def per_sample(graph: AutogradGraph, x: Tensor, outer: int) -> Tensor:
-    """The largest element of each sample [B]; ``x`` has ``outer`` elements before the batch."""
+    """The largest element of each sample.
+
+    Args:
+        graph: The autograd graph, with the number B of samples.
+        x: A tensor that holds the batch, with B times ``outer`` times any number of elements.
+        outer: Elements of ``x`` that come before the batch in its layout.
+
+    Returns:
+        The maxima, float64 [B], on the CPU.
+    """
     return x.reshape(outer, graph.size, -1).amax((0, 2)).cpu().double()
 
 
@@ -91,7 +100,19 @@ def outer_behind(
 
 
 def outer_transposed(graph: AutogradGraph, edge: Edge, path: PathNorm) -> int:
-    """Elements before the batch behind a transpose or permutation."""
+    """Elements before the batch behind a transpose or permutation.
+
+    Args:
+        graph: The autograd graph.
+        edge: The function, of a kind in ``TRANSPOSING``.
+        path: The path in front of it.
+
+    Returns:
+        The number for its input; 1 for a batch of one sample.
+
+    Raises:
+        Unbounded: If the batch cannot be located in its output.
+    """
     if graph.size == 1:
         return 1
     shape, node = edge.shape, edge.node

@@ -44,7 +44,13 @@ def to_accurate_dtype(x: Tensor) -> Tensor:
 
 
 def is_cheap(count: int, high: int, width: int) -> bool:
-    """Whether s_max of ``count`` blocks [high, width] costs almost nothing."""
+    """Whether s_max of some blocks costs almost nothing.
+
+    Args:
+        count: Number of blocks.
+        high: Rows of a block.
+        width: Columns of a block.
+    """
     return count * min(high, width) ** 3 <= MAX_CHEAP_PRODUCTS
 
 

@@ -62,6 +62,14 @@ def normalised(graph: AutogradGraph, edge: Edge, path: PathNorm) -> PathNorm:
     """The path behind LayerNorm or GroupNorm.
 
     The derivative γ/σ (I − 11ᵀ/n − x̂x̂ᵀ/n) has norm ≤ max|γ|/σ.
+
+    Args:
+        graph: The autograd graph.
+        edge: The normalisation, of kind "NativeLayerNorm" or "NativeGroupNorm".
+        path: The path to its output.
+
+    Raises:
+        Unbounded: If it may couple the samples of the batch, or the factor is not finite.
     """
     node, shape = edge.saved, edge.shape
     group = edge.kind == "NativeGroupNorm"
@@ -79,6 +87,18 @@ def branches(graph: AutogradGraph, edge: Edge, path: PathNorm) -> list[tuple[Edg
     """The arguments of a sum or concatenation, each with the norm of the path through it alone.
 
     If two branches join again, the propagation finds a fork.
+
+    Args:
+        graph: The autograd graph.
+        edge: The sum or concatenation.
+        path: The path to its output.
+
+    Returns:
+        The edge and the path of each argument, without constants and trained parameters.
+
+    Raises:
+        Unbounded: If an argument has another number of dimensions than the output, the samples of the
+            batch cannot be separated, or a factor is not finite.
     """
     onward = []
     for slot in range(len(edge.node.next_functions)):

@@ -14,16 +14,16 @@ class Pass(NamedTuple):
     """One backward pass of an exact expectation over labels.
 
     Attributes:
-        seed: Cotangent at the outputs, of their shape [B, ...]. It is not a random seed.
-        second: Factor [B] of (Jᵀ seed)² in E g².
-        fourth: Factor [B] of (Jᵀ seed)⁴ in E g⁴.
+        cotangent: A vector at the outputs, of their shape [B, ...].
+        square: Factor [B] of (Jᵀ cotangent)² in E g².
+        quartic: Factor [B] of (Jᵀ cotangent)⁴ in E g⁴.
         block: Number of the independent random variable that the pass belongs to. Fourth cumulants
             add over blocks.
     """
 
-    seed: Tensor
-    second: Tensor
-    fourth: Tensor
+    cotangent: Tensor
+    square: Tensor
+    quartic: Tensor
     block: int
 
 
@@ -79,28 +79,86 @@ class Likelihood(Protocol):
         """Return the shape of one draw of the labels, batch first."""
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Return the labels at the float64 ``uniforms`` [B, ...] in (0, 1): the inverse CDF."""
+        """Return the labels at the uniforms: the inverse CDF.
+
+        Args:
+            outputs: h [B, ...].
+            uniforms: In (0, 1), float64, of the labels' shape [B, ...].
+
+        Returns:
+            Labels, in the shape of ``uniforms``.
+        """
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return ∂ log p(y | h) / ∂h, of the outputs' shape (t(y) − η if h is natural)."""
+        """Return ∂ log p(y | h) / ∂h, which is t(y) − η if h is the natural parameter.
+
+        Args:
+            outputs: h [B, ...].
+            labels: y, of the shape ``label_shape(outputs)``.
+
+        Returns:
+            The score [B, ...], of the outputs' shape.
+        """
 
     def count_passes(self, outputs: Tensor) -> int:
         """Return the number of backward passes of an exact expectation over the labels."""
 
     def exact_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Yield the passes whose weighted squares and fourth powers sum to the exact moments."""
+        """Yield the passes whose weighted squares and fourth powers sum to the exact moments.
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the labels' shape; False leaves a label out. None keeps all.
+        """
 
     def norms(self, outputs: Tensor, mask: Tensor | None) -> OutputNorms:
-        """Return norms, traces and extreme eigenvalues of I(h) and M, one value per input."""
+        """Return norms, traces and extreme eigenvalues of I(h) and M, one value per input.
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the labels' shape; False leaves a label out. None keeps all.
+
+        Returns:
+            The values of every input [B], float64.
+        """
 
     def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
-        """Return L ξ, where L Lᵀ = I(h) and ξ has the outputs' shape: a Hutchinson cotangent."""
+        """Return L ξ, where L Lᵀ = I(h): a Hutchinson cotangent.
+
+        Args:
+            outputs: h [B, ...].
+            xi: ξ, of the outputs' shape.
+
+        Returns:
+            L ξ, of the outputs' shape.
+        """
 
     def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Yield the passes of the exact expectation over Rademacher ξ: each column of L, a block."""
+        """Yield the passes of the exact expectation over Rademacher ξ: each column of L, a block.
+
+        Args:
+            outputs: h [B, ...].
+            mask: Bool, of the labels' shape; False leaves a label out. None keeps all.
+        """
 
     def check_labels(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raise :class:`FimprobeError` if the labels of a data set do not fit the outputs."""
+        """Check that the labels of a data set fit the outputs.
+
+        Args:
+            outputs: h [B, ...].
+            labels: Data labels.
+
+        Raises:
+            FimprobeError: If they do not.
+        """
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return ``score`` at labels that ``check_labels`` accepts, zero at ignored labels."""
+        """Return ``score`` at labels of a data set, zero at ignored labels.
+
+        Args:
+            outputs: h [B, ...].
+            labels: Data labels that ``check_labels`` accepts.
+
+        Returns:
+            The score [B, ...], of the outputs' shape.
+        """

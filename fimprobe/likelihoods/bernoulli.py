@@ -29,15 +29,39 @@ class Bernoulli(Independent):
         return (labels == 0) | (labels == 1)
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Return 1 where the uniform exceeds P(y = 0) = sigmoid(−h), else 0."""
+        """Return 1 where the uniform exceeds P(y = 0) = sigmoid(−h), else 0.
+
+        Args:
+            outputs: h, logits [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Labels [B, ...], 0 or 1, in at least float32.
+        """
         return (uniforms > torch.sigmoid(-outputs.double())).to(precise(outputs).dtype)
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Return 1 with probability 1 − p, else 0: q(y) = p(1 − y) for each label."""
+        """Return 1 where the uniform exceeds p = sigmoid(h), else 0: labels from q(1) = 1 − p.
+
+        Args:
+            outputs: h, logits [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Labels [B, ...], 0 or 1, float64.
+        """
         return (uniforms > torch.sigmoid(outputs.double())).double()
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return y − p, as sigmoid(−h) for y = 1 and −sigmoid(h) for y = 0, without cancellation."""
+        """Return y − p, as sigmoid(−h) for y = 1 and −sigmoid(h) for y = 0, without cancellation.
+
+        Args:
+            outputs: h, logits [B, ...].
+            labels: y, 0 or 1, of the outputs' shape.
+
+        Returns:
+            The score [B, ...], in at least float32.
+        """
         h = precise(outputs)
         return torch.where(labels > 0.5, torch.sigmoid(-h), -torch.sigmoid(h))
 

@@ -171,7 +171,12 @@ class Categorical:
         return index.clamp_(max=cdf.shape[-1] - 1)
 
     def size_biased_sampler(self, outputs: Tensor, mask: Tensor | None) -> SizeBiasedSampler:
-        """Return a sampler whose draws share one softmax."""
+        """Return a sampler whose draws share one softmax.
+
+        Args:
+            outputs: Logits [B, ...].
+            mask: Bool, of the labels' shape; False leaves a position out. None keeps all.
+        """
         return SoftmaxSampler(self, outputs, mask)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -256,7 +261,7 @@ class Categorical:
                 cotangent[:, position] = score.reshape(batch, -1, classes)[:, position]
                 cotangent = cotangent.view(score.shape).movedim(-1, self.class_dim)
                 weight = p[:, position, label]
-                yield Pass(seed=cotangent, second=weight, fourth=weight, block=position)
+                yield Pass(cotangent=cotangent, square=weight, quartic=weight, block=position)
 
     def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
         """Yield one pass per class c and position: the column L e_c = √p_c (e_c − p), each a block.
@@ -278,7 +283,7 @@ class Categorical:
                 column[:, position, c] = complement[:, position, c] * root
                 column = column.view(shape).movedim(-1, self.class_dim)
                 weight, block = keep[:, position], position * classes + c
-                yield Pass(seed=column, second=weight, fourth=weight, block=block)
+                yield Pass(cotangent=column, square=weight, quartic=weight, block=block)
 
     def _classes_last(self, outputs: Tensor) -> Tensor:
         return outputs.movedim(self.class_dim, -1)

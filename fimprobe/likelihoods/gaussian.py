@@ -42,11 +42,27 @@ class Gaussian(Independent):
             )
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Return h + σ Φ⁻¹(u)."""
+        """Return h + σ Φ⁻¹(u).
+
+        Args:
+            outputs: h, in the unit of σ, [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Labels [B, ...] in the unit of σ, float64.
+        """
         return precise(outputs).double() + self.sigma * torch.special.ndtri(uniforms)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return (y − h)/σ²."""
+        """Return (y − h)/σ².
+
+        Args:
+            outputs: h, in the unit of σ, [B, ...].
+            labels: y, in the unit of σ, of the outputs' shape.
+
+        Returns:
+            The score [B, ...] in the unit of 1/σ, in at least float32.
+        """
         h = precise(outputs)
         return ((labels - h.double()) / self.sigma**2).to(h.dtype)
 

@@ -45,7 +45,12 @@ class Independent:
         raise NotImplementedError
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return ∂ log p(y | h)/∂h."""
+        """Return ∂ log p(y | h)/∂h of each component.
+
+        Args:
+            outputs: h [B, ...].
+            labels: y, of the same shape.
+        """
         raise NotImplementedError
 
     def variance(self, outputs: Tensor) -> Tensor:
@@ -150,7 +155,15 @@ class Independent:
             )
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the score at data labels of any type, converted to float64 as drawn labels are."""
+        """Return the score at data labels of any type, converted to float64 as drawn labels are.
+
+        Args:
+            outputs: h [B, ...].
+            labels: Data labels that ``check_labels`` accepts, of the same shape.
+
+        Returns:
+            The score [B, ...].
+        """
         return self.score(outputs, labels.to(outputs.device, torch.float64))
 
     def label_shape(self, outputs: Tensor) -> torch.Size:
@@ -199,7 +212,15 @@ class Independent:
         )
 
     def fisher_factor(self, outputs: Tensor, xi: Tensor) -> Tensor:
-        """Return √v ∘ ξ, with ξ of the outputs' shape."""
+        """Return √v ∘ ξ, where v is the variance of the score.
+
+        Args:
+            outputs: h [B, ...].
+            xi: ξ, of the same shape.
+
+        Returns:
+            The Hutchinson cotangent [B, ...].
+        """
         root = self.variance(outputs).sqrt()
         return root * xi.to(root.dtype)
 
@@ -222,14 +243,14 @@ class Independent:
             cotangent = torch.zeros_like(v)
             cotangent[:, component] = 1
             yield Pass(
-                seed=cotangent.view(outputs.shape),
-                second=v[:, component],
-                fourth=m[:, component],
+                cotangent=cotangent.view(outputs.shape),
+                square=v[:, component],
+                quartic=m[:, component],
                 block=component,
             )
 
     def hutchinson_passes(self, outputs: Tensor, mask: Tensor | None) -> Iterator[Pass]:
-        """Yield cotangents √v e_c with second = fourth = 1 (0 where masked), each a block.
+        """Yield cotangents √v e_c with square = quartic = 1 (0 where masked), each a block.
 
         Args:
             outputs: h [B, ...].
@@ -242,7 +263,10 @@ class Independent:
             cotangent[:, component] = root[:, component]
             weight = keep[:, component]
             yield Pass(
-                seed=cotangent.view(outputs.shape), second=weight, fourth=weight, block=component
+                cotangent=cotangent.view(outputs.shape),
+                square=weight,
+                quartic=weight,
+                block=component,
             )
 
     @staticmethod

@@ -36,16 +36,37 @@ class Poisson(Independent):
         return torch.isfinite(labels) & (labels >= 0) & (labels == labels.double().floor())
 
     def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
-        """Return the smallest k with P(Y ≤ k) ≥ u, by bisection on the regularised gamma function."""
+        """Return the smallest k with P(Y ≤ k) ≥ u, by bisection on the regularised gamma function.
+
+        Args:
+            outputs: h, log-rates [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Counts [B, ...], float64.
+        """
         return _bisect(outputs, uniforms, lambda k, rate: torch.special.gammaincc(k + 1, rate))
 
     def size_biased_quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
         """Return the quantile of q(y) = p(y)(y − λ)²/λ, by bisection on its distribution function.
 
         (y − λ)² = y(y−1) + (1−2λ)y + λ² and y p(y) = λ p(y−1) give Q(k) = P(k−1) + (λ−k) p(k).
+
+        Args:
+            outputs: h, log-rates [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Counts [B, ...], float64.
         """
 
         def cumulative(k: Tensor, rate: Tensor) -> Tensor:
+            """Return Q(k), the distribution function of q.
+
+            Args:
+                k: Whole numbers, float64 [B, ...].
+                rate: λ, of the same shape.
+            """
             below = torch.where(k > 0, torch.special.gammaincc(k.clamp(min=1), rate), 0.0)
             mass = torch.exp(torch.special.xlogy(k, rate) - rate - torch.lgamma(k + 1))
             return below + (rate - k) * mass
@@ -58,7 +79,15 @@ class Poisson(Independent):
         return large if bool(large.any()) else None
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return y − λ."""
+        """Return y − λ.
+
+        Args:
+            outputs: h, log-rates [B, ...].
+            labels: Counts y, of the outputs' shape.
+
+        Returns:
+            The score [B, ...], in at least float32.
+        """
         h = precise(outputs)
         return (labels - h.double().exp()).to(h.dtype)
 

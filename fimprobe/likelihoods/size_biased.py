@@ -145,6 +145,12 @@ class SizeBiasedSampler:
         """Return a constructor for a family, which takes outputs and mask."""
 
         def make(outputs: Tensor, mask: Tensor | None) -> SizeBiasedSampler:
+            """Return the sampler of the family for some outputs.
+
+            Args:
+                outputs: h [B, ...].
+                mask: Bool, of the labels' shape; False leaves a label out. None keeps all.
+            """
             h = outputs.double()
             return cls(family, h, family.expected_squared_score(h), mask)
 

@@ -71,7 +71,11 @@ def make_request(options: Config, labels: Any) -> Request:
 
 
 def check_mask_and_output(mask: Any, output: Any) -> None:
-    """Check the types of both.
+    """Check the types of the options ``mask`` and ``output``.
+
+    Args:
+        mask: A boolean tensor of the labels' shape, or None.
+        output: A function from what the model returns to the outputs [B, ...], or None.
 
     Raises:
         FimprobeError: If the mask is no boolean tensor, or ``output`` no function.

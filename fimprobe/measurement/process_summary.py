@@ -1,4 +1,4 @@
-"""What processes compare before they measure together: models, and sizes of their batches."""
+"""Summaries that processes compare before they measure together: models and sizes of batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NORM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSummary:
-    """What one process sends to the others before a measurement.
+    """Summary of the model and batch of a process, sent to the others before a measurement.
 
     Attributes:
         size: Number of samples in its batch.
@@ -40,7 +40,13 @@ class ProcessSummary:
 
 
 def summarize(model: nn.Module, batch: Batch, *, rank: int) -> ProcessSummary:
-    """Return the summary of the process ``rank``; only the first one sends its buffers."""
+    """Return the summary of one process; only the first process sends its buffers.
+
+    Args:
+        model: The model of this process.
+        batch: The batch of this process.
+        rank: Number of this process, from 0.
+    """
     inputs = [x for x in tree_leaves((batch.args, batch.kwargs)) if isinstance(x, Tensor)]
     return ProcessSummary(
         size=batch.size,

@@ -26,7 +26,7 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Any) -> Batch:
-        """A batch from what ``measure`` takes: a tensor, a tuple or list, or a mapping."""
+        """Return a batch from the inputs of ``measure``: a tensor, a tuple or list, or a mapping."""
         if isinstance(inputs, Batch):
             return inputs
         if isinstance(inputs, Mapping):
@@ -37,7 +37,18 @@ class Batch:
 
     @classmethod
     def of_call(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
-        """A batch from the arguments of a forward call; tensors are detached."""
+        """Return a batch from the arguments of a forward call; tensors are detached.
+
+        Args:
+            args: Positional arguments; tensors have the shape [B, ...].
+            kwargs: Keyword arguments; tensors have the shape [B, ...].
+
+        Returns:
+            The batch; its size B is the first dimension of the first tensor that has one.
+
+        Raises:
+            BatchError: If no tensor has a batch dimension, or if B is 0.
+        """
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 0]
         if not leaves:
             raise BatchError(

@@ -178,7 +178,7 @@ class TwinChecks:
                 constant.requires_grad_(False)
 
     def _drifts(self, twin: nn.Module, run: Run) -> bool:
-        """Whether a second pass gives other outputs."""
+        """Return whether a second pass gives other outputs."""
         return not almost_equal(run_forward(twin, self.batch, self.select_outputs), run.outputs)
 
     # what a run shows
@@ -209,7 +209,7 @@ class TwinChecks:
                 )
 
     def _leads_to_trained(self, tensor: Tensor) -> bool:
-        """Whether a tensor's graph leads to a trainable parameter."""
+        """Return whether a tensor's graph leads to a trainable parameter."""
         leaves = find_leaves(tensor.grad_fn)
         return any(id(p) in leaves for p in self._trained.values())
 

@@ -1,4 +1,4 @@
-"""What can be copied, and how, as seen from an object's type."""
+"""Traits of an object's type that decide whether and how the object can be copied."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def global_names(code: types.CodeType) -> frozenset[str]:
 
 @functools.cache
 def plainly_copied(kind: Any) -> bool:
-    """Whether a copy is an empty object with copies of the attributes."""
+    """Return whether a copy is an empty object with copies of the attributes."""
     plain = ("__reduce_ex__", "__reduce__", "__new__", "__getstate__")
     return (
         all(getattr(kind, name, None) is getattr(object, name, None) for name in plain)
@@ -74,10 +74,10 @@ def plainly_copied(kind: Any) -> bool:
 
 
 def is_plain_data(values: Any) -> bool:
-    """Whether a long container holds only numbers, texts, tensors without gradient, and tuples of
-    them.
+    """Return whether a long container holds only plain values.
 
-    Its elements can be shared then; looked at level by level, since that is fast.
+    These are numbers, texts, tensors without gradient, and tuples of them. The elements can be shared
+    then. The container is searched level by level, which is fast.
     """
     level = list(values)
     for _ in range(4):

@@ -50,11 +50,11 @@ class Shards:
         """Whether sums are those of all processes."""
 
     def __contains__(self, name: str) -> bool:
-        """Whether the parameter is sharded."""
+        """Return whether the parameter is sharded."""
         return name in self.parts
 
     def alone(self) -> Shards:
-        """The same, with sums of this process only."""
+        """Return a copy whose sums are those of this process only."""
         shards = copy.copy(self)
         shards.adds = False
         return shards
@@ -76,7 +76,18 @@ class Shards:
         return whole.to(own.device)
 
     def scatter(self, name: str, x: Tensor) -> Any:
-        """The rows that this process holds of ``x``, added over the processes; a DTensor."""
+        """Return this process's rows of a tensor, added over the processes if ``adds`` is True.
+
+        Args:
+            name: A sharded parameter.
+            x: This process's tensor, of the whole parameter's shape.
+
+        Returns:
+            A DTensor of that shape, placed like the parameter.
+
+        Raises:
+            FimprobeError: If the other processes do not answer.
+        """
         part = self.parts[name]
         rows, width = self._rows(part.shape), part.shape[1:].numel()
         first = min(self.rank * rows, part.shape[0])
@@ -99,13 +110,13 @@ class Shards:
         """The smallest of the processes' numbers."""
         if self.size == 1:
             return number
-        told = torch.tensor([number])
-        self._bounded(lambda: dist.all_reduce(told, dist.ReduceOp.MIN, group=self.group))
-        return int(told)
+        smallest = torch.tensor([number])
+        self._bounded(lambda: dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group))
+        return int(smallest)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """For a forward: weights are not kept for the backward but gathered there again."""
+        """Run a forward whose weights are not kept: the backward gathers them again."""
         self.bytes = 0
         seen: set[int] = set()
 
@@ -134,14 +145,30 @@ class Shards:
     def gradients(
         self, h: Tensor, parameters: dict[str, nn.Parameter], seed: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
-        """By plain backward: own rows of ∂/∂θ of the seeded outputs, and ‖∂/∂θ‖² of all rows."""
-        found: dict[str, tuple[Tensor, float]] = {}
+        """Return Jᵀ times a cotangent, as one plain backward computes it.
+
+        Args:
+            h: Outputs [B, ...] with their graph.
+            parameters: The parameters of the twin, by name.
+            seed: Cotangent at the outputs, of their shape.
+
+        Returns:
+            By name, the gradient and the squared norm of this process's whole gradient. A sharded
+            parameter's gradient has the rows of this process only, from :meth:`scatter`.
+        """
+        gradients: dict[str, tuple[Tensor, float]] = {}
 
         def take(name: str, parameter: nn.Parameter) -> None:
+            """Move the gradient of a parameter, as soon as it is complete, to the results.
+
+            Args:
+                name: Name of the parameter.
+                parameter: The parameter; its ``grad`` becomes None.
+            """
             g, parameter.grad = parameter.grad, None  # one at a time: never all of them
             assert g is not None
             kept = self.scatter(name, g).to_local() if name in self else g
-            found[name] = kept, float(g.double().square().sum())
+            gradients[name] = kept, float(g.double().square().sum())
 
         handles = [
             p.register_post_accumulate_grad_hook(functools.partial(take, name))
@@ -152,7 +179,7 @@ class Shards:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return gradients
 
     def _rows(self, shape: Sequence[int]) -> int:
         return -(-shape[0] // self.size)
@@ -167,7 +194,7 @@ class Shards:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either version, or tensor parallelism keeps parts of its parameters.
+    """Return whether FSDP, of either version, or tensor parallelism splits the parameters.
 
     FSDP2's outermost unit holds its parameters whole after a forward without backward.
     """
@@ -184,7 +211,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_part(x: Any) -> bool:
-    """Whether a tensor is a DTensor: this process holds a part of it."""
+    """Return whether a tensor is a DTensor: this process holds a part of it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
@@ -199,9 +226,21 @@ def check_sharded(
     diagonals: bool = False,
     processes: int | None = None,
 ) -> None:
-    """Raise :class:`FimprobeError` where a sharded model, or what is asked of it, is out of reach.
+    """Check that a sharded model can be measured with these options.
 
-    ``processes`` that measure together; by default all there are.
+    Args:
+        model: The model, sharded by ``fully_shard``.
+        estimators: The option, one name or several; only "i1" is possible.
+        bounds: The option; only False is possible.
+        draws: The option; "exact" is not possible.
+        engine: The option; "backpack" is not possible.
+        diagonals: Whether the diagonals of F are asked for; only False is possible.
+        processes: Number of processes that measure together; None for all.
+
+    Raises:
+        FimprobeError: If an option is not possible. Also for FSDP1, for a parameter that is
+            offloaded or not sharded by rows over all these processes, and for an embedding with
+            ``max_norm``.
     """
     if _whole_fsdp(model):
         raise FimprobeError(
@@ -241,7 +280,7 @@ def check_sharded(
 
 
 def _describe_placement(parameter: Any, held: Collection[int], processes: int) -> str:
-    """Why a sharded parameter cannot be measured; empty if it can."""
+    """Return why a sharded parameter cannot be measured, in words; empty if it can."""
     mesh: Any = parameter.device_mesh
     if id(parameter) not in held:
         return "is a DTensor that fully_shard did not make"
@@ -257,7 +296,15 @@ def _describe_placement(parameter: Any, held: Collection[int], processes: int) -
 
 
 def make_sharded_twin(model: nn.Module, shards: Shards) -> nn.Module:
-    """A twin without weights, which fetches them from the model's shards while it runs."""
+    """Return a twin without weights, which gathers them from the model's shards while it runs.
+
+    Args:
+        model: The model, sharded by ``fully_shard``.
+        shards: Receives the sharded parameters of the model, by name.
+
+    Returns:
+        The twin; its sharded parameters have the whole shape, and values during a forward only.
+    """
     model = unwrap(model)
     memo: dict[int, Any] = {}
     parameter: Any
@@ -281,10 +328,12 @@ def make_sharded_twin(model: nn.Module, shards: Shards) -> nn.Module:
             shards.parts[name] = parameter
             held[id(owner[id(parameter)])][name] = memo[id(parameter)]
     for unit in units:
-        copied, mine = memo[id(unit)], held[id(unit)]
-        if mine:
-            copied.register_forward_pre_hook(functools.partial(_fill, shards, mine))
-            copied.register_forward_hook(functools.partial(_empty, shards, mine), always_call=True)
+        copied, parameters = memo[id(unit)], held[id(unit)]
+        if parameters:
+            copied.register_forward_pre_hook(functools.partial(_fill, shards, parameters))
+            copied.register_forward_hook(
+                functools.partial(_empty, shards, parameters), always_call=True
+            )
     return twin
 
 
@@ -301,7 +350,10 @@ def _empty(shards: Shards, parameters: dict[str, nn.Parameter], *call: Any) -> N
 
 
 def _nothing(like: Tensor, shape: torch.Size) -> Tensor:
-    """Of a shape, without memory; NaN, so that using it cannot go unseen."""
+    """Return NaN of a shape, without memory for each entry; integers are 0.
+
+    NaN shows where a weight is used that was not gathered.
+    """
     value = float("nan") if like.is_floating_point() else 0
     return torch.full((), value, dtype=like.dtype, device=like.device).expand(shape)
 

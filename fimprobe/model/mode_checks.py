@@ -48,7 +48,7 @@ class ModeComparison:
         return sorted(self.trained.reached - self.evaluated.reached)
 
     def find_reason(self) -> str:
-        """Why eval mode does not compute what is trained, in words; empty where it does.
+        """Return why eval mode does not compute what is trained, in words; empty where it does.
 
         Raises:
             FimprobeError: If it does not, and training mode cannot be measured.
@@ -102,7 +102,7 @@ def is_repeatable(
     guard: StorageGuard,
     dropout: WithoutDropout,
 ) -> bool:
-    """Whether a run in training mode gave what every other run on these samples gives.
+    """Return whether a run in training mode gave what every other run on these samples gives.
 
     Args:
         twin: The model in training mode.

@@ -75,7 +75,7 @@ class ModelCopier(ObjectCopier):
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def is_followed(self, referent: object) -> bool:
-        """Whether it is a module or a parameter of the model, or has a copy."""
+        """Return whether it is a module or a parameter of the model, or has a copy."""
         return id(referent) in self._members or super().is_followed(referent)
 
     def copy_module(self, module: nn.Module) -> nn.Module:
@@ -192,7 +192,7 @@ class ModelCopier(ObjectCopier):
 
 
 def is_foreign(hook: Any) -> bool:
-    """Whether a hook was registered by fimprobe or by ``torch.distributed``."""
+    """Return whether a hook was registered by fimprobe or by ``torch.distributed``."""
     while hasattr(hook, "func"):
         hook = hook.func
     owner = getattr(hook, "__self__", None)

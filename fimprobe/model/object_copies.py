@@ -69,7 +69,7 @@ class ObjectCopier:
         raise NotImplementedError
 
     def is_followed(self, referent: object) -> bool:
-        """Whether a weak reference to this object is to become one to its copy."""
+        """Return whether a weak reference to this object is to become one to its copy."""
         return id(referent) in self.memo
 
     def copy(self, value: Any) -> Any:
@@ -90,7 +90,15 @@ class ObjectCopier:
         return self._copy_object(value)
 
     def add(self, original: Any, copied: Any) -> Any:
-        """Register a copy and return it."""
+        """Register a copy and return it.
+
+        Args:
+            original: The object of the user.
+            copied: Its copy.
+
+        Raises:
+            NotCopiedError: If an object of an unknown class has too many parts.
+        """
         self._num_objects += 1
         if self._num_objects > _MOST_OBJECTS and self._depth:
             raise NotCopiedError

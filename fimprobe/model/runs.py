@@ -28,7 +28,7 @@ _COMPARED = 2**18
 
 @dataclass(kw_only=True)
 class Run:
-    """What one forward and backward gave.
+    """The results of one forward and backward.
 
     Attributes:
         outputs: The selected outputs [B, ...], detached.
@@ -109,7 +109,16 @@ def find_leaves(node: Any) -> set[int]:
 
 
 def run_forward(model: nn.Module, batch: Batch, select_outputs: Selector) -> Tensor:
-    """The outputs [B, ...] of a forward with the random numbers of :func:`run_model`."""
+    """Return the outputs of a forward with the random numbers of :func:`run_model`.
+
+    Args:
+        model: A twin, or the user's modules.
+        batch: The samples.
+        select_outputs: From what the model returns to the outputs.
+
+    Returns:
+        The outputs [B, ...], detached.
+    """
     args, kwargs = clone_inputs(batch)
     with torch.no_grad(), same_randomness():
         return select_outputs(model(*args, **kwargs)).detach()
@@ -124,7 +133,15 @@ def clone_inputs(batch: Batch) -> tuple[Any, Any]:
 
 
 def describe_difference(run: Run, reference: Run) -> str:
-    """What differs between the twin's run and the model's, in words; empty if nothing does."""
+    """Return the first difference between the twin's run and the model's, in words.
+
+    Args:
+        run: The run of the twin.
+        reference: The run of the model.
+
+    Returns:
+        The end of a sentence about the twin; empty if the runs agree within rounding.
+    """
     a, b = run.outputs, reference.outputs
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"its outputs are {describe_tensor(a)}, the model's are {describe_tensor(b)}"
@@ -141,7 +158,15 @@ def describe_difference(run: Run, reference: Run) -> str:
 
 
 def almost_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors agree within rounding, relative to the largest entry."""
+    """Return whether tensors agree within rounding, relative to the largest entry.
+
+    Args:
+        a: A tensor.
+        b: The reference, whose largest finite entry and type set the tolerance.
+
+    Returns:
+        False also for different shapes or types. NaN equals NaN.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     pieces = list(zip(a.reshape(-1).split(_COMPARED), b.reshape(-1).split(_COMPARED), strict=True))
@@ -172,12 +197,17 @@ def describe_tensor(outputs: Tensor) -> str:
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Whether all values are in [0, 1], as those of a softmax or a sigmoid."""
+    """Return whether all values are in [0, 1], as those of a softmax or a sigmoid."""
     return outputs.is_floating_point() and bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
 def list_names(names: Sequence[str], most: int = 5) -> str:
-    """The first names in quotes, and how many more there are."""
+    """Return the first names in quotes, and how many more there are.
+
+    Args:
+        names: All names.
+        most: Maximum number of names in quotes.
+    """
     shown = ", ".join(map(repr, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
@@ -219,7 +249,7 @@ def _random_like(outputs: Tensor) -> Tensor:
 
 
 def _same_gradient(a: Tensor | None, b: Tensor | None, largest: float) -> bool:
-    """Whether two gradients agree within rounding; ``largest`` is the norm of the largest one."""
+    """Return whether two gradients agree within rounding, relative to the norm ``largest``."""
     if a is None or b is None:
         rest = a if b is None else b
         return rest is None or float(rest.norm()) <= rounding_tolerance(rest.dtype) ** 2 * largest

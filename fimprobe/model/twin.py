@@ -52,7 +52,7 @@ LARGE_FROZEN_BYTES = 512 * 2**20
 
 @dataclass(kw_only=True)
 class TwinSettings:
-    """How the twin of a model is made, learned by :mod:`fimprobe.model.checked_twin`.
+    """Settings that make the twin of a model, learned by :mod:`fimprobe.model.checked_twin`.
 
     Attributes:
         training_modules: Paths of modules that stay in training mode.
@@ -201,7 +201,7 @@ def switch_cache_off(module: nn.Module) -> None:
 
 
 def has_altered_call(module: nn.Module) -> bool:
-    """Whether a module of a twin does not return what its class's own ``forward`` returns."""
+    """Return whether a twin's module returns something else than the ``forward`` of its class."""
     return bool(module.__dict__.get("_fimprobe_altered_call", False))
 
 
@@ -241,6 +241,16 @@ def _differentiable_weight_norm(module: Any) -> None:
     """Write weight norm out: torch's fused kernel has a wrong second derivative in v (torch 2.13)."""
 
     def weight(g: Tensor, v: Tensor, dim: int) -> Tensor:
+        """Return the weight g v/‖v‖.
+
+        Args:
+            g: The scale, of a shape that broadcasts to that of ``v``.
+            v: The direction [...].
+            dim: The dimension that keeps one norm per slice; −1 for one norm of all entries.
+
+        Returns:
+            The weight, of the shape of ``v``.
+        """
         if dim == -1:
             return v * (g / v.square().sum().sqrt())
         others = [d for d in range(v.dim()) if d != dim % v.dim()]

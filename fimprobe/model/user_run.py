@@ -76,7 +76,7 @@ def _add_gradient(gradients: dict[str, Tensor | None], name: str, more: Tensor |
 
 
 def _keeps_graph(x: Any) -> bool:
-    """Whether an object is a tensor, no parameter, that passes gradients on."""
+    """Return whether an object is a tensor, no parameter, that passes gradients on."""
     return isinstance(x, Tensor) and x.requires_grad and not isinstance(x, nn.Parameter)
 
 

@@ -1,4 +1,4 @@
-"""What the user's objects hold, so that a change of it can be named and undone."""
+"""Contents of the user's objects, so that a change of them can be named and undone."""
 
 from __future__ import annotations
 
@@ -114,7 +114,12 @@ def _restore(x: Any, before: Any) -> None:
 
 
 def describe(x: Any, model: nn.Module) -> str:
-    """Return the place of a changed object in the model, in words."""
+    """Return the place of a changed object in the model, in words.
+
+    Args:
+        x: A module, the value of a module's attribute, or any other object.
+        model: The model of the user.
+    """
     for path, module in model.named_modules():
         if x is module:
             return f"attributes of {path or 'the model'!r}"

@@ -40,7 +40,15 @@ LINE_INCHES = 0.17
 
 
 def make_panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """Return panels side by side with common rows, as high as the labels of the rows need."""
+    """Return panels side by side with common rows, as high as the labels of the rows need.
+
+    Args:
+        rows: Number of rows with a label.
+        columns: Number of panels.
+
+    Returns:
+        The figure, and its panels from left to right.
+    """
     return _panels(min(max(1.5 + LINE_INCHES * rows, 2.6), 6.5), columns)
 
 
@@ -51,13 +59,23 @@ def make_chart() -> tuple[Figure, Axes]:
 
 
 def name_panels(axes: Sequence[Axes], names: Sequence[str]) -> None:
-    """Write an estimator's name above each panel."""
+    """Write an estimator's name above each panel.
+
+    Args:
+        axes: The panels.
+        names: One name for each panel.
+    """
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name, fontsize=NAME_POINTS, color=INK)
 
 
 def name_rows(axis: Axes, names: Sequence[str]) -> None:
-    """Write names at the rows, the first on top; only every k-th one where all would overlap."""
+    """Write names at the rows, the first on top; only every k-th one where all would overlap.
+
+    Args:
+        axis: The left panel.
+        names: One name for each row.
+    """
     available = int((axis.figure.get_figure(root=True).get_figheight() - 1.3) / LINE_INCHES)
     stride = -(-len(names) // max(available, 1))
     rows = range(0, len(names), stride)
@@ -87,7 +105,13 @@ def shorten(names: Sequence[str], most: int = 20) -> list[str]:
 
 
 def label_axis(axis: Axes, quantity: str, *, upright: bool = False) -> None:
-    """Label the horizontal axis, or the ``upright`` one, with its quantity."""
+    """Label an axis with its quantity.
+
+    Args:
+        axis: The panel.
+        quantity: The text.
+        upright: Whether to label the vertical axis in place of the horizontal one.
+    """
     set_label = axis.set_ylabel if upright else axis.set_xlabel
     set_label(quantity, fontsize=TEXT_POINTS, color=INK)
 
@@ -101,7 +125,12 @@ def make_logarithmic(axis: Axes) -> None:
 
 
 def make_steps(axis: Axes, *, shares: bool = False) -> None:
-    """Make the horizontal axis one of steps, and with ``shares`` the upright one of shares."""
+    """Make the horizontal axis one of steps.
+
+    Args:
+        axis: The panel.
+        shares: Whether the vertical axis shows shares: logarithmic, in percent.
+    """
     label_axis(axis, "step")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -156,7 +185,15 @@ def draw_grids(
 
 
 def add_legend(figure: Figure, axis: Axes) -> Figure:
-    """Add a legend below the panels."""
+    """Add a legend below the panels.
+
+    Args:
+        figure: The figure.
+        axis: The panel whose lines the legend names.
+
+    Returns:
+        The same figure.
+    """
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(labels), fontsize=TEXT_POINTS + 0.5,
@@ -166,7 +203,15 @@ def add_legend(figure: Figure, axis: Axes) -> Figure:
 
 
 def to_png(figure: Figure, title: str) -> tuple[bytes, tuple[int, int]]:
-    """Return a PNG on white with a title, and its (width, height) in pixels."""
+    """Return a PNG on white with a title, and its size.
+
+    Args:
+        figure: The figure; it keeps the title and the white ground.
+        title: The text above all panels.
+
+    Returns:
+        The bytes of the PNG, and (width, height) in pixels.
+    """
     figure.suptitle(title, fontsize=TITLE_POINTS, color=INK)
     figure.set_facecolor("white")
     canvas = FigureCanvasAgg(figure)

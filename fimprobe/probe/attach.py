@@ -109,6 +109,16 @@ def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> 
     def before_step(
         optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments | None:
+        """Measure before the step of an optimizer of the model, or in its closure.
+
+        Args:
+            optimizer: Any optimizer of the process.
+            args: Positional arguments of its ``step``, the optimizer first.
+            kwargs: Keyword arguments of its ``step``.
+
+        Returns:
+            Arguments with an observed closure; None to leave them as they are.
+        """
         if probe.detached or (only is not None and optimizer is not only):
             return None
         if only is None and not of_model.matches(optimizer, refresh=probe.due):

@@ -61,7 +61,12 @@ class OptimizerFilter:
 
 
 def holds_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
-    """Return whether the optimizer holds any parameter of the model."""
+    """Return whether the optimizer holds any parameter of the model.
+
+    Args:
+        optimizer: Any optimizer.
+        model: The model.
+    """
     ids = {id(p) for p in model.parameters()}
     return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
 
@@ -97,7 +102,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def find_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """Return the closure of ``optimizer.step(closure)``, or None."""
+    """Return the closure of ``optimizer.step(closure)``, or None.
+
+    Args:
+        args: Positional arguments of ``step``, the optimizer itself first.
+        kwargs: Keyword arguments of ``step``.
+    """
     closure = args[1] if len(args) > 1 and callable(args[1]) else kwargs.get("closure")
     return closure if callable(closure) else None
 

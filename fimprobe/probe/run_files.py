@@ -35,6 +35,12 @@ def open_run_files(
     purge_step = first_step or None
 
     def open_tensorboard(log_dir: Path, settings: TensorboardConfig) -> Sink:
+        """Return a sink that writes charts.
+
+        Args:
+            log_dir: The folder of the charts.
+            settings: The section ``tensorboard`` of the options.
+        """
         # tensorboard is imported only if it is used
         from fimprobe.sinks.tensorboard.sink import TensorboardSink
 

@@ -39,7 +39,12 @@ class StepCounter:
         self._skipped.clear()
 
     def record_skip(self, found_inf: Any, *, same: bool) -> None:
-        """Store whether the next step is skipped, see :meth:`SkippedSteps.record`."""
+        """Store whether the next step is skipped, without waiting for the device.
+
+        Args:
+            found_inf: Flag, not zero if the step is skipped; None if it is never skipped.
+            same: Whether it counts as one step with the previous one, whose batch it uses.
+        """
         self._skipped.record(found_inf, same=same)
 
     def is_due(self, schedule: Schedule) -> bool:

@@ -58,7 +58,14 @@ class StepMeasurement:
         return self.deferred_error is not None and self.processes.size == 1
 
     def infer_likelihood(self, captured: CapturedBatch | None, inputs: Any) -> None:
-        """Infer the likelihood from the batch or, if None was captured, from given inputs."""
+        """Infer the likelihood from the batch or, if None was captured, from given inputs.
+
+        An error is kept in ``deferred_error``, and the next measurement raises it.
+
+        Args:
+            captured: The training batch, or None.
+            inputs: Inputs of the model [B, ...], or None.
+        """
         if captured is not None:
             self._defer_error(lambda: self.reader.infer_from_batch(captured))
         elif inputs is not None:

@@ -1,1 +1,1 @@
-"""From the statistics of the engines to a report: estimates by group, advice, tables."""
+"""Reports, built from the statistics of the engines: estimates by group, advice, tables."""

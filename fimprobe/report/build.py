@@ -1,4 +1,4 @@
-"""From the statistics of the engines to a report: groups, estimates, reliability checks."""
+"""Builds a report from the statistics of the engines: groups, estimates, reliability checks."""
 
 from __future__ import annotations
 

@@ -41,10 +41,26 @@ def make_comparison(a: Record, b: Record, top: int | None = None) -> list[Row]:
 
 
 def find_differences(a: Record, b: Record) -> list[str]:
-    """Return how two reports were measured differently, one sentence for each difference."""
+    """Return the differences between the measurements of two reports.
+
+    Args:
+        a: The record of report A.
+        b: The record of report B.
+
+    Returns:
+        One sentence for each difference.
+    """
     sentences = []
 
     def compare(noun: str, x: object, y: object, effect: str) -> None:
+        """Add a sentence if two values differ.
+
+        Args:
+            noun: Name of the value.
+            x: The value of report A.
+            y: The value of report B.
+            effect: Consequence of a difference for the comparison.
+        """
         if x != y:
             verb = "differ" if noun.endswith("s") else "differs"
             sentences.append(f"{noun} {verb}: A {x}, B {y}; {effect}.")

@@ -92,6 +92,10 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
 def subsample(items: Sequence[Any], most: int) -> list[Any]:
     """Return at most ``most`` items, evenly spaced, with the first and the last one.
 
+    Args:
+        items: All items.
+        most: Maximum number of items.
+
     >>> subsample(range(10), 4)
     [0, 3, 6, 9]
     """

@@ -45,7 +45,15 @@ class Column:
     show: Callable[[float | None], str]
 
     def value(self, record: Record, group: Record) -> float | None:
-        """Return the value of one row."""
+        """Return the value of one row.
+
+        Args:
+            record: The record of the report.
+            group: The part of the record on a layer, or on the whole model.
+
+        Returns:
+            The number, in the unit of the field; None where it is unknown.
+        """
         estimate = group.get(self.key, {})
         if self.field == "one_label_error":
             return error_with_drawn_labels(estimate, record["batch_size"])
@@ -55,7 +63,12 @@ class Column:
         return value
 
     def cell(self, record: Record, group: Record) -> str:
-        """Return the text of one row."""
+        """Return the text of one row.
+
+        Args:
+            record: The record of the report.
+            group: The part of the record on a layer, or on the whole model.
+        """
         if self.field == "pairs_for_10_percent":
             return format_pairs(group.get(self.key, {}))
         return self.show(self.value(record, group))

@@ -59,7 +59,12 @@ def make_trends(records: Sequence[Record], top: int = 8) -> list[Row]:
 
 
 def format_trends(records: Sequence[Record], top: int = 8) -> str:
-    """Return ``make_trends`` as lines, with a title."""
+    """Return the table of trends as lines, with a title.
+
+    Args:
+        records: The reports of the run, at least one, in the order of steps.
+        top: Number of layers, those that need the most pairs in the last report.
+    """
     first, last = records[0]["step"], records[-1]["step"]
     title = f"Î₁ from step {first:,} to {last:,} (a row's bars: from its least to its greatest, log)"
     return "\n".join([title, *align(make_trends(records, top))])

@@ -157,7 +157,15 @@ def _tiles(report: Record) -> str:
     stated: set[str] = set()
 
     def add(key: str, field: str, value: float | None, shown: str, meaning: str) -> None:
-        """Add a tile; the first one without a value for a cause states the reason."""
+        """Add a tile; the first one without a value for a cause states the reason.
+
+        Args:
+            key: Key of the estimator.
+            field: Field of the estimate.
+            value: The value; None if it is unknown.
+            shown: The value as text.
+            meaning: Description of the value.
+        """
         reason = "" if value is not None else why_unknown(report, total, key, field)
         cause = without_numbers(reason)
         new = reason and cause not in stated

@@ -1,4 +1,4 @@
-"""How far the gradient of a backward pass travels: to the outputs, or on to the parameters."""
+"""Reach of the gradient of a backward pass: to the outputs, or on to the parameters."""
 
 from __future__ import annotations
 

@@ -284,7 +284,12 @@ class BatchReader:
         )
 
     def store_label_positions(self, captured: CapturedBatch, gradient: Tensor) -> None:
-        """Add the positions at which the loss gradient [B, ...] of one backward pass is not zero."""
+        """Add the positions at which the loss gradient of one backward pass is not zero.
+
+        Args:
+            captured: The captured batch, which keeps the positions [B, T].
+            gradient: Gradient of the loss at the outputs [B, ...].
+        """
         captured.gradient_arrived = True
         positions = positions_with_gradient(gradient, self.likelihood)
         if captured.label_positions is not None and positions is not None:

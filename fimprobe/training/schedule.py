@@ -161,7 +161,12 @@ class Budget(Schedule):
         return first
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
-        """Add the time of one step."""
+        """Add the time of one step.
+
+        Args:
+            loop_seconds: Time of the training loop.
+            probe_seconds: Time of the probe, with figures that :meth:`charge` added already.
+        """
         probe_seconds, self.charged = max(0.0, probe_seconds - self.charged), 0.0
         counted = loop_seconds
         # a step below ten times the shortest is below ten times the median: no sorting at every step
@@ -244,9 +249,19 @@ class SharedBudget(Schedule):
         return step >= self.next
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
-        """Add the time of one step to this process's account."""
+        """Add the time of one step to this process's account.
+
+        Args:
+            loop_seconds: Time of the training loop.
+            probe_seconds: Time of the probe.
+        """
         self.account.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
 
     def forecast(self, step: int, running: float) -> int:
-        """Return the next step according to this process's account."""
+        """Return the step of the next measurement according to this process's account.
+
+        Args:
+            step: The step that is measured now.
+            running: Seconds of that measurement so far.
+        """
         return self.account.forecast(step, running)

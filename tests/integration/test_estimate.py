@@ -242,6 +242,7 @@ def test_two_processes_give_the_result_of_one(tmp_path, double):
         alone = fimprobe.estimate(confident_mlp().double(), data, **options)
         alone = estimate_worker.results(alone)
         for rank in range(2):
+            assert (tmp_path / f"resumed {name} {rank}").read_text() == "True", name
             shared = torch.load(tmp_path / f"{name} {rank}")
             for key, x in alone.items():
                 if isinstance(x, torch.Tensor):

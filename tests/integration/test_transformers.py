@@ -246,7 +246,7 @@ class One(Seeded):
 
     def exact_passes(self, outputs, mask):
         first = next(super().exact_passes(outputs, mask))
-        yield first._replace(second=first.second * 2, fourth=first.fourth * 2)
+        yield first._replace(square=first.square * 2, quartic=first.quartic * 2)
 
     hutchinson_passes = exact_passes
 

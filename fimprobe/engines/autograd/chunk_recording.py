@@ -107,6 +107,17 @@ def check_memory(problem: Problem, plan: Plan, recording: Recording) -> None:
     """Raise :class:`MemoryLimitExceeded` if the chunk should be smaller.
 
     The first pass over a batch thus finds the chunk size, which the plan keeps.
+
+    Args:
+        problem: The measurement, with its memory limit.
+        plan: How each parameter is reached, and the chunk size if one is known.
+        recording: The recorded forward pass of the chunk.
+
+    Raises:
+        MemoryLimitExceeded: If the chunk needs more than ``memory_mb``, in any process of a sharded
+            model. Otherwise, on a CPU, if a layer's output is above ``MAX_CPU_OUTPUT_BYTES`` and the
+            plan has no chunk size yet.
+        FimprobeError: If exact expectations take too many passes, or too much memory for one sample.
     """
     h, size = recording.outputs, recording.batch.size
     limit = problem.memory_mb * 2**20
@@ -152,7 +163,20 @@ def _count_stored_passes(problem: Problem, recording: Recording, limit: float) -
 
 
 def make_chunk(problem: Problem, plan: Plan, recording: Recording) -> Chunk:
-    """Assign the parameters without a rule to fallback calls; raises if one has no call."""
+    """Assign the parameters without a rule to fallback calls; raises if one has no call.
+
+    Args:
+        problem: The measurement.
+        plan: How each parameter is reached.
+        recording: The recorded forward pass of the chunk.
+
+    Returns:
+        The chunk, with its fallback calls.
+
+    Raises:
+        PlanMismatch: If a parameter that the outputs depend on has no fallback call although it needs
+            one, or if a sharded model needs one.
+    """
     tape = recording.tape
     chunk = Chunk(
         problem=problem,

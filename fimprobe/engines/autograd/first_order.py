@@ -140,7 +140,16 @@ def _scatter(problem: Problem, name: str) -> Callable[[Tensor], Any] | None:
 
 
 def add_ggn(chunk: Chunk, run: RunningResults) -> None:
-    """Add exact diagonals of F by BackPACK, stored as the moments of their roots."""
+    """Add exact diagonals of F by BackPACK, stored as the moments of their roots.
+
+    Args:
+        chunk: The recorded forward pass of b samples.
+        run: The running results; receives moments of the kind "ggn".
+
+    Raises:
+        FimprobeError: For a likelihood without ``output_fisher``, or if one sample needs more than
+            ``memory_mb``.
+    """
     from fimprobe.engines import backpack  # optional dependency
 
     problem = chunk.problem

@@ -57,7 +57,12 @@ class RunningResults:
     non_finite: list[Tensor] = field(default_factory=list)
 
     def accumulators(self, kind: str, problem: Problem) -> MomentAccumulators:
-        """The moments of one kind of cotangents; empty ones at the first call."""
+        """The moments of one kind of cotangents; empty ones at the first call.
+
+        Args:
+            kind: The kind of cotangents: "i1", "ih", "empirical", "ggn" or "jacobian".
+            problem: The measurement, with its parameters.
+        """
         if kind not in self.moments:
             sharded = set() if problem.shards is None else set(problem.shards.parts)
             self.moments[kind] = MomentAccumulators.of(
@@ -70,7 +75,18 @@ class RunningResults:
         return self.moments[kind]
 
     def finish(self, problem: Problem, plan: Plan) -> Measured:
-        """Add up the results of all chunks, fetched from the device in one transfer."""
+        """Add up the results of all chunks, fetched from the device in one transfer.
+
+        Args:
+            problem: The measurement.
+            plan: How each parameter was reached. Parameters that it lists as unused are left out.
+
+        Returns:
+            The measured sums, on the host.
+
+        Raises:
+            BatchError: If some outputs were not finite.
+        """
         on_host: dict[str, Any] = to_host(self._on_device(plan))
         check_finite(on_host["non_finite"])
         descriptions = coverage(problem, plan)
@@ -148,6 +164,8 @@ class RunningResults:
     ) -> MomentsBatch:
         exact = self.pass_weights.get(kind)
         square, quartic = on_host["pass_weights"][kind] if exact else (None, None)
+        # As an estimator of its own, Î_H has as many vectors as Î₁ has labels. For Î₂ it only gives
+        # the diagonal of F, and one vector is enough.
         num_vectors = problem.draws.count if problem.request.ih else 1
         draws = {"i1": problem.draws.count, "empirical": 1, "ggn": 1, "jacobian": None}
         of_labels = kind == "i1"

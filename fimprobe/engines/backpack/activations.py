@@ -42,17 +42,28 @@ class ClosedFormDerivatives(ElementwiseDerivatives):
         return False
 
     def df(self, module, g_inp, g_out, subsampling=None):
-        """f'(x)."""
+        """The derivative f'(x), of the shape of the input."""
         x = subsample(module.input0, subsampling=subsampling).detach()
         return self.derivatives(module, x)[0]
 
     def d2f(self, module, g_inp, g_out):
-        """f''(x)."""
+        """The second derivative f''(x), of the shape of the input."""
         return self.derivatives(module, module.input0.detach())[1]
 
 
 def gelu_derivatives(module: nn.GELU, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f = xΦ: f' = Φ + xφ, f'' = (2 − x²)φ; or f = x(1 + tanh u)/2, u = √(2/π)(x + 0.044715x³)."""
+    """First two derivatives of GELU, exact or with tanh.
+
+    Exact: f = xΦ, f' = Φ + xφ and f'' = (2 − x²)φ. With tanh: f = x(1 + tanh u)/2 with
+    u = √(2/π)(x + 0.044715x³).
+
+    Args:
+        module: The layer, whose option ``approximate`` selects the formula.
+        x: Its inputs, of any shape.
+
+    Returns:
+        f' and f'', of the shape of ``x``.
+    """
     if module.approximate == "none":
         density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
         return torch.special.ndtr(x) + x * density, (2 - x.square()) * density
@@ -65,13 +76,33 @@ def gelu_derivatives(module: nn.GELU, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def silu_derivatives(module: nn.SiLU, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f = xs, s the sigmoid: f' = s + xs(1−s), f'' = s(1−s)(2 + x(1−2s))."""
+    """First two derivatives of SiLU: f' = s + xs(1−s) and f'' = s(1−s)(2 + x(1−2s)).
+
+    Here f = xs, and s is the sigmoid.
+
+    Args:
+        module: The layer, which is not read.
+        x: Its inputs, of any shape.
+
+    Returns:
+        f' and f'', of the shape of ``x``.
+    """
     s, rest = torch.sigmoid(x), torch.sigmoid(-x)
     return s + x * s * rest, s * rest * (2 + x * (rest - s))
 
 
 def softplus_derivatives(module: nn.Softplus, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f' = s(βx), f'' = βs(1−s); linear where βx exceeds the threshold."""
+    """First two derivatives of Softplus: f' = s(βx) and f'' = βs(1−s), s being the sigmoid.
+
+    Where βx exceeds the threshold, f is linear.
+
+    Args:
+        module: The layer, with β and the threshold.
+        x: Its inputs, of any shape.
+
+    Returns:
+        f' and f'', of the shape of ``x``.
+    """
     z = module.beta * x
     linear = z > module.threshold
     first = torch.sigmoid(z).masked_fill(linear, 1)
@@ -79,14 +110,34 @@ def softplus_derivatives(module: nn.Softplus, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def mish_derivatives(module: nn.Mish, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f = x tanh(softplus x), with t the tanh and s the sigmoid."""
+    """First two derivatives of Mish: f = xt with t = tanh(softplus x).
+
+    With the sigmoid s and t' = (1 − t²)s: f' = t + xt' and f'' = t'(2 + x(1 − s − 2ts)).
+
+    Args:
+        module: The layer, which is not read.
+        x: Its inputs, of any shape.
+
+    Returns:
+        f' and f'', of the shape of ``x``.
+    """
     t, s = torch.tanh(nn.functional.softplus(x)), torch.sigmoid(x)
     t_first = (1 - t.square()) * s
     return t + x * t_first, t_first * (2 + x * (torch.sigmoid(-x) - 2 * t * s))
 
 
 def log_sigmoid_derivatives(module: nn.LogSigmoid, x: Tensor) -> tuple[Tensor, Tensor]:
-    """f' = s(−x), f'' = −s(x)s(−x); the e^x in BackPACK's formula overflows."""
+    """First two derivatives of LogSigmoid: f' = s(−x) and f'' = −s(x)s(−x), s being the sigmoid.
+
+    The e^x in BackPACK's formula overflows.
+
+    Args:
+        module: The layer, which is not read.
+        x: Its inputs, of any shape.
+
+    Returns:
+        f' and f'', of the shape of ``x``.
+    """
     rest = torch.sigmoid(-x)
     return rest, -torch.sigmoid(x) * rest
 
@@ -99,7 +150,7 @@ class PReLUDerivatives(ElementwiseDerivatives, BaseParameterDerivatives):
         return True
 
     def df(self, module, g_inp, g_out, subsampling=None):
-        """1 or w."""
+        """The derivative in x, of the shape of the input: 1 where x > 0, else w."""
         x = subsample(module.input0, subsampling=subsampling).detach()
         w = module.weight.detach()
         w = w.view(-1, *[1] * (x.dim() - 2)) if w.numel() > 1 else w

@@ -76,6 +76,15 @@ def _forward(
     """Run the samples ``rows``; append the modules' calls to ``calls`` and return the outputs."""
 
     def record(path: str, module: Any, inputs: Any, keywords: Any, output: Any) -> None:
+        """Append one call to ``calls``; a forward hook.
+
+        Args:
+            path: The module's path.
+            module: The module that was called.
+            inputs: Its positional arguments.
+            keywords: Its keyword arguments.
+            output: What it returned.
+        """
         tensor = isinstance(output, Tensor)
         node, version = (output.grad_fn, output._version) if tensor else (None, 0)
         calls.append(_Call(path, inputs, keywords, output, node, version))

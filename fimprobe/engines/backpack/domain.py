@@ -54,7 +54,16 @@ def offending_modules(
 
 
 def check_domain(problem: Problem, *, second_order: bool, curvature: bool = True) -> None:
-    """Raise FimprobeError outside of the domain; arguments as in :func:`offending_modules`."""
+    """Raise FimprobeError outside of the domain.
+
+    Args:
+        problem: The model, and a batch to try it on.
+        second_order: Whether second derivatives are requested.
+        curvature: Whether the diagonal of the Hessian is one of them.
+
+    Raises:
+        FimprobeError: If :func:`offending_modules` finds a module.
+    """
     reasons = offending_modules(problem, second_order=second_order, curvature=curvature)
     if reasons:
         listed = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in reasons.items())

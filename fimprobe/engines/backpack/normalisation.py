@@ -29,10 +29,17 @@ class NormDerivatives(BaseParameterDerivatives):
         return False
 
     def residual(self, module: Any, delta: Tensor) -> Tensor:
-        """Σ_k δ_k ∂²y_k/∂x∂xᵀ [N, K, D, D] of every group.
+        """Σ_k δ_k ∂²y_k/∂x∂xᵀ of every group.
 
         With v = γδ, c = mean(v x̂), a = v − mean(v) − c x̂ and P = I − 11ᵀ/D (RMSNorm: no mean,
         P = I): σ² H = −(a x̂ᵀ + x̂ aᵀ)/D − c P + c x̂ x̂ᵀ/D.
+
+        Args:
+            module: The layer, whose inputs [N, *] BackPACK has kept.
+            delta: Cotangents δ [N, *] at its output.
+
+        Returns:
+            The residuals [N, K, D, D] of K groups with D entries each.
         """
         xhat, sigma = _normalise(module, module.input0)
         v = _groups(module, _gain(module, delta.detach()))

@@ -41,6 +41,18 @@ def hessian_in_domain(problem: Problem, batch: Batch, cotangents: Tensor) -> dic
     """
 
     def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, None]:
+        """Cotangents of a chunk of n samples, without curvature at the outputs.
+
+        Args:
+            rows: Places of the n samples in the batch.
+            h: Their outputs [n, ...].
+
+        Returns:
+            Their v [n, ...] in the type of ``h``; None for the factors.
+
+        Raises:
+            FimprobeError: If ``cotangents`` has another shape than the outputs of the batch.
+        """
         expected = (batch.size, *h.shape[1:])
         if cotangents.shape != expected:
             raise FimprobeError(
@@ -68,6 +80,19 @@ def ggn_in_domain(problem: Problem, batch: Batch, mask: Tensor | None) -> dict[s
     """
 
     def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of I(h) of a chunk of n samples.
+
+        Args:
+            rows: Places of the n samples in the batch.
+            h: Their outputs [n, ...].
+
+        Returns:
+            Cotangents of ones, on which the result does not depend; the factors [V, n, ...].
+
+        Raises:
+            FimprobeError: For a likelihood without ``output_fisher``, or outputs without a class
+                dimension.
+        """
         chunk_mask = None if mask is None else mask[rows]
         return torch.ones_like(h), _fisher_factors(problem.likelihood, h.detach(), chunk_mask)
 
@@ -119,6 +144,7 @@ def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, cur
     widths: list[tuple[nn.Module, int]] = []
 
     def record_width(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """Note the larger of the sizes of a module's input and output; a forward hook."""
         widths.append((module, max(inputs[0].numel(), output.numel())))
 
     handles = [m.register_forward_hook(record_width) for m in modules]

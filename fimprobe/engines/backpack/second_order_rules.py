@@ -58,7 +58,7 @@ class _ZeroCurvature(ModuleExtension):
     """No curvature at the outputs: all of it comes from the residuals of the modules."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Start without any factor."""
+        """Start without any factor, since the outputs have no curvature."""
         return {"matrices": [], "signs": []}
 
 
@@ -66,7 +66,7 @@ class _FactoredCurvature(ModuleExtension):
     """Curvature at the outputs given by the factors [V, N, *] of the loss."""
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Start from the rows s_v whose Σ_v s_v s_vᵀ is the curvature at the outputs."""
+        """Start from the rows s_v [V, N, *] whose Σ_v s_v s_vᵀ is the curvature at the outputs."""
         return module.factors
 
 
@@ -106,7 +106,7 @@ class _HessianRule(_SquareRule):
         return total
 
     def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Propagate every factor, and add those of the residual, one for each sign."""
+        """Propagate every factor [V, N, *], and add those of the residual, one for each sign."""
         matrices = super().backpropagate(ext, module, g_inp, g_out, backproped["matrices"])
         signs = list(backproped["signs"])
         if not self.derivatives.hessian_is_zero(module):

@@ -19,7 +19,15 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_copies(h: Tensor, samples: int) -> None:
-    """Raise FimprobeError if the outputs [S·n, ...] of S copies of n ``samples`` differ."""
+    """Raise FimprobeError if copies of a sample have different outputs.
+
+    Args:
+        h: Outputs [S·n, ...] of S copies of n samples, the copies outermost.
+        samples: n.
+
+    Raises:
+        FimprobeError: If a copy differs from the first one by more than rounding explains.
+    """
     first, allowed = h[:samples], tolerance(h.dtype)
     copies = h.reshape(-1, *first.shape)
     slack = allowed * float(first.abs().max())

@@ -117,6 +117,10 @@ class DiagonalAccumulator:
         With random signs v at the layer's output z and Hv its Hessian-vector product,
         (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased estimate of ∂²φ/∂W_oi². See docs/theory.md,
         "Second derivatives by probes".
+
+        Args:
+            derivatives: The derivatives of the parameter in this chunk.
+            probes: The K probes; at least two, since the square takes products of different ones.
         """
         if "trace" not in self.chunk:
             self.add_zero(len(probes.directions))

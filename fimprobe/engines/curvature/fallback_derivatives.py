@@ -90,6 +90,12 @@ class FallbackDerivatives:
             return None
 
         def evaluate(batch: Batch, vectorize: bool) -> dict[str, Tensor]:
+            """Gradients [b, n, *shape] by local name, of a batch of b samples.
+
+            Args:
+                batch: The call's arguments for the b samples.
+                vectorize: Whether to use ``vmap``.
+            """
             return per_sample_vjp(
                 call.module,
                 {local_name: _parameter(call, local_name)},
@@ -147,6 +153,12 @@ class FallbackDerivatives:
         select: Any = (lambda out: [problem.select_outputs(out)]) if call.path == "" else None
 
         def evaluate(batch: Batch, vectorize: bool) -> dict[str, Tensor]:
+            """Tangents [b, *shape] by local name, of a batch of b samples.
+
+            Args:
+                batch: The call's arguments for the b samples.
+                vectorize: Whether to use ``vmap``.
+            """
             return per_sample_vjp_tangent(
                 call.module,
                 {local_name: _parameter(call, local_name)},

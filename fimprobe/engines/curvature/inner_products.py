@@ -38,7 +38,15 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products a·b of the rows of two matrices, float64 [b]."""
+    """Inner products of the rows of two matrices.
+
+    Args:
+        a: B rows [B, P].
+        b: As many rows [B, P].
+
+    Returns:
+        a·b of each pair of rows, float64 [B].
+    """
     return row_products(a.unsqueeze(1), b.unsqueeze(1))[:, 0, 0]
 
 

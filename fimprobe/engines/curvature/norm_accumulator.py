@@ -77,7 +77,13 @@ class NormAccumulator:
     def add_block(
         self, derivatives: ParameterDerivatives, tangents: DirectionTangents, flips: Tensor
     ) -> None:
-        """Add ⟨(R_y u)_θ, (R_z σu)_θ⟩ with R within the calls, and σ of the parameter [B]."""
+        """Add ⟨(R_y u)_θ, (R_z σu)_θ⟩ with R within the calls.
+
+        Args:
+            derivatives: The derivatives of the parameter in this chunk.
+            tangents: Tangents of the n vectors along u and along σu, both of which are needed.
+            flips: σ of the parameter for each sample [B].
+        """
         assert tangents.flipped is not None
         plain = _per_vector(derivatives, tangents.plain, tangents.vectors, WITHIN_CALL)
         flipped = _per_vector(derivatives, tangents.flipped, tangents.vectors, WITHIN_CALL_FLIPPED)
@@ -95,8 +101,10 @@ class NormAccumulator:
     def add_whole(self, derivatives: ParameterDerivatives, tangents: DirectionTangents) -> None:
         """Add the products for all parameters moving at once.
 
-        ``tangents.flipped`` is set for parameters with interacting uses: their block across calls
-        needs flips as well.
+        Args:
+            derivatives: The derivatives of the parameter in this chunk.
+            tangents: Tangents of the n vectors along u. Those along σu are set for parameters with
+                interacting uses: their block across calls needs flips as well.
         """
         plain = _per_vector(derivatives, tangents.plain, tangents.vectors, EVERYTHING)
         matrix = derivatives.matrix_use()
@@ -239,6 +247,12 @@ def _per_vector(
     """(R_y u)_θ as a function of y and the samples."""
 
     def evaluate(y: int, samples: slice) -> Tensor | None:
+        """(R_y u)_θ [b, 1, *shape] of b samples; None for zero.
+
+        Args:
+            y: Number of the vector.
+            samples: The b samples.
+        """
         return derivatives.gradient_tangents(tangents[y], vectors[y], samples, motion)
 
     return evaluate

@@ -149,7 +149,16 @@ class ParameterDerivatives:
     def input_tangents(
         self, use: ParameterUse, tangents: EdgeTangents
     ) -> tuple[Tensor | None, ...] | None:
-        """How the inputs of a use move, [B, ...] each; None if none moves."""
+        """The tangents ẋ of the inputs of a use.
+
+        Args:
+            use: A use of the parameter.
+            tangents: δ̇ and ẋ for the direction.
+
+        Returns:
+            ẋ [B, ...] of each input, and None for one that does not move. The inputs of a use in T
+            time steps are joined to one [B, T, ...]. None in place of the tuple if no input moves.
+        """
         moves = [None if i is None else tangents.inputs[i] for i in use.input_edges]
         if all(x is None for x in moves):
             return None

@@ -45,7 +45,15 @@ def gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def silu(x: Tensor, a: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return σ = x s(a x), σ' and σ'', s being the sigmoid; a = 1.702 approximates a GELU."""
+    """Return σ = x s(a x), σ' and σ'', s being the sigmoid; a = 1.702 approximates a GELU.
+
+    Args:
+        x: Inputs of any shape.
+        a: The factor inside the sigmoid.
+
+    Returns:
+        σ, σ' and σ'', of the shape of ``x``.
+    """
     s = torch.sigmoid(x if a == 1.0 else a * x)
     s_first = (s * s).neg_().add_(s).mul_(a)  # a s (1 − s)
     second = (s * -2).add_(1).mul_(x).mul_(a).add_(2).mul_(s_first)
@@ -97,12 +105,14 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, derivatives: ActivationDerivatives) -> Tensor:
+        """Compute σ(x), and keep x, σ'(x) and σ''(x); all have the shape of x."""
         y, first, second = derivatives(x)
         ctx.save_for_backward(x, first, second)
         return y
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> Any:
+        """Return σ'(x) δ, which can be differentiated once more."""
         return _FirstDerivative.apply(delta, *ctx.saved_tensors), None
 
 
@@ -111,12 +121,14 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Compute σ'(x) δ, of the shape of x."""
         ctx.save_for_backward(delta, first, second)
         return first * delta
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, v: Tensor) -> Any:
+        """Return σ'(x) v for δ and σ''(x) δ v for x; None where no gradient is needed."""
         delta, first, second = ctx.saved_tensors
         by_delta = first * v if ctx.needs_input_grad[0] else None
         by_x = (second * delta).mul_(v) if ctx.needs_input_grad[1] else None

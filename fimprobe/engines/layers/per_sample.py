@@ -50,7 +50,15 @@ class _SampleCall:
         self._select = select or _tensors_in
 
     def outputs(self, parameters: dict[str, Tensor], inputs: dict[int, Tensor]) -> list[Tensor]:
-        """Evaluate the module with other parameters and, by index, other arguments."""
+        """Evaluate the module with other parameters and other arguments.
+
+        Args:
+            parameters: The parameters, by their name inside the module.
+            inputs: Replacements of arguments, by their index among ``leaves``.
+
+        Returns:
+            The selected tensors among the outputs.
+        """
         leaves = list(self.leaves)
         for i, x in inputs.items():
             leaves[i] = x
@@ -90,6 +98,13 @@ def per_sample_vjp(
     present = [d for d in cotangents if d is not None]
 
     def scalar(params: dict[str, Tensor], samples: list[Tensor], delta: list[Tensor]) -> Tensor:
+        """δᵀz of one sample and one draw, a scalar.
+
+        Args:
+            params: The parameters θ by name.
+            samples: The sample's part of each argument with a batch, without that dimension.
+            delta: δ [...] at each output that has a cotangent.
+        """
         inputs = {i: x.unsqueeze(0) for i, x in zip(call.batched, samples, strict=True)}
         outputs = call.outputs(params, inputs)
         used = [z for z, d in zip(outputs, cotangents, strict=True) if d is not None]
@@ -177,6 +192,12 @@ def per_sample_vjp_tangent(
     others = {n: p for n, p in values.items() if n not in parameters}
 
     def single(params: dict[str, Tensor], sample: _SampleData) -> Tensor:
+        """The scalar of one sample, whose gradient at ``params`` is the tangent.
+
+        Args:
+            params: The parameters with respect to which φ is differentiated, by name.
+            sample: The sample's tensors, without the batch dimension.
+        """
         return scalar(params | others, sample, _differentiate_functionally)
 
     differentiated = {n: values[n] for n in parameters}
@@ -216,7 +237,15 @@ class _TangentScalar:
         self._used_outputs = [i for i, d in enumerate(cotangents) if d is not None]
 
     def data(self, values: dict[str, Tensor], batch_size: int) -> _SampleData:
-        """Collect what differs between samples; ``values`` are the parameters by name."""
+        """Collect what differs between samples.
+
+        Args:
+            values: The parameters that move or are differentiated, by name.
+            batch_size: B.
+
+        Returns:
+            Tensors [B, ...]; those that concern outputs are of the outputs with a cotangent.
+        """
         deltas: list[Any] = [self.cotangents[i] for i in self._used_outputs]
         tangents = [self.direction.cotangents[i] for i in self._used_outputs]
         steps: list[Any] = [self._input_tangents[i] for i in self._moving]
@@ -245,6 +274,12 @@ class _TangentScalar:
         steps = [*sample.input_tangents, *(self._input_tangents[i] for i in self.shared)]
 
         def phi(moved: dict[str, Tensor], moved_inputs: list[Tensor]) -> Any:
+            """φ = δᵀz of the sample, a scalar.
+
+            Args:
+                moved: The parameters that move, by name.
+                moved_inputs: The inputs that move: first the sample's, then those without a batch.
+            """
             outputs = self._outputs(parameters | moved, moved_inputs, sample)
             return sum((z * d).sum() for z, d in zip(outputs, sample.cotangents, strict=True))
 

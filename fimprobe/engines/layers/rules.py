@@ -51,7 +51,15 @@ class GradientRule:
 
 
 def linear_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_oi = Σ_t δ_to x_ti."""
+    """Weight gradients of a Linear layer: g_oi = Σ_t δ_to x_ti.
+
+    Args:
+        call: The call, with the input x [B, ..., i].
+        delta: Cotangents [B, S, ..., o].
+
+    Returns:
+        g [B, S, o, i].
+    """
     (x,) = call.inputs
     if x.dim() == 2:
         return delta.unsqueeze(-1) * x[:, None, None, :]
@@ -65,12 +73,30 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def last_bias(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_o = Σ_t δ_to."""
+    """Bias gradients along the last dimension: g_o = Σ_t δ_to.
+
+    Args:
+        call: The call, which is not read.
+        delta: Cotangents [B, S, ..., o].
+
+    Returns:
+        g [B, S, o].
+    """
     return delta.reshape(*delta.shape[:2], -1, delta.shape[-1]).sum(2)
 
 
 def conv1d_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_io = Σ_t x_ti δ_to: the Conv1D of transformers keeps its weight as [in, out]."""
+    """Weight gradients of the Conv1D of transformers: g_io = Σ_t x_ti δ_to.
+
+    That layer is linear, and it keeps its weight as [in, out].
+
+    Args:
+        call: The call, with the input x [B, ..., i].
+        delta: Cotangents [B, S, ..., o].
+
+    Returns:
+        g [B, S, i, o].
+    """
     (x,) = call.inputs
     if x.dim() == 2:
         return x[:, None, :, None] * delta.unsqueeze(-2)
@@ -79,14 +105,30 @@ def conv1d_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def bilinear_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_oij = Σ_t δ_to x_ti x'_tj."""
+    """Weight gradients of a Bilinear layer: g_oij = Σ_t δ_to x_ti x'_tj.
+
+    Args:
+        call: The call, with the inputs x [B, ..., i] and x' [B, ..., j].
+        delta: Cotangents [B, S, ..., o].
+
+    Returns:
+        g [B, S, o, i, j].
+    """
     x, other = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in call.inputs)
     delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
     return torch.einsum("bnto,bti,btj->bnoij", delta, x, other)
 
 
 def channel_sum(call: LayerCall, product: Tensor) -> Tensor:
-    """Sum [B, S, (k,) C, ...] over all dimensions except B, S and C."""
+    """Sum over all dimensions except those of the samples, the draws and the channels.
+
+    Args:
+        call: The call; of a folded one, ``product`` has the k parts of each sample.
+        product: A product with δ, or δ itself: [B, S, C, ...], folded [B, S, k, C, ...].
+
+    Returns:
+        The sums [B, S, C].
+    """
     axis = 3 if call.folded else 2
     others = [d for d in range(2, product.dim()) if d != axis]
     return product.sum(others) if others else product
@@ -108,33 +150,76 @@ def _trailing(call: LayerCall, product: Tensor) -> Tensor:
 
 
 def layer_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G = Σ_t δ_t x̂_t."""
+    """Weight gradients of a LayerNorm: g = Σ_t δ_t x̂_t, with the normalised input x̂.
+
+    Args:
+        call: The call, with the input [B, ..., *normalized_shape].
+        delta: Cotangents [B, S, ..., *normalized_shape].
+
+    Returns:
+        g [B, S, *normalized_shape].
+    """
     m: Any = call.module
     x = call.inputs[0].unsqueeze(1)
     return _trailing(call, delta * F.layer_norm(x, m.normalized_shape, eps=m.eps))
 
 
 def layer_norm_bias(call: LayerCall, delta: Tensor) -> Tensor:
-    """G = Σ_t δ_t."""
+    """Bias gradients of a LayerNorm: g = Σ_t δ_t.
+
+    Args:
+        call: The call; only the layer's ``normalized_shape`` is read.
+        delta: Cotangents [B, S, ..., *normalized_shape].
+
+    Returns:
+        g [B, S, *normalized_shape].
+    """
     return _trailing(call, delta)
 
 
 def rms_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G = Σ_t δ_t x_t / rms(x_t)."""
+    """Weight gradients of an RMSNorm: g = Σ_t δ_t x_t / rms(x_t).
+
+    Args:
+        call: The call, with the input x [B, ..., *normalized_shape].
+        delta: Cotangents [B, S, ..., *normalized_shape].
+
+    Returns:
+        g [B, S, *normalized_shape].
+    """
     m: Any = call.module
     x = call.inputs[0].unsqueeze(1)
     return _trailing(call, delta * F.rms_norm(x, m.normalized_shape, eps=m.eps))
 
 
 def group_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_c = Σ δ_c x̂_c."""
+    """Weight gradients of a GroupNorm: g_c = Σ_t δ_tc x̂_tc, with the normalised input x̂.
+
+    Args:
+        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
+        delta: Cotangents [B, S, C, ...], folded [B, S, k, C, ...].
+
+    Returns:
+        g [B, S, C].
+    """
     m: Any = call.module
     xhat = _normalised(call, lambda x: F.group_norm(x, m.num_groups, eps=m.eps))
     return channel_sum(call, delta * xhat)
 
 
 def running_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_c = Σ δ_c x̂_c for BatchNorm in eval mode, and InstanceNorm with either statistics."""
+    """Weight gradients of BatchNorm and InstanceNorm: g_c = Σ_t δ_tc x̂_tc.
+
+    The input x̂ is normalised by running statistics, as in eval mode. An InstanceNorm without them
+    uses those of each sample.
+
+    Args:
+        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
+        delta: Cotangents [B, S, C, ...], folded [B, S, k, C, ...].
+
+    Returns:
+        g [B, S, C].
+    """
     m: Any = call.module
 
     def normalise(x: Tensor) -> Tensor:
@@ -146,7 +231,15 @@ def running_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
 
 
 def prelu_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """G_c = Σ δ_c min(x_c, 0)."""
+    """Weight gradients of a PReLU: g_c = Σ_t δ_tc min(x_tc, 0).
+
+    Args:
+        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
+        delta: Cotangents of the input's shape, with the S draws after the samples.
+
+    Returns:
+        g [B, S, C], or [B, S, 1] if one weight serves all channels.
+    """
     product = delta * call.inputs[0].unsqueeze(1).clamp(max=0)
     if call.module.weight.numel() == 1:  # type: ignore[union-attr,operator]
         return product.flatten(2).sum(2, keepdim=True)
@@ -185,7 +278,15 @@ def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def embedding_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """The gradient of a lookup as a dense [B, S, V, D], for weights that are also used elsewhere."""
+    """The gradient of a lookup as a dense tensor, for weights that are also used elsewhere.
+
+    Args:
+        call: A call of an Embedding or EmbeddingBag with V rows of width D.
+        delta: Cotangents [B, S, ..., D].
+
+    Returns:
+        g [B, S, V, D].
+    """
     module: Any = call.module
     sample, token, rows = embedding_tokens(call, delta)
     shape = (delta.shape[0], delta.shape[1], *module.weight.shape)

@@ -246,7 +246,12 @@ class MomentAccumulator:
         return True
 
     def add_all_samples(self, g: Tensor, weights: PassWeights | None) -> None:
-        """Add gradients [b, S, *parameter] of all samples of the chunk, scaled if necessary."""
+        """Add gradients of all samples of the chunk, scaled if necessary.
+
+        Args:
+            g: Per-sample gradients [b, S, *parameter].
+            weights: Weights of the chunk's passes; None for labels drawn from the model.
+        """
         samples = slice(0, len(g))
         where: Any = slice(None) if g.dim() > 2 else ...
         unscaled = torch.ones((), dtype=torch.float64, device=g.device)
@@ -262,7 +267,13 @@ class MomentAccumulator:
         self.a2, self.empty = (a2, False) if self.empty else (self.a2 + a2, False)
 
     def add_entry_sums(self, a4: Tensor, q: Tensor, r: Tensor) -> None:
-        """Add A4, Q and R of every entry, computed elsewhere."""
+        """Add A4, Q and R of every entry, computed elsewhere, if they are kept.
+
+        Args:
+            a4: A4 of every entry, with as many entries as the parameter.
+            q: Q of every entry.
+            r: R of every entry.
+        """
         for total, sums in zip((self.a4, self.q, self.r), (a4, q, r), strict=True):
             assert total is not None
             total += sums.view(total.shape)

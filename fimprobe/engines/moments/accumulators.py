@@ -71,7 +71,13 @@ class MomentAccumulators:
         return accumulators
 
     def include(self, tensors: Mapping[str, Tensor], sharded: Collection[str] = ()) -> None:
-        """Add an accumulator for every name that has none yet; arguments as in :meth:`of`."""
+        """Add an accumulator for every name that has none yet.
+
+        Args:
+            tensors: A tensor of each parameter's shape, type and device, by name.
+            sharded: Names of the parameters whose A2 is allocated in
+                :meth:`MomentAccumulator.sharded_sums` only.
+        """
         for name, like in tensors.items():
             if name not in self.accumulators:
                 self.accumulators[name] = MomentAccumulator.like(
@@ -82,7 +88,13 @@ class MomentAccumulators:
                 )
 
     def start_chunk(self, samples: int, draws: int) -> None:
-        """Allocate the powers and Gram matrices of the next chunk of samples."""
+        """Allocate the powers and Gram matrices of the next chunk of samples.
+
+        Args:
+            samples: b.
+            draws: S. For 1 < S ≤ ``GRAM_LIMIT`` inner products [b, S, S] are kept for each parameter,
+                else squared norms [b, S].
+        """
         shape = (samples, draws, draws) if 1 < draws <= GRAM_LIMIT else (samples, draws)
         count = len(self.accumulators)
         gram = torch.zeros(count, *shape, dtype=torch.float64, device=self.device)

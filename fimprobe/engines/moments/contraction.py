@@ -173,9 +173,16 @@ def in_full_precision(reached: ReachedUses) -> ActiveUses:
 
 
 def flat_gradients(uses: ActiveUses, shape: torch.Size) -> Tensor:
-    """Per-sample gradients [B, S, P] of all samples, of a parameter of P entries and this shape.
+    """Per-sample gradients of all samples, of a parameter of P entries.
 
     For parameters that are no larger than the layer's output, where all of them fit.
+
+    Args:
+        uses: The uses of the parameter that cotangents reach; at least one.
+        shape: The parameter's shape.
+
+    Returns:
+        g [B, S, P], summed over the uses.
     """
     size, draws = len(uses[0][2][0]), len(uses[0][2])
     return sum_uses(uses, slice(0, size), None, shape, None).reshape(size, draws, -1)
@@ -219,7 +226,16 @@ def sum_uses(
 def use_deltas(
     use: ParameterUse, deltas: list[list[Tensor] | None], size: int
 ) -> list[Tensor] | None:
-    """Cotangents of a use for each draw, batch first; None where none reach it."""
+    """Select the cotangents of a use for each draw, and move their batch to the front.
+
+    Args:
+        use: A use of a parameter.
+        deltas: Cotangents by edge, one for each draw; None at edges that none reaches.
+        size: Samples B of the chunk.
+
+    Returns:
+        S tensors [B, ...]; None where no cotangent reaches the use.
+    """
     delta = deltas[use.edge]
     return None if delta is None else [batch_first(d, use.layout, size) for d in delta]
 

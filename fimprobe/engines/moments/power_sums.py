@@ -175,7 +175,15 @@ def in_float32_range(fourth: Tensor, scale: Tensor | None) -> bool:
 
 
 def undo_scale(square: Tensor, scale: Tensor | None) -> Tensor:
-    """Squares of gradients, from squares of the gradients divided by ``scale``."""
+    """Squares of gradients, from squares of the gradients divided by ``scale``.
+
+    Args:
+        square: Squares or sums of squares, of any shape.
+        scale: The power of two that the gradients were divided by; None for 1.
+
+    Returns:
+        ``square`` · ``scale``², in the type of ``square``.
+    """
     return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
 
 
@@ -201,12 +209,28 @@ def is_one(scale: Tensor) -> bool:
 
 
 def broadcast_samples(factors: Tensor, x: Tensor) -> Tensor:
-    """Factors [b], in a shape that multiplies the samples of ``x`` [b, ...]."""
+    """Reshape one factor per sample so that it multiplies the samples of ``x``.
+
+    Args:
+        factors: Factors [b].
+        x: A tensor [b, ...].
+
+    Returns:
+        The factors [b, 1, ...], with as many dimensions as ``x``.
+    """
     return factors.view(-1, *[1] * (x.dim() - 1))
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """Σ x y over all entries, converted to float64."""
+    """Σ x y over all entries, in float64 after a sum in the type of the tensors.
+
+    Args:
+        x: A tensor of any shape.
+        y: A tensor with as many entries, of the type of ``x``.
+
+    Returns:
+        The inner product, a scalar in float64.
+    """
     return torch.dot(x.reshape(-1), y.reshape(-1)).double()
 
 

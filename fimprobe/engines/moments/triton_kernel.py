@@ -176,8 +176,24 @@ def moments(
 ):  # fmt: skip
     """Moments of g_s[o, i] = Σ_t DELTA_s[t, o] X[t, i] + Σ_t [TOKENS[t] = o] ROWS_s[t, i].
 
-    Program (tile, part) sums its ``share`` of the samples. Strides are named after the operand and
-    its dimension: x_b is that of X over samples. ``bucket`` is a key of the tuner.
+    Program (tile, part) sums its ``share`` of the samples. Upper-case tensors may be None if unused.
+
+    The arguments by group:
+
+    - X, DELTA: Inputs [B, T, I], and δ [B, T, O] for each draw, of a dense layer.
+    - TOKENS, ROWS: Tokens [B, K], and ρ [B, K, I] for each draw, of a lookup.
+    - SECOND, FOURTH: Weights [B, S] of g² (float32) and g⁴ (float64).
+    - A2, A4, Q, R: Results: A2 of each part [parts, O, I], the others [O, I] in float64.
+    - SUMS: Result: sums of each tile and sample [tiles, B, S (S + 1)/2 + S + 3].
+    - samples, positions, lookups, outs, ins: B, T, K, O and I.
+    - share: Samples of each part.
+    - padding: The token whose row has no gradient.
+    - x_b, ..., a_i: Strides, named after the operand and its dimension: x_b is that of X over b.
+    - bucket: A key of the tuner.
+    - S, DENSE, LOOKUP, DIAGONALS: The draws; whether there is a dense layer, a lookup, A4 to R.
+    - WEIGHTED, QUARTIC_WEIGHTED: Whether g² and g⁴ have weights.
+    - PRECISION, RAISE: Input precision of products; whether operands are converted to float32.
+    - BO, BI, BT: The tile, and positions at a time.
     """
     across = tl.cdiv(ins, BI)
     tile = tl.program_id(0)

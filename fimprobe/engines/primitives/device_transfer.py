@@ -35,7 +35,15 @@ def to_host(tree: Tree) -> Tree:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; a GPU copies from pinned memory without blocking the CPU."""
+    """Copy a tensor to a device; a GPU copies from pinned memory without blocking the CPU.
+
+    Args:
+        x: The tensor.
+        device: The device.
+
+    Returns:
+        The copy; ``x`` itself if it is on the device already.
+    """
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)

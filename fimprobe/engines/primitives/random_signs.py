@@ -56,6 +56,12 @@ def rademacher(
 
 
 def random_direction(parameter: Tensor, key: str, seed: int) -> Tensor:
-    """Draw a direction ±1 of the parameter's shape, from the stream ``key`` of the seed."""
+    """Draw a direction ±1 for a parameter.
+
+    Args:
+        parameter: The parameter, whose shape, type and device the direction has.
+        key: Name of the stream.
+        seed: The random seed.
+    """
     shape = (1, *parameter.shape)
     return rademacher(shape, key, seed, dtype=parameter.dtype, device=parameter.device)[0]

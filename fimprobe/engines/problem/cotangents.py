@@ -264,7 +264,17 @@ def mask_of(problem: Problem, rows: slice, h: Tensor) -> Tensor | None:
 
 
 def masked(problem: Problem, rows: slice, h: Tensor, vector: Tensor) -> Tensor:
-    """``vector`` [B, ...] in the type of the outputs, with zeros at masked labels."""
+    """The vector in the type of the outputs, with zeros at masked labels.
+
+    Args:
+        problem: The likelihood and the mask of the batch.
+        rows: Places of the samples in the batch.
+        h: Their outputs [B, ...].
+        vector: A vector of the shape of the outputs.
+
+    Raises:
+        FimprobeError: If the mask has another shape than the labels.
+    """
     mask = mask_of(problem, rows, h)
     if mask is not None:
         if mask.dim() < vector.dim():  # labels have no class dimension
@@ -293,11 +303,19 @@ def _class_back(problem: Problem, x: Tensor, like: Tensor) -> Tensor:
 
 
 def stack_passes(passes: Iterator[Pass], h: Tensor) -> Cotangents:
-    """Cotangents of exact passes, in the type of the outputs, with their weights side by side."""
-    in_dtype = [p._replace(seed=p.seed.to(h.dtype)) for p in passes]
+    """Cotangents of exact passes, in the type of the outputs, with their weights side by side.
+
+    Args:
+        passes: S passes of B samples, ordered by block.
+        h: The outputs [B, ...], whose type is used.
+
+    Returns:
+        S vectors [B, ...], with weights [B, S].
+    """
+    in_dtype = [p._replace(cotangent=p.cotangent.to(h.dtype)) for p in passes]
     weights = PassWeights(
-        torch.stack([p.second for p in in_dtype], 1),
-        torch.stack([p.fourth for p in in_dtype], 1),
+        torch.stack([p.square for p in in_dtype], 1),
+        torch.stack([p.quartic for p in in_dtype], 1),
         [p.block for p in in_dtype],
     )
-    return Cotangents(vectors=[p.seed for p in in_dtype], weights=weights)
+    return Cotangents(vectors=[p.cotangent for p in in_dtype], weights=weights)

@@ -104,6 +104,15 @@ class AffineRecorder:
         epsilons = epsilon.unbind(0)
 
         def step(t: int, state: Tensor) -> Tensor:
+            """Compute the map of one time step, and record the state as its input.
+
+            Args:
+                t: The step, from 0.
+                state: The state before it [B, width].
+
+            Returns:
+                x Wᵀ + b [B, out] of the state x.
+            """
             with torch.no_grad():
                 states[t] = state
             live_states.append(state)
@@ -137,6 +146,13 @@ class AffineRecorder:
             def output_tangent(
                 u: Tensor, rows: slice | None = rows, is_weight: bool = rule == "weight"
             ) -> Tensor:
+                """The derivative of the map's output along a direction, of the shape of the output.
+
+                Args:
+                    u: The direction, of the shape of the whole parameter.
+                    rows: The rows that the map has of a packed parameter; None for all.
+                    is_weight: Whether the parameter is the weight; otherwise it is the bias.
+                """
                 u = u if rows is None else u[rows]
                 if not is_weight:
                     return u.expand(epsilon.shape)

@@ -33,21 +33,45 @@ class BatchLayouts:
 
 
 def has_batch(x: Tensor, layout: int | str | None, size: int) -> bool:
-    """Whether ``x`` can hold a batch of ``size`` samples in this layout."""
+    """Whether ``x`` can hold a batch in this layout.
+
+    Args:
+        x: A tensor of any shape.
+        layout: 0, 1, "folded" or None.
+        size: Number of samples B.
+
+    Returns:
+        For 0 and 1, whether that dimension has B entries. For "folded", whether the size of the
+        first of at least two dimensions is a positive multiple of B. Always False for None.
+    """
     if layout == "folded":
         return x.dim() > 1 and x.shape[0] % size == 0 and x.shape[0] > 0
     return isinstance(layout, int) and x.dim() > layout and x.shape[layout] == size
 
 
 def batch_first(x: Tensor, layout: int | str, size: int) -> Tensor:
-    """Return ``x`` with the batch of ``size`` samples as its first dimension."""
+    """Return ``x`` with the batch as its first dimension.
+
+    Args:
+        x: A tensor that holds the batch in this layout.
+        layout: 0, 1 or "folded".
+        size: Number of samples B.
+
+    Returns:
+        A view [B, ...]; [B, k, ...] of a folded tensor [B·k, ...].
+    """
     if layout == "folded":
         return x.unflatten(0, (size, -1))
     return x.transpose(0, 1) if layout == 1 else x
 
 
 def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
-    """Invert :func:`batch_first`."""
+    """Invert :func:`batch_first`.
+
+    Args:
+        x: A tensor [B, ...]; [B, k, ...] if folded.
+        layout: The layout of the result: 0, 1 or "folded".
+    """
     if layout == "folded":
         return x.flatten(0, 1)
     return x.transpose(0, 1) if layout == 1 else x

@@ -37,7 +37,12 @@ def nodes_behind(
 
 
 def leaves_behind(root: Any, stops: Mapping[Any, list[Any]] = MappingProxyType({})) -> set[int]:
-    """Ids of the leaf tensors that ``root`` depends on; ``stops`` as in :func:`nodes_behind`."""
+    """Ids of the leaf tensors that a node depends on.
+
+    Args:
+        root: A node of the graph; None for a constant.
+        stops: Nodes that are not entered, with the nodes at which the walk continues instead.
+    """
     nodes = nodes_behind([root], stops)
     return {id(node.variable) for node in nodes if hasattr(node, "variable")}
 

@@ -56,7 +56,15 @@ class PlanMismatch(Exception):
 
 
 def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
-    """Describe for each parameter how it is measured, or why it is not."""
+    """Describe for each parameter how it is measured, or why it is not.
+
+    Args:
+        problem: The model and its parameters, frozen ones included.
+        plan: How each parameter is reached.
+
+    Returns:
+        The description by the parameter's name.
+    """
     descriptions = {}
     for name, owner in problem.owners.items():
         if name in problem.frozen:

@@ -116,7 +116,15 @@ class Tape:
         return None
 
     def add_output_edge(self, output: Tensor, layout: int | str = 0) -> int:
-        """Register a call's output, whose cotangent will be computed; returns its index."""
+        """Register a call's output, whose cotangent will be computed.
+
+        Args:
+            output: The output.
+            layout: The place of the batch in it.
+
+        Returns:
+            The index in ``output_edges``.
+        """
         self.output_edges.append(output if output.is_leaf else get_gradient_edge(output))
         self.edge_layouts.append(layout)
         return len(self.output_edges) - 1
@@ -133,7 +141,12 @@ class Tape:
         return self._input_index[key]
 
     def stop_at(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
-        """Let a walk over the graph jump from a call's outputs to its inputs."""
+        """Let a walk over the graph jump from a call's outputs to its inputs.
+
+        Args:
+            outputs: The outputs of the call.
+            inputs: The tensors among its inputs; those without a graph are left out.
+        """
         nodes = [x.grad_fn for x in inputs if x.grad_fn is not None]
         for output in outputs:
             self.stops[output.grad_fn] = nodes

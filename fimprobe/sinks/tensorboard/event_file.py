@@ -48,19 +48,35 @@ class EventFile:
             self._writer.add_event(Event(step=purge_step, session_log=start))
 
     def add_scalar(self, tag: str, value: float) -> None:
-        """Add a finite number."""
+        """Add a finite number.
+
+        Args:
+            tag: Name of the chart.
+            value: The number.
+        """
         metadata = self._metadata(tag, scalar.create_summary_metadata)
         self._record.value.add(tag=tag, simple_value=value, metadata=metadata)
 
     def add_text(self, tag: str, markdown: str) -> None:
-        """Add a page of Markdown."""
+        """Add a page of Markdown.
+
+        Args:
+            tag: Name of the page.
+            markdown: The text.
+        """
         tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()])
         tensor.tensor_shape.dim.add(size=1)
         metadata = self._metadata(tag, text.create_summary_metadata)
         self._record.value.add(tag=tag, tensor=tensor, metadata=metadata)
 
     def add_histogram(self, tag: str, values: np.ndarray, weights: np.ndarray) -> None:
-        """Add a histogram of finite values [n], each counted ``weights`` [n] times."""
+        """Add a histogram of finite values, in 30 bins.
+
+        Args:
+            tag: Name of the histogram.
+            values: The values [n].
+            weights: The count of each value [n].
+        """
         counts, edges = np.histogram(values, bins=30, weights=weights)
         rows = np.stack([edges[:-1], edges[1:], counts], axis=1)
         tensor = make_tensor_proto(rows.astype(np.float64))
@@ -68,7 +84,13 @@ class EventFile:
         self._record.value.add(tag=tag, tensor=tensor, metadata=metadata)
 
     def add_image(self, tag: str, png: bytes, size: tuple[int, int]) -> None:
-        """Add an image of ``size`` (width, height) in pixels."""
+        """Add an image.
+
+        Args:
+            tag: Name of the image.
+            png: The bytes of the PNG.
+            size: (width, height) in pixels.
+        """
         picture = Summary.Image(encoded_image_string=png, width=size[0], height=size[1], colorspace=4)
         metadata = self._metadata(tag, image.create_summary_metadata)
         self._record.value.add(tag=tag, image=picture, metadata=metadata)

@@ -36,9 +36,9 @@ def passes_of(setting, b=0):
     """Γ's ingredients of one input: seeds [n, C], weights of g² and g⁴, blocks."""
     h = setting.model(setting.args[0][b : b + 1]).detach()
     found = list(get_likelihood(setting.likelihood).exact_passes(h, None))
-    seeds = torch.stack([p.seed.flatten() for p in found])
-    second = torch.stack([p.second[0] for p in found])
-    fourth = torch.stack([p.fourth[0] for p in found])
+    seeds = torch.stack([p.cotangent.flatten() for p in found])
+    second = torch.stack([p.square[0] for p in found])
+    fourth = torch.stack([p.quartic[0] for p in found])
     return seeds, second, fourth, torch.tensor([p.block for p in found])
 
 

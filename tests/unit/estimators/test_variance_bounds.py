@@ -250,7 +250,7 @@ def dense_curvature(setting, truth, groups, exact, flips):
     for b, t in enumerate(truth):
         h = setting.model(setting.args[0][b : b + 1]).detach()
         passes = list(family.exact_passes(h, None))
-        seeds, more = torch.stack([p.seed.flatten() for p in passes]), signs
+        seeds, more = torch.stack([p.cotangent.flatten() for p in passes]), signs
         if exact:
             ones = flips.repeat_interleave(outputs // len(flips))
             more = torch.stack([ones, ones * seeds.sum(0)]) if setting.classes else signs[:0]
@@ -259,7 +259,7 @@ def dense_curvature(setting, truth, groups, exact, flips):
             r = seeds @ t.block(index)
             grams[key].append(r @ r.T)
         squares.append((seeds @ t.hessian.diagonal(dim1=1, dim2=2)).square())
-        weights.append(torch.stack([p.second[0] for p in passes]))
+        weights.append(torch.stack([p.square[0] for p in passes]))
     grams = {key: torch.stack(g).unsqueeze(0) for key, g in grams.items()}
     squares, weights = torch.stack(squares), torch.stack(weights)
     parts = {

@@ -277,8 +277,8 @@ def test_classes_in_another_dimension(double):
     assert torch.allclose(factor.movedim(1, -1), there.fisher_factor(moved, xi.movedim(1, -1)))
     pairs = zip(here.hutchinson_passes(h, mask), there.hutchinson_passes(moved, mask), strict=True)
     for a, b in pairs:
-        assert torch.equal(a.seed.movedim(1, -1), b.seed)
-        assert torch.equal(a.second, b.second) and a.block == b.block
+        assert torch.equal(a.cotangent.movedim(1, -1), b.cotangent)
+        assert torch.equal(a.square, b.square) and a.block == b.block
 
 
 def exact_largest(p):
@@ -398,7 +398,7 @@ def test_columns_of_the_factor_keep_each_entrys_digits(e, double):
         for y in range(4):
             want = pytest.approx(float(root * ((y == c) - p[y])), rel=1e-12, abs=0)
             assert float(column[y]) == want
-            assert float(passes[c].seed[0, 0, y]) == want
+            assert float(passes[c].cotangent[0, 0, y]) == want
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -421,11 +421,11 @@ def test_hutchinson_passes_equal_all_sign_vectors(family, masked, double):
     assert len({x.block for x in passes}) == len(passes) == 6
     a2, a4, r = torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, 5)
     for one in passes:
-        assert one.seed.shape == h.shape
-        g = torch.einsum("bc,bcp->bp", one.seed.reshape(2, 6), jacobian)
-        a2 = a2 + one.second[:, None] * g**2
-        a4 = a4 + one.fourth[:, None] * g**4
-        r = r + (one.second[:, None] * g**2) ** 2
+        assert one.cotangent.shape == h.shape
+        g = torch.einsum("bc,bcp->bp", one.cotangent.reshape(2, 6), jacobian)
+        a2 = a2 + one.square[:, None] * g**2
+        a4 = a4 + one.quartic[:, None] * g**4
+        r = r + (one.square[:, None] * g**2) ** 2
     assert torch.allclose(a2, second, rtol=1e-12)
     assert torch.allclose(a4 - 3 * r + 2 * a2**2, want, rtol=1e-10, atol=1e-14)
     assert torch.allclose(2 * (a2**2 - a4), want, rtol=1e-10, atol=1e-14)
@@ -439,7 +439,7 @@ def test_hutchinson_passes_equal_all_sign_vectors(family, masked, double):
 def test_hutchinson_passes_come_one_at_a_time():
     h = torch.zeros(1, 512, 30000)
     one = next(Categorical().hutchinson_passes(h, None))
-    assert one.seed.shape == h.shape and int((one.seed != 0).sum()) == 30000
+    assert one.cotangent.shape == h.shape and int((one.cotangent != 0).sum()) == 30000
 
 
 def test_data_scores_are_scores_and_zero_where_ignored(double):
