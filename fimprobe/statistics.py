@@ -64,7 +64,7 @@ class Moments:
     Row 0: A4 = Σ_s w₄ ĝ⁴; for drawn labels Σ_s w g⁴.
     Row 1: Q = (Σ_s w g²)².
     Row 2: R = Σ_blocks (Σ_{s in block} w g²)². Each drawn label is a block, so that R = Σ_s w² g⁴.
-    Row 3: F_bi max_s g_bsi², over the exact passes of one label; the bound of a debiased norm uses it.
+    Row 3: F_bi max_s g_bsi², over the exact passes of one label.
     """
     squared_norms: Tensor
     """Per-sample squared norms ‖ĝ_s‖² [B, S]."""

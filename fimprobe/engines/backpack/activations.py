@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 
 class IdentityDerivatives(BaseDerivatives):
-    """f(x) = x, for Identity and every kind of Dropout in eval mode."""
+    """The identity f(x) = x, for Identity and every kind of Dropout in eval mode."""
 
     def hessian_is_zero(self, module: Any) -> bool:
-        """f is linear."""
+        """True: f is linear."""
         return True
 
     def _jac_t_mat_prod(self, module, g_inp, g_out, mat, subsampling=None):
@@ -38,7 +38,7 @@ class ClosedFormDerivatives(ElementwiseDerivatives):
         self.derivatives = derivatives
 
     def hessian_is_zero(self, module: Any) -> bool:
-        """f'' ≠ 0."""
+        """False: f'' is not zero."""
         return False
 
     def df(self, module, g_inp, g_out, subsampling=None):
@@ -143,10 +143,10 @@ def log_sigmoid_derivatives(module: nn.LogSigmoid, x: Tensor) -> tuple[Tensor, T
 
 
 class PReLUDerivatives(ElementwiseDerivatives, BaseParameterDerivatives):
-    """f(x) = max(x, 0) + w min(x, 0), with one w for each channel or for all."""
+    """PReLU, f(x) = max(x, 0) + w min(x, 0), with one w for each channel or for all."""
 
     def hessian_is_zero(self, module: Any) -> bool:
-        """f is piecewise linear in x."""
+        """True: f is piecewise linear in x."""
         return True
 
     def df(self, module, g_inp, g_out, subsampling=None):

@@ -21,11 +21,11 @@ class NormDerivatives(BaseParameterDerivatives):
     """
 
     def hessian_is_zero(self, module: Any) -> bool:
-        """f is not linear in x."""
+        """False: f is not linear in x."""
         return False
 
     def hessian_is_diagonal(self, module: Any) -> bool:
-        """Entries of a group depend on each other."""
+        """False: the entries of a group depend on each other."""
         return False
 
     def residual(self, module: Any, delta: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ LocalCall = tuple[FallbackCall, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Motion:
-    """What moves along a direction, apart from the cotangents δ.
+    """The quantities that move along a direction, apart from the cotangents δ.
 
     Attributes:
         inputs: Factor of the calls' input tangents ẋ; 0 if the inputs are fixed.

@@ -172,7 +172,7 @@ class _ChunkCurvature:
             accumulator.diagonal.add_probes(derivatives, probes)
 
     def _some_cotangents(self) -> OptionalTensors:
-        """For each output edge, the cotangent of the first vector that reaches it."""
+        """The cotangents at all output edges, each of the first vector that reaches the edge."""
         num_edges = len(self.chunk.tape.output_edges)
         return [
             next((v.edges[e] for v in self.vectors if v.edges[e] is not None), None)

@@ -207,7 +207,7 @@ def per_sample_vjp_tangent(
 
 
 class _SampleData(NamedTuple):
-    """What differs between samples; every tensor has the batch as its first dimension."""
+    """The tensors that differ between samples; every one has the batch as its first dimension."""
 
     moving_inputs: list[Tensor]
     fixed_inputs: list[Tensor]

@@ -1,1 +1,1 @@
-"""What a measurement asks for: the problem, cotangents at the outputs, weights, memory."""
+"""The request of a measurement: the problem, cotangents at the outputs, weights, memory."""

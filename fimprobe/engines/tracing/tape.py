@@ -72,7 +72,7 @@ class FallbackCall:
 
 
 class Tape:
-    """What :func:`record_forward` fills.
+    """The record of a forward pass, filled by :func:`record_forward`.
 
     Attributes:
         batch_size: Number of samples.
