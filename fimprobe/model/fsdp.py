@@ -143,14 +143,14 @@ class Shards:
             yield
 
     def gradients(
-        self, h: Tensor, parameters: dict[str, nn.Parameter], seed: Tensor
+        self, h: Tensor, parameters: dict[str, nn.Parameter], cotangent: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
         """Return Jᵀ times a cotangent, as one plain backward computes it.
 
         Args:
             h: Outputs [B, ...] with their graph.
             parameters: The parameters of the twin, by name.
-            seed: Cotangent at the outputs, of their shape.
+            cotangent: A vector at the outputs, of their shape.
 
         Returns:
             By name, the gradient and the squared norm of this process's whole gradient. A sharded
@@ -175,7 +175,7 @@ class Shards:
             for name, p in parameters.items()
         ]
         try:
-            h.backward(seed, inputs=list(parameters.values()))
+            h.backward(cotangent, inputs=list(parameters.values()))
         finally:
             for handle in handles:
                 handle.remove()
@@ -244,8 +244,8 @@ def check_sharded(
     """
     if _whole_fsdp(model):
         raise FimprobeError(
-            "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters cannot "
-            "be measured; use FSDP2, torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)"
+            "`model` is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters cannot be "
+            "measured. Use FSDP2: torch.distributed.fsdp.fully_shard (Accelerate: fsdp_version: 2)."
         )
     estimators = [estimators] if isinstance(estimators, str) else estimators
     asked = {"estimators": list(estimators), "bounds": bounds, "draws": draws, "engine": engine}
@@ -258,9 +258,10 @@ def check_sharded(
     if any(wrong.values()) or diagonals:
         given = ", ".join(f"{key}={asked[key]!r}" for key, bad in wrong.items() if bad)
         raise FimprobeError(
-            f"the model's parameters are sharded (FSDP), {given or 'diagonals=True'} cannot be had; "
-            'what can is Î₁ with drawn labels: pass estimators=("i1",), bounds=False'
+            f"{given or 'diagonals=True'} is not supported for a model sharded by FSDP. Only Î₁ with "
+            'sampled labels is: pass estimators=("i1",), bounds=False'
             + (", draws=2" if wrong["draws"] else "")
+            + "."
         )
     processes = dist.get_world_size() if processes is None else processes
     held = {id(p) for unit in _units(model) for p in unit.parameters()}
@@ -271,12 +272,14 @@ def check_sharded(
         problem = _describe_placement(parameter, held, processes)
         if problem:
             raise FimprobeError(
-                f"parameter {name!r} {problem}; a sharded model can be measured where fully_shard "
-                "shards it by rows over all processes and all of them measure (attach)"
+                f"parameter {name!r} {problem}. A sharded model can be measured if fully_shard "
+                "shards it by rows over all processes and all of them measure; attach on every one."
             )
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise FimprobeError(f"{path!r} has max_norm, which cannot be measured sharded; drop it")
+            raise FimprobeError(
+                f"{path!r} has max_norm, which is not supported for a sharded model. Remove max_norm."
+            )
 
 
 def _describe_placement(parameter: Any, held: Collection[int], processes: int) -> str:

@@ -103,12 +103,12 @@ def test_no_process_holds_all_weights(results):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("estimators", "estimators=['i1', 'i2'] cannot be had"),
-        ("bounds", "bounds=True cannot be had"),
-        ("exact", "draws='exact' cannot be had"),
+        ("estimators", "estimators=['i1', 'i2'] is not supported"),
+        ("bounds", "bounds=True is not supported"),
+        ("exact", "draws='exact' is not supported"),
     ],
 )
-def test_what_cannot_be_had_is_refused_at_attach(results, options, told):
+def test_unsupported_options_are_refused_at_attach(results, options, told):
     for found in results:
         message = found["refused", options]
         assert told in message and 'pass estimators=("i1",), bounds=False' in message
