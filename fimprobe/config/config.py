@@ -13,11 +13,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fimprobe.config.error_messages import format_validation_errors
 from fimprobe.config.option import Option, OptionDescription
-from fimprobe.config.yaml_source import YamlFile, read_yaml
+from fimprobe.config.yaml_source import YamlFile, read_yaml, shorten
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, EstimatorKey
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
 from fimprobe.training.schedule import At, Budget, Every, Schedule
+
+
+MAX_MISTAKES = 50
+"""Mistakes that are listed; a long list in a file that is not one of options has one for each entry."""
+
+MAX_DRAWS = 10**6
+"""Labels per input: their error falls as 1/√draws, and more are closer to a typing mistake."""
+
+MAX_PROBES = 10**4
+"""Random probes: each costs a pass, and their noise is below 1 % of that of a single one."""
+
+MAX_MEMORY_MB = 10**9
+"""A petabyte, in MB: above the memory of any machine, and its bytes still fit an integer."""
 
 
 class _Section(BaseModel):
@@ -42,12 +55,12 @@ class ScheduleConfig(_Section):
         ),
     ] = Field(None, ge=1, description="measure at every n-th optimizer step")
     at: Annotated[
-        list[int] | None,
+        list[Annotated[int, Field(ge=0)]] | None,
         Option(
-            must_be="a list of integers",
+            must_be="a list of at least one step, each an integer of at least 0",
             remedy="Use [0, 10, 100] to measure at these optimizer steps.",
         ),
-    ] = Field(None, description="measure at these optimizer steps, counted from 0")
+    ] = Field(None, min_length=1, description="measure at these optimizer steps, counted from 0")
 
     @model_validator(mode="after")
     def _has_one_key(self) -> ScheduleConfig:
@@ -97,7 +110,12 @@ class SecondOrderConfig(_Section):
             must_be="an integer of at least 2",
             remedy="Use 2 probes or more: the square of a single probe is biased.",
         ),
-    ] = Field(2, ge=2, description="number of random probes; their noise falls as 1/√probes")
+    ] = Field(
+        2,
+        ge=2,
+        le=MAX_PROBES,
+        description=f"number of random probes, at most {MAX_PROBES}; their noise falls as 1/√probes",
+    )
 
 
 _SWITCH = Option(must_be="true or false", remedy="Use one of the two.")
@@ -149,14 +167,14 @@ class Config(_Section):
         ["i1", "i2"], min_length=1, description="estimators to measure; 'i1' is always measured"
     )
     draws: Annotated[
-        Annotated[int, Field(ge=1)] | Literal["exact", "auto"],
+        Annotated[int, Field(ge=1, le=MAX_DRAWS)] | Literal["exact", "auto"],
         Option(
             must_be="a positive integer, 'exact' or 'auto'",
             remedy="Use 2 to estimate the label variance.",
         ),
     ] = Field(
         2,
-        description="labels per input; 'exact' integrates over labels, 'auto' up to 10 passes",
+        description=f"labels per input, at most {MAX_DRAWS}; 'exact' integrates over labels, 'auto' up to 10 passes",
     )
     label_sampling: Annotated[
         Literal["size_biased", "model"],
@@ -204,6 +222,7 @@ class Config(_Section):
     ] = Field(
         512,
         gt=0,
+        le=MAX_MEMORY_MB,
         allow_inf_nan=False,
         description="ceiling of the probe's working memory; larger batches are measured in chunks",
     )
@@ -333,7 +352,7 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
         values = file.values
     else:
         raise FimprobeError(
-            f"`config` must be a YAML path, a mapping or a fimprobe.Config, got {config!r}. "
+            f"`config` must be a YAML path, a mapping or a fimprobe.Config, got {shorten(config)}. "
             "Pass 'fimprobe.yaml', or options as keywords."
         )
     values = {str(key): value for key, value in values.items()} | options
@@ -345,7 +364,10 @@ def load_config(config: str | Path | Mapping[str, Any] | Config | None, **option
     except ValidationError as error:
         mistakes += format_validation_errors(error.errors(), options=describe_options(), lines=lines)
     if mistakes:
-        raise FimprobeError("\n".join(sorted(mistakes, key=_line_number)))
+        mistakes.sort(key=_line_number)
+        more = len(mistakes) - MAX_MISTAKES
+        rest = [f"and {more} more mistakes."] if more > 0 else []
+        raise FimprobeError("\n".join(mistakes[:MAX_MISTAKES] + rest))
     return loaded
 
 

@@ -8,16 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fimprobe.config.option import OptionDescription
-from fimprobe.config.yaml_source import Place
+from fimprobe.config.yaml_source import Place, shorten, shorten_key
 
 BOOLEANS = {
     "yes": "true", "on": "true", "y": "true", "true": "true",
     "no": "false", "off": "false", "n": "false", "false": "false",
 }  # fmt: skip
 """Words that people write for true and false, and that YAML 1.2 reads as text."""
-
-MAX_VALUE_CHARACTERS = 60
-"""Longer values are cut in messages."""
 
 
 def format_validation_errors(
@@ -65,6 +62,13 @@ def _sentence(
         return str(group[0]["msg"]).removeprefix("Value error, ")
     option = options[".".join(part for part in place if not isinstance(part, int))]
     value = group[0].get("input")
+    positions = "".join(f" at position {part}" for part in place if isinstance(part, int))
+    for problem in group:
+        if problem["type"] == "less_than_equal":
+            limit = f"at most {problem['ctx']['le']:.0f}"
+            return (
+                f"`{option.name}` must be {limit}, got {shorten(value)}{positions}. {option.remedy}"
+            )
     literals = [  # of every branch that is a literal
         word
         for problem in group
@@ -76,8 +80,7 @@ def _sentence(
         hint = f"Did you mean {boolean}?"
     else:
         hint = _similar(value, literals) or option.remedy
-    positions = "".join(f" at position {part}" for part in place if isinstance(part, int))
-    return f"`{option.name}` must be {option.must_be}, got {_short(value)}{positions}. {hint}"
+    return f"`{option.name}` must be {option.must_be}, got {shorten(value)}{positions}. {hint}"
 
 
 def _unknown_option(place: Place, options: Mapping[str, OptionDescription]) -> str:
@@ -85,12 +88,18 @@ def _unknown_option(place: Place, options: Mapping[str, OptionDescription]) -> s
     names = [name.removeprefix(section) for name in options if name.startswith(section)]
     keys = [name for name in names if "." not in name]
     hint = _similar(place[-1], keys) or f"Known keys: {', '.join(keys)}."
-    return f"`{section}{place[-1]}` is not an option. {hint}"
+    return f"`{section}{shorten_key(place[-1])}` is not an option. {hint}"
 
 
 def _place(problem: Mapping[str, Any]) -> Place:
     """The keys that lead to a problem, without pydantic's names for the branches of a union."""
-    return tuple(part for part in problem["loc"] if not _is_branch(part))
+    *path, last = problem["loc"]
+    if problem["type"] == "invalid_key" and last == "[key]":
+        *path, last = path
+    keys = tuple(part for part in path if not _is_branch(part))
+    # an unknown key may look like the name of a branch, such as `Draws` or `int`
+    is_key = problem["type"] in ("extra_forbidden", "invalid_key")
+    return (*keys, last) if is_key or not _is_branch(last) else keys
 
 
 def _is_branch(part: Any) -> bool:
@@ -104,10 +113,5 @@ def _is_branch(part: Any) -> bool:
 def _similar(value: Any, words: list[str]) -> str:
     """The question after the word that was meant, or an empty string if none is similar."""
     by_lower = {word.lower(): word for word in words}
-    similar = difflib.get_close_matches(str(value).lower(), by_lower, 1)
+    similar = difflib.get_close_matches(shorten_key(value).lower(), by_lower, 1)
     return f"Did you mean {by_lower[similar[0]]!r}?" if similar else ""
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"

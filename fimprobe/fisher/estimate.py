@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from fimprobe.distributed.processes import ProcessGroup, SingleProcess
 from fimprobe.errors import FimprobeError
-from fimprobe.fisher.batches import IndexedSource, InputReader, Source, make_source
-from fimprobe.fisher.family import infer_family
 from fimprobe.fisher.fisher import Fisher
-from fimprobe.fisher.measurer import Measurer
 from fimprobe.fisher.options import check_options
-from fimprobe.fisher.progress import ProgressLine
 from fimprobe.fisher.result import assemble
-from fimprobe.fisher.run import EstimateRun, Limits
-from fimprobe.fisher.state import StateFile, fingerprint
-from fimprobe.fisher.stopping import StoppingRule
+from fimprobe.fisher.streaming.batches import IndexedSource, InputReader, Source, make_source
+from fimprobe.fisher.streaming.family import infer_family
+from fimprobe.fisher.streaming.progress import ProgressLine
+from fimprobe.fisher.streaming.run import EstimateRun, Limits
+from fimprobe.fisher.streaming.state import StateFile, fingerprint
+from fimprobe.fisher.streaming.stopping import StoppingRule
+from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.isolation import isolated_state

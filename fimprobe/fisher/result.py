@@ -13,12 +13,12 @@ import torch
 
 from fimprobe._version import __version__
 from fimprobe.estimators.reliability import seen_mass_reason
-from fimprobe.fisher.accumulation import FisherSums
-from fimprobe.fisher.errors_of_sums import drift, entry_estimates, group_errors
 from fimprobe.fisher.fisher import Fisher
 from fimprobe.fisher.records import GroupFisher
-from fimprobe.fisher.run import EstimateRun
-from fimprobe.fisher.stopping import MIN_EFFECTIVE_INPUTS
+from fimprobe.fisher.streaming.run import EstimateRun
+from fimprobe.fisher.streaming.stopping import MIN_EFFECTIVE_INPUTS
+from fimprobe.fisher.sums.accumulation import FisherSums
+from fimprobe.fisher.sums.errors_of_sums import drift, entry_estimates, group_errors
 from fimprobe.model.twin import unwrap
 
 

@@ -58,6 +58,14 @@ class Categorical:
     class_dim: int = -1
     name: str = "categorical"
 
+    def __post_init__(self) -> None:
+        """Check that the dimension is an integer."""
+        if isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int):
+            raise FimprobeError(
+                f"class_dim must be an integer, got {self.class_dim!r}. Pass 1 for maps [B, C, H, W], "
+                "or -1 for classes in the last dimension."
+            )
+
     def check_outputs(self, outputs: Tensor) -> None:
         """Check that the outputs are logits of at least two classes.
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fimprobe.errors import FimprobeError
+
+MAX_VARIATES = 2**30
+"""Random numbers of one measurement, 8 GB in float64; more is refused before it is allocated."""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +75,12 @@ class Draws:
         assert self.count is not None
         generator = torch.Generator().manual_seed(seed)
         shape = (self.total or size, self.count, *label_shape)
+        if math.prod(shape) > MAX_VARIATES:
+            raise FimprobeError(
+                f"`draws` must be smaller for this batch, got {self.count} for {shape[0]} samples with "
+                f"{math.prod(label_shape)} labels each: more than {MAX_VARIATES} random numbers. Use "
+                "fewer draws, or 'exact'."
+            )
         # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
         variates = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)
         return variates.clamp_(max=1 - 2.0**-53)[self.first : self.first + size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Gaussian(Independent):
 
     def __post_init__(self) -> None:
         """Check that σ is positive and finite."""
-        if not 0 < self.sigma < float("inf"):
+        is_number = isinstance(self.sigma, Real) and not isinstance(self.sigma, bool)
+        if not is_number or not 0 < self.sigma < float("inf"):
             raise FimprobeError(
                 f"sigma must be a positive and finite standard deviation, got {self.sigma!r}. Pass "
                 "that of the residuals, as in Gaussian(sigma=0.5)."

@@ -11,6 +11,7 @@ from fimprobe.config.config import Config, SecondOrderConfig
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
+from fimprobe.measurement.tensor_checks import check_dense
 from fimprobe.model.twin import trainable
 
 MAX_AUTO_PASSES = 10
@@ -86,6 +87,13 @@ def check_mask_and_output(mask: Any, output: Any) -> None:
             f"`mask` must be a boolean tensor with an entry for each label, got {kind}. Pass "
             "attention_mask.bool() or the like, with False where there is no label."
         )
+    if mask is not None:
+        check_dense(mask, "mask")
+        if mask.dim() == 0:
+            raise FimprobeError(
+                "`mask` must have an entry for each label, got shape (). Pass a tensor of the labels' "
+                "shape [B, ...]."
+            )
     if output is not None and not callable(output):
         raise FimprobeError(
             f"`output` must be a function, got {output!r}. Pass one from what the model returns to "

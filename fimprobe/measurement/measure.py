@@ -14,6 +14,7 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.process_share import ProcessShare
+from fimprobe.measurement.tensor_checks import check_step_and_diagonals
 from fimprobe.report.build import build_report
 from fimprobe.report.report import Report
 
@@ -93,6 +94,7 @@ def measure(
     (8, True, 0.0)
     """
     started = time.perf_counter()
+    check_step_and_diagonals(step, diagonals)
     processes = ranks or SingleProcess()
     share = ProcessShare(
         model=model,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fimprobe.config.config import Config, load_config
@@ -30,6 +31,7 @@ from fimprobe.measurement.arguments import (
     choose_draws,
     make_request,
 )
+from fimprobe.measurement.failures import explain_failure, name_errors_of_output
 from fimprobe.measurement.isolation import isolated_state
 from fimprobe.measurement.process_summary import (
     ProcessSummary,
@@ -37,6 +39,7 @@ from fimprobe.measurement.process_summary import (
     float_buffers,
     summarize,
 )
+from fimprobe.measurement.tensor_checks import check_dense, check_inputs, check_readable
 from fimprobe.model.batch import Batch
 from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
@@ -87,10 +90,13 @@ class ProcessShare:
             BatchError: If the inputs are empty.
         """
         check_model(self.model)
+        check_readable(self.model)
         self._config = load_config(None, **self.options)
         self.likelihood = get_likelihood(self._config.likelihood)
         self.request = make_request(self._config, self.labels)
         check_mask_and_output(self.mask, self.output)
+        if isinstance(self.labels, Tensor):
+            check_dense(self.labels, "labels")
         if is_sharded(self.model):
             check_sharded(
                 self.model,
@@ -102,6 +108,7 @@ class ProcessShare:
                 processes=self.processes.size,
             )
         self._batch = Batch.of(self.inputs)
+        check_inputs(self._batch)
         if self.processes.size == 1:
             return ProcessSummary(size=self._batch.size)
         return summarize(self.model, self._batch, rank=self.processes.rank)
@@ -155,12 +162,7 @@ class ProcessShare:
         with isolated_state(self.model, self._config.seed):
             problem = self._make_problem()
             check_labels(problem)
-            self._verify_plan(problem)
-            if self.request.backpack:
-                check_backpack(problem, self.plan, second_order=False)
-            if self.request.exact:
-                check_backpack(problem, self.plan, second_order=True)
-            measured = measure_with_fallbacks(problem, self.plan)
+            measured = self._measure_moments(problem)
             if self.request.backpack:
                 _replace_i1_by_backpack(problem, measured)
             if self.plan.curvature_failure and self.request.i2:
@@ -169,6 +171,27 @@ class ProcessShare:
                 measured.notes.extend(self.plan.twin.notes)
             bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
             return measured, bounds
+
+    def _measure_moments(self, problem: Problem) -> Measured:
+        """Return the statistics of Î₁ and the other estimators.
+
+        Raises:
+            FimprobeError: Also in place of torch's errors, where model or outputs explain them.
+        """
+        try:
+            self._verify_plan(problem)
+            if self.request.backpack:
+                check_backpack(problem, self.plan, second_order=False)
+            if self.request.exact:
+                check_backpack(problem, self.plan, second_order=True)
+            return measure_with_fallbacks(problem, self.plan)
+        except (FimprobeError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            explained = None if problem.shards is not None else explain_failure(problem)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _make_problem(self) -> Problem:
         """The question to the engine, about a twin of the model."""
@@ -180,7 +203,8 @@ class ProcessShare:
             shards = Shards(group.weights_group(), group.rank, group.size)
             twin = make_sharded_twin(self.model, shards)
         else:
-            twin, self.plan.twin = make_checked_twin(self.model, batch, select, self.plan.twin)
+            named = name_errors_of_output(self.output) if self.output else select
+            twin, self.plan.twin = make_checked_twin(self.model, batch, named, self.plan.twin)
         if self._buffers:
             for name, buffer in float_buffers(twin).items():
                 if name in self._buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
 from collections.abc import Callable
@@ -21,7 +22,7 @@ _REMEDY = "pass another log_dir; reports stay in probe.history"
 
 
 class SinkGroup:
-    """Writes every report to all sinks. A sink that fails is dropped with one warning.
+    """Writes every report to all sinks. A sink that fails is closed and dropped, with one warning.
 
     Args:
         sinks: Sinks of the user, in addition to the one in memory.
@@ -69,7 +70,11 @@ class SinkGroup:
                 # writers would be mixed
                 if not has_charts and not config.jsonl:
                     self._lock = FolderLock(log_dir, take_over=purge_step is not None)
-                self.sinks.append(JsonlSink(path, run=describe_run, purge_step=purge_step))
+                try:
+                    self.sinks.append(JsonlSink(path, run=describe_run, purge_step=purge_step))
+                except BaseException:
+                    self._release()
+                    raise
 
             # what prevents charts in log_dir prevents the file there: one warning for both
             self._errors.run_safely(
@@ -85,13 +90,26 @@ class SinkGroup:
             write = functools.partial(sink.write, report)
             if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
                 self.sinks.remove(sink)
+                # it keeps no file, thread or lock; that it failed is already known
+                with contextlib.suppress(Exception):
+                    sink.close()
 
     def close(self) -> None:
-        """Close all sinks and release the folder."""
+        """Close all sinks and release the folder.
+
+        Raises:
+            FimprobeError: If a sink cannot be closed and errors are to be raised; the others are
+                closed nevertheless.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._release)
+            for sink in reversed(self.sinks):  # the last one pushed is closed first
+                failure = f"{type(sink).__name__} could not be closed"
+                stack.callback(self._errors.run_safely, sink.close, failure)
+
+    def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
-        for sink in self.sinks:
-            self._errors.run_safely(sink.close, f"{type(sink).__name__} could not be closed")
 
 
 def default_log_dir() -> Path:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fimprobe
-from fimprobe.fisher import progress
+from fimprobe.fisher.streaming import progress
 from tests.models.digits import confident_mlp, digits
 from tests.oracles.fisher_diagonal import flat, input_diagonals
 from tests.support import estimate_worker

@@ -32,8 +32,12 @@ ROOMS = {
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
     "engines.tracing errors jacobian_bounds likelihoods model report statistics",
-    "fisher": "_version distributed engines.autograd engines.problem engines.tracing errors estimators "
-    "likelihoods measurement model report statistics training",
+    "fisher.sums": "engines.autograd engines.problem engines.tracing estimators likelihoods "
+    "measurement model statistics",
+    "fisher.streaming": "_version distributed errors fisher.sums likelihoods measurement model statistics "
+    "training",
+    "fisher": "_version distributed errors estimators fisher.streaming fisher.sums likelihoods "
+    "measurement model report",
     "probe": "config distributed engines.tracing errors likelihoods measurement model report sinks "
     "sinks.tensorboard training",
     "fimprobe": "_version config distributed engines.tracing errors estimators fisher likelihoods "

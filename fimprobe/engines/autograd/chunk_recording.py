@@ -16,7 +16,7 @@ from fimprobe.engines.problem.label_cotangents import labels_per_draw
 from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
 from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
 from fimprobe.engines.tracing.chunk import Chunk
-from fimprobe.engines.tracing.graph import foreign_uses, hidden_reads
+from fimprobe.engines.tracing.graph import bypassed_outputs, foreign_uses, hidden_reads
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.recording import record_forward
 from fimprobe.engines.tracing.tape import Tape
@@ -90,7 +90,7 @@ def record_chunk(problem: Problem, plan: Plan, rows: slice, unchecked: list[Tens
     reached, foreign = foreign_uses(outputs, tape, problem.parameters, plan.fallbacks)
     if foreign:
         raise PlanMismatch(dict.fromkeys(foreign, "used outside its layer"))
-    hidden = hidden_reads(tape) if request.i2 else {}
+    hidden = {**hidden_reads(tape), **bypassed_outputs(outputs, tape)} if request.i2 else {}
     if hidden:
         raise PlanMismatch(hidden)
     return Recording(

@@ -14,6 +14,12 @@ from torch import Tensor
 
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 
+SMALLEST_SCALE = 2.0**-126
+"""Gradients are not divided by less: the smallest power of two whose reciprocal float32 holds.
+
+Smaller gradients have lost digits to underflow before they are measured.
+"""
+
 
 @dataclass(kw_only=True)
 class OuterProductPowers:
@@ -192,6 +198,7 @@ def power_of_two_scale(*tensors: Tensor) -> Tensor:
 
     Division by a power of two is exact, and fourth powers then stay inside float32's range. On a CPU
     the scale is also 1 for a moderate product; on a GPU the comparison would wait for the device.
+    The scale is at least :data:`SMALLEST_SCALE`.
     """
     product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
     for x in tensors:
@@ -200,7 +207,7 @@ def power_of_two_scale(*tensors: Tensor) -> Tensor:
     if product.device.type == "cpu" and (float(product) == 0 or 1e-3 < float(product) < 1e3):
         return torch.ones_like(product)
     product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
-    return torch.exp2(torch.ceil(torch.log2(product)))
+    return torch.exp2(torch.ceil(torch.log2(product))).clamp(min=SMALLEST_SCALE)
 
 
 def is_one(scale: Tensor) -> bool:

@@ -72,6 +72,41 @@ def foreign_uses(
     return reached, foreign
 
 
+def keeps_output(node: Any) -> bool:
+    """Whether the backward of an operation reads what the operation returned, as that of tanh does.
+
+    A kept output is the only kept tensor whose own node is ``node``.
+    """
+    try:
+        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        saved += getattr(node, "saved_tensors", ())  # of a ``torch.autograd.Function``
+    except RuntimeError:  # freed, or overwritten by an in-place operation
+        return True
+    return any(isinstance(x, Tensor) and x.grad_fn is node for x in tree_leaves(saved))
+
+
+def bypassed_outputs(outputs: Tensor, tape: Tape) -> dict[str, str]:
+    """Find fallback modules whose output was copied, but is read by other ways than its return value.
+
+    The copy's edge does not receive the whole cotangent then.
+
+    Args:
+        outputs: The outputs of the recorded forward pass.
+        tape: Its tape.
+
+    Returns:
+        The reason by module path.
+    """
+    if not tape.separated:
+        return {}
+    reached = set(nodes_behind([outputs.grad_fn], tape.stops))
+    return {
+        path: "its output is read in other ways than as its return value"
+        for node, path in tape.separated.items()
+        if node in reached
+    }
+
+
 def hidden_reads(tape: Tape) -> dict[str, str]:
     """Find fallback modules that read parameters that are neither theirs nor among their inputs.
 

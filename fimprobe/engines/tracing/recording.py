@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fimprobe.engines.layers.activations import closed_form_forward
 from fimprobe.engines.layers.decompositions import UNROLLED, NotUnrolled
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.tracing.affine_recorder import AffineRecorder
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.engines.tracing.graph import keeps_output
 from fimprobe.engines.tracing.tape import Tape
 from fimprobe.model.twin import has_altered_call
 
@@ -61,7 +63,9 @@ def record_forward(
         uncovered = not decomposed and not names <= set(rules)
         if path in fallback_paths or uncovered:
             if path != "":  # a call of the whole model has the batch as its input
-                hook = functools.partial(_record_fallback_call, tape, path)
+                hook = functools.partial(
+                    _record_fallback_call, tape, path, twice_differentiable=twice_differentiable
+                )
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
         elif not names and altered:
             continue
@@ -120,9 +124,40 @@ def _record_fallback_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     out: Any,
-) -> None:
-    """Forward hook: record a call that is re-evaluated for single samples."""
+    *,
+    twice_differentiable: bool,
+) -> Any:
+    """Forward hook: record a call that is re-evaluated for single samples.
+
+    Args:
+        tape: Receives the call.
+        path: The module's path.
+        module: The module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: What it returned.
+        twice_differentiable: Whether gradients will be differentiated again.
+
+    Returns:
+        What takes the place of ``out``: the same values, with an edge that no backward reads.
+    """
+    if twice_differentiable:
+        out = tree_map(functools.partial(_separate_edge, tape, path), out)
     tape.add_fallback_call(path, module, args, kwargs, out)
+    return out
+
+
+def _separate_edge(tape: Tape, path: str, x: Any) -> Any:
+    """Copy an output that the backward of its own operation reads; return others as they are.
+
+    The derivative of tanh is written in terms of its output z. A second derivative with respect to z
+    would contain that dependence as well, although it lies inside the module. The re-evaluation of the
+    module accounts for it already. At the edge of a copy, only later operations are differentiated.
+    """
+    if not isinstance(x, Tensor) or x.grad_fn is None or not keeps_output(x.grad_fn):
+        return x
+    tape.separated[x.grad_fn] = path
+    return x.clone()
 
 
 def _expand_index(tape: Tape, path: str, module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -86,6 +86,7 @@ class Tape:
         versions: Recorded inputs, with their version counter and the layer's path.
         stops: Nodes of the calls' outputs, with the nodes of the calls' inputs: a walk over the
             graph jumps over recorded calls.
+        separated: Nodes of outputs that were replaced by copies, with the path of their module.
         failures: Why calls could not be recorded, by module path.
     """
 
@@ -101,6 +102,7 @@ class Tape:
         self.activations: dict[str, tuple[int, int | str]] = {}
         self.versions: list[tuple[Tensor, int, str]] = []
         self.stops: dict[Any, list[Any]] = {}
+        self.separated: dict[Any, str] = {}
         self.failures: dict[str, str] = {}
 
     def layout(self, path: str, *tensors: Tensor) -> int | str | None:

@@ -157,8 +157,10 @@ class TensorboardSink:
                     add(self._last)
                 self.file.write(self._last.step)
         finally:
-            self.file.close()
-            self._lock.release()
+            try:
+                self.file.close()
+            finally:
+                self._lock.release()
 
     def _add_scalars(self, report: Report) -> None:
         assert self.layers is not None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimprobe.fisher.accumulation import EntrySums, FisherSums
+from fimprobe.fisher.sums.accumulation import EntrySums, FisherSums
 
 DRIFT_ERRORS = 5
 """Standard errors by which the variance between batches may exceed the one that inputs explain."""

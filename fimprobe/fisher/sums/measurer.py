@@ -13,7 +13,7 @@ from fimprobe.engines.autograd.verification import make_verified_plan, measure_w
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.fisher.indexed_draws import IndexedDraws
+from fimprobe.fisher.sums.indexed_draws import IndexedDraws
 from fimprobe.likelihoods.base import Likelihood, Pass
 from fimprobe.likelihoods.size_biased import (
     MIN_EXPECTED_SQUARE,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fimprobe.errors import FimprobeError
-from fimprobe.fisher.accumulation import FisherSums
-from fimprobe.fisher.errors_of_sums import (
+from fimprobe.fisher.sums.accumulation import FisherSums
+from fimprobe.fisher.sums.errors_of_sums import (
     GroupErrors,
     SampleDesign,
     drift,

@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import BatchError, FimprobeError
-from fimprobe.fisher.family import positions_of_labels
+from fimprobe.fisher.streaming.family import positions_of_labels
 from fimprobe.model.batch import Batch
 from fimprobe.model.twin import unwrap
 

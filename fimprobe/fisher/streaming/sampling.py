@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fimprobe.errors import FimprobeError
-from fimprobe.fisher.batches import IndexedSource, NumberedBatch
-from fimprobe.fisher.indexed_draws import indexed_uniforms
+from fimprobe.fisher.streaming.batches import IndexedSource, NumberedBatch
+from fimprobe.fisher.sums.indexed_draws import indexed_uniforms
 from fimprobe.statistics import MomentsBatch
 
 PILOT_INPUTS = 64

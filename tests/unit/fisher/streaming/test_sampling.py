@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fimprobe.errors import FimprobeError
-from fimprobe.fisher.batches import IndexedSource
-from fimprobe.fisher.measurer import Measurer
-from fimprobe.fisher.sampling import Pilot, TraceSampler
+from fimprobe.fisher.streaming.batches import IndexedSource
+from fimprobe.fisher.streaming.sampling import Pilot, TraceSampler
+from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods import Categorical
 from fimprobe.model.batch import Batch
 from tests.models.small import mlp

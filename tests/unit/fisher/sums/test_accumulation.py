@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fimprobe.fisher.accumulation import COLUMNS, FisherSums
-from fimprobe.fisher.errors_of_sums import (
+from fimprobe.fisher.sums.accumulation import COLUMNS, FisherSums
+from fimprobe.fisher.sums.errors_of_sums import (
     SampleDesign,
     drift,
     entries_rel_error,
     entry_estimates,
     group_errors,
 )
-from fimprobe.fisher.measurer import Measurer
+from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods import Categorical
 from fimprobe.model.batch import Batch
 from tests.models.small import mlp

@@ -2,7 +2,7 @@
 
 import torch
 
-from fimprobe.fisher.indexed_draws import IndexedDraws, indexed_uniforms
+from fimprobe.fisher.sums.indexed_draws import IndexedDraws, indexed_uniforms
 
 
 def test_they_are_uniform_and_independent():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError, describe_error
-from fimprobe.fisher.batches import InputReader, NumberedBatch
-from fimprobe.fisher.stopping import next_decision
+from fimprobe.fisher.streaming.batches import InputReader, NumberedBatch
+from fimprobe.fisher.streaming.stopping import next_decision
 from fimprobe.model.batch import Batch
 
 Content = tuple[Batch, Tensor | None, Tensor]

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError
-from fimprobe.fisher.accumulation import FisherSums
-from fimprobe.fisher.batches import (
+from fimprobe.fisher.streaming.batches import (
     IndexedSource,
     InputReader,
     NumberedBatch,
     Source,
     empty_data_error,
 )
-from fimprobe.fisher.errors_of_sums import SampleDesign, group_errors
-from fimprobe.fisher.measurer import DEFAULT_LABELS, Measurer, plan_from_state, plan_to_state
-from fimprobe.fisher.progress import ProgressLine
-from fimprobe.fisher.rounds import (
+from fimprobe.fisher.streaming.progress import ProgressLine
+from fimprobe.fisher.streaming.rounds import (
     Content,
     Limits,
     Position,
@@ -31,9 +28,12 @@ from fimprobe.fisher.rounds import (
     RoundReader,
     failed_forward,
 )
-from fimprobe.fisher.sampling import PILOT_INPUTS, Pilot, TraceSampler
-from fimprobe.fisher.state import StateFile
-from fimprobe.fisher.stopping import StoppingRule, next_decision
+from fimprobe.fisher.streaming.sampling import PILOT_INPUTS, Pilot, TraceSampler
+from fimprobe.fisher.streaming.state import StateFile
+from fimprobe.fisher.streaming.stopping import StoppingRule, next_decision
+from fimprobe.fisher.sums.accumulation import FisherSums
+from fimprobe.fisher.sums.errors_of_sums import SampleDesign, group_errors
+from fimprobe.fisher.sums.measurer import DEFAULT_LABELS, Measurer, plan_from_state, plan_to_state
 from fimprobe.measurement.arguments import MAX_AUTO_PASSES
 from fimprobe.model.batch import Batch
 

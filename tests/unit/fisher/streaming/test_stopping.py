@@ -1,7 +1,7 @@
 """The rule by which an estimate stops."""
 
-from fimprobe.fisher.progress import describe
-from fimprobe.fisher.stopping import MIN_BATCHES, next_decision
+from fimprobe.fisher.streaming.progress import describe
+from fimprobe.fisher.streaming.stopping import MIN_BATCHES, next_decision
 
 
 def test_decisions_are_made_at_multiples_and_grow_rare():
