@@ -61,8 +61,12 @@ def _demo(options: Any) -> int:
 
 def _check(options: Any) -> int:
     from fimprobe.config.config import load_config
+    from fimprobe.measurement.arguments import import_backpack
 
-    load_config(options.config)
+    config = load_config(options.config)
+    config.schedule.build()
+    if config.engine == "backpack" or config.second_order == "exact":
+        import_backpack()  # a training would raise it at its first measurement
     print(f"{options.config}: good")
     return 0
 

@@ -19,9 +19,8 @@ from fimprobe.estimators.names import KEYS, EstimatorKey
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
 from fimprobe.training.schedule import At, Budget, Every, Schedule
 
-
 MAX_MISTAKES = 50
-"""Mistakes that are listed; a long list in a file that is not one of options has one for each entry."""
+"""Mistakes that are listed; each entry of a long list may be one."""
 
 MAX_DRAWS = 10**6
 """Labels per input: their error falls as 1/√draws, and more are closer to a typing mistake."""
@@ -31,6 +30,9 @@ MAX_PROBES = 10**4
 
 MAX_MEMORY_MB = 10**9
 """A petabyte, in MB: above the memory of any machine, and its bytes still fit an integer."""
+
+PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+"""A path: no file system has null characters in names."""
 
 
 class _Section(BaseModel):
@@ -125,7 +127,7 @@ class TensorboardConfig(_Section):
     """The content and the folder of the files for TensorBoard."""
 
     log_dir: Annotated[
-        str | None,
+        PathText | None,
         Option(must_be="a path or null", remedy="Use 'runs/mine', or null for the default folder."),
     ] = Field(None, description="folder of the run; null is runs/fimprobe/TIME_HOST")
     histograms: Annotated[bool, _SWITCH] = Field(
@@ -174,7 +176,8 @@ class Config(_Section):
         ),
     ] = Field(
         2,
-        description=f"labels per input, at most {MAX_DRAWS}; 'exact' integrates over labels, 'auto' up to 10 passes",
+        description=f"labels per input, at most {MAX_DRAWS}; 'exact' integrates over labels, "
+        "'auto' up to 10 passes",
     )
     label_sampling: Annotated[
         Literal["size_biased", "model"],
@@ -244,7 +247,7 @@ class Config(_Section):
         ),
     ] = Field(TensorboardConfig(), description="what is written for TensorBoard")
     jsonl: Annotated[
-        str | Literal[False] | None,
+        PathText | Literal[False] | None,
         Option(must_be="a path, false or null", remedy="Use null for the default file."),
     ] = Field(None, description="JSONL file; null is fimprobe.jsonl in log_dir")
     on_error: Annotated[

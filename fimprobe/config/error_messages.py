@@ -104,7 +104,7 @@ def _place(problem: Mapping[str, Any]) -> Place:
 
 def _is_branch(part: Any) -> bool:
     return isinstance(part, str) and (
-        part in ("int", "constrained-int", "float", "str", "bool", "none", "[key]")
+        part in ("int", "constrained-int", "float", "str", "constrained-str", "bool", "none", "[key]")
         or part.startswith("literal[")
         or part[:1].isupper()
     )

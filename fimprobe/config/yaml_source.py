@@ -123,8 +123,10 @@ def _check_size(text: str, path: Path) -> None:
     sizes: dict[str, int] = {}  # of complete values with an anchor
     open_values: list[tuple[str | None, int]] = [(None, 0)]  # anchor and size so far
     for event in yaml.parse(text, Loader=_Loader):
-        size, anchor = 0, getattr(event, "anchor", None)
-        place = f"{path}:{event.start_mark.line + 1}"
+        size = 0
+        anchor: str | None = getattr(event, "anchor", None)
+        mark: Any = event.start_mark
+        place = f"{path}:{mark.line + 1}"
         if isinstance(event, yaml.CollectionStartEvent):
             open_values.append((anchor, 1))
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -137,7 +139,7 @@ def _check_size(text: str, path: Path) -> None:
                     f"{place}: a value must not contain itself, got the alias *{anchor} inside of "
                     f"&{anchor}. Write the value out."
                 )
-            size, anchor = sizes.get(event.anchor, 1), None
+            size, anchor = sizes.get(anchor or "", 1), None
         if size:
             if anchor is not None:
                 sizes[anchor] = size
@@ -173,7 +175,7 @@ def shorten_key(key: Any) -> str:
     >>> shorten_key("draws"), shorten_key("a\\nb"), shorten_key(3)
     ('draws', 'a\\\\nb', '3')
     """
-    text = str(key)
+    text = key if isinstance(key, str) else shorten(key)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= MAX_VALUE_CHARACTERS else text[: MAX_VALUE_CHARACTERS - 1] + "…"
 
@@ -219,15 +221,24 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _is_word(key: yaml.Node) -> bool:
+    """Return whether a key is text, or a whole number that is written as Python writes it."""
+    if not isinstance(key, yaml.ScalarNode):
+        return False
+    kind = key.tag.rpartition(":")[2]
+    is_plain = key.value == "0" or (key.value.isdecimal() and key.value[0] != "0")
+    return kind in ("str", "merge") or (kind == "int" and is_plain)
+
+
 def _record_lines(node: yaml.Node, at: Place, path: Path, file: YamlFile) -> None:
     """Store the line of every value below ``node``, and report keys that are given twice."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = f"{path}:{key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
+            if not _is_word(key):
+                kind = shorten(key.value) if isinstance(key, yaml.ScalarNode) else "a collection"
                 raise FimprobeError(
-                    f"{line}: a key must be a word, got a list or a mapping. Write the name of an "
-                    "option."
+                    f"{line}: a key must be a word, got {kind}. Write the name of an option."
                 )
             place = (*at, key.value)
             if place in file.lines:

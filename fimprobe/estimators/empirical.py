@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fimprobe.statistics import MomentsBatch
@@ -21,7 +23,8 @@ def compare_with_fisher(
         names: The parameters to compare.
 
     Returns:
-        (cosine, trace of the empirical Fisher / trace of F); both None where a matrix is zero.
+        (cosine, trace of the empirical Fisher / trace of F); each None where a matrix is
+        zero or the number leaves float64's range.
     """
     inner = fisher_square = empirical_square = fisher_trace = empirical_trace = 0.0
     for name in names:
@@ -34,5 +37,7 @@ def compare_with_fisher(
     if fisher_square <= 0 or empirical_square <= 0 or fisher_trace <= 0:
         return None, None
     draws = fisher.draws or 1
-    cosine = inner / (fisher_square * empirical_square) ** 0.5
-    return cosine, empirical_trace / (fisher_trace / draws)
+    # the roots first: the product of the squares may leave the range where they do not
+    cosine = inner / fisher_square**0.5 / empirical_square**0.5
+    ratio = empirical_trace / (fisher_trace / draws)
+    return cosine if math.isfinite(cosine) else None, ratio if math.isfinite(ratio) else None

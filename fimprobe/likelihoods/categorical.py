@@ -62,8 +62,8 @@ class Categorical:
         """Check that the dimension is an integer."""
         if isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int):
             raise FimprobeError(
-                f"class_dim must be an integer, got {self.class_dim!r}. Pass 1 for maps [B, C, H, W], "
-                "or -1 for classes in the last dimension."
+                f"class_dim must be an integer, got {self.class_dim!r}. Pass 1 for maps "
+                "[B, C, H, W], or -1 for classes in the last dimension."
             )
 
     def check_outputs(self, outputs: Tensor) -> None:

@@ -77,9 +77,9 @@ class Draws:
         shape = (self.total or size, self.count, *label_shape)
         if math.prod(shape) > MAX_VARIATES:
             raise FimprobeError(
-                f"`draws` must be smaller for this batch, got {self.count} for {shape[0]} samples with "
-                f"{math.prod(label_shape)} labels each: more than {MAX_VARIATES} random numbers. Use "
-                "fewer draws, or 'exact'."
+                f"`draws` must be smaller for this batch, got {self.count} for {shape[0]} samples "
+                f"with {math.prod(label_shape)} labels each: more than {MAX_VARIATES} random "
+                "numbers. Use fewer draws, or 'exact'."
             )
         # rand is a multiple of 2^-53 in [0, 1): half a step more keeps it inside (0, 1)
         variates = torch.rand(shape, generator=generator, dtype=torch.float64).add_(2.0**-54)

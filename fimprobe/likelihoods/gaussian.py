@@ -66,12 +66,39 @@ class Gaussian(Independent):
             The score [B, ...] in the unit of 1/σ, in at least float32.
         """
         h = precise(outputs)
-        return ((labels - h.double()) / self.sigma**2).to(h.dtype)
+        return ((labels - h.double()) / _power(self.sigma, 2)).to(h.dtype)
 
     def variance(self, outputs: Tensor) -> Tensor:
         """Return 1/σ²."""
-        return torch.full_like(precise(outputs), self.sigma**-2)
+        return _fill_like(outputs, _power(self.sigma, -2))
 
     def fourth_moment(self, outputs: Tensor) -> Tensor:
         """Return 3/σ⁴."""
-        return torch.full_like(precise(outputs), 3 * self.sigma**-4)
+        return _fill_like(outputs, 3 * _power(self.sigma, -4))
+
+
+def _power(sigma: float, exponent: int) -> float:
+    """Return a power of σ, infinite where it leaves float64's range.
+
+    >>> _power(0.5, -2), _power(1e-100, -4)
+    (4.0, inf)
+    """
+    try:
+        return float(sigma) ** exponent
+    except OverflowError:
+        return float("inf")
+
+
+def _fill_like(outputs: Tensor, value: float) -> Tensor:
+    """Return one value for each output, in at least float32.
+
+    Args:
+        outputs: h [B, ...].
+        value: The value.
+
+    Returns:
+        The values [B, ...]; infinite where the value leaves the outputs' range, which torch's
+        ``full_like`` refuses by an error of its own.
+    """
+    h = precise(outputs)
+    return torch.full_like(h, value, dtype=torch.float64).to(h.dtype)

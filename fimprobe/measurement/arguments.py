@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ def check_mask_and_output(mask: Any, output: Any) -> None:
         check_dense(mask, "mask")
         if mask.dim() == 0:
             raise FimprobeError(
-                "`mask` must have an entry for each label, got shape (). Pass a tensor of the labels' "
-                "shape [B, ...]."
+                "`mask` must have an entry for each label, got shape (). Pass a tensor of the "
+                "labels' shape [B, ...]."
             )
     if output is not None and not callable(output):
         raise FimprobeError(
@@ -135,6 +136,22 @@ def check_labels(problem: Problem) -> None:
     likelihood.check_labels(first.expand(size, *first.shape[1:]), labels)
 
 
+def import_backpack() -> ModuleType:
+    """Return the module of the engine.
+
+    Raises:
+        FimprobeError: If BackPACK is not installed.
+    """
+    try:
+        from fimprobe.engines import backpack
+    except ImportError as error:
+        raise FimprobeError(
+            "engine='backpack' and second_order='exact' need BackPACK. Run: pip install "
+            f"'fimprobe[backpack]' ({error})"
+        ) from None
+    return backpack
+
+
 def check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
     """Check that every module is in the domain where BackPACK was verified.
 
@@ -147,13 +164,7 @@ def check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
         FimprobeError: With every module outside of the domain, or if BackPACK is not installed.
     """
     if plan.backpack is None or second_order not in plan.backpack:
-        try:
-            from fimprobe.engines import backpack
-        except ImportError as error:
-            raise FimprobeError(
-                "engine='backpack' and second_order='exact' need BackPACK. Run: pip install "
-                f"'fimprobe[backpack]' ({error})"
-            ) from None
+        backpack = import_backpack()
         plan.backpack = (plan.backpack or {}) | {
             second_order: backpack.offending_modules(problem, second_order=second_order)
         }

@@ -14,7 +14,7 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.process_share import ProcessShare
-from fimprobe.measurement.tensor_checks import check_step_and_diagonals
+from fimprobe.measurement.tensor_checks import check_plan_and_ranks, check_step_and_diagonals
 from fimprobe.report.build import build_report
 from fimprobe.report.report import Report
 
@@ -95,6 +95,7 @@ def measure(
     """
     started = time.perf_counter()
     check_step_and_diagonals(step, diagonals)
+    check_plan_and_ranks(plan, ranks)
     processes = ranks or SingleProcess()
     share = ProcessShare(
         model=model,
@@ -122,7 +123,8 @@ def measure(
     if not measured.moments["i1"].parameters:
         raise FimprobeError(
             "`model` must have trainable parameters that its outputs depend on, got outputs that "
-            "depend on none. Check `output` and requires_grad."
+            "depend on none. Check requires_grad, and that neither the forward nor `output` detaches "
+            "them or runs under torch.no_grad()."
         )
     return build_report(
         measured,

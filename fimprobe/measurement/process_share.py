@@ -18,7 +18,7 @@ from fimprobe.engines.autograd.verification import (
 )
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.errors import BatchError
+from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.jacobian_bounds.layer_bounds import bound_layer_jacobians
 from fimprobe.likelihoods import get_likelihood
 from fimprobe.likelihoods.base import Likelihood
@@ -107,8 +107,8 @@ class ProcessShare:
                 diagonals=self.diagonals,
                 processes=self.processes.size,
             )
+        check_inputs(self.inputs)
         self._batch = Batch.of(self.inputs)
-        check_inputs(self._batch)
         if self.processes.size == 1:
             return ProcessSummary(size=self._batch.size)
         return summarize(self.model, self._batch, rank=self.processes.rank)

@@ -1,7 +1,8 @@
-"""Checks of models and tensors that no measurement can read: scripted, meta, sparse, nested, packed."""
+"""Checks for models and tensors that cannot be read: scripted, meta, sparse, nested, packed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 
@@ -41,13 +43,19 @@ def check_readable(model: nn.Module) -> None:
             )
 
 
-def check_inputs(batch: Batch) -> None:
+def check_inputs(inputs: Any) -> None:
     """Check that the inputs hold dense tensors with values, which can be cut into samples.
+
+    Args:
+        inputs: Those of ``measure``, or a batch.
 
     Raises:
         FimprobeError: For the first input that is packed, nested, sparse or on the meta device.
     """
-    inputs = (batch.args, batch.kwargs)
+    if isinstance(inputs, Batch):
+        inputs = (inputs.args, inputs.kwargs)
+    elif isinstance(inputs, Mapping):
+        inputs = dict(inputs)
     for x in tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence)):
         if isinstance(x, PackedSequence):
             raise FimprobeError(
@@ -80,6 +88,28 @@ def check_dense(tensor: Tensor, argument: str) -> None:
     else:
         return
     raise FimprobeError(f"`{argument}` must be dense with values, got {kind}. Pass {remedy}.")
+
+
+def check_plan_and_ranks(plan: Any, ranks: Any) -> None:
+    """Check the types of two arguments of ``measure`` that link measurements.
+
+    Args:
+        plan: How the parameters are reached, or None.
+        ranks: The processes that measure together, or None.
+
+    Raises:
+        FimprobeError: If ``plan`` is no plan, or ``ranks`` no group of processes.
+    """
+    if plan is not None and not isinstance(plan, Plan):
+        raise FimprobeError(
+            f"`plan` must be a Plan or None, got {type(plan).__name__}. Pass the plan of an earlier "
+            "measurement of this model."
+        )
+    if ranks is not None and not hasattr(ranks, "run_everywhere"):
+        raise FimprobeError(
+            f"`ranks` must be a group of processes or None, got {type(ranks).__name__}. Pass what "
+            "join_processes() returns."
+        )
 
 
 def check_step_and_diagonals(step: Any, diagonals: Any) -> None:

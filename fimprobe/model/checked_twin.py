@@ -308,7 +308,8 @@ class TwinChecks:
             self._run_user(settings)
         except Exception:
             raise FimprobeError(
-                f"the model raises {described} (in eval mode, on the inputs of the measurement)"
+                f"the model raises {described} (in eval mode, on the inputs of the measurement). "
+                "Pass inputs with the width, type and device that the model takes."
             ) from error
         raise FimprobeError(
             f"the model runs, but a copy of it raises {described}. Its forward relies on objects "

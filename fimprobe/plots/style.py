@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fimprobe.report.format import percent
+from fimprobe.report.format import one_line, percent
 
 INK = "#010203"
 """A colour that nothing else has, so that a page can replace it with the colour of its text."""
@@ -80,7 +80,9 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
     stride = -(-len(names) // max(available, 1))
     rows = range(0, len(names), stride)
     shown = shorten(names)
-    axis.set_yticks(list(rows), [shown[i] for i in rows], fontsize=TEXT_POINTS)
+    # a dollar sign would begin a formula
+    labels = [one_line(shown[i]).replace("$", r"\$") for i in rows]
+    axis.set_yticks(list(rows), labels, fontsize=TEXT_POINTS)
     axis.set_ylim(len(names) - 0.5, -0.5)
 
 

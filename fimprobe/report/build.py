@@ -187,7 +187,14 @@ def _estimate_empirical(
     for key, names in groups.items():
         cosine, ratio = compare_with_fisher(moments, fisher, list(names))
         reliable = reliability.withhold(estimates[key], batch_size=scores.batch_size)
-        estimates[key] = dataclasses.replace(reliable, cosine=cosine, trace_ratio=ratio)
+        reason = reliable.unknown.get("norm", "one of the two matrices is zero")
+        lost = [n for n, x in (("cosine", cosine), ("trace_ratio", ratio)) if x is None]
+        estimates[key] = dataclasses.replace(
+            reliable,
+            cosine=cosine,
+            trace_ratio=ratio,
+            unknown={**reliable.unknown, **dict.fromkeys(lost, reason)},
+        )
     return estimates
 
 

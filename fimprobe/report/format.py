@@ -12,6 +12,20 @@ Row = tuple[str, ...]
 """The cells of a row of a table."""
 
 
+def one_line(text: str) -> str:
+    """Return a text with its control characters as escapes, so that it is one line of plain text.
+
+    Names of layers and files may hold line breaks, terminal escapes and marks that turn the direction
+    of writing.
+
+    >>> one_line("a\\x1b[31m\\nb"), one_line("Î₁ of 0.weight")
+    ('a\\\\x1b[31m\\\\nb', 'Î₁ of 0.weight')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first names, and the number of the others.
 
@@ -22,7 +36,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
     >>> some(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = ", ".join(names[:most])
+    shown = ", ".join(map(one_line, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
@@ -32,11 +46,13 @@ def listed(names: Sequence[str]) -> str:
     >>> listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])
     ('a', 'a and b', 'a, b and c')
     """
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    lines = [one_line(name) for name in names]
+    return " and ".join([", ".join(lines[:-1]), lines[-1]] if len(lines) > 1 else lines)
 
 
 def align(rows: Sequence[Row]) -> list[str]:
     """Return lines of equal columns, the first column aligned to the left."""
+    rows = [tuple(map(one_line, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

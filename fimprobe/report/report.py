@@ -132,8 +132,10 @@ class Report:
             "seconds": self.seconds,
             "likelihood": self.likelihood,
             "label_sampling": self.label_sampling,
-            "seen_mass": self.seen_mass,
-            "outputs": None if self.outputs is None else dataclasses.asdict(self.outputs),
+            "seen_mass": _finite(self.seen_mass),
+            "outputs": None
+            if self.outputs is None
+            else {name: _finite(x) for name, x in dataclasses.asdict(self.outputs).items()},
             "total": self._group_record(self.total),
             "layers": {name: self._group_record(g) for name, g in self.layers.items()},
             "parameters": {name: self._group_record(g) for name, g in self.parameters.items()},
@@ -141,7 +143,7 @@ class Report:
             "kinks": self.kinks,
             "notes": self.notes,
             "sizes": [list(pair) for pair in self.sizes],
-            "convergence": [list(pair) for pair in self.convergence],
+            "convergence": [list(pair) for pair in self.convergence if math.isfinite(pair[1])],
             "advice": self.advice,
         }
 
@@ -198,8 +200,7 @@ class Report:
                 record[key] = self._record(estimate)
         if group.geometry is not None:
             record["geometry"] = {
-                name: None if isinstance(x, float) and not math.isfinite(x) else x
-                for name, x in dataclasses.asdict(group.geometry).items()
+                name: _finite(x) for name, x in dataclasses.asdict(group.geometry).items()
             }
         return record
 
@@ -216,9 +217,11 @@ class Report:
             "sharp_tightness": e.sharp_tightness,
             "trace_tightness": e.trace_tightness,
             "diagonal_tightness": e.diagonal_tightness,
-            "unknown": dict(e.unknown),
         }
-        return values | derived
+        values |= derived
+        record: dict[str, Any] = {name: _finite(x) for name, x in values.items()}
+        lost = [name for name, x in record.items() if x is None and values[name] is not None]
+        return record | {"unknown": dict.fromkeys(lost, _NOT_FINITE) | dict(e.unknown)}
 
     def _layer_scalars(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
@@ -237,6 +240,13 @@ class Report:
                 values[f"{prefix}{name}"] = getattr(group.geometry, name)
         return values
 
+
+def _finite(value: Any) -> Any:
+    """Return a value, None in place of a number that JSON does not have: NaN or an infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_NOT_FINITE = "not a finite number: a ratio or a power leaves float64's range"
 
 _NOT_NUMBERS = (
     "diagonal",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS
-from fimprobe.report.format import Row, align, count, number, percent, some
+from fimprobe.report.format import Row, align, count, number, one_line, percent, some
 from fimprobe.report.reasons import shared_reason, why_unknown, without_numbers
 from fimprobe.report.record import (
     Record,
@@ -84,7 +84,8 @@ def format_table(record: Record, top: int | None = None) -> str:
     table = align(make_rows(record, top))
     rule = "-" * max(map(len, table))
     lines = [table[0], rule, *table[1:-1], rule, table[-1], *footnotes(record, top)]
-    return "\n".join([summary_line(record), *lines, "", *record["advice"]])
+    lines = [summary_line(record), *lines, "", *record["advice"]]
+    return "\n".join(map(one_line, lines))
 
 
 def footnotes(record: Record, top: int | None = None, *, without: Sequence[str] = ()) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
-from fimprobe.report.format import Row, number, percent, subsample
+from fimprobe.report.format import Row, number, one_line, percent, subsample
 from fimprobe.report.reasons import why_unknown, without_numbers
 from fimprobe.report.record import (
     Record,
@@ -111,18 +111,18 @@ def make_page(records: Records) -> str:
     if len(reports) > 1:
         steps = f"steps {reports[0]['step']:,} to {last['step']:,}, {len(reports)} reports"
     body = [
-        f"<h1>How wrong is the Fisher information? <span class=soft>{escape(name)}</span></h1>",
-        f"<p class=soft>{escape(_subject(records, last))} · {steps} · "
-        f"{describe_inputs(last)}, {describe_labels(last)}</p>",
-        *[f"<p><b>Careful:</b> {escape(note)}</p>" for note in records.notes],
+        f"<h1>How wrong is the Fisher information? <span class=soft>{_text(name)}</span></h1>",
+        f"<p class=soft>{_text(_subject(records, last))} · {steps} · "
+        f"{describe_inputs(last)}, {_text(describe_labels(last))}</p>",
+        *[f"<p><b>Careful:</b> {_text(note)}</p>" for note in records.notes],
         _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
-        *[f"<li>{escape(line)}</li>" for line in last["advice"]],
+        *[f"<li>{_text(line)}</li>" for line in last["advice"]],
         "</ul>",
         _figures(reports),
         f"<h2>Layers at step {last['step']:,}</h2>",
         _table(make_rows(last), total_last=True),
-        f"<p class='soft notes'>{'<br>'.join(map(escape, footnotes(last)))}</p>",
+        f"<p class='soft notes'>{'<br>'.join(map(_text, footnotes(last)))}</p>",
     ]
     if len(reports) > 1:
         body += [
@@ -137,10 +137,15 @@ def make_page(records: Records) -> str:
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} · fimprobe</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{_text(name)} · fimprobe</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )
+
+
+def _text(text: str) -> str:
+    """Return one line of text whose markup HTML shows as it is."""
+    return escape(one_line(text))
 
 
 def _subject(records: Records, last: Record) -> str:
@@ -193,7 +198,7 @@ def _tiles(report: Record) -> str:
     if outputs.get("fisher_trace") is not None:
         tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
     inner = "".join(
-        f"<div class=tile><b>{escape(shown)}</b><span>{escape(meaning)}</span></div>"
+        f"<div class=tile><b>{_text(shown)}</b><span>{_text(meaning)}</span></div>"
         for shown, meaning in tiles
     )
     return f"<div class=tiles>{inner}</div>"
@@ -226,7 +231,7 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
     lines = []
     for row in rows[1:]:
         mark = " class=total" if total_last and row is rows[-1] else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>")
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>")
     return (
         f"<div class=scroll><table><thead><tr>{head}</tr></thead>\n"
         + "\n".join(lines)
@@ -258,17 +263,17 @@ def _about(records: Records, last: Record) -> str:
     """Return the settings of the measurement, the coverage of the parameters, and the glossary."""
     symbols = ", ".join(SYMBOLS[key] for key in KEYS if key in last["total"])
     bounds = "measured" if last["total"]["i1"].get("bound") is not None else "not measured"
-    run_info = {name: escape(text) for name, text in format_run_info(records.run).items()}
+    run_info = {name: _text(text) for name, text in format_run_info(records.run).items()}
     facts = run_info | {
-        "Family of the labels": escape(str(last["likelihood"])),
+        "Family of the labels": _text(str(last["likelihood"])),
         "Inputs of each report": f"{last['batch_size']:,}",
-        "Labels": describe_labels(last),
+        "Labels": _text(describe_labels(last)),
         "Estimators": symbols,
         "Bounds": bounds,
         "Parameters": f"{last['total']['numel']:,} in {len(last['layers']):,} layers",
         "Seconds of the last report": f"{last['seconds']:.3g}",
-        "Not twice differentiable": escape("; ".join(last.get("kinks", []))) or "–",
-        "File": f"<code>{escape(str(records.path.resolve()))}</code>",
+        "Not twice differentiable": _text("; ".join(last.get("kinks", []))) or "–",
+        "File": f"<code>{_text(str(records.path.resolve()))}</code>",
     }
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in WORDS.items())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import RECORD_KEYS
+from fimprobe.runs.validation import is_report, is_run, parse_line
 from fimprobe.sinks.jsonl import FILE_NAME
 
 logger = logging.getLogger("fimprobe")
@@ -74,8 +75,8 @@ class Records(list[dict[str, Any]]):
 def read(run: str | Path) -> Records:
     """Read the reports of a run from its ``fimprobe.jsonl``, also while the run still writes.
 
-    A torn last line (after a crash) is left out, with a warning (logger ``fimprobe``) and a note in
-    ``.notes``.
+    A torn last line (after a crash) and damaged ones are left out, with a warning (logger
+    ``fimprobe``) and a note in ``.notes``.
 
     Args:
         run: The folder that ``attach`` printed, a folder above it that has a single run, such as that
@@ -157,44 +158,73 @@ def _find(path: Path) -> Path:
 def _load(path: Path) -> _Lines:
     """Return the lines of a file, and its defects."""
     lines = _Lines(reports=[], runs=[], notes=[])
-    torn_line = 0
+    foreign_line = damaged_line = 0
+    defect = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                if not _add_record(lines, parse_line(line), path, number):
+                    foreign_line = foreign_line or number
+                    continue
+                defect = ""
+            except ValueError as error:
                 if not any(line.startswith(start[: len(line)]) for start in _STARTS):
-                    raise _foreign_file(path, number) from None
-                torn_line = number
-                defect = "damaged"
-                if line[-1] != "\n":
-                    defect = "torn (a crash, or still being written)"
+                    foreign_line = foreign_line or number
+                    continue
+                is_torn = isinstance(error, json.JSONDecodeError) and line[-1] != "\n"
+                defect = "torn (a crash, or still being written)" if is_torn else "damaged"
+                damaged_line = number
                 lines.notes.append(f"{path}: line {number} is {defect}; its report is left out")
-                continue
-            _add_record(lines, record, path, number)
+    # one line of something else among reports, as a crash of the machine leaves it, hides no report
+    if foreign_line:
+        if not lines.reports and not damaged_line:
+            raise _foreign_file(path, foreign_line)
+        lines.notes.append(f"{path}: line {foreign_line} is not a report; it is left out")
     if not lines.reports:
-        reason = f"line {torn_line} is torn" if torn_line else "the file is empty"
+        kind = "torn" if defect.startswith("torn") else "damaged"
+        reason = f"line {damaged_line} is {kind}" if damaged_line else "the file is empty"
+        remedy = "Pass another run." if kind == "damaged" and damaged_line else "Try again later."
         raise FimprobeError(
-            f"`run` must have a report, got {str(path)!r} without one ({reason}). Try again later."
+            f"`run` must have a report, got {str(path)!r} without one ({reason}). {remedy}"
         )
     return lines
 
 
-def _add_record(lines: _Lines, record: Any, path: Path, number: int) -> None:
-    """Add the record of line ``number`` to the reports or to the runs."""
-    if isinstance(record, dict) and "first_step" in (record.get("run") or ()):
+def _add_record(lines: _Lines, record: Any, path: Path, number: int) -> bool:
+    """Add the record of line ``number`` to the reports or to the runs.
+
+    Args:
+        lines: Where it is added.
+        record: The contents of the line.
+        path: The file.
+        number: The number of the line.
+
+    Returns:
+        Whether fimprobe wrote it.
+
+    Raises:
+        ValueError: If fimprobe wrote it, and it is damaged.
+    """
+    if not isinstance(record, dict):
+        return False
+    if "run" in record and "step" not in record:
+        if not is_run(record["run"]):
+            raise ValueError("not a run")
         lines.runs.append(record["run"])
-        return
-    if not isinstance(record, dict) or not {"step", "total", "layers"} <= set(record):
-        raise _foreign_file(path, number)
+        return True
+    if not {"step", "total", "layers"} <= set(record):
+        return False
+    if not is_report(record):
+        raise ValueError("not a report")
     if lines.reports and record["step"] <= lines.reports[-1]["step"]:
         lines.notes.append(
             f"{path}: steps go back from {lines.reports[-1]['step']} to {record['step']} at line "
             f"{number}: more than one training wrote here"
         )
     lines.reports.append(record)
+    return True
 
 
 def _foreign_file(path: Path, line: int) -> FimprobeError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fimprobe.errors import FimprobeError
 from fimprobe.report.comparison import find_differences, make_comparison
-from fimprobe.report.format import Row, align, percent
+from fimprobe.report.format import Row, align, one_line, percent
 from fimprobe.report.record import error_with_drawn_labels, summary_line
 from fimprobe.report.run_info import differing_settings, format_run_info
 from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, format_table, make_rows
@@ -58,7 +58,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
     if run_info:
         print()
     for name, text in run_info.items():
-        print(f"{name + ':':12} {text}")
+        print(f"{name + ':':12} {one_line(text)}")
 
 
 def show_comparison(
@@ -77,9 +77,9 @@ def show_comparison(
     """
     console = _console()
     for difference in find_differences(a[-1], b[-1]):
-        print(f"Careful: {difference}")
+        print(f"Careful: {one_line(difference)}")
     for setting in differing_settings(*runs):
-        print(f"Measured differently: {setting}")
+        print(f"Measured differently: {one_line(setting)}")
     rows = make_comparison(a[-1], b[-1], top)
     title = f"Î₁ at step {a[-1]['step']} of A and step {b[-1]['step']} of B"
     if console is None:
@@ -111,7 +111,7 @@ def show_list(folder: str, files: list[Path]) -> None:
             row += (percent(error_with_drawn_labels(last["total"]["i1"], last["batch_size"])),)
         written = datetime.fromtimestamp(file.stat().st_mtime)
         rows.append((str(file.parent), *row, f"{written:%Y-%m-%d %H:%M}"))
-    print(f"{folder} holds {len(files)} runs, newest first:\n")
+    print(f"{one_line(folder)} holds {len(files)} runs, newest first:\n")
     print("\n".join(align(rows)))
     if len(files) > MAX_RUNS:
         print(f"and {len(files) - MAX_RUNS} older")
@@ -128,7 +128,7 @@ def _console() -> Any:
         from rich.console import Console
     except ImportError:
         return None
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def _head(console: Any, text: str) -> None:
@@ -194,5 +194,7 @@ def _colour(cell: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text whose brackets rich does not read as markup."""
-    return text.replace("[", "\\[")
+    """Return one line whose brackets and backslashes rich does not read as markup."""
+    from rich.markup import escape
+
+    return str(escape(one_line(text)))

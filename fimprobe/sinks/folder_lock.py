@@ -1,4 +1,4 @@
-"""One writer for a folder or a file: a lock that ends with its process, so that a crash blocks nobody."""
+"""One writer for a folder or a file: a lock that ends with its process; a crash blocks nobody."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class FileLock:
 
     def _held_elsewhere(self, owner: str) -> FimprobeError:
         return FimprobeError(
-            f"`{self._option}` must be a file of its own, but {str(self._path)!r} is being written by "
-            f"another probe (process {owner}). Call detach() on that one, or pass another file."
+            f"`{self._option}` must be a file of its own, but {str(self._path)!r} is being written "
+            f"by another probe (process {owner}). Call detach() on that one, or pass another file."
         )
 
 
@@ -122,12 +122,18 @@ class FolderLock(FileLock):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         super().__init__(self._folder / FILE_NAME, option="log_dir", take_over=take_over)
+        with contextlib.suppress(OSError):  # a full disk; the lock holds nevertheless
+            self._write_owner()
+
+    def _write_owner(self) -> None:
+        """Write the number of the process, for messages."""
         assert self._descriptor is not None
         # what is not the number of a process was not written here: it may be a hard link
-        contents = os.pread(self._descriptor, _MAX_PID_BYTES, 0).strip()
+        contents = self._contents()
         if not contents or contents.isdigit():
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.write(self._descriptor, f"{os.getpid()}\n".encode())
 
     def _open(self, path: Path) -> int:
         """Return the descriptor of the file, which is not a link: its target is not ours to write."""
@@ -142,10 +148,13 @@ class FolderLock(FileLock):
             ) from None
 
     def _owner(self) -> str:
+        return self._contents() or "unknown"
+
+    def _contents(self) -> str:
+        """Return the start of the file."""
         assert self._descriptor is not None
-        return os.pread(self._descriptor, _MAX_PID_BYTES, 0).decode("ascii", "replace").strip() or (
-            "unknown"
-        )
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        return os.read(self._descriptor, _MAX_PID_BYTES).decode("ascii", "replace").strip()
 
     def _held_elsewhere(self, owner: str) -> FimprobeError:
         return FimprobeError(

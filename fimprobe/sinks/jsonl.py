@@ -92,7 +92,9 @@ class JsonlSink:
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
                 file.writelines(
-                    json.dumps(record) + "\n" for record in _records(self.path) if _step(record) < step
+                    json.dumps(record) + "\n"
+                    for record in _records(self.path)
+                    if _step(record) < step
                 )
             shutil.copymode(self.path, name)
             Path(name).replace(self.path)  # atomic: a crash here loses no line

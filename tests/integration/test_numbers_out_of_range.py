@@ -1,6 +1,8 @@
 """Outputs at the edges of float64, families that depart from their parents, F in few inputs."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -135,3 +137,46 @@ def test_a_layer_whose_labels_were_not_seen_claims_nothing():
     assert 0.5 < report.seen_mass < 2
     for e in (layer.i1, layer.i2):
         assert e.std_error is None and e.rel_error is None and e.pairs_for(0.1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("draws", [2, "exact"])
+@pytest.mark.parametrize("sigma", [1e-300, 1e-100, 1e-20, 1e20, 1e160, 1e300])
+def test_any_sigma_gives_numbers_or_none_with_a_reason(sigma, draws, dtype):
+    model, likelihood = net().to(dtype), fimprobe.likelihoods.Gaussian(sigma=sigma)
+    try:
+        report = fimprobe.measure(model, inputs().to(dtype), likelihood=likelihood, draws=draws)
+    except fimprobe.FimprobeError:
+        return  # in words
+    record = strict(report)["total"]["i1"]
+    assert all(record[name] is not None or name in record["unknown"] for name in ("trace", "norm"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e10, 1e30, 1e60, 1e100, 1e200, 1e300])
+def test_any_labels_give_numbers_or_none_with_a_reason(size, dtype):
+    model, labels = net().to(dtype), torch.full((8, 3), size, dtype=torch.float64)
+    options = {"likelihood": "gaussian", "estimators": ("i1", "empirical"), "labels": labels}
+    try:
+        report = fimprobe.measure(model, inputs().to(dtype), **options)
+    except fimprobe.FimprobeError:
+        return  # in words
+    record = strict(report)["total"]["empirical"]
+    for name in ("trace", "norm", "cosine", "trace_ratio"):
+        assert record[name] is not None or name in record["unknown"], name
+
+
+def test_a_number_that_json_does_not_have_is_none_with_a_reason():
+    report = fimprobe.measure(net(), inputs(), likelihood="categorical")
+    total = report.total
+    values = {"trace": math.nan, "label_variance": math.inf, "bound": -math.inf}
+    broken = dataclasses.replace(total, i1=dataclasses.replace(total.i1, **values))
+    record = json.loads(
+        json.dumps(
+            dataclasses.replace(report, total=broken, seen_mass=math.nan).to_dict(), allow_nan=False
+        )
+    )
+    assert record["seen_mass"] is None
+    for name in values:
+        assert record["total"]["i1"][name] is None
+        assert "not a finite number" in record["total"]["i1"]["unknown"][name]

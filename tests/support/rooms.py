@@ -42,7 +42,7 @@ ROOMS = {
     "sinks.tensorboard training",
     "fimprobe": "_version config distributed engines.tracing errors estimators fisher likelihoods "
     "measurement penalties probe report runs sinks",
-    "cli": "config errors fimprobe report runs",
+    "cli": "config errors fimprobe measurement report runs",
     "__main__": "cli",
 }
 """Each room, and what it may import; a room stands below those that import it."""

@@ -5,11 +5,13 @@ No hook, no rule, no batch: what the engine computes for a batch is verified aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fimprobe.engines.curvature.double_backward import use_differentiable_attention
 from fimprobe.engines.primitives.products import vjp
@@ -71,7 +73,7 @@ def single_sample_curvature(problem: Problem) -> dict[str, Tensor]:
     norms: dict[str, list[Tensor]] = {n: [] for n in problem.parameters}
     for b in range(problem.batch.size):
         products: Any = [None] * len(parameters)
-        with use_differentiable_attention():
+        with use_differentiable_attention(), differentiable_bags(problem.twin):
             h = problem.forward(problem.batch[b : b + 1])
             (score,) = label_cotangents(problem, slice(b, b + 1), h.detach()).vectors
             if h.requires_grad:
@@ -88,3 +90,53 @@ def single_sample_curvature(problem: Problem) -> dict[str, Tensor]:
             zero = torch.zeros((), dtype=torch.float64)
             norms[name].append(zero if product is None else product.double().square().sum().cpu())
     return {name: torch.stack(of_samples) for name, of_samples in norms.items()}
+
+
+@contextmanager
+def differentiable_bags(twin: nn.Module) -> Iterator[None]:
+    """Let embedding bags look up and sum inside the context, which torch differentiates twice."""
+    bags = [
+        m
+        for m in twin.modules()
+        if type(m) is nn.EmbeddingBag and m.mode != "max" and "forward" not in m.__dict__
+    ]
+    for bag in bags:
+        bag.forward = functools.partial(_sum_bags, bag)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for bag in bags:
+            del bag.__dict__["forward"]
+
+
+def _sum_bags(
+    bag: nn.EmbeddingBag,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Outputs of an embedding bag, as the sum or mean of looked-up rows.
+
+    Args:
+        bag: The layer.
+        input: Indices [B, L], or those of all bags [N] with ``offsets``.
+        offsets: Where each bag begins [B]; a last entry N is left out with ``include_last_offset``.
+        per_sample_weights: Factors of the rows, of the shape of ``input``.
+
+    Returns:
+        [B, D].
+    """
+    rows = bag.weight[input]
+    kept = torch.ones_like(input) if bag.padding_idx is None else input != bag.padding_idx
+    kept = kept.to(rows.dtype)
+    factors = kept if per_sample_weights is None else kept * per_sample_weights
+    rows = rows * factors.unsqueeze(-1)
+    if offsets is None:
+        total, count = rows.sum(1), kept.sum(1)
+    else:
+        starts = offsets[:-1] if bag.include_last_offset else offsets
+        places = torch.arange(len(input), device=input.device)
+        index = torch.bucketize(places, starts, right=True) - 1
+        total = rows.new_zeros(len(starts), rows.shape[-1]).index_add(0, index, rows)
+        count = kept.new_zeros(len(starts)).index_add(0, index, kept)
+    return total / count.clamp(min=1).unsqueeze(-1) if bag.mode == "mean" else total

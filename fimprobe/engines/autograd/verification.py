@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd.engine import measure_moments
+from fimprobe.engines.autograd.fallback_choice import fall_back_to_parent
+from fimprobe.engines.autograd.full_precision import HALF_TYPES, full_precision
 from fimprobe.engines.autograd.single_samples import (
     SingleGradient,
     single_sample_curvature,
     single_sample_gradients,
 )
-from fimprobe.engines.layers.decompositions import UNROLLED
-from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.graph import gradient_types
@@ -69,7 +69,7 @@ def measure_with_fallbacks(problem: Problem, plan: Plan) -> Measured:
                     f"all trainable parameters, but they do not ({reasons}). Freeze the parameters "
                     "without a rule, or do not shard the model."
                 ) from None
-            _fall_back_to_parent(problem, plan, mismatch.reasons)
+            fall_back_to_parent(problem, plan, mismatch.reasons)
     raise FimprobeError(NO_PLAN)
 
 
@@ -80,8 +80,33 @@ def make_verified_plan(problem: Problem) -> Plan:
         FimprobeError: If the model couples its samples, or no plan reproduces them.
     """
     problem = _verification_problem(problem, Request())
+    if not _uses_half_precision(problem):
+        return _verify(problem)
+    plan = None
+    try:
+        with full_precision(problem) as full:
+            if full is not None:
+                plan = _verify(full)
+    except RuntimeError:  # out of memory, or an operation for half precision only
+        plan = None
+    # kernels of half precision are others than those of float32
+    return _verify(problem, plan)
+
+
+def _verify(problem: Problem, plan: Plan | None = None) -> Plan:
+    """Compare a plan with single samples, and change it until they agree.
+
+    Args:
+        problem: A few samples.
+        plan: The first plan; by default a new one.
+
+    Raises:
+        FimprobeError: If the model couples its samples, or no plan reproduces them.
+    """
     tolerance = _tolerance_of_dtype(problem)
-    plan = Plan(layouts=_decide_expansions(problem, tolerance))
+    if plan is None:
+        plan = Plan(layouts=_decide_expansions(problem, tolerance))
+    plan.layouts.settled = False
     gradients, outputs = single_sample_gradients(problem)
     _check_samples_independent(problem, outputs, tolerance)
     for _ in range(MAX_VERIFICATIONS):
@@ -110,7 +135,7 @@ def make_verified_plan(problem: Problem) -> Plan:
                 "model."
             )
         nested = [name for name in disagreeing if name not in without_alternative]
-        _fall_back_to_parent(problem, plan, dict.fromkeys(nested, "guard"))
+        fall_back_to_parent(problem, plan, dict.fromkeys(nested, "guard"))
     raise FimprobeError(NO_PLAN)
 
 
@@ -125,6 +150,23 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
     """
     request = replace(problem.request, i2=True, ih=False, labels=None, bounds=False, exact=False)
     small = _verification_problem(problem, request)
+    if not _uses_half_precision(small):
+        _compare_curvature(small, plan)
+        return
+    with full_precision(small) as full:
+        if full is not None:
+            _compare_curvature(full, plan)
+    if full is None:
+        _compare_curvature(small, plan)
+
+
+def _compare_curvature(small: Problem, plan: Plan) -> None:
+    """Compare second derivatives of a few samples; see :func:`check_curvature`.
+
+    Args:
+        small: The samples.
+        plan: A verified plan; changed in place.
+    """
     measured = measure_with_fallbacks(small, plan)
     plan.chunk_size, plan.curvature_verified_samples = None, small.batch.size
     if measured.curvature is None:
@@ -135,7 +177,7 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
     except (RuntimeError, NotImplementedError):
         return  # plain autograd has no second derivative of every parameter (EmbeddingBag): no check
     largest = max((float(norms.max()) for norms in expected.values()), default=0.0)
-    tolerance = 5 * _tolerance_of_dtype(problem)
+    tolerance = 5 * _tolerance_of_dtype(small)
     disagreeing = []
     for name, norms in expected.items():
         curvature = measured.curvature.parameters.get(name)
@@ -261,83 +303,23 @@ def _tolerance_of_dtype(problem: Problem) -> float:
 
     Norms and softmaxes of language models compute in float32, whatever the type of the parameters.
     """
-    types = {p.dtype for p in problem.parameters.values()}
-    types |= gradient_types(problem.forward(problem.batch[:1]))
-    if types & {torch.bfloat16, torch.float16}:
-        return 0.2
+    types = _gradient_types(problem)
+    if types & HALF_TYPES:
+        return 0.2  # the plan was compared in float32 before, except where the model cannot run so
     return 2e-3 if torch.float32 in types else 1e-7
+
+
+def _gradient_types(problem: Problem) -> set[torch.dtype]:
+    """Floating-point types of the parameters, and of the gradients on the way to them."""
+    types = {p.dtype for p in problem.parameters.values()}
+    return types | gradient_types(problem.forward(problem.batch[:1]))
+
+
+def _uses_half_precision(problem: Problem) -> bool:
+    return bool(_gradient_types(problem) & HALF_TYPES)
 
 
 def _output_tolerance(outputs: Tensor, tolerance: float) -> dict[str, Any]:
     """Arguments of :func:`torch.allclose` for outputs: half of the tolerance for gradients."""
     relative = tolerance / 2
     return {"rtol": relative, "atol": relative * float(outputs.detach().abs().amax())}
-
-
-def _fall_back_to_parent(problem: Problem, plan: Plan, reasons: dict[str, str]) -> None:
-    """Move parameters to the next larger module around them.
-
-    Args:
-        problem: The model.
-        plan: Changed in place.
-        reasons: Why, by the name of a parameter, or by the path of a module for the parameters that
-            are measured there.
-    """
-    names: set[str] = set()
-    for key, reason in reasons.items():
-        if key in problem.parameters:
-            names.add(key)
-            continue
-        ids = {id(p) for p in problem.twin.get_submodule(key).parameters()}
-        inside = {n for n, p in problem.parameters.items() if id(p) in ids}
-        at_module = {n for n in inside if plan.fallbacks.get(n, key) == key}
-        if not at_module:
-            raise FimprobeError(
-                f"module {key!r} must be recorded, but it cannot be ({reason}). Please report this, "
-                "with the model."
-            )
-        for name in at_module:  # what cannot be recorded cannot be re-evaluated either
-            plan.fallbacks.setdefault(name, key)
-        names |= at_module
-    for name in names:
-        plan.fallbacks[name] = _parent_module(problem, plan, name)
-
-
-def _parent_module(problem: Problem, plan: Plan, name: str) -> str:
-    """Path of the next module at which to measure a parameter.
-
-    First the smallest module that contains all its owners (a tied weight has several), then the
-    parent of the last one.
-    """
-    planned = plan.fallbacks.get(name)
-    if planned == "":
-        raise FimprobeError(
-            f"parameter {name!r} must be reached from the whole model at least, but it is not. "
-            "Please report this, with the model."
-        )
-    if planned is not None:
-        return planned.rpartition(".")[0]
-    parameter = problem.parameters[name]
-    owners = [
-        path
-        for path, module in problem.twin.named_modules()
-        if any(p is parameter for p in module._parameters.values())
-    ]
-    common = _common_prefix([owner.split(".") if owner else [] for owner in owners])
-    module = problem.twin.get_submodule(".".join(common))
-    # the only owner was a fallback already if it has no rule for the parameter
-    was_fallback = len(owners) == 1 and name.rpartition(".")[2] not in rules_for(module)
-    if was_fallback and type(module) not in UNROLLED:
-        return ".".join(common[:-1])
-    return ".".join(common)
-
-
-def _common_prefix(paths: list[list[str]]) -> list[str]:
-    """The longest list with which all lists start."""
-    common = paths[0]
-    for path in paths[1:]:
-        length = 0
-        while length < min(len(common), len(path)) and common[length] == path[length]:
-            length += 1
-        common = common[:length]
-    return common

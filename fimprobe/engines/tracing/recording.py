@@ -151,8 +151,8 @@ def _separate_edge(tape: Tape, path: str, x: Any) -> Any:
     """Copy an output that the backward of its own operation reads; return others as they are.
 
     The derivative of tanh is written in terms of its output z. A second derivative with respect to z
-    would contain that dependence as well, although it lies inside the module. The re-evaluation of the
-    module accounts for it already. At the edge of a copy, only later operations are differentiated.
+    would contain that dependence as well, although it lies inside the module. The re-evaluation of
+    the module accounts for it already. At a copy's edge, only later operations are differentiated.
     """
     if not isinstance(x, Tensor) or x.grad_fn is None or not keeps_output(x.grad_fn):
         return x

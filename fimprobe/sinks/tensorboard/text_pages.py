@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from fimprobe.estimators.names import ESTIMATORS
+from fimprobe.report.format import one_line
 from fimprobe.report.record import Record, describe_inputs, describe_labels
 from fimprobe.report.report import Report
 from fimprobe.report.run_info import format_run_info
@@ -27,6 +29,9 @@ _FORMULAS = {
     "bound": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
     "tightness": "bound / covariance_norm",
 }
+
+_MARKUP = re.compile(r"[\\`*\[\]|<>&~]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown and HTML may read as markup; an underscore within a word is none."""
 
 MAX_LAYERS = 8
 """Layers in the table of a report."""
@@ -52,7 +57,7 @@ def about_page(
     coverage: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
         coverage.setdefault(how, []).append(name)
-    charted = ", ".join(f"`{name}`" for name in layers) or "no layer"
+    charted = ", ".join(map(_code, layers)) or "no layer"
     sections = [
         "# About this run",
         "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
@@ -62,8 +67,8 @@ def about_page(
         "IMAGES: the errors of the layers over the steps. TEXT, *fimprobe/advice*: what to do. The "
         "relative error is the number to watch: 10 % is good, near 100 % the estimate is mostly "
         "noise.",
-        f"**Measured.** {sample}; likelihood **{report.likelihood}** "
-        f"({run.get('decision', 'given')}); {report.total.numel:,} parameters in "
+        f"**Measured.** {sample}; likelihood **{_escape(report.likelihood)}** "
+        f"({_escape(str(run.get('decision', 'given')))}); {report.total.numel:,} parameters in "
         f"{len(report.layers)} layers. Layers with charts: {charted} (those that needed the most "
         "pairs at the first report); all others are in the pictures, the histograms and "
         f"`fimprobe.jsonl`. {pictures}",
@@ -71,11 +76,11 @@ def about_page(
         "## Coverage",
         _table(
             ("measured by", "parameters", "which"),
-            [(how, str(len(names)), _some(names)) for how, names in coverage.items()],
+            [(_escape(how), str(len(names)), _some(names)) for how, names in coverage.items()],
         ),
         "## Configuration",
-        _table(("what", "value"), list(format_run_info(run).items())),
-        f"```\n{yaml.safe_dump(run.get('config', {}), sort_keys=False).strip()}\n```",
+        _table(("what", "value"), [(k, _escape(v)) for k, v in format_run_info(run).items()]),
+        f"```\n{_dump(run.get('config', {}))}\n```",
     ]
     return "\n\n".join(sections)
 
@@ -101,12 +106,13 @@ def _definitions(report: Report) -> list[str]:
 
 def advice_page(record: Record) -> str:
     """Return the advice and the table of a report in Markdown."""
-    advice = "\n".join(f"* {line}" for line in record["advice"])
+    advice = "\n".join(f"* {_escape(line)}" for line in record["advice"])
     head, *rows = make_rows(record, MAX_LAYERS)
     # with more cells words are broken
     shown = [i for i, name in enumerate(head) if name not in OPTIONAL_COLUMNS]
-    table = _table([head[i] for i in shown], [[row[i] for i in shown] for row in rows])
-    notes = "\n\n".join(["", *footnotes(record, MAX_LAYERS, without=OPTIONAL_COLUMNS)])
+    table = _table([head[i] for i in shown], [[_escape(row[i]) for i in shown] for row in rows])
+    lines = footnotes(record, MAX_LAYERS, without=OPTIONAL_COLUMNS)
+    notes = "\n\n".join(["", *map(_escape, lines)])
     others = len(record["layers"]) - MAX_LAYERS
     more = f"\n\n{others} more layers need fewer pairs." if others > 0 else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{table}{notes}{more}"
@@ -117,10 +123,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return a text whose bars do not end a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+    """Return one line that Markdown shows as it is: markup as HTML's entities."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
+
+
+def _code(name: str) -> str:
+    """Return a name in Markdown as code, or as text where a backtick or a bar would end it."""
+    return _escape(name) if set(name) & set("`|\\") else f"`{one_line(name)}`"
+
+
+def _dump(config: Any) -> str:
+    """Return the configuration as YAML that does not end its block of code."""
+    return yaml.safe_dump(config, sort_keys=False).strip().replace("```", "` ` `")
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:most])
+    shown = ", ".join(map(_code, names[:most]))
     return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"

@@ -76,6 +76,7 @@ def messages(path: Path, text: str) -> list[str]:
     return str(error.value).splitlines()
 
 
+AT = "`schedule.at` must be a list of at least one step, each an integer of at least 0, got"
 DRAWS = "`draws` must be a positive integer, 'exact' or 'auto', got"
 SAMPLING = "`label_sampling` must be 'size_biased' or 'model', got"
 SECOND = "`second_order` must be {probes: 2}, 'exact' or 'off', got"
@@ -120,8 +121,35 @@ TENSORBOARD = "`tensorboard` must be false or a mapping with some of the keys lo
         ("jsonl: 3", "`jsonl` must be a path, false or null, got 3. Use null for the default file."),
         (
             "schedule: {at: 5}",
-            "`schedule.at` must be a list of integers, got 5. Use [0, 10, 100] to measure at these "
-            "optimizer steps.",
+            f"{AT} 5. Use [0, 10, 100] to measure at these optimizer steps.",
+        ),
+        ("schedule: {at: []}", f"{AT} []. Use [0, 10, 100] to measure at these optimizer steps."),
+        (
+            "schedule: {at: [3, -1]}",
+            f"{AT} -1 at position 1. Use [0, 10, 100] to measure at these optimizer steps.",
+        ),
+        (
+            "draws: 1000000000000",
+            "`draws` must be at most 1000000, got 1000000000000. Use 2 to estimate the label "
+            "variance.",
+        ),
+        (
+            "second_order: {probes: 1000000}",
+            "`second_order.probes` must be at most 10000, got 1000000. Use 2 probes or more: the "
+            "square of a single probe is biased.",
+        ),
+        (
+            "memory_mb: 1e+305",
+            "`memory_mb` must be at most 1000000000, got 1e+305. Use 512, or more where memory "
+            "allows.",
+        ),
+        # keys that look like the names of pydantic's branches
+        ("Draws: 2", "`Draws` is not an option. Did you mean 'draws'?"),
+        ("schedule: {int: 2}", "`schedule.int` is not an option. Known keys: budget, every, at."),
+        (
+            'jsonl: "a\\0b"',
+            r"`jsonl` must be a path, false or null, got 'a\x00b'. Use null for the "
+            "default file.",
         ),
         ("on_error: rais", "`on_error` must be 'warn' or 'raise', got 'rais'. Did you mean 'raise'?"),
         (
