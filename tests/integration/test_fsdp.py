@@ -140,5 +140,5 @@ def test_fsdp1_is_refused():
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)  # making one takes an accelerator
     wrapped._fsdp_wrapped_module = nn.Linear(2, 2)
-    with pytest.raises(FimprobeError, match="FSDP1.*use FSDP2, torch.distributed.fsdp.fully_shard"):
+    with pytest.raises(FimprobeError, match="FSDP1.*Use FSDP2: torch.distributed.fsdp.fully_shard"):
         fimprobe.attach(nn.Sequential(wrapped), tensorboard=False)
