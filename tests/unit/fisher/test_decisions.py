@@ -93,7 +93,10 @@ def test_ratios_select_with_a_stated_certainty():
         right = sum(float((chosen.masks[n] & m).sum()) for n, m in true.masks.items())
         expected.append(chosen.overlap)
         actual.append(right / chosen.kept)
+        assert ratio.above(10.0).overlap is None  # 55 to 64 % would be stated, 32 to 75 % are right
     assert abs(sum(expected) - sum(actual)) / 10 < 0.1
+    empty = exact[0].ratio(exact[0]).above(2.0)
+    assert empty.kept == 0 and empty.overlap is None
     name = "4.bias"
     torch.testing.assert_close(ratio.values[name], one.diagonal[name] / other.diagonal[name])
     assert (ratio.std_error[name] > 0).all()
