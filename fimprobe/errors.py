@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 logger = logging.getLogger("fimprobe")
 
@@ -21,12 +26,31 @@ class ErrorHandler:
 
     Args:
         raises: Whether errors are raised; otherwise each is logged once as a warning.
+
+    Attributes:
+        warned: What was logged already.
+        ended: Whether probing ended with an error, which was logged.
+        deferred: The first error of a hook, which the next step treats.
+        together: Whether several processes measure together, so that none may end alone.
     """
 
     def __init__(self, *, raises: bool) -> None:
         self.raises = raises
         self.warned: set[str] = set()
-        """What was logged already."""
+        self.ended = False
+        self.deferred: Exception | None = None
+        self.together = False
+
+    def end(self, message: str) -> None:
+        """Log why nothing is measured any more; later reasons are consequences and not logged."""
+        if not self.ended:
+            self.warn_once(message)
+            self.ended = True
+
+    def take_deferred(self) -> Exception | None:
+        """Return the deferred error, and forget it."""
+        error, self.deferred = self.deferred, None
+        return error
 
     def warn_once(self, message: str, key: str | None = None) -> None:
         """Log a warning.
@@ -61,6 +85,46 @@ class ErrorHandler:
             self.warn_once(f"{failure}: {error}", key)
             return False
         return True
+
+
+def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a method that a hook or a loop enters: no error of it reaches the training.
+
+    The object has the :class:`ErrorHandler` as its attribute ``errors``. The method does nothing
+    inside of a graph that ``torch.compile`` or an export makes.
+
+    Args:
+        defers: Whether the next step treats an error. Otherwise it is raised if errors are to be
+            raised, or ends probing at once; with several processes the next step treats it in all.
+    """
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call_guarded(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return None
+            try:
+                return method(owner, *args, **kwargs)
+            except Exception as error:
+                # nothing that may have failed itself is called here
+                errors = owner.errors
+                if errors.raises and not defers:
+                    raise
+                if defers or errors.together:
+                    errors.deferred = errors.deferred or error
+                elif not errors.ended:
+                    errors.ended = True
+                    with contextlib.suppress(Exception):
+                        logger.warning(
+                            "fimprobe: probing ended, training continues: %s: %s",
+                            type(error).__name__,
+                            error,
+                        )
+                return None
+
+        return call_guarded
+
+    return decorate
 
 
 def describe_error(error: Exception) -> str:

@@ -168,6 +168,49 @@ class CurvatureBatch:
 
 
 @dataclass(kw_only=True)
+class SpotStratum:
+    """Spot checks of one layer: n independent estimates of its V2 = Σ_i E R_ii², never negative.
+
+    A check belongs to the parameter whose entry it drew. Its value with 0 for the checks of other
+    parameters estimates V2 of that parameter alone.
+    """
+
+    layer: str
+    kind: str
+    """Name that layers of the same kind share."""
+    parameters: list[str]
+    owners: Tensor
+    """Index of each check's parameter [n]."""
+    values: Tensor
+    """The estimates [n], float64."""
+    rounding: Tensor
+    """Share of each value that may be rounding [n], from 0 to 1."""
+    pilot: int
+    """Number of checks in the pilot, the first ones. The others were allotted by their values."""
+
+
+@dataclass(kw_only=True)
+class SpotChecks:
+    """V2 by spot checks. Parameters without a stratum have V2 = 0, by the autograd graph."""
+
+    strata: list[SpotStratum]
+    failure: str = ""
+    """Why there is none; empty if there is."""
+
+
+@dataclass(kw_only=True)
+class GradientGroups:
+    """Gradients with the data's labels, summed over groups of successive inputs."""
+
+    inner: dict[str, Tensor]
+    """Inner products of these sums by parameter, float64 on the CPU [groups, groups]."""
+    sizes: list[int]
+    """Number of inputs of each group; empty if there are none."""
+    reason: str = ""
+    """Why there are none."""
+
+
+@dataclass(kw_only=True)
 class Measured:
     """The statistics that an engine returns for one batch."""
 
@@ -175,10 +218,14 @@ class Measured:
     """Moments by the kind of cotangents: "i1" label scores, "ih" Hutchinson's vectors, "empirical"
     scores of the data's labels, "jacobian" unit vectors or random signs, "ggn" factors of I(h)."""
     curvature: CurvatureBatch | None = None
+    spot_checks: SpotChecks | None = None
+    """V2 by spot checks, where they were requested."""
     norms: OutputNorms | None = None
     """Norms of I(h) and M of each input, where bounds were requested."""
     activations: MomentsBatch | None = None
     """Moments of ∂ℓ/∂h of each layer's input, for the label scores."""
+    gradients: GradientGroups | None = None
+    """For the gradient noise scale; None without data labels, or for several processes."""
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kinks: list[str] = field(default_factory=list)

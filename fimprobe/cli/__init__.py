@@ -1,4 +1,4 @@
-"""The command line: ``fimprobe demo | check | show``."""
+"""The command line: ``fimprobe demo | check | show | estimate | audit``."""
 
 from fimprobe.cli.commands import main
 

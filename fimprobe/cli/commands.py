@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fimprobe.cli.fisher_commands import add_fisher_parsers, run_audit, run_estimate
 from fimprobe.errors import FimprobeError
 
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     show.add_argument("--top", type=int, default=20, help="layers shown (default 20)")
     show.add_argument("--html", metavar="FILE", help="write a page to open in a browser instead")
+    add_fisher_parsers(commands)
     options = parser.parse_args(argv)
     try:
         return int(_COMMANDS[options.command](options))
@@ -105,7 +107,13 @@ def _show(options: Any) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "check": _check, "show": _show}
+_COMMANDS = {
+    "demo": _demo,
+    "check": _check,
+    "show": _show,
+    "estimate": run_estimate,
+    "audit": run_audit,
+}
 
 
 if __name__ == "__main__":

@@ -100,7 +100,12 @@ class LayersConfig(_Section):
     top: Annotated[
         int,
         Option(must_be="an integer of at least 0", remedy="Use 12 to chart the first twelve layers."),
-    ] = Field(12, ge=0, description="number of layers with charts, those that need most pairs first")
+    ] = Field(
+        0,
+        ge=0,
+        description="number of layers with charts of their own, those that need most pairs first; "
+        "pictures and histograms show all",
+    )
 
 
 class SecondOrderConfig(_Section):
@@ -155,7 +160,8 @@ class Config(_Section):
     likelihood: Annotated[
         Any,
         Option(
-            must_be=", ".join(map(repr, ("auto", *sorted(LIKELIHOODS)))) + " or a likelihood object",
+            must_be=", ".join(map(repr, ("auto", *sorted(LIKELIHOODS))))
+            + ", a likelihood object, or a list or mapping with the family of each head",
             remedy="Use 'categorical' for a softmax over classes.",
         ),
     ] = Field("auto", description="distribution of labels; 'auto' infers it from model or loss")
@@ -195,14 +201,15 @@ class Config(_Section):
         Option(must_be="a positive integer", remedy="Use 32 to measure 32 inputs of each batch."),
     ] = Field(32, ge=1, description="inputs that are measured, drawn from the training batch")
     second_order: Annotated[
-        SecondOrderConfig | Literal["exact", "off"],
+        SecondOrderConfig | Literal["spot_checks", "exact", "off"],
         Option(
-            must_be="{probes: 2}, 'exact' or 'off'",
+            must_be="{probes: 2}, 'spot_checks', 'exact' or 'off'",
             remedy="Use {probes: 2} for random probes, which work for every model.",
         ),
     ] = Field(
         SecondOrderConfig(probes=2),
-        description="how Î₂ is computed: random probes, BackPACK, or not at all",
+        description="how Î₂ is computed: random probes, spot checks of its label variance, BackPACK, "
+        "or not at all",
     )
     bounds: Annotated[bool, _SWITCH] = Field(
         True,
@@ -250,6 +257,13 @@ class Config(_Section):
         PathText | Literal[False] | None,
         Option(must_be="a path, false or null", remedy="Use null for the default file."),
     ] = Field(None, description="JSONL file; null is fimprobe.jsonl in log_dir")
+    wandb: Annotated[bool, _SWITCH] = Field(
+        False, description="log the numbers of the model to W&B: to its active run, or a new one"
+    )
+    mlflow: Annotated[bool, _SWITCH] = Field(
+        False,
+        description="log the numbers of the model to MLflow: to its active run, or a new one",
+    )
     on_error: Annotated[
         Literal["warn", "raise"],
         Option(must_be="'warn' or 'raise'", remedy="Use 'warn' to let training continue."),

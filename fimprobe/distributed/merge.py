@@ -18,7 +18,7 @@ from fimprobe.jacobian_bounds.layer_bound import concatenate_bounds
 from fimprobe.jacobian_bounds.layer_bounds import LayerBound
 from fimprobe.likelihoods.base import OutputNorms
 from fimprobe.model.fsdp import is_part
-from fimprobe.statistics import Curvature, CurvatureBatch, Measured, Moments, MomentsBatch
+from fimprobe.statistics import Curvature, CurvatureBatch, Measured, Moments, MomentsBatch, SpotChecks
 
 Key = tuple[str, str, str]
 """A tensor of a parameter's shape: kind of cotangents, parameter, field."""
@@ -154,10 +154,12 @@ def merge(shares: Sequence[Measured], sums: Mapping[Key, Tensor]) -> Measured:
         key: max(share.seconds.get(key, 0.0) for share in shares)
         for key in dict.fromkeys(k for share in shares for k in share.seconds)
     }
-    kinks = [] if curvature is None else [kink for share in shares for kink in share.kinks]
+    measured_twice = curvature is not None or shares[0].spot_checks is not None
+    kinks = [] if not measured_twice else [kink for share in shares for kink in share.kinks]
     return Measured(
         moments=moments,
         curvature=curvature,
+        spot_checks=_merge_spot_checks(shares),
         norms=norms,
         activations=activations,
         seconds=seconds,
@@ -327,6 +329,21 @@ def _merge_curvature(shares: list[CurvatureBatch], sums: Mapping[Key, Tensor]) -
         weights=weights,
         partners=partners,
     )
+
+
+def _merge_spot_checks(shares: Sequence[Measured]) -> SpotChecks | None:
+    """The checks of all processes, each of which estimates V2 of its own inputs."""
+    checks = [share.spot_checks for share in shares if share.spot_checks is not None]
+    if len(checks) < len(shares):
+        return None
+    sizes = [share.moments["i1"].batch_size for share in shares]
+    strata = [
+        replace(stratum, values=stratum.values * (size / sum(sizes)))
+        for of_process, size in zip(checks, sizes, strict=True)
+        for stratum in of_process.strata
+    ]
+    failure = next((c.failure for c in checks if c.failure), "")
+    return SpotChecks(strata=strata, failure=failure)
 
 
 def _all_names(shares: Sequence[Mapping[str, Any]]) -> list[str]:

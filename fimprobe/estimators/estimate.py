@@ -81,6 +81,11 @@ class Estimate:
     """Cosine between the diagonals of the empirical Fisher and of F."""
     trace_ratio: float | None = None
     """Trace of the empirical Fisher over the trace of F."""
+    noise_scale: float | None = None
+    """Gradient noise scale tr Σ/‖G‖² with the data's labels, in inputs; None where ‖G‖² is within two
+    standard errors of zero."""
+    noise_scale_error: float | None = None
+    """Standard error of ``noise_scale`` over the inputs."""
     pair_variance: PairVariance | None = field(default=None, repr=False)
     """The moments behind ``error_of`` and ``pairs_for``; None where these are unknown."""
     unknown: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -92,8 +92,7 @@ def diagonal_of(gram: Tensor) -> Tensor:
 
 def fisher_part(measured: Measured) -> MomentsBatch:
     """Return the moments that F comes from: exact labels, exact factors of I(h), or Hutchinson's."""
-    assert measured.curvature is not None
-    if measured.curvature.exact:
+    if measured.moments["i1"].draws is None:
         return measured.moments["i1"]
     return measured.moments["ggn"] if "ggn" in measured.moments else measured.moments["ih"]
 
@@ -161,7 +160,7 @@ def estimate_groups(
         "effective_inputs": effective_inputs(common.trace),
         "skewness": skewness(trace),
         "total_label_variance": total.mean((0, -1)),
-        "total_label_variance_error": _total_label_variance_error(total, curvature.exact),
+        "total_label_variance_error": total_label_variance_error(total, curvature.exact),
         "probe_error": noise,
     }
     values = columns_to_lists(columns, len(groups))
@@ -174,16 +173,17 @@ def estimate_groups(
 
 
 def subtracts_residual(measured: Measured) -> bool:
-    """Return whether Î₂ is F − R, not F alone: with drawn labels of equal weight only.
+    """Return whether Î₂ is F − R, not F alone: with drawn labels of equal weight and probes only.
 
-    Size-biased and exact labels use E R = 0 instead.
+    Size-biased and exact labels, and spot checks, use E R = 0 instead.
     """
     curvature, labels = measured.curvature, measured.moments["i1"]
-    assert curvature is not None
+    if curvature is None or measured.spot_checks is not None:
+        return False
     return not curvature.exact and labels.inverse_weights is None
 
 
-def _total_label_variance_error(blocks: Tensor, exact: bool) -> Tensor | None:
+def total_label_variance_error(blocks: Tensor, exact: bool) -> Tensor | None:
     """Return the standard error [G] of L2 from ‖R‖² of J directions, G groups, B inputs [J, G, B].
 
     With drawn labels the variance over inputs includes the noise of labels and of sign flips. The

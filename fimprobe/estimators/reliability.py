@@ -125,6 +125,7 @@ def withhold(
     labels_unseen: str = "",
     only_labels: bool = False,
     disagreement: str = "",
+    non_negative: bool = False,
 ) -> Estimate:
     """Return the estimate without its unreliable numbers.
 
@@ -137,6 +138,8 @@ def withhold(
         only_labels: Whether F was estimated without labels (Î₂), so that only the variances over
             labels are unreliable where ``labels_unseen``.
         disagreement: Why the errors of the estimate cannot be right; empty where they can.
+        non_negative: Whether the label variance is a mean of values that are never negative, which
+            shows its size at any error.
 
     Returns:
         The estimate, with None for each unreliable number and its reason in ``unknown``.
@@ -151,7 +154,8 @@ def withhold(
             reasons = dict.fromkeys(_ERRORS, reason) | reasons
     if batch_size == 1 and estimate.input_variance is None:
         reasons = {"input_variance": "one input has no variance over inputs"} | reasons
-    if estimate.total_label_variance is None and estimate.label_variance is not None:
+    no_gram = estimate.total_label_variance is None and estimate.label_variance is not None
+    if no_gram and "total_label_variance" not in estimate.unknown:
         reasons = {"total_label_variance": _NO_GRAM} | reasons
     if estimate.trace is None and "trace" not in reasons:
         reasons = dict.fromkeys(_ALL, _NOT_FINITE) | reasons
@@ -160,7 +164,7 @@ def withhold(
         if estimate.pair_variance is None:
             missing += ["pairs"]
         reasons = dict.fromkeys(missing, _SINGLE) | reasons
-    reasons = _lost_in_noise(estimate, exact_labels) | reasons
+    reasons = _lost_in_noise(estimate, exact_labels, non_negative) | reasons
     for name in ("norm", "std_error", "rel_error"):
         if getattr(estimate, name) is None:
             reasons.setdefault(name, _NOT_FINITE)
@@ -186,9 +190,11 @@ def _few_inputs(e: Estimate, batch_size: int) -> str:
     return ""
 
 
-def _lost_in_noise(e: Estimate, exact_labels: bool) -> dict[str, str]:
+def _lost_in_noise(e: Estimate, exact_labels: bool, non_negative: bool) -> dict[str, str]:
     """Return why fields are unknown by one rule: a value below twice its own error is noise."""
     reasons = _noisy_variances(e, exact_labels) | _noisy_bounds(e)
+    if non_negative:
+        reasons.pop("label_variance", None)
     if e.covariance_norm == 0 and e.total_label_variance and e.probe_error is not None:
         reasons["covariance_norm"] = "lost in the noise of random probes; take more of them"
     if e.norm == 0 and e.trace:

@@ -119,8 +119,12 @@ def add_i2_bounds(
         "bound_error": _mean_error(hessian_squares * norms.fisher_norm.unsqueeze(-1), random_signs),
     }
     if curvature.exact and full:
-        mean = gram.mean(0)[..., :draws, :draws]
-        centred = centre_classes(mean, classes)
+        mean = gram.mean(0)
+        # of several heads, unit vectors follow the labels
+        has_units = classes is None and mean.shape[-1] > draws
+        of_outputs = mean[..., draws:, draws:] if has_units else mean[..., :draws, :draws]
+        mean = mean[..., :draws, :draws]
+        centred = centre_classes(of_outputs, classes)
         # absolute values: the noise of the probes makes eigenvalues of a block negative, and then
         # covariance_norm, from the same probes, still does not exceed this bound
         largest = eigenvalues(centred).abs().amax(-1)
@@ -132,7 +136,7 @@ def add_i2_bounds(
         weighted = mean * roots.unsqueeze(-1) * roots.unsqueeze(-2)
         columns["covariance_spectral_norm"] = largest_eigenvalue(weighted).mean(-1)
     columns["trace_bound"] = (sharp_square * norms.fisher_max).mean(-1)
-    if curvature.exact:
+    if curvature.exact and measured.spot_checks is None:
         squares = GroupSums(groups).sum(curvature.parameters, "square")
         entries = hessian_norm_squares(squares, draws, True, classes).mean(-1)
         columns["diagonal_bound"] = (entries * norms.fisher_max).mean(-1)
@@ -198,6 +202,8 @@ def hessian_norm_squares(squares: Tensor, draws: int, exact: bool, classes: int 
     more = squares[..., draws:]
     if not exact:
         return more
+    if classes is None and more.shape[-1]:  # unit vectors follow the labels
+        return more.sum(-1, keepdim=True)
     sums = squares[..., :draws].sum(-1, keepdim=True)
     return sums if classes is None else sums + (more[..., :1] - more[..., 1:]) / classes
 

@@ -117,7 +117,7 @@ def top_mask(fisher: FisherRecord, top: float) -> Mask:
     """
     if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top < 1:
         raise FimprobeError(f"`top` must be between 0 and 1, got {top!r}. Use 0.1 for a tenth.")
-    diagonal, error = _flat(fisher.diagonal), _flat(fisher.std_error)
+    diagonal, error = flatten(fisher.diagonal), flatten(fisher.std_error)
     kept = max(1, round(top * len(diagonal)))
     chosen = torch.zeros(len(diagonal), dtype=torch.bool)
     chosen[diagonal.topk(kept).indices] = True
@@ -126,13 +126,25 @@ def top_mask(fisher: FisherRecord, top: float) -> Mask:
         name: piece.view(x.shape).to(x.device)
         for (name, x), piece in zip(fisher.diagonal.items(), pieces, strict=True)
     }
-    threshold = _true_threshold(diagonal, error, kept)
-    right = _exceeds(diagonal, error, threshold)[chosen]
-    return Mask(masks=masks, overlap=min(1.0, float(right.mean())), kept=kept)
+    return Mask(masks=masks, overlap=expected_overlap(diagonal, error, kept), kept=kept)
 
 
-def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return all entries as one vector on the CPU."""
     return torch.cat([x.reshape(-1).cpu() for x in tensors.values()])
+
+
+def expected_overlap(diagonal: Tensor, error: Tensor, kept: int) -> float:
+    """Return the expected share of the ``kept`` largest estimates that are truly among the largest.
+
+    Args:
+        diagonal: Estimates of some entries, one vector.
+        error: Their standard errors.
+        kept: Number of chosen entries.
+    """
+    threshold = _true_threshold(diagonal, error, kept)
+    right = _exceeds(diagonal, error, threshold)[diagonal.topk(kept).indices]
+    return min(1.0, float(right.mean()))
 
 
 def _exceeds(value: Tensor, error: Tensor, threshold: Tensor | float) -> Tensor:

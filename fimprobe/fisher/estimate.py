@@ -21,7 +21,7 @@ from fimprobe.fisher.streaming.run import EstimateRun, Limits
 from fimprobe.fisher.streaming.state import StateFile, fingerprint
 from fimprobe.fisher.streaming.stopping import StoppingRule
 from fimprobe.fisher.sums.measurer import Measurer
-from fimprobe.likelihoods import get_likelihood
+from fimprobe.likelihoods import Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.isolation import isolated_state
 from fimprobe.measurement.process_summary import check_models_agree, summarize
@@ -114,7 +114,7 @@ def estimate(
     with isolated_state(model, seed):
         source = make_source(data, seed)
         reader = InputReader(model=model, inputs=inputs, mask=mask)
-        family, reason = _likelihood(likelihood, model, source)
+        family, reason = find_likelihood(likelihood, model, source)
         measurer = Measurer(
             model=model, likelihood=family, output=output, memory_mb=memory_mb, seed=seed
         )
@@ -186,12 +186,24 @@ def _finish(run: EstimateRun, description: dict[str, Any]) -> Fisher:
     return assemble(run, end, description)
 
 
-def _likelihood(
+def find_likelihood(
     likelihood: str | Likelihood, model: nn.Module, source: Source
 ) -> tuple[Likelihood, str]:
-    """The family of labels, and how it was found."""
+    """Return the family of labels, and how it was found.
+
+    Args:
+        likelihood: The option.
+        model: The model.
+        source: The data, whose first batch may decide.
+    """
     if likelihood != "auto":
-        return get_likelihood(likelihood), "given"
+        family = get_likelihood(likelihood)
+        if isinstance(family, Joint):
+            raise FimprobeError(
+                f"`likelihood` must be the family of one output, got {likelihood!r}. Pass output= a "
+                "function that selects it, and its family."
+            )
+        return family, "given"
     first = None
     if source.repeatable:
         first = next((item.raw for item in source.batches(0, 1, 0)), None)

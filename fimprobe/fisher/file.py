@@ -51,21 +51,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     Raises:
         FimprobeError: If the file is missing, or is not one that fimprobe wrote.
     """
-    package = _safetensors(path)
-    try:
-        with package.safe_open(os.fspath(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
-            metadata = None if text is None else json.loads(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FimprobeError(
-            f"`path` must be a file, got {os.fspath(path)!r}, which does not exist."
-        ) from None
-    except Exception as error:
-        raise FimprobeError(
-            f"`path` must be a safetensors file, but {os.fspath(path)!r} cannot be read "
-            f"({type(error).__name__}: {error}). Pass a file that Fisher.save wrote."
-        ) from None
+    tensors, metadata = read_tensors(path, "path")
     if metadata is None:
         raise FimprobeError(
             f"`path` must be a file that Fisher.save wrote, but {os.fspath(path)!r} has no metadata "
@@ -76,6 +62,36 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str
             f"`path` must have format {FORMAT}, but {os.fspath(path)!r} has format "
             f"{metadata.get('format')} (fimprobe {metadata.get('fimprobe')}). Install that version."
         )
+    return tensors, metadata
+
+
+def read_tensors(
+    path: str | os.PathLike[str], argument: str
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of any safetensors file, and the metadata of fimprobe or None.
+
+    Args:
+        path: The file.
+        argument: Name of the argument, for the messages.
+
+    Raises:
+        FimprobeError: If the file is missing, or cannot be read.
+    """
+    package = _safetensors(path)
+    try:
+        with package.safe_open(os.fspath(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            metadata = None if text is None else json.loads(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FimprobeError(
+            f"`{argument}` must be a file, got {os.fspath(path)!r}, which does not exist."
+        ) from None
+    except Exception as error:
+        raise FimprobeError(
+            f"`{argument}` must be a safetensors file, but {os.fspath(path)!r} cannot be read "
+            f"({type(error).__name__}: {error}). Pass a file of the safetensors format."
+        ) from None
     return tensors, metadata
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
-from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.engines.problem.saved_tensors import outputs_in_parts
 from fimprobe.jacobian_bounds.graph import AutogradGraph
 from fimprobe.jacobian_bounds.layer_bound import LayerBound, concatenate_bounds
 from fimprobe.jacobian_bounds.operator_norms import OperatorNorms
@@ -50,21 +50,12 @@ def bound_layer_jacobians(problem: Problem, batch: Batch) -> dict[str, LayerBoun
     """
     norms: dict[tuple[Any, ...], OperatorNorms] = {}
     parts: list[dict[str, LayerBound]] = []
-    start, step = 0, batch.size
-    while start < batch.size:
-        part = batch if step >= batch.size else batch[slice(start, start + step)]
-        try:
-            with torch.enable_grad(), limit_saved_bytes(problem, part.size):
-                outputs = problem.forward(part)
-        except MemoryLimitExceeded as exceeded:
-            step = exceeded.feasible
-            continue
+    for part, outputs in outputs_in_parts(problem, batch):
         if outputs.grad_fn is None:
             return {}
         with torch.enable_grad():
             graph = AutogradGraph(problem.twin, outputs, part.size, norms)
             parts.append(BoundPropagation(graph).result())
-        start += part.size
     return {
         path: concatenate_bounds([p[path] for p in parts if path in p])
         for part in parts

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,7 @@ from fimprobe.likelihoods.bernoulli import Bernoulli
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.likelihoods.gaussian import Gaussian
 from fimprobe.likelihoods.independent import Independent
+from fimprobe.likelihoods.joint import Joint
 from fimprobe.likelihoods.poisson import Poisson
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -26,24 +30,41 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "Independent",
+    "Joint",
     "Poisson",
     "get_likelihood",
     "sample",
 ]
 
 
-def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
+Family = str | Likelihood
+"""The name of a family, or an object with the methods of :class:`Likelihood`."""
+
+
+LikelihoodOption = Family | Sequence[Family] | Mapping[Any, Family]
+"""One family, or those of several heads."""
+
+
+def get_likelihood(likelihood: LikelihoodOption) -> Likelihood:
     """Return the family of a name, or the given family.
 
     Args:
         likelihood: A key of ``LIKELIHOODS``, or an object with the methods of :class:`Likelihood`.
+            For several heads a list with the family of each output, or a mapping from names or
+            positions of outputs to families.
 
     Raises:
         FimprobeError: If it is neither.
 
     >>> get_likelihood("poisson").name
     'poisson'
+    >>> get_likelihood({"logits": "categorical", "value": "gaussian"}).name
+    'logits: categorical, value: gaussian'
     """
+    if isinstance(likelihood, (list, tuple)):
+        likelihood = dict(enumerate(likelihood))
+    if isinstance(likelihood, Mapping):
+        return _join_families(likelihood)
     if isinstance(likelihood, str):
         if likelihood not in LIKELIHOODS:
             raise FimprobeError(
@@ -57,6 +78,28 @@ def get_likelihood(likelihood: str | Likelihood) -> Likelihood:
             f"fimprobe.Likelihood, got {likelihood!r}. Call a class, as in Gaussian(sigma=0.5)."
         )
     return likelihood
+
+
+def _join_families(families: Mapping[Any, Family]) -> Joint:
+    """Return the joint distribution of several heads.
+
+    Raises:
+        FimprobeError: If there is no head, or if one has no family.
+    """
+    if not families:
+        raise FimprobeError(
+            "likelihood must have a family for each head, got none. Name one, as in "
+            "{'logits': 'categorical'}."
+        )
+    joined = {}
+    for head, family in families.items():
+        if isinstance(family, (list, tuple, Mapping, Joint)):
+            raise FimprobeError(
+                f"likelihood must have one family for each head, got {family!r} for head {head!r}. "
+                "Name nested outputs by a dotted path, as in {'aux.0': 'categorical'}."
+            )
+        joined[str(head)] = get_likelihood(family)
+    return Joint(families=joined)
 
 
 def sample(likelihood: Likelihood, outputs: Tensor, generator: torch.Generator) -> Tensor:

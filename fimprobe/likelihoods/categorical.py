@@ -244,6 +244,21 @@ class Categorical:
         rest = weighted - s.p * (top_term + others)
         return rest.scatter(-1, s.top, top).movedim(-1, self.class_dim)
 
+    def fisher_quadratic(self, outputs: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Return vᵀI(h)v = Σ_t Σ_y p_ty (v_ty − Σ_z p_tz v_tz)² of every input [B], float64.
+
+        Args:
+            outputs: Logits [B, ...].
+            vectors: v, of the outputs' shape.
+            mask: Bool, of the labels' shape; False leaves a position out.
+        """
+        h = self._classes_last(outputs)
+        p = torch.softmax(h, -1, dtype=softmax_dtype(h))
+        v = self._classes_last(vectors).to(p.dtype)
+        centred = v - (p * v).sum(-1, keepdim=True)
+        at_positions = p.mul_(centred.square_()).sum(-1).double().reshape(len(v), -1)
+        return at_positions.where(position_mask(mask, at_positions), 0).sum(1)
+
     def count_passes(self, outputs: Tensor) -> int:
         """Return T·C: one pass per class and position."""
         return outputs[0].numel()

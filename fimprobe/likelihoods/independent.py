@@ -224,6 +224,17 @@ class Independent:
         root = self.variance(outputs).sqrt()
         return root * xi.to(root.dtype)
 
+    def fisher_quadratic(self, outputs: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Return vᵀI(h)v = Σ_a Var(score_a) v_a² of every input [B], float64.
+
+        Args:
+            outputs: h [B, ...].
+            vectors: v, of the outputs' shape.
+            mask: Bool, of that shape; False leaves a label out.
+        """
+        weighted = self._flat(self.variance(outputs)).double() * self._flat(vectors).double().square()
+        return weighted.where(position_mask(mask, weighted), 0).sum(1)
+
     def count_passes(self, outputs: Tensor) -> int:
         """Return the number of output components: one pass each, whatever the labels' support."""
         return outputs[0].numel() if outputs.dim() > 1 else 1

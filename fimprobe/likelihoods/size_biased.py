@@ -24,6 +24,7 @@ from torch import Tensor
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.gaussian import Gaussian
 from fimprobe.likelihoods.independent import Independent
+from fimprobe.likelihoods.output_mask import spread_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ def has_size_biased_draws(likelihood: Likelihood, outputs: Tensor) -> bool:
         likelihood: The family.
         outputs: h [B, ...].
     """
+    decide = getattr(likelihood, "has_size_biased_draws", None)
+    if decide is not None:  # several families in one
+        return bool(decide(outputs))
     draw = getattr(likelihood, "size_biased_quantile", None)
     if draw is None or isinstance(likelihood, Gaussian) or outputs.numel() == 0:
         return False
@@ -189,12 +193,21 @@ class SizeBiasedSampler:
         chosen = self._choose(positions)
         rows = torch.arange(self.size, device=labels.device)
         flat = labels.reshape(self.size, -1)
-        chosen_outputs = _single_position(self.family, self.outputs, chosen)
         u = uniforms.reshape(self.size, -1)[rows, chosen]
-        u = u.view(self.family.label_shape(chosen_outputs))
-        chosen_labels = self.family.size_biased_quantile(chosen_outputs, u)
-        flat[rows, chosen] = chosen_labels.reshape(-1).to(flat.dtype)
+        flat[rows, chosen] = self.draw_chosen(chosen, u).to(flat.dtype)
         return flat.view(labels.shape)
+
+    def draw_chosen(self, chosen: Tensor, uniforms: Tensor) -> Tensor:
+        """Return the size-biased label at one position of every input [B].
+
+        Args:
+            chosen: Index of the position [B].
+            uniforms: In (0, 1), float64 [B].
+        """
+        of_position = select_position(self.family, self.outputs, chosen)
+        u = uniforms.view(self.family.label_shape(of_position))
+        labels: Tensor = self.family.size_biased_quantile(of_position, u)
+        return labels.reshape(-1)
 
     def plain_labels(self, uniforms: Tensor) -> Tensor:
         """Return labels from the model at the uniforms [B, ...]."""
@@ -212,9 +225,7 @@ class SizeBiasedSampler:
         """
         scores = self.family.score(self.outputs, labels)
         if self.mask is not None:
-            same_shape = self.mask.dim() == scores.dim()
-            keep = self.mask if same_shape else self.mask.unsqueeze(self.family.class_dim)
-            scores = scores.masked_fill(~keep, 0)
+            scores = scores.masked_fill(~spread_mask(self.family, self.mask, scores), 0)
         return scores, scores.reshape(self.size, -1).square().sum(1)
 
     def _choose(self, positions: Tensor) -> Tensor:
@@ -239,7 +250,9 @@ def expected_squares(
     expected_squared_score = getattr(likelihood, "expected_squared_score", None)
     if expected_squared_score is None:
         return None
-    expected: Tensor = expected_squared_score(outputs.double())
+    expected: Tensor | None = expected_squared_score(outputs.double())
+    if expected is None:
+        return None
     if mask is not None:
         expected = expected * mask
     return expected.reshape(len(outputs), -1).sum(1)
@@ -257,7 +270,7 @@ def _excluded_inputs(family: Any, h: Tensor, mask: Tensor | None) -> Tensor | No
     return inputs
 
 
-def _single_position(family: Any, h: Tensor, chosen: Tensor) -> Tensor:
+def select_position(family: Any, h: Tensor, chosen: Tensor) -> Tensor:
     """Return the outputs of one position of every input, the class dimension in its place.
 
     Args:

@@ -68,6 +68,7 @@ def make_request(options: Config, labels: Any) -> Request:
         bounds=options.bounds,
         probes=probes,
         exact=second_order == "exact" and "i2" in estimators,
+        spot_checks=second_order == "spot_checks" and "i2" in estimators,
         backpack=options.engine == "backpack",
     )
 
@@ -104,8 +105,7 @@ def check_mask_and_output(mask: Any, output: Any) -> None:
 
 def choose_draws(problem: Problem) -> int | None:
     """Return the draws of ``draws="auto"``: None (exact) if exact labels are cheap, else 2."""
-    with torch.no_grad():
-        outputs = problem.forward(problem.batch[:1])
+    outputs = problem.evaluate(problem.batch[:1])
     return None if problem.likelihood.count_passes(outputs) <= MAX_AUTO_PASSES else 2
 
 
@@ -130,8 +130,7 @@ def check_labels(problem: Problem) -> None:
             f"`labels` must be [B, ...] with B = {size} samples as in the batch, got shape "
             f"{tuple(labels.shape)}. Pass the labels of these samples, in their order."
         )
-    with torch.no_grad():
-        first = problem.forward(problem.batch[:1])
+    first = problem.evaluate(problem.batch[:1])
     likelihood: Any = problem.likelihood  # the method is optional in the protocol
     likelihood.check_labels(first.expand(size, *first.shape[1:]), labels)
 

@@ -38,8 +38,7 @@ def explain_failure(problem: Problem) -> FimprobeError | None:
     if problem.batch.size == 1:
         return None
     try:
-        with torch.no_grad():
-            problem.forward(problem.batch[:1])
+        problem.evaluate(problem.batch[:1])
     except FimprobeError as error:
         return error
     except torch.OutOfMemoryError:
@@ -49,7 +48,8 @@ def explain_failure(problem: Problem) -> FimprobeError | None:
             f"`model` must run on one sample alone, got {type(error).__name__} for the first of "
             f"{problem.batch.size}: {_first_line(error)}. A sample is an entry of the first "
             "dimension of every tensor in `inputs`. Pass padded tensors in place of nodes of joined "
-            "graphs, packed sequences or lists, and export models with a dynamic batch."
+            "graphs, packed sequences or lists. Let the forward make masks of B·heads rows. Export "
+            "models with a dynamic batch."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Isolation of a measurement: autograd, autocast and random streams are restored afterwards."""
+"""Isolation of a measurement: autograd and autocast are those of the training afterwards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fimprobe.measurement.checkpointing import without_checkpoints
 from fimprobe.model.twin import unwrap
 
 
 @contextmanager
+def isolated_autograd(model: nn.Module) -> Iterator[None]:
+    """Run the block with autograd on, autocast and checkpoints off, in this thread.
+
+    Args:
+        model: Autocast is off for its device, too.
+    """
+    device_type = next(iter(unwrap(model).parameters())).device.type
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device_type, enabled=False),
+        torch.autocast("cpu", enabled=False),
+        without_checkpoints(),
+    ):
+        yield
+
+
+@contextmanager
 def isolated_state(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run the block with autograd on, autocast off and torch seeded; restore all random states.
+    """Isolate a pass over data too: loaders draw from the global streams, which are restored.
 
     Args:
         model: Its devices are those whose generators are restored.
@@ -30,14 +49,8 @@ def isolated_state(model: nn.Module, seed: int) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    device_type = next(iter(unwrap(model).parameters())).device.type
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device_type, enabled=False),
-            torch.autocast("cpu", enabled=False),
-        ):
+        with isolated_autograd(model):
             for generator in generators:
                 generator.manual_seed(seed)
             yield

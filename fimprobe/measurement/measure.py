@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fimprobe.distributed.processes import ProcessGroup, SingleProcess
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
-from fimprobe.likelihoods.base import Likelihood
+from fimprobe.likelihoods import LikelihoodOption
 from fimprobe.measurement.process_share import ProcessShare
 from fimprobe.measurement.tensor_checks import check_plan_and_ranks, check_step_and_diagonals
 from fimprobe.report.build import build_report
@@ -23,11 +23,11 @@ def measure(
     model: nn.Module,
     inputs: Any,
     *,
-    likelihood: str | Likelihood,
+    likelihood: LikelihoodOption,
     draws: int | Literal["auto", "exact"] = 2,
     label_sampling: Literal["size_biased", "model"] = "size_biased",
     estimators: Sequence[str] = ("i1", "i2"),
-    second_order: Mapping[str, int] | Literal["exact", "off"] = MappingProxyType({"probes": 2}),
+    second_order: Mapping[str, int] | Literal["spot_checks", "exact", "off"] = MappingProxyType({"probes": 2}),
     bounds: bool = True,
     engine: Literal["auto", "autograd", "backpack"] = "auto",
     labels: Tensor | None = None,
@@ -48,7 +48,9 @@ def measure(
             all samples are measured.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"`` or an object,
             see :mod:`fimprobe.likelihoods`. The outputs of the model are its parameters (logits,
-            log-rates, means).
+            log-rates, means). For several heads a list with the family of each output, or a mapping
+            from names or positions of outputs to families; labels and mask are then joined,
+            ``torch.cat`` of each head's ``labels.reshape(B, -1)``.
         draws: Labels drawn for each input, ``"exact"`` for the expectation over all labels, or
             ``"auto"``: exact if that takes at most ``MAX_AUTO_PASSES`` backward passes, else 2.
         label_sampling: Distribution that labels are drawn from. ``"size_biased"``: in proportion to
@@ -58,7 +60,9 @@ def measure(
         estimators: Any of ``"i1"`` (always measured) Î₁ the mean of g gᵀ, ``"i2"`` Î₂ minus the mean
             Hessian, ``"ih"`` Î_H Hutchinson's, ``"empirical"`` (needs ``labels``).
         second_order: How the second derivatives of Î₂ are computed. ``{"probes": K}`` uses K ≥ 2
-            random probes and works for every model; ``"exact"`` uses BackPACK and is limited to the
+            random probes and works for every model; ``"spot_checks"`` measures the label variance by
+            differences of forward passes at a few entries of each layer, which has far less noise on
+            transformers (diagonals by entry need probes); ``"exact"`` uses BackPACK and is limited to the
             modules that it supports; ``"off"`` skips Î₂.
         bounds: Whether to measure the bounds (17), (18) and their relatives, ‖Cov‖ (exact labels),
             (19) to (21), and activations.
@@ -73,7 +77,8 @@ def measure(
         seed: The same seed draws the same labels at any chunking and on any device.
         step: Number that the report carries.
         plan: How the parameters of this model are reached, filled by an earlier measurement. It is
-            verified once and then reused.
+            verified once and then reused. By default the plan of the last measurement of this model,
+            if neither the model nor the kind of inputs has changed.
         ranks: The processes that call this together, each with its share of the batch (see
             ``join_processes`` of ``fimprobe.distributed.processes``). All of them return the report
             of the whole batch.
@@ -116,10 +121,10 @@ def measure(
         output=output,
         diagonals=diagonals,
         processes=processes,
-        plan=plan or Plan(),
     )
     share.compare(processes.run_everywhere(share.check))
-    measured, layer_bounds = processes.measure_together(share.measure)
+    with share.with_plan(plan):
+        measured, layer_bounds = processes.measure_together(share.measure)
     if not measured.moments["i1"].parameters:
         raise FimprobeError(
             "`model` must have trainable parameters that its outputs depend on, got outputs that "

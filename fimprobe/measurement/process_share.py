@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.jacobian_bounds.layer_bounds import bound_layer_jacobians
-from fimprobe.likelihoods import get_likelihood
+from fimprobe.likelihoods import Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.measurement.arguments import (
@@ -32,7 +33,9 @@ from fimprobe.measurement.arguments import (
     make_request,
 )
 from fimprobe.measurement.failures import explain_failure, name_errors_of_output
-from fimprobe.measurement.isolation import isolated_state
+from fimprobe.measurement.gradient_groups import sum_by_groups
+from fimprobe.measurement.isolation import isolated_autograd
+from fimprobe.measurement.kept_plans import kept_plan
 from fimprobe.measurement.process_summary import (
     ProcessSummary,
     check_models_agree,
@@ -41,9 +44,10 @@ from fimprobe.measurement.process_summary import (
 )
 from fimprobe.measurement.tensor_checks import check_dense, check_inputs, check_readable
 from fimprobe.model.batch import Batch
-from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
-from fimprobe.model.outputs import select_outputs
+from fimprobe.model.input_roles import make_twin_for_batch
+from fimprobe.model.outputs import JoinedOutputs, select_outputs
+from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
 from fimprobe.statistics import Measured
 
@@ -62,7 +66,7 @@ class ProcessShare:
         output: From what the model returns to the outputs [B, ...].
         diagonals: Whether diagonals are kept.
         processes: The group that measures together.
-        plan: How parameters are reached; filled and verified here, reused later.
+        plan: How parameters are reached; verified by the first measurement with it.
     """
 
     model: nn.Module
@@ -73,7 +77,7 @@ class ProcessShare:
     output: Callable[[Any], Tensor] | None
     diagonals: bool
     processes: ProcessGroup
-    plan: Plan
+    plan: Plan = field(init=False)
     likelihood: Likelihood = field(init=False)
     request: Request = field(init=False)
     _config: Config = field(init=False)
@@ -152,6 +156,19 @@ class ProcessShare:
             self._chooses_draws = False
         self._buffers = summaries[0].buffers
 
+    @contextmanager
+    def with_plan(self, plan: Plan | None) -> Iterator[None]:
+        """Use a plan inside the context: by default the one that is kept for the model.
+
+        Processes that measure together keep none: all verify a plan, or none does.
+        """
+        if plan is not None or self.processes.size > 1:
+            self.plan = plan or Plan()
+            yield
+            return
+        with kept_plan(self.model, self._batch, self.output, self._config.memory_mb) as self.plan:
+            yield
+
     def measure(self) -> MeasuredShare:
         """Return the statistics of this process's samples, and the bounds of each layer.
 
@@ -159,16 +176,19 @@ class ProcessShare:
             FimprobeError: If the model or the labels do not allow the measurement.
             BatchError: If outputs are not finite.
         """
-        with isolated_state(self.model, self._config.seed):
-            problem = self._make_problem()
+        with isolated_autograd(self.model), ExitStack() as stack:
+            problem = self._make_problem(stack)
             check_labels(problem)
             measured = self._measure_moments(problem)
             if self.request.backpack:
                 _replace_i1_by_backpack(problem, measured)
-            if self.plan.curvature_failure and self.request.i2:
+            if self.plan.curvature_failure and self.request.double_backward:
                 measured.notes.append(self.plan.curvature_failure)
             if self.plan.twin is not None:
                 measured.notes.extend(self.plan.twin.notes)
+            if self.request.labels is not None and self.processes.size == 1:
+                names = list(measured.moments["empirical"].parameters)
+                measured.gradients = sum_by_groups(problem, self.plan.chunk_size, names)
             bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
             return measured, bounds
 
@@ -193,18 +213,36 @@ class ProcessShare:
                 raise
             raise explained from error
 
-    def _make_problem(self) -> Problem:
-        """The question to the engine, about a twin of the model."""
+    def _make_problem(self, stack: ExitStack) -> Problem:
+        """The question to the engine, about a twin of the model.
+
+        Args:
+            stack: Keeps the random numbers of the model in streams of their own.
+        """
         select = self.output or select_outputs
+        named = name_errors_of_output(self.output) if self.output else select
+        if isinstance(self.likelihood, Joint):
+            output = None if self.output is None else named
+            select = named = JoinedOutputs(paths=tuple(self.likelihood.families), output=output)
         batch = self._batch.to(next(unwrap(self.model).parameters()).dtype)
         shards = None
         if is_sharded(self.model):
             group = self.processes
             shards = Shards(group.weights_group(), group.rank, group.size)
-            twin = make_sharded_twin(self.model, shards)
+            twin, batch = make_sharded_twin(self.model, shards), self.plan.input_roles.apply(batch)
         else:
-            named = name_errors_of_output(self.output) if self.output else select
-            twin, self.plan.twin = make_checked_twin(self.model, batch, named, self.plan.twin)
+            twin, self.plan.twin, batch = make_twin_for_batch(
+                self.model, batch, named, self.plan.twin, self.plan.input_roles
+            )
+        known = self.plan.twin
+        stack.enter_context(
+            private_streams(
+                self._config.seed,
+                # the code of a family of the user's is not known either
+                torch_draws=known is None or known.draws_random or not _is_builtin(self.likelihood),
+                host_draws=known is not None and known.draws_from_host,
+            )
+        )
         if self._buffers:
             for name, buffer in float_buffers(twin).items():
                 if name in self._buffers:
@@ -212,7 +250,7 @@ class ProcessShare:
         problem = Problem(
             twin=twin,
             batch=batch,
-            likelihood=self.likelihood,
+            likelihood=_bind_heads(self.likelihood, twin, batch, select, shards),
             draws=self._draws,
             select_outputs=select,
             mask=self.mask,
@@ -230,14 +268,39 @@ class ProcessShare:
         plan, several = self.plan, problem.batch.size > 1
         if not plan.verified_samples or (plan.verified_samples == 1 and several):
             verified = make_verified_plan(problem)
-            verified.twin = plan.twin
+            verified.twin, verified.input_roles = plan.twin, plan.input_roles
             for f in fields(plan):  # in place: the caller keeps the plan for later measurements
                 setattr(plan, f.name, getattr(verified, f.name))
         curvature_samples = plan.curvature_verified_samples
-        if self.request.i2 and (not curvature_samples or (curvature_samples == 1 and several)):
+        unverified = not curvature_samples or (curvature_samples == 1 and several)
+        if self.request.double_backward and unverified:
             check_curvature(problem, plan)
-        if self.request.i2 and plan.curvature_failure:
-            problem.request = replace(self.request, i2=False, exact=False)
+        if self.request.double_backward and plan.curvature_failure:
+            problem.request = replace(self.request, i2=False, exact=False, spot_checks=False)
+
+
+def _is_builtin(likelihood: Likelihood) -> bool:
+    return type(likelihood).__module__.startswith("fimprobe.")
+
+
+def _bind_heads(
+    likelihood: Likelihood, twin: nn.Module, batch: Batch, select: Any, shards: Shards | None
+) -> Likelihood:
+    """Return the likelihood; that of several heads with the shapes of their outputs.
+
+    Args:
+        likelihood: The family.
+        twin: The model, which runs on one sample if there are several heads.
+        batch: The inputs.
+        select: Selects the heads.
+        shards: Set if FSDP shards the model.
+    """
+    if not isinstance(likelihood, Joint):
+        return likelihood
+    first = batch[:1]
+    with torch.no_grad(), nullcontext() if shards is None else shards.saving():
+        heads = select.heads(twin(*first.args, **first.kwargs))
+    return likelihood.bind([head.shape[1:] for head in heads.values()])
 
 
 def _replace_i1_by_backpack(problem: Problem, measured: Measured) -> None:

@@ -41,6 +41,12 @@ def check_readable(model: nn.Module) -> None:
                 f"`model` must have parameters with values, got {name!r} on the meta device. Load "
                 "the weights first: model.to_empty(device=...) and load_state_dict."
             )
+        if parameter.is_complex() and parameter.requires_grad:
+            raise FimprobeError(
+                f"`model` must have real trainable parameters, got {name!r}, which is complex. Keep "
+                "it as a real parameter [..., 2] and pass torch.view_as_complex of it on in the "
+                "forward, or freeze it."
+            )
 
 
 def check_inputs(inputs: Any) -> None:

@@ -17,6 +17,8 @@ from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 from fimprobe.model.mode_checks import ModeComparison, find_mode_paths, is_repeatable
 from fimprobe.model.model_copies import FORWARD_HOOKS, ModelCopier
+from fimprobe.model.outputs import MissingOutputError
+from fimprobe.model.randomness import HostStreams, undo_own_draws
 from fimprobe.model.runs import (
     Run,
     Selector,
@@ -110,6 +112,7 @@ class TwinChecks:
         self._whole_batch = batch if is_larger else None
         self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._draws_random = False
 
     def find_settings(self) -> TwinSettings:
         """Return settings with which the twin is the model.
@@ -121,7 +124,7 @@ class TwinChecks:
         for _ in range(_MOST_ATTEMPTS):
             changed = self._examine(settings)
             if changed is None:
-                return settings
+                return replace(settings, draws_random=self._draws_random)
             settings = changed
         raise FimprobeError(
             "no copy of the model computes what the model does; please report it with the model"
@@ -133,12 +136,15 @@ class TwinChecks:
         guard = self._make_guard(copier)
         of_user = UserState(copier.originals)
         of_twin = UserState([copier.memo[id(x)] for x in copier.originals])
+        streams = HostStreams.read()
         try:
-            run = self._run_twin(twin, copier, guard)
+            run = self._run_twin(twin, copier, guard, host=settings.draws_from_host)
         except WritesSharedError:
             return replace(settings, shares_frozen=False)
         except ReachesUserError as error:
             raise FimprobeError(_explain_reach(error, copier)) from None
+        except MissingOutputError as error:
+            return self._after_failure(settings, error)
         except (FimprobeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -149,9 +155,12 @@ class TwinChecks:
         if not bool(torch.isfinite(run.outputs).all()):
             raise _NotFiniteError
         self._check_derived(copier, run)
+        self._draws_random |= run.drew_from_torch
+        if not settings.draws_from_host and undo_own_draws(streams, lambda: self._run_again(twin)):
+            return replace(settings, draws_from_host=True)
         if "inputs" in guard.written and not settings.copies_inputs:
             return replace(settings, copies_inputs=True)
-        if (guard.written or of_twin.changes()) and self._drifts(twin, run):
+        if (guard.written or of_twin.changes()) and self._drifts(settings, twin, run):
             return _with_resets(settings)
         reusable = copier if not guard.written and not settings.resets_state else None
         difference = self._compare_with_user(settings, run, reusable)
@@ -166,20 +175,34 @@ class TwinChecks:
         user, own = addresses(self._tensors), addresses(copies)
         return StorageGuard(user, shared=set(user) & set(own), own=own)
 
-    def _run_twin(self, twin: nn.Module, copier: ModelCopier, guard: StorageGuard) -> Run:
-        """Run the twin; gradients of tensors that earlier forwards computed are asked for as well."""
+    def _run_twin(
+        self, twin: nn.Module, copier: ModelCopier, guard: StorageGuard, *, host: bool
+    ) -> Run:
+        """Run the twin; gradients of tensors that earlier forwards computed are asked for as well.
+
+        Args:
+            twin: The twin.
+            copier: Made it.
+            guard: Watches the run.
+            host: Whether it draws from the streams of Python or numpy.
+        """
         tensors = {name: copier.memo[id(p)] for name, p in self._trained.items()}
         derived = [x.constant for x in copier.derived if x.constant.is_floating_point()]
         tensors |= {_derived_name(x): x.requires_grad_() for x in derived}
         try:
-            return run_model(twin, self.batch, self.select_outputs, tensors, guard)
+            return run_model(twin, self.batch, self.select_outputs, tensors, guard, host=host)
         finally:
             for constant in derived:
                 constant.requires_grad_(False)
 
-    def _drifts(self, twin: nn.Module, run: Run) -> bool:
+    def _drifts(self, settings: TwinSettings, twin: nn.Module, run: Run) -> bool:
         """Return whether a second pass gives other outputs."""
-        return not almost_equal(run_forward(twin, self.batch, self.select_outputs), run.outputs)
+        again = self._run_again(twin, host=settings.draws_from_host)
+        return not almost_equal(again, run.outputs)
+
+    def _run_again(self, twin: nn.Module, *, host: bool = False) -> Tensor:
+        """Return the outputs of a second pass."""
+        return run_forward(twin, self.batch, self.select_outputs, host=host)
 
     # what a run shows
 
@@ -263,11 +286,13 @@ class TwinChecks:
         twin, copier = copy_twin(self.model, trial)
         watch, dropout = self._make_guard(copier), WithoutDropout()
         tensors = {name: copier.memo[id(p)] for name, p in self._trained.items()}
+        streams = HostStreams.read()
         try:
             with dropout:
                 trained = run_model(
                     twin, self.batch, self.select_outputs, tensors, watch, backward=False
                 )
+            undo_own_draws(streams, lambda: self._run_again(twin))
             repeatable = is_repeatable(
                 twin, self.batch, self.select_outputs, run=trained, guard=watch, dropout=dropout
             )
@@ -303,18 +328,43 @@ class TwinChecks:
         in_training = self._compare_modes(settings, None, None)
         if in_training is not None:
             return in_training
+        if isinstance(error, FimprobeError):
+            raise error
         described = f"{type(error).__name__}: {error}"
         try:
             self._run_user(settings)
         except Exception:
-            raise FimprobeError(
-                f"the model raises {described} (in eval mode, on the inputs of the measurement). "
-                "Pass inputs with the width, type and device that the model takes."
-            ) from error
+            raise FimprobeError(self._explain_failing_model(settings, described)) from error
         raise FimprobeError(
             f"the model runs, but a copy of it raises {described}. Its forward relies on objects "
             "that a copy does not have, such as a table of its modules' identities."
         ) from error
+
+    def _explain_failing_model(self, settings: TwinSettings, described: str) -> str:
+        """Return why the user's own modules fail: the inputs, or that some samples were selected.
+
+        Args:
+            settings: Those of the last attempt.
+            described: The error.
+        """
+        size, origin = self.batch.size, self.batch.origin
+        if origin is not None:
+            self.batch = origin
+            try:
+                self._run_user(settings)
+            except Exception:  # the inputs do not fit
+                pass
+            else:
+                return (
+                    f"the model runs on its whole batch, but raises {described} on {size} of "
+                    f"{origin.size} samples. A sample is an entry of the first dimension of every "
+                    "tensor with the batch. Pass padded tensors with a row for each sample, and join "
+                    "nodes of graphs or tokens of sequences in the forward."
+                )
+        return (
+            f"the model raises {described} (in eval mode, on the inputs of the measurement). "
+            "Pass inputs with the width, type and device that the model takes."
+        )
 
 
 def _derived_name(constant: Tensor) -> str:

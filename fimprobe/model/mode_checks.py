@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from fimprobe.errors import FimprobeError
@@ -54,7 +53,7 @@ class ModeComparison:
             FimprobeError: If it does not, and training mode cannot be measured.
         """
         if self.evaluated is None:
-            return "its forward fails in eval mode" if self.is_repeatable else ""
+            return "in eval mode its forward fails or lacks outputs" if self.is_repeatable else ""
         evaluated, trained = self.evaluated.outputs, self.trained.outputs
         if self.lost:
             reason = f"in eval mode its outputs do not depend on {list_names(self.lost)}"
@@ -117,6 +116,6 @@ def is_repeatable(
     if batch.size < 2:
         return False
     args, kwargs = clone_inputs(batch[:1])
-    with torch.no_grad(), same_randomness():
-        alone = select_outputs(twin(*args, **kwargs))
+    with same_randomness():
+        alone = select_outputs(twin(*args, **kwargs)).detach()
     return almost_equal(alone, run.outputs[:1])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.randomness import HostStreams, PrivateRandomness
 from fimprobe.model.storage_guard import StorageGuard, addresses
 
 Selector = Callable[[Any], Tensor]
@@ -34,20 +35,23 @@ class Run:
         outputs: The selected outputs [B, ...], detached.
         gradients: Of a random projection of the outputs, by name; None where none arrives.
         reached: Names of the tensors that the outputs depend on.
-        drew_random: Whether random numbers were drawn from a global stream.
+        drew_random: Whether random numbers were drawn.
+        drew_from_torch: Whether they were drawn by torch.
     """
 
     outputs: Tensor
     gradients: dict[str, Tensor | None]
     reached: set[str]
     drew_random: bool
+    drew_from_torch: bool
 
 
 @dataclass
 class Randomness:
-    """Whether the random streams moved inside of :func:`same_randomness`."""
+    """Whether random numbers were drawn inside of :func:`same_randomness`; ``by_torch`` by it."""
 
     moved: bool = field(default=False)
+    by_torch: bool = field(default=False)
 
 
 def run_model(
@@ -58,6 +62,7 @@ def run_model(
     guard: StorageGuard,
     *,
     backward: bool = True,
+    host: bool = False,
 ) -> Run:
     """Run a model forward and backward on copies of the inputs.
 
@@ -68,6 +73,7 @@ def run_model(
         tensors: What the gradients belong to, by name.
         guard: Watches all operations.
         backward: Whether to compute gradients.
+        host: As in :func:`same_randomness`.
 
     Raises:
         FimprobeError: If ``select_outputs`` returns no tensor.
@@ -75,24 +81,46 @@ def run_model(
     args, kwargs = clone_inputs(batch)
     guard.watch_inputs(addresses({"inputs": [args, kwargs]}))
     gradients: Sequence[Tensor | None] = [None] * len(tensors)
-    with same_randomness() as randomness:
+    with same_randomness(host=host) as randomness:
         with guard:
             outputs = select_outputs(model(*args, **kwargs))
         if not isinstance(outputs, Tensor):
             raise FimprobeError(
                 f"`output` must return the tensor of outputs [B, ...], got {type(outputs).__name__}"
             )
+        if outputs.is_complex():
+            raise FimprobeError(
+                f"the outputs must be real, got {describe_tensor(outputs)}. Pass `output`, a "
+                "function from what the model returns to real outputs, such as absolute values."
+            )
         leaves = find_leaves(outputs.grad_fn)
         if outputs.requires_grad and tensors and backward:
             projection = (outputs * _random_like(outputs)).sum()  # a scalar: less to import for torch
             with guard:
+                unset = {n: x for n, x in tensors.items() if x.is_leaf and x.grad is None}
                 gradients = torch.autograd.grad(projection, list(tensors.values()), allow_unused=True)
+            _check_grad_unset(unset)
     return Run(
         outputs=outputs.detach(),
         gradients=dict(zip(tensors, gradients, strict=True)),
         reached={name for name, tensor in tensors.items() if id(tensor) in leaves},
         drew_random=randomness.moved,
+        drew_from_torch=randomness.by_torch,
     )
+
+
+def _check_grad_unset(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a backward filled ``grad``, which ``torch.autograd.grad`` does not.
+
+    The graph does not show that the outputs depend on these parameters.
+    """
+    filled = [name for name, x in tensors.items() if x.grad is not None]
+    if filled:
+        raise FimprobeError(
+            f"the model must leave gradients to autograd, but its backward adds those of "
+            f"{list_names(filled)} to `grad` itself, as reentrant checkpoints of other packages do. "
+            "Use torch.utils.checkpoint in its place."
+        )
 
 
 def find_leaves(node: Any) -> set[int]:
@@ -108,19 +136,22 @@ def find_leaves(node: Any) -> set[int]:
     return leaves
 
 
-def run_forward(model: nn.Module, batch: Batch, select_outputs: Selector) -> Tensor:
+def run_forward(
+    model: nn.Module, batch: Batch, select_outputs: Selector, *, host: bool = False
+) -> Tensor:
     """Return the outputs of a forward with the random numbers of :func:`run_model`.
 
     Args:
         model: A twin, or the user's modules.
         batch: The samples.
         select_outputs: From what the model returns to the outputs.
+        host: As in :func:`same_randomness`.
 
     Returns:
         The outputs [B, ...], detached.
     """
     args, kwargs = clone_inputs(batch)
-    with torch.no_grad(), same_randomness():
+    with same_randomness(host=host):
         return select_outputs(model(*args, **kwargs)).detach()
 
 
@@ -213,33 +244,27 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 @contextmanager
-def same_randomness() -> Iterator[Randomness]:
-    """Give each run the same random numbers, restore all streams, and tell whether one moved."""
-    numpy = sys.modules.get("numpy")
-    randomness = Randomness()
-    python_state = random.getstate()
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(_SEED)
+def same_randomness(*, host: bool = False) -> Iterator[Randomness]:
+    """Give each run the same random numbers without moving a global stream, and see whether it drew.
+
+    Args:
+        host: Whether the runs draw from the streams of Python or numpy, which are seeded and
+            restored then.
+    """
+    randomness, private, before = Randomness(), PrivateRandomness(_SEED), HostStreams.read()
+    if host:
         random.seed(_SEED)
-        if numpy is not None:
-            numpy.random.seed(_SEED)
-        before = _stream_states(numpy)
-        try:
+        if before.numpy is not None:
+            sys.modules["numpy"].random.seed(_SEED)
+    start = HostStreams.read()
+    try:
+        with private:
             yield randomness
-        finally:
-            after = _stream_states(numpy)
-            randomness.moved = before[1:] != after[1:] or not torch.equal(before[0], after[0])
-            random.setstate(python_state)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
-
-
-def _stream_states(numpy: Any) -> tuple[Tensor, Any, Any]:
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    key = None if numpy_state is None else (numpy_state[1].tobytes(), *numpy_state[2:])
-    return torch.get_rng_state(), random.getstate(), key
+    finally:
+        randomness.by_torch = private.drew
+        randomness.moved = private.drew or HostStreams.read().key != start.key
+        if host:
+            before.restore()
 
 
 def _random_like(outputs: Tensor) -> Tensor:

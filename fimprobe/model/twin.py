@@ -62,6 +62,8 @@ class TwinSettings:
         shares_frozen: Whether large frozen parameters share the user's memory.
         adjusts_foreign_classes: Whether an option ``inplace`` is switched off, and Accelerate's
             autocast taken off, in classes that are not torch's.
+        draws_random: Whether the forward draws random numbers by torch.
+        draws_from_host: Whether it draws from the global streams of Python or numpy.
         fingerprint: Of the model that the settings were found with; None before.
         notes: Sentences for the report.
     """
@@ -71,6 +73,8 @@ class TwinSettings:
     resets_state: bool = False
     shares_frozen: bool = True
     adjusts_foreign_classes: bool = True
+    draws_random: bool = False
+    draws_from_host: bool = False
     fingerprint: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -137,6 +141,8 @@ def copy_twin(
     for module in shells:
         copier.fill(copier.memo[id(module)], module, "__composable_api")  # FSDP's own state
     twin = copier.copy(model)
+    for module in copier.modules:
+        keep_padded_positions(module)
     _set_modes(twin, copier.modules, settings.training_modules)
     for module in copier.modules:
         _adjust(module, foreign=settings.adjusts_foreign_classes)
@@ -200,6 +206,15 @@ def switch_cache_off(module: nn.Module) -> None:
         config.use_cache = False
 
 
+def keep_padded_positions(module: nn.Module) -> None:
+    """Let a transformer encoder in training mode compute padded positions in eval mode too.
+
+    In eval mode, torch's encoder skips them and returns zeros there if it is frozen.
+    """
+    if isinstance(module, nn.TransformerEncoder) and any(x.training for x in module.layers):
+        module.__dict__["use_nested_tensor"] = False
+
+
 def has_altered_call(module: nn.Module) -> bool:
     """Return whether a twin's module returns something else than the ``forward`` of its class."""
     return bool(module.__dict__.get("_fimprobe_altered_call", False))
@@ -230,11 +245,16 @@ def refuse_data_swap() -> None:
     Raises:
         FimprobeError: There, before any damage.
     """
-    if torch._C._functorch.maybe_current_level() is not None:
+    if is_transformed():
         raise FimprobeError(
             "the forward converts a module (`to`, `half`, ...) or replaces a tensor's data, which "
             "cannot be vectorized"
         )
+
+
+def is_transformed() -> bool:
+    """Return whether the code runs inside of a transformation of ``torch.func``, such as ``vmap``."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _differentiable_weight_norm(module: Any) -> None:

@@ -19,7 +19,12 @@ from fimprobe.model.model_copies import (
 )
 from fimprobe.model.runs import Run, Selector, run_model
 from fimprobe.model.storage_guard import StorageGuard, storage_address
-from fimprobe.model.twin import TwinSettings, switch_cache_off, take_autocast_off
+from fimprobe.model.twin import (
+    TwinSettings,
+    keep_padded_positions,
+    switch_cache_off,
+    take_autocast_off,
+)
 from fimprobe.model.user_state import UserState
 
 
@@ -52,14 +57,26 @@ def run_user_model(
     try:
         for path, module in model.named_modules():
             _lend_tensors(module, copier)
+            keep_padded_positions(module)  # reads the flags of layers, which come later
             module.__dict__["training"] = path in settings.training_modules
             switch_cache_off(module)
             if settings.adjusts_foreign_classes:
                 take_autocast_off(module)
         with _without_compilation():
-            run = run_model(model, batch, select_outputs, {**copies, **viewed}, guard)
+            run = run_model(
+                model,
+                batch,
+                select_outputs,
+                {**copies, **viewed},
+                guard,
+                host=settings.draws_from_host,
+            )
     finally:
-        state.restore()
+        try:
+            state.restore()
+        except BaseException:  # such as a lack of memory that has passed, or the user's interrupt
+            state.restore()
+            raise
     for name in viewed:
         _add_gradient(run.gradients, name.removeprefix(f"{_VIEWED} "), run.gradients.pop(name))
     return run

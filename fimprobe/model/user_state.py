@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable
@@ -56,8 +58,17 @@ def _contents(x: Any) -> Any:
         return x.get_state()
     if isinstance(x, random.Random):
         return x.getstate()
+    if _draws_by_numpy(x):
+        state = x.bit_generator.state if hasattr(x, "bit_generator") else x.get_state(legacy=False)
+        return pickle.dumps(state)  # arrays are compared as bytes
     attributes = getattr(x, "__dict__", None)
     return list(attributes.items()) if type(attributes) is dict else None
+
+
+def _draws_by_numpy(x: Any) -> bool:
+    """Return whether an object is a source of random numbers of numpy, which need not be loaded."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(x, (numpy.random.Generator, numpy.random.RandomState))
 
 
 def _equal(now: Any, before: Any) -> bool:
@@ -108,6 +119,12 @@ def _restore(x: Any, before: Any) -> None:
         x.set_state(before)
     elif isinstance(x, random.Random):
         x.setstate(before)
+    elif _draws_by_numpy(x):
+        state = pickle.loads(before)
+        if hasattr(x, "bit_generator"):
+            x.bit_generator.state = state
+        else:
+            x.set_state(state)
     elif isinstance(before, list):
         x.__dict__.clear()
         x.__dict__.update(before)

@@ -34,6 +34,7 @@ from fimprobe.plots.style import (
     name_rows,
 )
 from fimprobe.report.format import subsample
+from fimprobe.report.layer_names import label_layers
 from fimprobe.report.record import (
     Record,
     error_with_drawn_labels,
@@ -96,7 +97,8 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
     figure, axes = make_panels(len(layers), len(grids))
     draw_grids(figure, axes, list(grids.values()), [record["step"] for record in shown])
     name_panels(axes, [SYMBOLS[key] for key in grids])
-    name_rows(axes[0], layers)
+    labels = label_layers(shown[-1])
+    name_rows(axes[0], [labels.get(name, name) for name in layers])
     return figure
 
 
@@ -130,7 +132,7 @@ def draw_variances(record: Record) -> Figure | None:
         make_logarithmic(axis)
         axis.set_xlim(floor, 2 * highest)
     name_panels(axes, [SYMBOLS[key] for key in columns])
-    name_rows(axes[0], [name for name, _ in layers])
+    name_rows(axes[0], _labels(record, layers))
     return add_legend(figure, axes[0])
 
 
@@ -151,7 +153,7 @@ def draw_needs(record: Record) -> Figure | None:
     inputs = record["batch_size"]
     axis.axvline(inputs, color=INK, ls="--", lw=1.5, label=f"{inputs:,}: 1 label for each input here")
     make_logarithmic(axis)
-    name_rows(axis, [name for name, _ in layers])
+    name_rows(axis, _labels(record, layers))
     return add_legend(figure, axis)
 
 
@@ -172,7 +174,7 @@ def draw_bounds(record: Record) -> Figure | None:
         axis.plot(bounds, rows, "|", ms=9, mew=2, color=INK, label="bound")
         make_logarithmic(axis)
     name_panels(axes, [SYMBOLS[key] for key in ends])
-    name_rows(axes[0], [name for name, _ in layers])
+    name_rows(axes[0], _labels(record, layers))
     return add_legend(figure, axes[0])
 
 
@@ -310,6 +312,11 @@ def _column(layers: Sequence[tuple[str, Record]], key: str, field: str) -> np.nd
     if field == "pairs_for_10_percent":
         return _positive([pairs_needed(estimate) for estimate in estimates])
     return _positive([estimate.get(field) for estimate in estimates])
+
+
+def _labels(record: Record, layers: Sequence[tuple[str, Record]]) -> list[str]:
+    labels = label_layers(record)
+    return [labels[name] for name, _ in layers]
 
 
 def _label_sizes(axis: Axes, quantity: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,9 @@ from fimprobe.report.record import Record, describe_inputs
 if TYPE_CHECKING:
     from fimprobe.plots.style import Figure
 
-OVER_STEPS = ("errors", "traces")
-"""Figures that TensorBoard draws itself, as charts."""
+
+DURING_TRAINING = ("2_trace", "3_error_by_layer")
+"""Figures that a training draws meanwhile: the others state the last report, or are charts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +49,22 @@ class _Entry:
 
 
 def make_figures(
-    records: Sequence[Record], last: Record | None = None, *, without: Sequence[str] = ()
+    records: Sequence[Record],
+    last: Record | None = None,
+    *,
+    names: Collection[str] | None = None,
 ) -> Iterator[CaptionedFigure]:
     """Yield all figures for which there are values.
 
     Args:
         records: The records of the run, or the condensed ones of a ``PlotHistory``.
         last: The whole record of the last report; None for the last one of ``records``.
-        without: Names of the figures to leave out.
+        names: Names of the figures to draw; None for all.
     """
     last = last or records[-1]
     over_steps, of_report = _entries_over_steps(records, last), _entries_of_report(last)
     for name in _ORDER:
-        if name in without:
+        if names is not None and name not in names:
             continue
         entry = over_steps.get(name) or of_report[name]
         figure = entry.draw()
@@ -69,15 +73,15 @@ def make_figures(
 
 
 _ORDER = (
-    "errors",
-    "traces",
-    "1_relative_error",
-    "2_variance_and_bound",
-    "3_pairs_needed",
-    "4_bound_of_the_matrix",
-    "5_diagonal",
-    "6_error_by_confidence",
-    "7_convergence",
+    "1_error",
+    "2_trace",
+    "3_error_by_layer",
+    "4_variance_and_bound",
+    "5_pairs_needed",
+    "6_bound_of_the_matrix",
+    "7_diagonal",
+    "8_error_by_confidence",
+    "9_convergence",
 )
 """The figures as readers need them; TensorBoard sorts its tags by their numbers."""
 
@@ -87,7 +91,7 @@ def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _E
     sample = f"{describe_inputs(last)}, 1 label from the model each"
     entries = [
         _Entry(
-            name="errors",
+            name="1_error",
             title="Relative error over the training",
             caption="How far off the diagonal of the whole model's Fisher information is at "
             f"{sample}: the lower the better; from 100 % (dashed) on it is noise. Gaps: unknown. "
@@ -95,21 +99,21 @@ def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _E
             draw=lambda: draw_errors(records),
         ),
         _Entry(
-            name="traces",
+            name="2_trace",
             title="Trace of the Fisher information",
             caption="Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors. Hollow points: unknown "
             "errors.",
             draw=lambda: draw_traces(records),
         ),
         _Entry(
-            name="1_relative_error",
+            name="3_error_by_layer",
             title=f"Relative error of diag F: {sample}",
             caption=f"The relative error of each layer over the steps at {sample}; layers in the "
             "order of the model. Yellow: noise. Grey: unknown.",
             draw=lambda: draw_error_map(records),
         ),
         _Entry(
-            name="6_error_by_confidence",
+            name="8_error_by_confidence",
             title="Relative error as the model grows confident",
             caption=f"A point for each report: how far off the diagonal is at {sample}. As outputs "
             "grow confident tr I(h) goes to 0, and labels from the model rarely show what carries F. "
@@ -128,7 +132,7 @@ def _entries_of_report(last: Record) -> dict[str, _Entry]:
         cut = f" The {MAX_ROWS} layers that need the most pairs."
     entries = [
         _Entry(
-            name="2_variance_and_bound",
+            name="4_variance_and_bound",
             title="Variance of one (input, label) pair",
             caption=f"The sources of the variance {at}: the choice of the label and the choice of "
             "the input, summed over the layer's diagonal; | is the bound on the labels' part. "
@@ -136,27 +140,27 @@ def _entries_of_report(last: Record) -> dict[str, _Entry]:
             draw=lambda: draw_variances(last),
         ),
         _Entry(
-            name="3_pairs_needed",
+            name="5_pairs_needed",
             title="(input, label) pairs for 10 % error",
             caption=f"Pairs for a relative error of 10 % {at} with labels from the model. No mark: "
             f"unknown. Logarithmic.{cut}",
             draw=lambda: draw_needs(last),
         ),
         _Entry(
-            name="4_bound_of_the_matrix",
+            name="6_bound_of_the_matrix",
             title="Labels' covariance of the whole matrix, and its bound",
             caption=f"How loose the bounds are {at}: {_describe_bound(last)}. Logarithmic.{cut}",
             draw=lambda: draw_bounds(last),
         ),
         _Entry(
-            name="5_diagonal",
+            name="7_diagonal",
             title="Sizes of the entries of diag F",
             caption=f"The number of entries of each size {at}. Small ones are the hard ones. "
             "Logarithmic.",
             draw=lambda: draw_diagonal(last),
         ),
         _Entry(
-            name="7_convergence",
+            name="9_convergence",
             title="Error of the trace against the number of inputs",
             caption=f"How far off the trace is {at} with fewer or more inputs, measured like this: "
             "for groups of the inputs from their standard deviation, and for all of them. Errors "

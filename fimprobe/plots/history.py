@@ -8,13 +8,13 @@ from fimprobe.report.record import Record
 MAX_COLUMNS = 120
 """Reports in the heat map; longer runs are subsampled evenly."""
 
-_KEPT = ("step", "draws", "batch_size", "total", "outputs", "label_sampling")
+_KEPT = ("step", "draws", "batch_size", "total", "outputs", "label_sampling", "coverage")
 _KEPT_OF_LAYERS = ("rel_error", "one_label_error", "pairs_for_10_percent")
 
 
 def compact(record: Record) -> Record:
     """Return the part of a record that figures over steps need: a run may have thousands."""
-    return {name: record.get(name) for name in _KEPT} | {
+    return {name: record.get(name) for name in _KEPT if name in record} | {
         "layers": {
             name: {
                 key: {value: group[key][value] for value in _KEPT_OF_LAYERS}

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fimprobe.report.format import one_line, percent
+from fimprobe.report.layer_names import cut
 
 INK = "#010203"
 """A colour that nothing else has, so that a page can replace it with the colour of its text."""
@@ -33,6 +34,9 @@ GREY = "#9AA0A6"
 DPI = 140
 WIDTH_INCHES = 5.2
 """TensorBoard shows images 350 pixels wide: the text of a wider figure would be too small."""
+
+MAX_NAME = 22
+"""Characters of a row's name."""
 
 TEXT_POINTS, TITLE_POINTS, NAME_POINTS = 9, 10.5, 14
 LINE_INCHES = 0.17
@@ -79,31 +83,10 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
     available = int((axis.figure.get_figure(root=True).get_figheight() - 1.3) / LINE_INCHES)
     stride = -(-len(names) // max(available, 1))
     rows = range(0, len(names), stride)
-    shown = shorten(names)
     # a dollar sign would begin a formula
-    labels = [one_line(shown[i]).replace("$", r"\$") for i in rows]
+    labels = [cut(one_line(names[i]), MAX_NAME).replace("$", r"\$") for i in rows]
     axis.set_yticks(list(rows), labels, fontsize=TEXT_POINTS)
     axis.set_ylim(len(names) - 0.5, -0.5)
-
-
-def shorten(names: Sequence[str], most: int = 20) -> list[str]:
-    """Return names without their common modules, cut to their ends, which distinguish them.
-
-    Args:
-        names: Names of modules.
-        most: Maximum number of characters.
-
-    >>> shorten(["model.layers.0.mlp", "model.layers.10.mlp"])
-    ['0.mlp', '10.mlp']
-    """
-    paths = [name.split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(
-        len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths
-    ):
-        shared += 1
-    short = [".".join(path[shared:]) for path in paths]
-    return [name if len(name) <= most else f"…{name[1 - most :]}" for name in short]
 
 
 def label_axis(axis: Axes, quantity: str, *, upright: bool = False) -> None:

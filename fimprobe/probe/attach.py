@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fimprobe.config.config import Config, load_config
-from fimprobe.errors import BatchError, FimprobeError
-from fimprobe.likelihoods.base import Likelihood
-from fimprobe.probe.optimizers import (
-    Arguments,
-    ClosureOrder,
-    OptimizerFilter,
-    find_closure,
-    holds_parameters,
-    parameter_versions,
-    replace_closure,
-)
-from fimprobe.probe.probe import Probe
+from fimprobe.errors import FimprobeError
+from fimprobe.likelihoods import LikelihoodOption
+from fimprobe.probe.optimizers import holds_parameters
+from fimprobe.probe.probe import Probe, find_probe
+from fimprobe.probe.step_hook import trigger_by_optimizers
 from fimprobe.sinks.base import Sink
 
 
@@ -32,7 +24,7 @@ def attach(
     config: str | Path | Mapping[str, Any] | Config | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    likelihood: str | Likelihood = "auto",
+    likelihood: LikelihoodOption = "auto",
     log_dir: str | Path | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     labels: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
@@ -67,11 +59,12 @@ def attach(
         options: Fields of :class:`fimprobe.Config`, such as ``schedule``, ``draws`` or ``batch``.
 
     Returns:
-        The probe, which measures until its ``detach`` is called.
+        The probe, which measures until its ``detach`` is called, another one is attached to the
+        model, or the model is freed.
 
     Raises:
-        FimprobeError: For a configuration with mistakes, a model that already has a probe, or one
-            without trainable parameters.
+        FimprobeError: For a configuration with mistakes, and for a model without trainable
+            parameters.
 
     >>> net = nn.Linear(2, 2)
     >>> probe = attach(net, likelihood="categorical", tensorboard=False)
@@ -95,88 +88,49 @@ def attach(
         output=output,
         sinks=sinks,
         first_step=first_step,
+        replace=True,
     )
-    _trigger_by_optimizers(probe, optimizer)
-    if probe.log_dir is not None:
-        print(f"fimprobe: tensorboard --logdir {probe.log_dir}")
+    trigger_by_optimizers(probe, optimizer)
+    if optimizer is None:
+        probe.notice_unseen_steps()
+    log_dir = probe.log_dir
+    if log_dir is not None:
+        probe.errors.run_safely(lambda: _announce(log_dir), "log_dir could not be printed")
     return probe
 
 
-def _trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> None:
-    """Call ``probe.step`` before each step of the model's optimizers, or of ``only`` that one."""
-    of_model, order = OptimizerFilter(probe.model), ClosureOrder()
+def detach(model: nn.Module) -> Probe | None:
+    """Detach the probe of a model, for a training that kept no handle or ended by an exception.
 
-    def before_step(
-        optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Arguments | None:
-        """Measure before the step of an optimizer of the model, or in its closure.
-
-        Args:
-            optimizer: Any optimizer of the process.
-            args: Positional arguments of its ``step``, the optimizer first.
-            kwargs: Keyword arguments of its ``step``.
-
-        Returns:
-            Arguments with an observed closure; None to leave them as they are.
-        """
-        if probe.detached or (only is not None and optimizer is not only):
-            return None
-        if only is None and not of_model.matches(optimizer, refresh=probe.due):
-            return None
-        # GradScaler sets it on a fused optimizer, which skips the step itself
-        step = partial(probe.step, found_inf=getattr(optimizer, "found_inf", None))
-        closure = find_closure(args, kwargs)
-        if closure is not None:
-            closure = _observe_closure(probe, optimizer, step, closure, order)
-            return replace_closure(args, kwargs, closure)
-        step()
-        return None
-
-    probe.on_detach(register_optimizer_step_pre_hook(before_step).remove)
-
-
-def _observe_closure(
-    probe: Probe,
-    optimizer: torch.optim.Optimizer,
-    step: Callable[[], Any],
-    closure: Callable[[], Any],
-    order: ClosureOrder,
-) -> Callable[[], Any]:
-    """Return a closure that calls ``step`` once, at the parameters before the optimizer's step.
+    A model that is dropped needs no call: its probe ends with it.
 
     Args:
-        probe: The probe.
-        optimizer: The optimizer that calls the closure.
-        step: Measures the captured batch if it is due.
-        closure: The closure that the loop passed.
-        order: Which optimizers move the parameters before they call their closure.
+        model: The model, wrapped or not.
+
+    Returns:
+        The probe, whose history stays readable; None if the model has none.
+
+    Raises:
+        FimprobeError: If ``model`` is not a module.
+
+    >>> net = nn.Linear(2, 2)
+    >>> probe = attach(net, likelihood="categorical", tensorboard=False)
+    >>> detach(net) is probe, detach(net)
+    (True, None)
     """
-    versions = parameter_versions(probe.model) if probe.due else []
-    pending = True
-    if probe.backward_done and not order.closure_comes_first(optimizer):
-        # sharpness-aware optimizers: the gradients exist, and the parameters move before the closure
-        step()
-        pending = False
+    if not isinstance(model, nn.Module):
+        raise FimprobeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}. Pass the model that has "
+            "the probe."
+        )
+    probe = find_probe(model)
+    if probe is not None:
+        probe.detach()
+    return probe
 
-    def observed_closure() -> Any:
-        nonlocal pending, versions
-        moved = bool(versions) and versions != parameter_versions(probe.model)
-        if versions and not moved:
-            order.record_closure_first(optimizer)
-        versions = []
-        loss = closure()
-        if not pending:
-            probe.discard_batch()  # later evaluations are at other parameters
-            return loss
-        pending = False
-        if moved:
-            probe.discard_batch(
-                BatchError(
-                    "the optimizer changed the parameters before it called its closure. Call "
-                    "backward before optimizer.step(closure), or probe.step(inputs) yourself."
-                )
-            )
-        step()
-        return loss
 
-    return observed_closure
+def _announce(folder: Path) -> None:
+    """Print how to open the charts, in characters that standard output has."""
+    line = f"fimprobe: tensorboard --logdir {folder}"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))

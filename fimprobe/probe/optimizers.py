@@ -30,17 +30,17 @@ class OptimizerFilter:
     1, 2, 4, 8, ... steps too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self._answers: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Answer] = (
             weakref.WeakKeyDictionary()
         )
 
-    def matches(self, optimizer: torch.optim.Optimizer, *, refresh: bool) -> bool:
+    def matches(self, optimizer: torch.optim.Optimizer, model: nn.Module, *, refresh: bool) -> bool:
         """Return whether the optimizer holds any parameter of the model.
 
         Args:
             optimizer: Any optimizer.
+            model: The model, always the same one.
             refresh: Whether to search again in any case.
         """
         num_groups = len(optimizer.param_groups)
@@ -54,7 +54,7 @@ class OptimizerFilter:
             is_power_of_two = answer.num_reuses & (answer.num_reuses - 1) == 0
             if not is_power_of_two:
                 return False
-        holds = holds_parameters(optimizer, self.model)
+        holds = holds_parameters(optimizer, model)
         num_reuses = 0 if answer is None else answer.num_reuses
         self._answers[optimizer] = _Answer(holds=holds, num_groups=num_groups, num_reuses=num_reuses)
         return holds

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,10 @@ from torch import Tensor, nn
 
 from fimprobe.config.config import Config
 from fimprobe.distributed.processes import ProcessGroup, SingleProcess, join_processes
-from fimprobe.errors import BatchError, ErrorHandler, FimprobeError, describe_error
+from fimprobe.errors import BatchError, ErrorHandler, FimprobeError, describe_error, guarded
 from fimprobe.likelihoods.base import Likelihood
-from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import unwrap
+from fimprobe.model.weak_model import WeakModel
 from fimprobe.probe.arguments import check_probe_arguments
 from fimprobe.probe.run_files import open_run_files
 from fimprobe.probe.step_counter import StepCounter
@@ -28,11 +31,19 @@ from fimprobe.training.batch_reader import BatchReader, Mask
 from fimprobe.training.capture import BatchCapture, Watched
 from fimprobe.training.captured_batch import CapturedBatch
 from fimprobe.training.schedule import Budget, SharedBudget
+from fimprobe.training.unseen_steps import (
+    LATE_NOTE,
+    NEVER_STEPPED,
+    UNSEEN_STEPS,
+    UNSEEN_WARNING,
+    UnseenSteps,
+)
 
 STEPS_WITHOUT_BATCH = 3
 """Optimizer steps without any captured batch after which the probe warns."""
 
-_probed_models: set[int] = set()
+_probes: dict[int, Probe] = {}
+"""The probe of each model, by the model's identity, until it detaches or the model is freed."""
 
 
 class Probe:
@@ -51,10 +62,13 @@ class Probe:
         sinks: Further objects with ``write(report)`` and ``close()``.
         first_step: Number of the step at which a training resumes; records of it and of later steps
             in the run's files are dropped.
+        replace: Whether to detach a probe that the model has already; otherwise it is an error.
 
     Raises:
         FimprobeError: For wrong arguments, and for a model that has a probe already.
     """
+
+    model = WeakModel()
 
     def __init__(
         self,
@@ -66,6 +80,7 @@ class Probe:
         output: Callable[[Any], Tensor] | None = None,
         sinks: list[Sink] | None = None,
         first_step: int = 0,
+        replace: bool = False,
     ) -> None:
         started = time.perf_counter()
         self.model = model
@@ -73,41 +88,53 @@ class Probe:
         functions = {"mask": mask, "labels": labels, "output": output}
         check_probe_arguments(model, self.config, functions)
         self._key = id(unwrap(model))
-        if self._key in _probed_models:
-            raise FimprobeError(
-                "`model` must have no other probe, but it already has a probe. Call detach() on the "
-                "first one before you attach another."
-            )
+        self.errors = ErrorHandler(raises=self.config.on_error == "raise")
+        _make_room(self._key, self.errors, replace=replace)
         self.coverage: dict[str, str] = {}
-        self.active = True
         self.detached = False
+        self._measuring = False
         self.schedule = self.config.schedule.build()
         if isinstance(self.schedule, Budget):
             self.schedule.staged = self.config.bounds or "i2" in self.config.estimators
-        self._errors = ErrorHandler(raises=self.config.on_error == "raise")
         self._counter = StepCounter(first_step)
         self._loop_numbers_steps = True  # until the first step shows whether it does
         self._num_batches = self._num_steps_without_batch = 0
+        self._unseen: UnseenSteps | None = None
         self._reader = BatchReader(
             model,
             mask=mask,
             labels=labels,
-            output=output or select_outputs,
-            warn=self._errors.warn_once,
+            output=output,
+            warn=self.errors.warn_once,
         )
-        self._sinks = SinkGroup(sinks, self._errors)
+        self._sinks = SinkGroup(sinks, self.errors)
         self._closers: list[Callable[[], None]] = []
         self.processes: ProcessGroup = SingleProcess()
         self._join_processes()
         self._measurement = StepMeasurement(
-            model=model,
             config=self.config,
             reader=self._reader,
             processes=self.processes,
-            errors=self._errors,
+            errors=self.errors,
         )
-        self.log_dir = None
-        if self.active and self.processes.rank == 0:  # others keep reports in `history` only
+        self.log_dir: Path | None = None
+        self._reader.set_likelihood(self.config.likelihood)
+        self._capture = BatchCapture(model, self._may_be_measured, self._watch, self.errors)
+        self._freed = weakref.finalize(model, self.detach)
+        self._freed.atexit = False
+        _probes[self._key] = self
+        try:
+            self._open_files(first_step)
+        except BaseException:
+            self.detach()
+            raise
+        self._last_end = time.perf_counter()
+        # charged to the schedule with the first measurement
+        self._attach_seconds = self._last_end - started
+
+    def _open_files(self, first_step: int) -> None:
+        """Open the files; processes other than the first keep reports in ``history`` only."""
+        if self.active and self.processes.rank == 0:
             self.log_dir = open_run_files(
                 self._sinks,
                 self.config,
@@ -115,12 +142,6 @@ class Probe:
                 describe_run=self._describe_run,
                 first_step=first_step,
             )
-        self._reader.set_likelihood(self.config.likelihood)
-        self._capture = BatchCapture(model, self._may_be_measured, self._watch)
-        _probed_models.add(self._key)
-        self._last_end = time.perf_counter()
-        # charged to the schedule with the first measurement
-        self._attach_seconds = self._last_end - started
 
     # -- what users read ---------------------------------------------------------------------
 
@@ -136,6 +157,11 @@ class Probe:
     @steps.setter
     def steps(self, number: int) -> None:
         self._counter.set(number)
+
+    @property
+    def active(self) -> bool:
+        """Whether it measures; False once it is detached, and after an error that ended probing."""
+        return not self.detached and not self.errors.ended
 
     @property
     def due(self) -> bool:
@@ -170,16 +196,28 @@ class Probe:
         """Detach."""
         self.detach()
 
+    @guarded(defers=False)
     def detach(self) -> None:
-        """Remove every hook and close the files. Calling it again does nothing."""
+        """Remove every hook and close the files. Calling it again does nothing.
+
+        A measurement that runs, in this thread or another one, is completed and written first.
+        """
         if self.detached:
             return
-        self.detached, self.active = True, False
-        _probed_models.discard(self._key)
-        for close in self._closers:
-            close()
-        self._capture.remove()
-        self._sinks.close()
+        self._explain_silence()
+        self.detached = True
+        model_exists = self._freed.detach() is not None
+        if _probes.get(self._key) is self:
+            del _probes[self._key]
+        closers = [] if self._measuring else [self._sinks.close]
+        closers += [*self._closers, *([self._capture.remove] if model_exists else [])]
+        with contextlib.ExitStack() as stack:  # each is called, whatever the others raise
+            for close in closers:
+                stack.callback(close)
+                stack.callback(close)  # does nothing, unless the first call failed
+        error = self.errors.take_deferred()
+        if error is not None:
+            self.errors.end(f"an error after the last step: {describe_error(error)}")
 
     def on_detach(self, close: Callable[[], None]) -> None:
         """Have ``detach`` call ``close``, for adapters that set hooks themselves."""
@@ -187,6 +225,7 @@ class Probe:
 
     # -- what adapters call ------------------------------------------------------------------
 
+    @guarded(defers=False)
     def step(
         self, inputs: Any = None, *, number: int | None = None, found_inf: Tensor | None = None
     ) -> Report | None:
@@ -202,6 +241,18 @@ class Probe:
         Returns:
             The report, or None if nothing was measured.
         """
+        self._unseen = None  # the loop has steps
+        return self._step(inputs, number, found_inf)
+
+    def notice_unseen_steps(self) -> None:
+        """Count changes of the parameters as steps where no step is ever seen, for ``attach``."""
+        if self.processes.size == 1:  # several processes must count alike
+            self._unseen = UnseenSteps()
+
+    def _step(
+        self, inputs: Any = None, number: int | None = None, found_inf: Tensor | None = None
+    ) -> Report | None:
+        """Count one step, as :meth:`step` does."""
         if self.detached:
             return None
         if number is not None:
@@ -212,7 +263,7 @@ class Probe:
                 return None  # its batch may be that of another optimizer, which makes its step
             found_inf = None
         seen, captured = self._capture.pop()
-        capture_error, self._capture.failed = self._capture.failed, None
+        capture_error = self.errors.take_deferred()
         missing = not seen and inputs is None and capture_error is None
         if found_inf is not None or self._counter.has_unread_skips:
             self._counter.record_skip(found_inf, same=missing and self.processes.size == 1)
@@ -235,6 +286,7 @@ class Probe:
         """Whether the captured batch has its parameter gradients already."""
         return self._capture.backward_done
 
+    @guarded()
     def discard_batch(self, error: BatchError | None = None) -> None:
         """Forget the captured batch, for adapters that know it is not to be measured.
 
@@ -242,7 +294,7 @@ class Probe:
             error: Reported by the next ``step``, in place of a measurement.
         """
         self._capture.discard()
-        self._capture.failed = error or self._capture.failed
+        self.errors.deferred = error or self.errors.deferred
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -254,25 +306,36 @@ class Probe:
             if self._likelihood_unknown:
                 self._measurement.infer_likelihood(captured, inputs)
             if self.active and (due or self._measurement.must_fail):
-                report = self._measurement.measure(step, captured, inputs, schedule=self.schedule)
-                if report is not None:
-                    self.coverage = report.coverage
-                    self._sinks.write(report)
-                return report
+                return self._measure(step, captured, inputs)
         except BatchError as error:
-            if self._errors.raises:
+            if self.errors.raises:
                 raise
             # messages that differ in numbers only are one
             key = re.sub(r"\d+", "", str(error))
-            self._errors.warn_once(f"step {step} was not probed: {error}", key)
+            self.errors.warn_once(f"step {step} was not probed: {error}", key)
         except Exception as error:
-            if self._errors.raises:
+            if self.errors.raises:
                 raise
-            self.active = False
-            self._errors.warn_once(
+            self.errors.end(
                 f"probing ended at step {step}, training continues: {describe_error(error)}"
             )
         return None
+
+    def _measure(self, step: int, captured: CapturedBatch | None, inputs: Any) -> Report | None:
+        """Measure, and write the report; close the files if the probe was detached meanwhile."""
+        self._measuring = True
+        try:
+            report = self._measurement.measure(
+                self.model, step, captured, inputs, schedule=self.schedule
+            )
+            if report is not None:
+                self.coverage = report.coverage
+                self._sinks.write(report)
+            return report
+        finally:
+            self._measuring = False
+            if self.detached:
+                self._sinks.close()
 
     def _observe_time(self, started: float, *, measured: bool) -> None:
         """Report the times of this step's loop and of its probe to the schedule."""
@@ -289,10 +352,10 @@ class Probe:
         try:
             self.processes = join_processes()
         except Exception as error:
-            if self._errors.raises:
+            if self.errors.raises:
                 raise
-            self.active = False
-            self._errors.warn_once(f"nothing is probed, training continues: {describe_error(error)}")
+            self.errors.end(f"nothing is probed, training continues: {describe_error(error)}")
+        self.errors.together = self.processes.size > 1
         if self.processes.size > 1 and isinstance(self.schedule, Budget):
             self.schedule = SharedBudget(self.schedule)
 
@@ -306,27 +369,21 @@ class Probe:
         A schedule's answer holds until the step is observed, however many forwards precede it; only
         a loop that numbers its steps itself may come to another one.
         """
+        self._notice_unseen_step()
         return self.active and (self._loop_numbers_steps or self._likelihood_unknown or self.due)
 
-    def _watch(self, captured: CapturedBatch, returned: Any) -> Watched | None:
-        """Return the output whose gradient is needed, and what stores it; None for none.
+    def _watch(self, captured: CapturedBatch, returned: Any) -> Watched:
+        """Return the outputs whose gradients are needed, and what stores them.
 
-        The gradient shows the likelihood, the labels of the data and the ignored positions.
+        The gradients show the likelihood, the labels of the data and the ignored positions.
         """
-        unknown, due = self._likelihood_unknown, self.due
-        needs_gradient = unknown or (due and "empirical" in self.config.estimators)
-        if not needs_gradient and not (due and self.config.likelihood == "auto"):
-            return None
-        try:
-            outputs = self._reader.output(returned)
-        except Exception:  # the measurement reports it
-            return None
-        if not isinstance(outputs, Tensor):
-            return None
-        if needs_gradient:
-            captured.outputs = outputs.detach()
-            return outputs, CapturedBatch.store_gradient
-        return (outputs, self._reader.store_label_positions) if outputs.dim() > 2 else None
+        if self._unseen is not None:
+            self._unseen.record(self.model)
+        due = self.due
+        if not due and not self._likelihood_unknown:
+            return {}
+        labels = due and "empirical" in self.config.estimators
+        return self._reader.watch(captured, returned, labels=labels)
 
     def _count_missing_batch(self) -> None:
         """Count a step without a batch; warn at the third if there never was one."""
@@ -339,9 +396,36 @@ class Probe:
                 else "no forward pass of the attached object was seen; attach to the object that "
                 "the loop calls, after torch.compile and other wrappers"
             )
-            self._errors.warn_once(
+            self.errors.warn_once(
                 f"the optimizer steps, but no training batch was captured: {cause}, or call "
                 "probe.step(inputs) yourself"
+            )
+
+    def _notice_unseen_step(self) -> None:
+        """Measure the last batch if the parameters changed since, and no optimizer ever stepped."""
+        unseen = self._unseen
+        if unseen is None:
+            return
+        unseen.forwards += 1
+        if self._capture.is_running or not unseen.observe_change(self.model):
+            return
+        if unseen.count == UNSEEN_STEPS:
+            self.errors.warn_once(UNSEEN_WARNING)
+            self._measurement.notes.append(LATE_NOTE)
+            self._counter.set(self._counter.read() + UNSEEN_STEPS - 1)
+        if unseen.count >= UNSEEN_STEPS:
+            self._step()
+
+    def _explain_silence(self) -> None:
+        """Log why nothing was measured, if no other message did."""
+        if self._sinks.memory.reports or self.errors.warned or self.errors.deferred:
+            return
+        if self._unseen is not None and self._unseen.forwards >= UNSEEN_STEPS:
+            self.errors.warn_once(NEVER_STEPPED.format(forwards=self._unseen.forwards))
+        elif self._likelihood_unknown and self._num_batches and self._reader.undecided:
+            self.errors.warn_once(
+                f"nothing was measured: likelihood='auto' is not decided after {self._num_batches} "
+                f"training batches, because {self._reader.undecided}"
             )
 
     def _describe_run(self) -> dict[str, Any]:
@@ -352,3 +436,34 @@ class Probe:
             decision=self.decision,
             processes=self.processes.size,
         )
+
+
+def find_probe(model: nn.Module) -> Probe | None:
+    """Return the probe that a model has, or None."""
+    return _probes.get(id(unwrap(model)))
+
+
+def _make_room(key: int, errors: ErrorHandler, *, replace: bool) -> None:
+    """Detach the probe that a model has, if there is one.
+
+    Args:
+        key: The identity of the model.
+        errors: Logs that it was detached.
+        replace: Whether that is allowed.
+
+    Raises:
+        FimprobeError: If it is not.
+    """
+    previous = _probes.get(key)
+    if previous is None:
+        return
+    if not replace:
+        raise FimprobeError(
+            "`model` must have no other probe, but it already has a probe. Call "
+            "fimprobe.detach(model) before you attach another."
+        )
+    previous.detach()
+    errors.warn_once(
+        "the model had a probe, which was detached: a model has one probe. Call "
+        "fimprobe.detach(model) where a training ends, also by an error"
+    )

@@ -15,8 +15,9 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.measure import measure
 from fimprobe.report.report import Report
-from fimprobe.training.batch_reader import BatchReader, ProbeBatch
+from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.probe_batch import ProbeBatch, select_samples
 from fimprobe.training.schedule import Schedule, SharedBudget
 
 PREVIEW_NOTE = (
@@ -35,22 +36,22 @@ class StepMeasurement:
     """Measures the batches of all processes; keeps what is reused from step to step.
 
     Attributes:
-        model: The object that the loop calls.
         config: The options.
         reader: Selects batches, and holds the likelihood.
         processes: The processes of the training.
         errors: Treats errors.
         deferred_error: An error of this process, which the next measurement raises in all.
         plan: How parameters are reached.
+        notes: Notes of every report.
     """
 
-    model: nn.Module
     config: Config
     reader: BatchReader
     processes: ProcessGroup
     errors: ErrorHandler
     deferred_error: Exception | None = None
     plan: Plan = field(default_factory=Plan)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def must_fail(self) -> bool:
@@ -72,11 +73,18 @@ class StepMeasurement:
             self._defer_error(lambda: self.reader.infer_from_inputs(inputs))
 
     def measure(
-        self, step: int, captured: CapturedBatch | None, inputs: Any, *, schedule: Schedule
+        self,
+        model: nn.Module,
+        step: int,
+        captured: CapturedBatch | None,
+        inputs: Any,
+        *,
+        schedule: Schedule,
     ) -> Report | None:
         """Return one report of all processes' batches; None while the likelihood is unknown.
 
         Args:
+            model: The object that the loop calls.
             step: Number of the step.
             captured: The training batch.
             inputs: Inputs to measure in its place; None for none.
@@ -107,10 +115,13 @@ class StepMeasurement:
                 f"all processes must measure the same, got {', '.join(map(str, subjects))}. "
                 "Attach at the same place and call the optimizer equally often on every process."
             )
+        notes = self.notes + self.reader.notes(captured if inputs is None else None)
         if captured is not None:
             captured.release()  # the measurement needs the memory
         preview = schedule.start(full=inputs is not None)
-        report = self._measure_batch(step, selected[0], preview=preview)
+        report = self._measure_batch(model, step, selected[0], preview=preview)
+        if notes:
+            report = replace(report, notes=[*report.notes, *notes])
         if isinstance(schedule, SharedBudget):
             forecast = schedule.forecast
             seconds = time.perf_counter() - started
@@ -120,7 +131,8 @@ class StepMeasurement:
 
     def _select(self, step: int, captured: CapturedBatch | None, inputs: Any) -> ProbeBatch:
         """Return what this process measures, its part of the option ``batch``."""
-        selected = self.reader.select(
+        selected = select_samples(
+            self.reader,
             captured,
             inputs,
             estimators=self.config.estimators,
@@ -134,14 +146,23 @@ class StepMeasurement:
             self.errors.warn_once(f"step {step}, no empirical Fisher: {error}", str(error))
         return selected
 
-    def _measure_batch(self, step: int, selected: ProbeBatch, *, preview: bool) -> Report:
-        """Measure with the options of the configuration; a preview leaves Î₂ and the bounds out."""
+    def _measure_batch(
+        self, model: nn.Module, step: int, selected: ProbeBatch, *, preview: bool
+    ) -> Report:
+        """Measure with the options of the configuration.
+
+        Args:
+            model: The object that the loop calls.
+            step: Number of the step.
+            selected: The batch.
+            preview: Whether Î₂ and the bounds are left out.
+        """
         assert self.reader.likelihood is not None
         config, setting = self.config, self.config.second_order
         second_order = setting if isinstance(setting, str) else setting.model_dump()
         estimators = [e for e in selected.estimators if not (preview and e == "i2")]
         report = measure(
-            self.model,
+            model,
             selected.batch,
             likelihood=self.reader.likelihood,
             draws=config.draws,

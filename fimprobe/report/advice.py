@@ -8,7 +8,8 @@ from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS
 from fimprobe.report.error_advice import error_sentences
 from fimprobe.report.estimator_choice import MAX_NAMES, MIN_GAIN, choice_sentences
-from fimprobe.report.format import listed, number, percent, some
+from fimprobe.report.format import listed, number, percent, quantity, some
+from fimprobe.report.record import FROZEN
 
 if TYPE_CHECKING:
     from fimprobe.report.report import Report
@@ -193,8 +194,12 @@ def _coverage_sentences(report: Report) -> list[str]:
     left_out = [
         f"{name} ({coverage.removeprefix(LEFT_OUT)})"
         for name, coverage in report.coverage.items()
-        if coverage.startswith("left")
+        if coverage.startswith(LEFT_OUT) and coverage != FROZEN
     ]
     if left_out:
         sentences.append(f"Left out: {some(left_out, MAX_NAMES)}.")
+    frozen = list(report.coverage.values()).count(FROZEN)
+    if frozen:
+        verb = "is" if frozen == 1 else "are"
+        sentences.append(f"{quantity(frozen, 'parameter tensor')} {verb} frozen and not measured.")
     return sentences

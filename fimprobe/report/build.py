@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fimprobe.estimators import i1, i2, reliability
+from fimprobe.estimators import i1, i2, i2_by_spot_checks, reliability
 from fimprobe.estimators.diagonal_histogram import diagonal_histogram
 from fimprobe.estimators.empirical import compare_with_fisher
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
 from fimprobe.estimators.groups import Groups, split_groups
 from fimprobe.estimators.i1 import InputSums
+from fimprobe.estimators.noise_scale import noise_scale
 from fimprobe.estimators.variance_bounds import add_i1_bounds, add_i2_bounds
 from fimprobe.report.advice import make_advice
 from fimprobe.report.report import Report
@@ -132,18 +133,30 @@ def _estimate_fisher(
             first, geometry = add_i1_bounds(measured, part, first)
             estimates.geometry |= geometry
         estimates.i1 |= first
-        if curvature is not None:
-            grams = {
-                key: i2.whole_gram(curvature) if key == TOTAL else i2.block_gram(curvature, names)
-                for key, names in part.items()
-            }
-            second = i2.estimate_groups(measured, part, common, grams, diagonals=diagonals)
-            if measured.norms is not None:
-                second = add_i2_bounds(measured, part, second, grams)
-            estimates.i2 |= second
+        if curvature is not None or measured.spot_checks is not None:
+            estimates.i2 |= _estimate_i2(measured, part, common, diagonals=diagonals)
         if ask_ih:
             moments = measured.moments["ih"]
             estimates.ih |= i1.estimate_groups(moments, part, diagonals=diagonals, common=common)
+    return estimates
+
+
+def _estimate_i2(
+    measured: Measured, groups: Groups, common: InputSums, *, diagonals: bool
+) -> dict[str, Estimate]:
+    """Return Î₂ of some groups with its bounds, before the reliability checks."""
+    curvature, grams = measured.curvature, {}
+    if curvature is not None:
+        grams = {
+            key: i2.whole_gram(curvature) if key == TOTAL else i2.block_gram(curvature, names)
+            for key, names in groups.items()
+        }
+    estimate = i2.estimate_groups
+    if measured.spot_checks is not None:
+        estimate = i2_by_spot_checks.estimate_groups
+    estimates = estimate(measured, groups, common, grams, diagonals=diagonals)
+    if curvature is not None and measured.norms is not None:
+        estimates = add_i2_bounds(measured, groups, estimates, grams)
     return estimates
 
 
@@ -162,10 +175,16 @@ def _withhold_unreliable(measured: Measured, estimates: _Estimates, unseen: str)
             first, labels_unseen=unseen, disagreement=disagreement, **sampling
         )
         if second is not None:
+            checks = measured.spot_checks is not None  # they integrate over labels
             second = reliability.withhold(
-                second, labels_unseen=unseen, only_labels=True, disagreement=disagreement, **sampling
+                second,
+                labels_unseen="" if checks else unseen,
+                only_labels=True,
+                disagreement=disagreement,
+                non_negative=checks,
+                **sampling,
             )
-            if scores.draws is not None and unseen:
+            if scores.draws is not None and unseen and not checks:
                 # the residual R was subtracted with labels that miss what carries it
                 second = _without_trace(second, unseen)
             checked.i2[key] = second
@@ -189,11 +208,17 @@ def _estimate_empirical(
         reliable = reliability.withhold(estimates[key], batch_size=scores.batch_size)
         reason = reliable.unknown.get("norm", "one of the two matrices is zero")
         lost = [n for n, x in (("cosine", cosine), ("trace_ratio", ratio)) if x is None]
+        scale, scale_error, no_scale = noise_scale(measured.gradients, moments, list(names))
+        unknown = {**reliable.unknown, **dict.fromkeys(lost, reason)}
+        if scale is None:
+            unknown |= dict.fromkeys(("noise_scale", "noise_scale_error"), no_scale)
         estimates[key] = dataclasses.replace(
             reliable,
             cosine=cosine,
             trace_ratio=ratio,
-            unknown={**reliable.unknown, **dict.fromkeys(lost, reason)},
+            noise_scale=scale,
+            noise_scale_error=scale_error,
+            unknown=unknown,
         )
     return estimates
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fimprobe.estimators.names import KEYS
 from fimprobe.report.format import Row, count, factor, number, percent
+from fimprobe.report.layer_names import label_layers
 from fimprobe.report.record import Record, label_sampling_of, rank_layers
 from fimprobe.report.table import Column
 
@@ -29,7 +30,8 @@ def make_comparison(a: Record, b: Record, top: int | None = None) -> list[Row]:
         rows[0] += (f"{column.head}: A", "B", "B/A")
     names = [name for name, _ in rank_layers(a, top)]
     names += [name for name in b["layers"] if name not in a["layers"]][:top]
-    groups = [(name, a["layers"].get(name), b["layers"].get(name)) for name in names]
+    labels = label_layers(b) | label_layers(a)
+    groups = [(labels[name], a["layers"].get(name), b["layers"].get(name)) for name in names]
     for name, group_a, group_b in [*groups, ("total", a["total"], b["total"])]:
         row: Row = (name,)
         for column in COMPARED:
@@ -62,11 +64,11 @@ def find_differences(a: Record, b: Record) -> list[str]:
             effect: Consequence of a difference for the comparison.
         """
         if x != y:
-            verb = "differ" if noun.endswith("s") else "differs"
+            verb = "differ" if noun.split()[0].endswith("s") else "differs"
             sentences.append(f"{noun} {verb}: A {x}, B {y}; {effect}.")
 
     noise = "errors are at these numbers, variances and pairs are per pair"
-    compare("draws", a["draws"], b["draws"], noise)
+    compare("labels for each input", a["draws"], b["draws"], noise)
     sampling = label_sampling_of(a), label_sampling_of(b)
     if "exact" not in sampling:  # else the draws differ as well
         compare("label sampling", *sampling, "rel. errors are at these labels")

@@ -4,52 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fimprobe.estimators.estimate import Estimate, GroupEstimates
+from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.names import SYMBOLS, UNBIASED_KEYS
-from fimprobe.report.format import count, listed, percent, some
+from fimprobe.report.format import listed, percent, quantity, some
 from fimprobe.report.reasons import group_by_cause, shared_reason, without_numbers
-from fimprobe.report.record import Record, describe_inputs, describe_labels, format_pairs
+from fimprobe.report.record import (
+    TRUSTED_ERROR,
+    Record,
+    describe_inputs,
+    describe_labels,
+    format_pairs,
+    inputs_needed,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from fimprobe.report.report import Report
-
-TRUSTED_ERROR = 0.1
-"""Relative error up to which the F of a layer is called trusted."""
 
 MAX_LAYERS = 6
 """Layers in a sentence."""
 
 MAX_ZERO_LAYERS = 8
 """Layers without gradient in a sentence."""
-
-
-def verdict(group: GroupEstimates, batch_size: int) -> str:
-    """Return in a few words whether this report's F of a layer is reliable.
-
-    Args:
-        group: The estimates of the layer.
-        batch_size: Number of inputs of the report.
-
-    >>> from fimprobe.estimators.estimate import Estimate, GroupEstimates
-    >>> estimate = Estimate(trace=1.0, norm=1.0, rel_error=0.3)
-    >>> verdict(GroupEstimates(numel=1, i1=estimate), 32)
-    'needs 288 inputs (30 % now)'
-    """
-    estimate = group.i1
-    if estimate.norm == 0 and estimate.trace == 0:
-        return "zero"
-    if estimate.rel_error is None:
-        return f"unknown ({_reason(estimate)})"
-    if estimate.rel_error <= TRUSTED_ERROR:
-        return f"trusted ({percent(estimate.rel_error)})"
-    inputs = count(_inputs_needed(estimate, batch_size))
-    return f"needs {inputs} inputs ({percent(estimate.rel_error)} now)"
-
-
-def _inputs_needed(estimate: Estimate, batch_size: int) -> float:
-    """Return the inputs for a relative error of 10 %, measured like those of this report."""
-    assert estimate.rel_error is not None
-    return batch_size * (estimate.rel_error / TRUSTED_ERROR) ** 2
 
 
 def _reason(estimate: Estimate) -> str:
@@ -67,11 +43,11 @@ def error_sentences(report: Report) -> list[str]:
             f"Î₁ gives no estimate of F: {total.unknown['trace']}. Labels that carry F are too rare "
             "to be drawn from the model."
         ]
-    verdicts = {name: verdict(group, report.batch_size) for name, group in report.layers.items()}
+    verdicts = {
+        name: verdict(vars(group.i1), report.batch_size) for name, group in report.layers.items()
+    }
     unknown = {
-        name: _reason(report.layers[name].i1)
-        for name, text in verdicts.items()
-        if text.startswith("unknown")
+        name: _reason(report.layers[name].i1) for name, text in verdicts.items() if text == "unknown"
     }
     everywhere = _same_reason_everywhere(report, unknown)
     sentences = [_total_sentence(report, "the whole model and of each layer" if everywhere else "")]
@@ -104,8 +80,8 @@ def _total_sentence(report: Report, where: str) -> str:
         return f"The error of F of {where} at {sample} is unknown: {_reason(total)}."
     sentence = f"F of the whole model is off by {percent(total.rel_error)} at {sample}"
     if total.rel_error > TRUSTED_ERROR:
-        inputs = count(_inputs_needed(total, report.batch_size))
-        sentence += f"; an error of 10 % takes about {inputs} inputs measured in the same way"
+        inputs = quantity(inputs_needed(total.rel_error, report.batch_size), "input")
+        sentence += f"; an error of 10 % takes about {inputs} measured in the same way"
     return f"{sentence}."
 
 
@@ -115,11 +91,10 @@ def _layer_sentences(report: Report, verdicts: dict[str, str], unknown: dict[str
     trusted = [
         f"{name!r} ({percent(estimates[name].rel_error)})"
         for name, text in verdicts.items()
-        if text.startswith("trusted")
+        if text == "trusted"
     ]
     imprecise = [
-        f"{name!r} takes {count(_inputs_needed(estimates[name], report.batch_size))} "
-        f"({percent(estimates[name].rel_error)} now)"
+        f"{name!r} takes {' '.join(text.split()[1:-1])} ({percent(estimates[name].rel_error)} now)"
         for name, text in verdicts.items()
         if text.startswith("needs")
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +12,11 @@ BARS = "▁▂▃▄▅▆▇█"
 
 Row = tuple[str, ...]
 """The cells of a row of a table."""
+
+
+def terminal_width() -> int | None:
+    """Return the number of characters of a line; None where output goes to a file or a program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def one_line(text: str) -> str:
@@ -129,6 +136,82 @@ def number(x: float | None) -> str:
         return "–"
     short = float(f"{x:.3g}")
     return f"{short:,.0f}" if 1e3 <= abs(short) < 1e6 else f"{short:.3g}"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """Return a value ± its standard error, with the digits that the error allows.
+
+    Args:
+        value: The value; None where it is unknown.
+        error: Its standard error; None where it is unknown.
+
+    >>> with_error(13.04, 1.49), with_error(123456, 2345), with_error(1.234e-5, 2.1e-6)
+    ('13.0 ± 1.5', '123,500 ± 2,300', '(1.23 ± 0.21)e-5')
+    >>> with_error(6.5, None), with_error(None, None), with_error(0, 0), with_error(1, 1e-9)
+    ('6.5 ± –', '–', '0 ± 0', '1.00000 ± 1e-09')
+    """
+    if value is None:
+        return "–"
+    if error is None or not error > 0:
+        return f"{number(value)} ± {'–' if error is None else '0'}"
+    exponent = math.floor(math.log10(max(abs(value), error)))
+    if -4 < exponent < 6:
+        return " ± ".join(_with_digits(value, error))
+    scale = 10.0**exponent
+    return f"({' ± '.join(_with_digits(value / scale, error / scale))})e{exponent}"
+
+
+def _with_digits(value: float, error: float, *, whole: bool = False) -> tuple[str, str]:
+    """Return a value and its error, both to the second digit of the error.
+
+    Args:
+        value: The value.
+        error: Its error, above 0.
+        whole: Whether both are whole numbers.
+    """
+    last_place = math.floor(math.log10(float(f"{error:.1e}"))) - 1
+    if value:  # a value has six digits at most
+        last_place = max(last_place, math.floor(math.log10(abs(value))) - 5)
+    last_place = max(last_place, 0) if whole else last_place
+    decimals = max(-last_place, 0)
+    short, short_error = (f"{round(x, -last_place):,.{decimals}f}" for x in (value, error))
+    return short, short_error if float(short_error.replace(",", "")) else f"{error:.2g}"
+
+
+def count_with_error(x: float | None, share: float | None) -> str:
+    """Return a number of pairs ± its standard error, or the number alone.
+
+    Args:
+        x: The number; None where it is unknown.
+        share: Its relative standard error; None where it is unknown.
+
+    >>> count_with_error(1622.0, 0.1234), count_with_error(5.48e6, 0.02)
+    ('1,620 ± 200', '5.48 ± 0.11 million')
+    >>> count_with_error(2.4, 0.1), count_with_error(1e20, 0.1), count_with_error(None, None)
+    ('2', '> 1,000 trillion', '–')
+    """
+    if x is None or share is None or not share > 0 or x * share < 1:
+        return count(x)
+    words = count(x).split(" ")
+    if words[0] == ">":
+        return count(x)
+    size = {"million": 1e6, "billion": 1e9, "trillion": 1e12}.get(words[-1], 1.0)
+    text = " ± ".join(_with_digits(x / size, x * share / size, whole=size == 1.0))
+    return text if size == 1.0 else f"{text} {words[-1]}"
+
+
+def quantity(x: float, noun: str) -> str:
+    """Return a number with its noun, in the singular for one.
+
+    Args:
+        x: The number.
+        noun: The noun in the singular, which takes an s.
+
+    >>> quantity(1, "input"), quantity(1.4, "input"), quantity(0, "input"), quantity(12345, "report")
+    ('1 input', '1 input', '0 inputs', '12,345 reports')
+    """
+    shown = "0" if x == 0 else count(x)
+    return f"{shown} {noun}{'' if shown == '1' else 's'}"
 
 
 def percent(x: float | None) -> str:

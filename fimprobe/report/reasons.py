@@ -14,6 +14,8 @@ _FIELDS_OF_COLUMN = {
     "pairs_for_10_percent": ("pairs",),
     "rel_error": ("rel_error", "norm"),
     "tightness": ("covariance_norm", "bound"),
+    "trace_tightness": ("total_label_variance", "trace_bound"),
+    "diagonal_tightness": ("label_variance", "diagonal_bound"),
 }
 """The keys of ``Estimate.unknown`` that explain a column, the first one before the others."""
 
@@ -40,8 +42,8 @@ def why_unknown(record: Record, group: Record, key: str, field: str) -> str:
         return _with_remedy(reason, record, key, estimate)
     if "unknown" not in estimate or field in ("trace", "std_error", "rel_error"):
         return ""
-    if field == "tightness":
-        none = estimate.get("covariance_norm") == 0
+    if field.endswith("tightness"):
+        none = estimate.get(names[0]) == 0
         return "labels add no covariance that a bound could be compared with" if none else ""
     if record["draws"] == 1:
         return "one label for each input does not determine it; take draws=2 or more"

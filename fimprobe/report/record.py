@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fimprobe.report.format import count, number, percent
+from fimprobe.report.format import count_with_error, number, quantity
 
 Record = dict[str, Any]
 """A report as ``to_dict`` returns it, or as it is read from a file."""
+
+TRUSTED_ERROR = 0.1
+"""Relative error up to which the F of a layer is called trusted."""
+
+FROZEN = "left out: frozen"
+"""Coverage of a parameter that training does not change."""
 
 
 def pairs_needed(estimate: Record) -> float | None:
@@ -17,15 +23,12 @@ def pairs_needed(estimate: Record) -> float | None:
 
 
 def format_pairs(estimate: Record) -> str:
-    """Return the pairs for 10 % with their relative standard error.
+    """Return the pairs for 10 % ± their standard error.
 
     >>> format_pairs({"pairs_for_10_percent": 1622.0, "pairs_error": 0.1234})
-    '1,622 ± 12 %'
+    '1,620 ± 200'
     """
-    pairs, error = pairs_needed(estimate), estimate.get("pairs_error")
-    if pairs is None or error is None:
-        return count(pairs)
-    return f"{count(pairs)} ± {percent(float(f'{error:.2g}'))}"
+    return count_with_error(pairs_needed(estimate), estimate.get("pairs_error"))
 
 
 def error_with_drawn_labels(estimate: Record, inputs: int) -> float | None:
@@ -87,6 +90,36 @@ def label_sampling_of(record: Record) -> str:
 def describe_inputs(record: Record) -> str:
     """Return the number of inputs in words."""
     return f"{record['batch_size']:,} input{'' if record['batch_size'] == 1 else 's'}"
+
+
+def inputs_needed(rel_error: float, inputs: int) -> float:
+    """Return the inputs for a relative error of 10 %, measured like those of a report.
+
+    Args:
+        rel_error: The relative error of the report.
+        inputs: Number of its inputs.
+    """
+    return inputs * (rel_error / TRUSTED_ERROR) ** 2
+
+
+def verdict(estimate: Record, inputs: int) -> str:
+    """Return in a few words whether a report's F is reliable to 10 %.
+
+    Args:
+        estimate: ``trace``, ``norm`` and ``rel_error`` of Î₁.
+        inputs: Number of inputs of the report.
+
+    >>> verdict({"trace": 1.0, "norm": 1.0, "rel_error": 0.3}, 32)
+    'needs 288 inputs'
+    """
+    if estimate.get("trace") == 0 and not estimate.get("norm"):
+        return "zero"
+    error = estimate.get("rel_error")
+    if error is None:
+        return "unknown"
+    if error <= TRUSTED_ERROR:
+        return "trusted"
+    return f"needs {quantity(inputs_needed(error, inputs), 'input')}"
 
 
 def summary_line(record: Record) -> str:

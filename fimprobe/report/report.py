@@ -11,7 +11,8 @@ from typing import Any
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.estimate import Estimate, GroupEstimates, OutputSummary
 from fimprobe.estimators.names import KEYS, LAYER_KEYS, RECORD_KEYS, UNBIASED_KEYS
-from fimprobe.report.table import format_table
+from fimprobe.report.format import terminal_width
+from fimprobe.report.table import format_report, format_table
 
 
 def _no_advice(report: Report) -> list[str]:
@@ -184,9 +185,24 @@ class Report:
             if value is not None and math.isfinite(value)
         }
 
+    def table(self, view: str = "errors", *, width: int | None = None) -> str:
+        """Return a table with a row for each layer, and the meaning of its columns.
+
+        Args:
+            view: "errors" for traces, their errors and verdicts; "variances" for the errors of Î₁ and
+                Î₂ with one label for each input and what they come from; "bounds" for bounds over
+                what they bound; "all" for all columns.
+            width: Number of characters of a line; columns that do not fit are named below the table.
+                None for any.
+
+        Raises:
+            FimprobeError: If there is no such view.
+        """
+        return format_table(self.to_dict(), view=view, width=width)
+
     def __str__(self) -> str:
-        """Return the table of the layers, with the advice."""
-        return format_table(self.to_dict())
+        """Return the table of errors with a summary and the advice, as wide as the terminal."""
+        return format_report(self.to_dict(), width=terminal_width())
 
     def _one_label_error(self, estimate: Estimate) -> float | None:
         """Return the relative error with one label for each of this report's inputs."""
@@ -267,6 +283,7 @@ _TOTAL = (
     "input_variance",
     "cosine",
     "trace_ratio",
+    "noise_scale",
 )
 """The values of the whole model in charts."""
 

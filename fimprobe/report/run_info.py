@@ -16,7 +16,7 @@ from fimprobe.config.config import Config
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.model.twin import trainable, unwrap
 
-OUTPUT_OPTIONS = ("tensorboard", "jsonl", "layers", "on_error")
+OUTPUT_OPTIONS = ("tensorboard", "jsonl", "wandb", "mlflow", "layers", "on_error")
 """Options that do not change a number."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fimprobe.report.format import Row, align, count, number, percent, subsample, trend
+from fimprobe.report.layer_names import label_layers
 from fimprobe.report.record import Record, error_with_drawn_labels, pairs_needed, rank_layers
 from fimprobe.report.table import Column
 
@@ -47,14 +48,14 @@ def make_trends(records: Sequence[Record], top: int = 8) -> list[Row]:
         top: Number of layers, those that need the most pairs in the last report.
     """
     rows: list[Row] = [("layer", *[column.head for column in TRENDS])]
-    names = [name for name, _ in rank_layers(records[-1], top)]
+    names, labels = [name for name, _ in rank_layers(records[-1], top)], label_layers(records[-1])
     for name in ("total", *names):
         groups = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
         cells = []
         for column in TRENDS:
             values = [None if group is None else column.value(r, group) for r, group in groups]
             cells.append(trend(values, column.show))
-        rows.append((name, *cells))
+        rows.append((labels.get(name, name), *cells))
     return rows
 
 

@@ -7,9 +7,18 @@ from pathlib import Path
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
-from fimprobe.report.format import Row, number, one_line, percent, subsample
+from fimprobe.report.format import (
+    Row,
+    number,
+    one_line,
+    percent,
+    quantity,
+    subsample,
+    with_error,
+)
 from fimprobe.report.reasons import why_unknown, without_numbers
 from fimprobe.report.record import (
+    FROZEN,
     Record,
     describe_inputs,
     describe_labels,
@@ -22,6 +31,12 @@ from fimprobe.report.table import footnotes, make_rows
 from fimprobe.report.trends import make_trends
 from fimprobe.runs.reader import Records, latest_training
 
+_MORE_VIEWS = {
+    "variances": "Variances: errors with one label for each input, and what they come from",
+    "bounds": "Bounds over what they bound",
+}
+"""The views of the table that a reader unfolds, with their titles."""
+
 MAX_STEPS = 30
 """Rows of the table over steps; longer runs are subsampled evenly."""
 
@@ -31,7 +46,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --soft: #98a3af; --page: #14171b;
   --card: #1d2228; --line: #343b44; --mark: #79b0f0 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 64px; background: var(--page);
+body { margin: 0 auto; max-width: 1320px; padding: 24px 20px 64px; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 40px 0 4px }
 p { margin: 4px 0 12px; max-width: 75ch } .soft { color: var(--soft) }
@@ -47,7 +62,7 @@ code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
 .scroll { overflow-x: auto } figure { margin: 8px 0; overflow-x: auto }
 svg { max-width: 100%; height: auto; display: block; color: var(--ink) }
 svg text { font-family: system-ui, sans-serif !important }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap } th { vertical-align: bottom; white-space: normal; min-width: 70px }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
@@ -60,21 +75,23 @@ WORDS = {
     "of ∂ log p(y | x)/∂θ, labels y drawn from the model itself. Its diagonal is measured.",
     "Î₁, Î₂": "two unbiased estimates of F: the mean square of first derivatives, and minus the mean "
     "second derivative. They differ in variance.",
-    "trace F, ± s.e.": "Σᵢ F̂ᵢᵢ and its standard error over inputs and drawn labels.",
-    "rel. error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖: how far off this report's F is, with its inputs and its "
-    "labels. 10 % is good; from 100 % on it is noise.",
-    "1 label": "√((V inputs + V labels)/inputs) / ‖diag F‖: how far off an estimator would be with "
-    "one label from the model for each of this report's inputs.",
+    "trace F": "Σᵢ F̂ᵢᵢ ± its standard error over inputs and drawn labels.",
+    "rel. error": "the error of this report, √(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖: how far off its F is, with "
+    "its inputs and its labels. 10 % is good; from 100 % on it is noise.",
+    "1 label": "the error of an estimator, √((V inputs + V labels)/inputs) / ‖diag F‖: how far off "
+    "it would be with one label from the model for each of this report's inputs.",
     "size-biased labels": "labels drawn more often where their score is large, and weighted back: F "
     "stays the same, and labels that carry F are seen however rare they are.",
     "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
     "the label and of the input; divided by the number of pairs and of inputs they give the error.",
     "pairs for 10 %": "(input, label) pairs, labels from the model, that a relative error of 10 % "
-    "takes; ± its relative standard error.",
+    "takes, ± its standard error.",
+    "verdict": "trusted where the error of this report is at most 10 %, or the inputs that takes.",
     "–": "not measured, not defined, or unknown, for the reasons below the table.",
     "tr I(h), ‖I(h)‖, ‖M‖": "trace and norm of the outputs' Fisher information, and norm of their "
     "fourth moment, means over inputs: tr I(h) goes to 0 as the model grows confident.",
-    "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight.",
+    "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight; "
+    "bound/V labels and bound/L for the variance of the diagonal and of the whole matrix.",
 }
 
 
@@ -109,20 +126,25 @@ def make_page(records: Records) -> str:
     name = folder.name if folder.name != "fimprobe" else f"{folder.parent.name}/fimprobe"
     steps = f"step {last['step']:,}"
     if len(reports) > 1:
-        steps = f"steps {reports[0]['step']:,} to {last['step']:,}, {len(reports)} reports"
+        steps = (
+            f"steps {reports[0]['step']:,} to {last['step']:,}, {quantity(len(reports), 'report')}"
+        )
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{_text(name)}</span></h1>",
         f"<p class=soft>{_text(_subject(records, last))} · {steps} · "
         f"{describe_inputs(last)}, {_text(describe_labels(last))}</p>",
         *[f"<p><b>Careful:</b> {_text(note)}</p>" for note in records.notes],
-        _tiles(last),
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
         *[f"<li>{_text(line)}</li>" for line in last["advice"]],
         "</ul>",
-        _figures(reports),
+        _tiles(last),
         f"<h2>Layers at step {last['step']:,}</h2>",
-        _table(make_rows(last), total_last=True),
-        f"<p class='soft notes'>{'<br>'.join(map(_text, footnotes(last)))}</p>",
+        _layers(last, "errors"),
+        *[
+            f"<details><summary>{title}</summary>{_layers(last, view)}</details>"
+            for view, title in _MORE_VIEWS.items()
+        ],
+        _figures(reports),
     ]
     if len(reports) > 1:
         body += [
@@ -177,19 +199,19 @@ def _tiles(report: Record) -> str:
         tiles.append((shown, f"{meaning}. Unknown: {reason}" if new else meaning))
         stated.add(cause)
 
-    margin, meaning = "", "trace of F by Î₁"
-    if estimate["std_error"] is not None:
-        margin = f" ± {number(estimate['std_error'])}"
-        meaning += " and its standard error"
-    add("i1", "trace", estimate["trace"], number(estimate["trace"]) + margin, meaning)
+    for key in UNBIASED_KEYS:
+        if key in total:
+            trace = total[key]["trace"]
+            meaning = f"trace of F by {SYMBOLS[key]} ± its standard error"
+            add(key, "trace", trace, with_error(trace, total[key]["std_error"]), meaning)
     error = estimate["rel_error"]
-    meaning = f"relative error of this report's F: {inputs}, {describe_labels(report)}"
+    meaning = f"error of this report, how far off its F is: {inputs}, {describe_labels(report)}"
     add("i1", "rel_error", error, percent(error), meaning)
     for key in UNBIASED_KEYS:
         if key in total:
             error = error_with_drawn_labels(total[key], report["batch_size"])
             draw = "1 random vector" if key == "ih" else "1 label from the model"
-            meaning = f"relative error of {SYMBOLS[key]}: {inputs}, {draw} each"
+            meaning = f"error of an estimator, {SYMBOLS[key]}: {inputs}, {draw} each"
             add(key, "one_label_error", error, percent(error), meaning)
     pairs = pairs_needed(estimate)
     meaning = "(input, label) pairs for 10 % by Î₁"
@@ -239,18 +261,24 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
     )
 
 
+def _layers(last: Record, view: str) -> str:
+    """Return the table of the layers with its footnotes."""
+    notes = "<br>".join(map(_text, footnotes(last, view=view)))
+    return f"{_table(make_rows(last, view=view), total_last=True)}<p class='soft notes'>{notes}</p>"
+
+
 def _over_steps(reports: list[Record]) -> list[Row]:
     """Return the trace and the errors of every estimator over steps."""
     keys = [key for key in KEYS if key in reports[-1]["total"]]
     rows: list[Row] = [("step",)]
     for key in keys:
-        rows[0] += (f"{SYMBOLS[key]}: trace", "± s.e.", "rel. error")
+        rows[0] += (f"{SYMBOLS[key]}: trace F", "rel. error")
         rows[0] += ("1 label", "pairs for 10 %") if key in UNBIASED_KEYS else ()
     for report in subsample(reports, MAX_STEPS):
         row: Row = (f"{report['step']:,}",)
         for key in keys:
             estimate = report["total"].get(key, {})
-            row += (number(estimate.get("trace")), number(estimate.get("std_error")))
+            row += (with_error(estimate.get("trace"), estimate.get("std_error")),)
             row += (percent(estimate.get("rel_error")),)
             if key in UNBIASED_KEYS:
                 error = error_with_drawn_labels(estimate, report["batch_size"])
@@ -270,16 +298,21 @@ def _about(records: Records, last: Record) -> str:
         "Labels": _text(describe_labels(last)),
         "Estimators": symbols,
         "Bounds": bounds,
-        "Parameters": f"{last['total']['numel']:,} in {len(last['layers']):,} layers",
+        "Parameters": f"{last['total']['numel']:,} in {quantity(len(last['layers']), 'layer')}",
         "Seconds of the last report": f"{last['seconds']:.3g}",
         "Not twice differentiable": _text("; ".join(last.get("kinks", []))) or "–",
         "File": f"<code>{_text(str(records.path.resolve()))}</code>",
     }
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
     words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in WORDS.items())
-    coverage = [("parameter", "measured by"), *last.get("coverage", {}).items()]
-    left_out = sum(how.startswith("left") for _, how in coverage)
-    parameters = f"{len(coverage) - 1:,} parameters" + (f", {left_out} left out" if left_out else "")
+    every = last.get("coverage", {})
+    shown = {name: how for name, how in every.items() if how != FROZEN}
+    coverage = [("parameter", "measured by"), *shown.items()]
+    left_out = sum(how.startswith("left") for how in shown.values())
+    parameters = quantity(len(shown), "parameter tensor")
+    parameters += f", {left_out:,} left out" if left_out else ""
+    frozen = len(every) - len(shown)
+    parameters += f"; {quantity(frozen, 'frozen one')} not listed" if frozen else ""
     return (
         f"<h2>How it was measured</h2><dl>{items}</dl>"
         f"<details><summary>How each parameter was measured ({parameters})</summary>"

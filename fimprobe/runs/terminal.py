@@ -13,10 +13,17 @@ from typing import Any
 
 from fimprobe.errors import FimprobeError
 from fimprobe.report.comparison import find_differences, make_comparison
-from fimprobe.report.format import Row, align, one_line, percent
+from fimprobe.report.format import Row, align, one_line, percent, quantity, terminal_width
 from fimprobe.report.record import error_with_drawn_labels, summary_line
 from fimprobe.report.run_info import differing_settings, format_run_info
-from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, format_table, make_rows
+from fimprobe.report.table import (
+    fit_rows,
+    footnotes,
+    format_report,
+    hidden_columns,
+    make_rows,
+    wrap,
+)
 from fimprobe.report.trends import format_trend, format_trends, make_trends
 from fimprobe.runs.reader import read
 
@@ -32,20 +39,21 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         top: Number of layers in the table.
         run: The information on the run; empty for an old file.
     """
-    last, console = records[-1], _console()
+    last, width, console = records[-1], terminal_width(), _console()
     if console is None:
-        print(format_table(last, top=top))
+        print(format_report(last, top, width=width))
     else:
         _head(console, summary_line(last))
-        _table(console, make_rows(last, top), total_last=True)
-        for line in footnotes(last, top):
+        hidden = _table(console, make_rows(last, top), total_last=True)
+        for line in wrap(footnotes(last, top, without=hidden), width):
             console.print(_plain(line))
         _advice(console, last["advice"])
     not_shown = len(last["layers"]) - top
     if not_shown > 0:
-        print(
-            f"({not_shown} layers that need fewer pairs are not shown: --top {len(last['layers'])})"
-        )
+        need = "layer that needs" if not_shown == 1 else "layers that need"
+        verb = "is" if not_shown == 1 else "are"
+        total = len(last["layers"])
+        print(f"({not_shown:,} {need} fewer pairs {verb} not shown: --top {total})")
     if len(records) > 1:
         print("\n" + format_trend(records) + "\n")
         if console is None:
@@ -111,7 +119,7 @@ def show_list(folder: str, files: list[Path]) -> None:
             row += (percent(error_with_drawn_labels(last["total"]["i1"], last["batch_size"])),)
         written = datetime.fromtimestamp(file.stat().st_mtime)
         rows.append((str(file.parent), *row, f"{written:%Y-%m-%d %H:%M}"))
-    print(f"{one_line(folder)} holds {len(files)} runs, newest first:\n")
+    print(f"{one_line(folder)} holds {quantity(len(files), 'run')}, newest first:\n")
     print("\n".join(align(rows)))
     if len(files) > MAX_RUNS:
         print(f"and {len(files) - MAX_RUNS} older")
@@ -140,57 +148,39 @@ def _advice(console: Any, lines: list[str]) -> None:
         console.print("• " + _plain(line))
 
 
-def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> None:
-    """Print a table; heads wrap where the terminal is narrow, relative errors have colours."""
-    from rich import box
-    from rich.table import Table
+def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> list[str]:
+    """Print the columns of a table that fit, with colours, and return the heads of the others."""
+    from rich.text import Text
 
-    shown, widths = _fitting_columns(rows, console.width)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in shown:
-        table.add_column(
-            _plain(rows[0][i]), justify="right" if i else "left", min_width=widths[i], overflow="fold"
-        )
-    errors = {i for i, head in enumerate(rows[0]) if head.endswith(("rel. error", "1 label"))}
-    for row in rows[1:]:
-        if total_last and row is rows[-1]:
-            table.add_section()
-        cells = [_colour(row[i]) if i in errors else _plain(row[i]) for i in shown]
-        table.add_row(*cells, style="bold" if total_last and row is rows[-1] else None)
-    console.print(table)
-    if len(shown) < len(widths):
-        hidden = ", ".join(head for i, head in enumerate(rows[0]) if i not in shown)
-        console.print(f"(a wider terminal also shows {_plain(hidden)})")
-
-
-def _fitting_columns(rows: list[Row], total_width: int) -> tuple[list[int], list[int]]:
-    """Return the columns that fit into a width, and the least widths of all columns.
-
-    A whole column is left out before a number is cut in two: the optional ones in their order, then
-    from the right. The first column always stays.
-    """
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, (*head.split(), *cells))) for head, *cells in columns]
-    shown = list(range(len(widths)))
-
-    def rank(i: int) -> tuple[int, int]:
-        head = rows[0][i]
-        optional = head in OPTIONAL_COLUMNS
-        return OPTIONAL_COLUMNS.index(head) if optional else len(OPTIONAL_COLUMNS), -i
-
-    while len(shown) > 1 and sum(widths[i] + 3 for i in shown) > total_width:
-        shown.remove(min(shown[1:], key=rank))
-    return shown, widths
+    rows, hidden = fit_rows(rows, console.width)
+    lines = align(rows)
+    widths = [max(map(len, map(one_line, column))) for column in zip(*rows, strict=True)]
+    rule = "─" * max(map(len, lines))
+    console.print(Text(lines[0], style="bold"), soft_wrap=True)
+    console.print(rule, soft_wrap=True)
+    for row, line in zip(rows[1:], lines[1:], strict=True):
+        is_total = total_last and row is rows[-1]
+        text = Text(line, style="bold" if is_total else "")
+        for i, head in enumerate(rows[0]):
+            color = _color(row[i]) if head.endswith(("rel. error", "1 label")) else None
+            if color:
+                start = sum(widths[:i]) + 2 * i
+                text.stylize(color, start, start + widths[i])
+        if is_total:
+            console.print(rule, soft_wrap=True)
+        console.print(text, soft_wrap=True)
+    if hidden:
+        console.print(f"({_plain(hidden_columns(hidden))})")
+    return hidden
 
 
-def _colour(cell: str) -> str:
-    """Return a share in percent in green up to 10, in yellow up to 50, else in red."""
+def _color(cell: str) -> str | None:
+    """Return green for a share up to 10 %, yellow up to 50 %, else red; None for other cells."""
     match = re.fullmatch(r"(?:< )?([\d.,]+)( \w+)? %|> .* %", cell)
     if match is None:  # a dash, or a trend
-        return _plain(cell)
+        return None
     share = float(match[1].replace(",", "")) if match[1] and not match[2] else math.inf
-    color = "green" if share <= 10 else "yellow" if share <= 50 else "red"
-    return f"[{color}]{cell}[/{color}]"
+    return "green" if share <= 10 else "yellow" if share <= 50 else "red"
 
 
 def _plain(text: str) -> str:

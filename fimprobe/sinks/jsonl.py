@@ -67,6 +67,8 @@ class JsonlSink:
         """
         if not self._lock.held:
             raise FimprobeError("another training or process writes to this file now")
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise FimprobeError("the file was removed")
         text = json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n"
         if self._run is not None:  # not before the first report: a run without reports has no line
             description = {"run": {"first_step": report.step} | self._run()}

@@ -17,6 +17,7 @@ from fimprobe.sinks.base import Sink
 from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.jsonl import FILE_NAME, JsonlSink
 from fimprobe.sinks.memory import MemorySink
+from fimprobe.sinks.trackers import TRACKERS
 
 _REMEDY = "pass another log_dir; reports stay in probe.history"
 
@@ -46,7 +47,7 @@ class SinkGroup:
         """Open the files that the configuration names.
 
         Args:
-            config: Its options ``tensorboard`` and ``jsonl`` are used.
+            config: Its options ``tensorboard``, ``jsonl``, ``wandb`` and ``mlflow`` are used.
             open_tensorboard: Returns the sink that writes charts to a folder, from its settings.
             describe_run: Returns what the run measures, for the first line of the JSONL file.
             purge_step: Step at which a training resumes; later records of the file are dropped.
@@ -82,7 +83,17 @@ class SinkGroup:
                 f"jsonl={str(path)!r} cannot be written ({_REMEDY})",
                 key="jsonl" if config.jsonl else "log_dir",
             )
+        for name, open_tracker in TRACKERS.items():
+            if getattr(config, name):
+                self._errors.run_safely(
+                    functools.partial(self._open_tracker, open_tracker, describe_run),
+                    f"{name}: true has no effect",
+                    key=name,
+                )
         return log_dir if has_charts else None
+
+    def _open_tracker(self, open_tracker: Callable[..., Sink], run: Callable[[], Any]) -> None:
+        self.sinks.append(open_tracker(run=run))
 
     def write(self, report: Report) -> None:
         """Write one report to all sinks."""
@@ -91,11 +102,11 @@ class SinkGroup:
             if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
                 self.sinks.remove(sink)
                 # it keeps no file, thread or lock; that it failed is already known
-                with contextlib.suppress(Exception):
-                    sink.close()
+                if not _closes(sink):
+                    _closes(sink)
 
     def close(self) -> None:
-        """Close all sinks and release the folder.
+        """Close all sinks and release the folder. Calling it again closes what was not closed.
 
         Raises:
             FimprobeError: If a sink cannot be closed and errors are to be raised; the others are
@@ -103,13 +114,32 @@ class SinkGroup:
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._release)
-            for sink in reversed(self.sinks):  # the last one pushed is closed first
-                failure = f"{type(sink).__name__} could not be closed"
-                stack.callback(self._errors.run_safely, sink.close, failure)
+            while self.sinks:
+                stack.callback(self._close, self.sinks.pop())
+
+    def _close(self, sink: Sink) -> None:
+        """Close a sink; a second time if that fails, since what failed may hold a file or a lock."""
+        try:
+            failure = f"{type(sink).__name__} could not be closed"
+            closed = self._errors.run_safely(sink.close, failure)
+        except BaseException:
+            _closes(sink)
+            raise
+        if not closed:
+            _closes(sink)
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
+
+
+def _closes(sink: Sink) -> bool:
+    """Close a sink whose error is known already; return whether it did."""
+    try:
+        sink.close()
+    except Exception:
+        return False
+    return True
 
 
 def default_log_dir() -> Path:

@@ -3,81 +3,52 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fimprobe.errors import BatchError, FimprobeError
-from fimprobe.likelihoods import get_likelihood
+from fimprobe.likelihoods import Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.model.batch import Batch
-from fimprobe.model.outputs import select_outputs
-from fimprobe.training.backward_reach import Reach
+from fimprobe.model.outputs import NamedOutput
+from fimprobe.model.weak_model import WeakModel
+from fimprobe.training.capture import Watched
 from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.captured_output import CapturedOutput
 from fimprobe.training.data_labels import LABELS_REMEDY, labels_from_gradient
+from fimprobe.training.fused_heads import (
+    FUSED_NOTE,
+    TemperedOutputs,
+    fused_temperature,
+    is_fused,
+    without_fused_head,
+)
+from fimprobe.training.heads import describe_unmeasured, infer_from_heads
 from fimprobe.training.loss_inference import (
     LIKELIHOOD_REMEDY,
     Decision,
-    infer_from_gradient,
     positions_with_gradient,
 )
 from fimprobe.training.transformers_heads import data_labels, infer_from_model, label_mask
+from fimprobe.training.watched_outputs import (
+    CHANGED_OUTPUTS,
+    joint_labels,
+    joint_mask,
+    unmeasured_outputs,
+    watch_candidates,
+    watch_measured,
+)
 
 logger = logging.getLogger("fimprobe")
 
 MAX_INFERENCE_BATCHES = 20
 """Training batches that likelihood="auto" examines before it gives up."""
 
-MAX_INFERENCE_OUTPUTS = 2**24
-"""Outputs of a batch that it examines, at least those of one sample: 128 MiB per float64 copy."""
-
-_CHANGED_BEFORE_LOSS = Decision(
-    likelihood=None,
-    reason=(
-        "the outputs of the model were changed in place before the loss, so the loss is not that of "
-        "the values that the model returned"
-    ),
-    remedy=(
-        "Change them out of place (logits = logits / 2) inside the model's forward, so that it "
-        "returns what the loss reads; or pass likelihood= for the outputs as the model returns them"
-    ),
-)
-_CHANGED_AFTER_BACKWARD = Decision(
-    likelihood=None,
-    reason="the outputs of the model were changed in place between the backward pass and the step",
-    final=False,
-)
-_NO_GRADIENT = Decision(
-    likelihood=None,
-    reason="no gradient arrived at the model's outputs (or they are not a single tensor)",
-    final=False,
-)
-
 Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 """From the (args, kwargs) of the forward to a tensor of the labels' shape."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeBatch:
-    """The samples that one process measures at one step.
-
-    Attributes:
-        batch: The model's inputs.
-        mask: Boolean, of the labels' shape; False where there is no label. None for all.
-        labels: Labels of the data [B, ...], for the empirical Fisher only.
-        estimators: Those that can be measured with what is known of the batch.
-        labels_error: Why the empirical Fisher was requested and is left out; None otherwise.
-    """
-
-    batch: Batch
-    mask: Tensor | None
-    labels: Tensor | None
-    estimators: list[str]
-    labels_error: BatchError | None = None
 
 
 class BatchReader:
@@ -89,13 +60,17 @@ class BatchReader:
         model: The object that the loop calls.
         mask: Function for the label mask, or None.
         labels: Function for the data labels, or None.
-        output: From what the model returns to its outputs [B, ...].
+        output: From what the model returns to its outputs [B, ...]; None for the default.
         warn: Reports a message to the user.
 
     Attributes:
         likelihood: The family, None until ``set_likelihood`` or an ``infer`` method decided it.
         decision: The reason for it.
+        undecided: Why it is not decided yet, and what to pass; "" before the first batch.
+        output: From what the model returns to the measured outputs; None for the default.
     """
+
+    model = WeakModel()
 
     def __init__(
         self,
@@ -103,15 +78,18 @@ class BatchReader:
         *,
         mask: Mask | None,
         labels: Mask | None,
-        output: Callable[[Any], Tensor],
+        output: Callable[[Any], Any] | None,
         warn: Callable[[str], None],
     ) -> None:
         self.model, self.output = model, output
         self.likelihood: Likelihood | None = None
-        self.decision = ""
+        self.decision = self.undecided = ""
         self._mask, self._labels, self._warn = mask, labels, warn
         self._infers = False
         self._num_inferences = 0
+        self._notes: tuple[str, ...] = ()
+        self._noted: set[str] = set()
+        self._user_output = output
 
     def set_likelihood(self, likelihood: str | Likelihood) -> None:
         """Use the given family; for ``"auto"`` the one that the model's class implies, if any."""
@@ -131,9 +109,11 @@ class BatchReader:
         """
         self._num_inferences += 1
         decision = infer_from_model(self.model, captured.args, captured.kwargs)
-        if decision is None:
-            decision = _infer_from_loss(captured)
+        if decision is None or not (decision.likelihood or decision.final):
+            final = self._num_inferences >= MAX_INFERENCE_BATCHES
+            decision = infer_from_heads(captured.heads, final=final)
         self._decide(decision)
+        self._choose_output(decision.path, captured)
 
     def infer_from_inputs(self, inputs: Any) -> None:
         """Infer the family from inputs without a loss: only the model's class is known.
@@ -143,12 +123,51 @@ class BatchReader:
         """
         batch = Batch.of(inputs)
         decision = infer_from_model(self.model, batch.args, batch.kwargs)
-        if decision is None:
+        if decision is None or not (decision.likelihood or decision.final):
             raise BatchError(
                 "given inputs are not probed: likelihood='auto' needs a training batch or its "
                 f"labels. {LIKELIHOOD_REMEDY}"
             )
         self._decide(decision)
+
+    def watch(self, captured: CapturedBatch, returned: Any, *, labels: bool) -> Watched:
+        """Return the outputs whose gradients show likelihood, labels or positions.
+
+        Args:
+            captured: The batch, which keeps what arrives.
+            returned: What the model returned.
+            labels: Whether the labels of the data are needed.
+        """
+        if self._user_output is not None and not (labels or self._infers):
+            return {}  # the user chose
+        try:
+            if self.likelihood is None:
+                return watch_candidates(captured, returned, self.output)
+            return watch_measured(
+                captured,
+                returned,
+                self.likelihood,
+                self.output,
+                labels=labels,
+                positions=self._infers,
+                others=self._user_output is None,
+            )
+        except Exception:  # the measurement reports it
+            return {}
+
+    def notes(self, captured: CapturedBatch | None) -> list[str]:
+        """Return what a report of a batch should state about its labels.
+
+        Args:
+            captured: The training batch; None for given inputs.
+        """
+        unmeasured, measured = (set(), []) if captured is None else unmeasured_outputs(captured)
+        others = sorted(unmeasured - self._noted)
+        if not others:
+            return list(self._notes)
+        note = describe_unmeasured(others, measured)
+        self._warn(note)
+        return [*self._notes, note]
 
     def label_mask(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], captured: CapturedBatch | None = None
@@ -168,9 +187,12 @@ class BatchReader:
         """
         if self._mask is not None:
             return self._mask(args, kwargs)
+        if isinstance(self.likelihood, Joint):
+            chosen = self._user_output is not None
+            return None if captured is None else joint_mask(captured, self.likelihood, chosen)
         positions = None if captured is None else self._positions(captured)
         # the labels of a batch need not match the outputs that a custom function selects
-        custom = self.output is not select_outputs
+        custom = self._user_output is not None or isinstance(self.output, NamedOutput)
         mask = positions if custom else label_mask(self.model, args, kwargs, positions)
         if mask is None and captured is not None and self._lost_positions(captured):
             raise BatchError(
@@ -203,114 +225,68 @@ class BatchReader:
                     f"{shape}. Return them in the order of the batch."
                 )
             return labels
-        positions = self._positions(captured)
+        if isinstance(self.likelihood, Joint):
+            return joint_labels(captured, self.likelihood)
+        head, positions = _only(captured), self._positions(captured)
         batch_labels = data_labels(self.model, captured.args, captured.kwargs, positions)
         if batch_labels is not None:
             return batch_labels
-        if captured.outputs_changed:
+        if head.changed:
             raise BatchError(
-                "the outputs of the model were changed in place after the forward, so labels cannot "
-                f"be read off them. {LABELS_REMEDY}."
+                f"{CHANGED_OUTPUTS}, so labels cannot be read off them. {LABELS_REMEDY}."
             )
-        if captured.outputs is None or captured.gradient is None:
+        if head.outputs is None or head.gradient is None:
             raise BatchError(
                 f"no gradient arrived at the outputs to read labels off. {LABELS_REMEDY}."
             )
-        return labels_from_gradient(captured.outputs, captured.gradient, self.likelihood)
-
-    def select(
-        self,
-        captured: CapturedBatch | None,
-        inputs: Any,
-        *,
-        estimators: Sequence[str],
-        max_size: int,
-        seed: int,
-    ) -> ProbeBatch:
-        """Return the samples to measure: at most ``max_size``, drawn at random from a larger batch.
-
-        Args:
-            captured: The training batch.
-            inputs: Inputs to measure in its place; None for none. Without a loss they have no labels.
-            estimators: The estimators that were requested.
-            max_size: Largest number of samples.
-            seed: Random seed of the draw.
-
-        Raises:
-            BatchError: If there is no batch, if it was changed in place after the forward pass, or if
-                no backward pass reached its outputs.
-        """
-        labels, labels_error = None, None
-        with_labels = "empirical" in estimators
-        if inputs is not None:
-            batch = Batch.of(inputs)
-            mask = self.label_mask(batch.args, batch.kwargs)
-            with_labels = False
-        else:
-            if captured is None:
-                raise BatchError("no training batch was captured. Call probe.step(inputs) yourself.")
-            if not captured.unchanged():
-                raise BatchError(
-                    "the batch was changed in place after the forward pass. Change a copy, or call "
-                    "probe.step(inputs) yourself."
-                )
-            if captured.reach is Reach.UNREACHED:
-                raise BatchError(
-                    "no backward pass reached the outputs of the captured forward, so the gradients "
-                    "belong to another batch. Attach to the object whose outputs the loss reads, or "
-                    "call probe.step(inputs) yourself."
-                )
-            batch = Batch.of_call(captured.args, captured.kwargs)
-            mask = self.label_mask(captured.args, captured.kwargs, captured)
-            if with_labels:
-                try:
-                    labels = self.data_labels(captured, batch.size)
-                except BatchError as error:  # the other estimators need no labels of the data
-                    labels_error, with_labels = error, False
-        if not with_labels:
-            estimators = [e for e in estimators if e != "empirical"] or ["i1"]
-        if batch.size > max_size:
-            generator = torch.Generator().manual_seed(seed)
-            rows = torch.randperm(batch.size, generator=generator)[:max_size].sort()[0]
-            batch = batch[rows]
-            mask = None if mask is None else mask[rows.to(mask.device)]
-            labels = None if labels is None else labels[rows.to(labels.device)]
-        return ProbeBatch(
-            batch=batch,
-            mask=mask,
-            labels=labels,
-            estimators=list(estimators),
-            labels_error=labels_error,
-        )
-
-    def store_label_positions(self, captured: CapturedBatch, gradient: Tensor) -> None:
-        """Add the positions at which the loss gradient of one backward pass is not zero.
-
-        Args:
-            captured: The captured batch, which keeps the positions [B, T].
-            gradient: Gradient of the loss at the outputs [B, ...].
-        """
-        captured.gradient_arrived = True
-        positions = positions_with_gradient(gradient, self.likelihood)
-        if captured.label_positions is not None and positions is not None:
-            positions = captured.label_positions | positions
-        captured.label_positions = positions
+        return labels_from_gradient(head.outputs, head.gradient, self.likelihood)
 
     def _positions(self, captured: CapturedBatch) -> Tensor | None:
         """Return the positions with a loss gradient [B, T]; None if they are not known."""
-        if captured.label_positions is not None:
-            return captured.label_positions
-        gradient = captured.gradient
+        head = _only(captured)
+        if head.label_positions is not None:
+            return head.label_positions
+        gradient = head.gradient
         return None if gradient is None else positions_with_gradient(gradient, self.likelihood)
 
     def _lost_positions(self, captured: CapturedBatch) -> bool:
         """Return whether the positions were to be read off a gradient that did not arrive."""
-        needed = self._infers and captured.has_positions and isinstance(self.likelihood, Categorical)
-        return needed and not captured.gradient_arrived
+        head = _only(captured)
+        needed = self._infers and head.has_positions and isinstance(self.likelihood, Categorical)
+        return needed and not head.gradient_arrived
+
+    def measured_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of a call that returns the outputs."""
+        if not is_fused(kwargs):
+            return kwargs
+        if FUSED_NOTE not in self._notes:
+            self._notes = (*self._notes, FUSED_NOTE)
+            if self.output is None:
+                temperature = fused_temperature(self.model)
+                self.output = None if temperature == 1 else TemperedOutputs(temperature=temperature)
+        return without_fused_head(kwargs)
+
+    def _choose_output(self, path: str, captured: CapturedBatch) -> None:
+        """Measure the output of a path, or the default one; an examined batch holds several.
+
+        Args:
+            path: The path, or "".
+            captured: The batch.
+        """
+        heads = captured.heads
+        if path and not heads[path].is_default:
+            self.output = NamedOutput(path=path, output=self._user_output)
+        default = next((head for head in heads.values() if head.is_default), None)
+        chosen = heads[path] if path else default
+        if chosen is not None:
+            heads[""] = chosen
 
     def _decide(self, decision: Decision) -> None:
         if decision.likelihood is not None:
             self.likelihood, self.decision = decision.likelihood, decision.reason
+            self._notes, self._noted = decision.notes, set(decision.unmeasured)
+            for note in decision.notes:
+                self._warn(note)
             if decision.warn:
                 self._warn(decision.reason)
             else:
@@ -319,18 +295,10 @@ class BatchReader:
             raise FimprobeError(
                 f"likelihood='auto' could not be decided: {decision.reason}. {decision.remedy}"
             )
+        else:
+            self.undecided = f"{decision.reason}. {decision.remedy}"
 
 
-def _infer_from_loss(captured: CapturedBatch) -> Decision:
-    """Infer the family from the loss gradient at the outputs of a captured batch."""
-    if captured.loss_used_changed_outputs:
-        return _CHANGED_BEFORE_LOSS
-    if captured.outputs_changed:
-        return _CHANGED_AFTER_BACKWARD
-    outputs, gradient = captured.outputs, captured.gradient
-    if outputs is None or gradient is None:
-        return _NO_GRADIENT
-    if outputs.numel() > MAX_INFERENCE_OUTPUTS:  # it computes in float64, with several copies
-        rows = max(1, MAX_INFERENCE_OUTPUTS // outputs[0].numel())
-        outputs, gradient = outputs[:rows], gradient[:rows]
-    return infer_from_gradient(outputs, gradient)
+def _only(captured: CapturedBatch) -> CapturedOutput:
+    """Return the measured output of a batch; an empty one if none is watched."""
+    return captured.heads.get("", CapturedOutput())

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import unserializable_hook
 
+from fimprobe.errors import ErrorHandler, guarded
+from fimprobe.model.weak_model import WeakModel
 from fimprobe.training.backward_reach import Reach, current_reach
 from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.captured_output import CapturedOutput
+from fimprobe.training.hook_table import remove_hooks, set_hooks
 
-StoreGradient = Callable[[CapturedBatch, Tensor], None]
+StoreGradient = Callable[[CapturedOutput, Tensor], None]
 """Stores in a captured batch what is needed of a gradient."""
 
-Watched = tuple[Tensor, StoreGradient]
-"""An output whose gradient is needed, and what stores it."""
+Watched = dict[str, tuple[Tensor, StoreGradient]]
+"""The outputs whose gradients are needed, and what stores them; keys of ``CapturedBatch.heads``."""
 
 
 class BatchCapture:
@@ -34,26 +38,27 @@ class BatchCapture:
     Args:
         model: The object that the loop calls.
         wanted: Returns at each such forward whether its batch may be measured.
-        watch: Returns from (captured batch, what the model returned) the output whose gradient is
-            needed as well, or None.
+        watch: Returns from (captured batch, what the model returned) the outputs whose gradients are
+            needed as well.
+        errors: Keeps the errors of hooks for the next step.
     """
+
+    model = WeakModel()
 
     def __init__(
         self,
         model: nn.Module,
         wanted: Callable[[], bool],
-        watch: Callable[[CapturedBatch, Any], Watched | None],
+        watch: Callable[[CapturedBatch, Any], Watched],
+        errors: ErrorHandler,
     ) -> None:
         self.model, self.wanted, self.watch = model, wanted, watch
+        self.errors = errors
         self.seen = False
         self.evaluations = 0
-        self.failed: Exception | None = None
         self._candidates: list[CapturedBatch] = []
         self._running: list[CapturedBatch | None] = []
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        set_hooks(model, self._before, self._after)
         self._compiled: Any = None
         self._wrapper: Any = None
         self._wrap_compiled()
@@ -63,6 +68,11 @@ class BatchCapture:
         """The newest batch of those that a backward pass reached furthest; None if none is wanted."""
         newest_first = reversed(self._candidates)
         return max(newest_first, key=lambda batch: batch.reach, default=None)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a captured forward has not returned yet."""
+        return bool(self._running)
 
     @property
     def backward_done(self) -> bool:
@@ -84,22 +94,13 @@ class BatchCapture:
         self._running = []  # a forward that raised never returned
 
     def remove(self) -> None:
-        """Remove the hooks. Calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._wrapper is not None and self.model._compiled_call_impl is self._wrapper:
-            self.model._compiled_call_impl = self._compiled
-        self._compiled = self._wrapper = None
+        """Remove the hooks from a model that still exists. Calling it again does nothing."""
         self._candidates, self._running = [], []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BatchCapture:
-        """Return a capture that does nothing, for the hooks of a copied model."""
-        return _without_model()
-
-    def __reduce__(self) -> tuple[Callable[[], BatchCapture], tuple[()]]:
-        """Pickle as a capture that does nothing."""
-        return _without_model, ()
+        model, compiled, wrapper = self.model, self._compiled, self._wrapper
+        self._compiled = self._wrapper = None
+        remove_hooks(model)
+        if wrapper is not None and model._compiled_call_impl is wrapper:
+            model._compiled_call_impl = compiled
 
     def _wrap_compiled(self) -> None:
         """Observe a model on which ``compile()`` was called: its graph may leave the hooks out."""
@@ -117,28 +118,27 @@ class BatchCapture:
         self._compiled, self._wrapper = compiled, call
 
     def _observes(self, model: nn.Module) -> bool:
-        # a copied model shares the hooks; inside a compiled graph they would break it
-        return model is self.model and not torch.compiler.is_compiling() and torch.is_grad_enabled()
+        # a replica shares the hooks of its model; a trace would record what is done with its tensors
+        return model is self.model and torch.is_grad_enabled() and not torch.jit.is_tracing()
 
+    @guarded()
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._observes(model):
             return
         if not model.training:
             self.evaluations += 1
             return
+        wanted = self.wanted()  # it may end the step before
         self.seen = True
-        batch: CapturedBatch | None = None
-        try:
-            if not self.wanted():
-                return
-            # a logging forward whose outputs are out of scope needs no memory any more
-            self._candidates = [b for b in self._candidates if not b.graph_is_gone()]
-            batch = CapturedBatch(args, dict(kwargs))
-            self._candidates.append(batch)
-        except Exception as error:  # reported at the step
-            self.failed = error
+        if not wanted:
+            return
+        # a logging forward whose outputs are out of scope needs no memory any more
+        self._candidates = [b for b in self._candidates if not b.graph_is_gone()]
+        batch = CapturedBatch(args, dict(kwargs))
+        self._candidates.append(batch)
         self._running.append(batch)
 
+    @guarded()
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
@@ -151,25 +151,21 @@ class BatchCapture:
             # a forward that calls itself (Lightning under DDP): the inner call counts
             self._candidates = [b for b in self._candidates if b is not batch]
             return
-        try:
-            self._hook_outputs(batch, out)
-        except Exception as error:
-            self.failed = error
+        self._hook_outputs(batch, out)
 
     def _hook_outputs(self, batch: CapturedBatch, out: Any) -> None:
         tensors = _differentiable_tensors(out)
         batch.reach = Reach.UNREACHED if tensors else Reach.UNKNOWN
-        hook = self._gradient_hook(batch, None)
+        hook = self._gradient_hook(batch)
         for tensor in tensors:
             tensor.register_hook(hook)
         batch.hook = weakref.ref(hook) if tensors else None
-        watched = self.watch(batch, out)
-        if watched is not None and watched[0].requires_grad and watched[0].grad_fn is not None:
-            batch.has_positions = watched[0].dim() > 2
-            watched[0].register_hook(self._gradient_hook(batch, watched[1]))
+        for head, (output, store) in self.watch(batch, out).items():
+            if output.requires_grad and output.grad_fn is not None:
+                output.register_hook(self._gradient_hook(batch, head, store))
 
     def _gradient_hook(
-        self, batch: CapturedBatch, store: StoreGradient | None
+        self, batch: CapturedBatch, head: str = "", store: StoreGradient | None = None
     ) -> Callable[[Tensor], None]:
         # the graph may outlive the step, as where the loop keeps its loss: it holds no batch
         reference = weakref.ref(batch)
@@ -178,20 +174,22 @@ class BatchCapture:
         def observe(gradient: Tensor | None) -> None:
             batch = reference()
             # under DDP, None arrives at outputs that the loss does not use
-            if gradient is None or batch is None:
-                return
-            try:
-                reach = current_reach(self.model)
-                batch.reach = max(batch.reach, reach)
-                if reach is Reach.ACCUMULATED and batch in self._candidates:
-                    # earlier forwards cannot be chosen any more (gradient accumulation)
-                    del self._candidates[: self._candidates.index(batch)]
-                if store is not None and batch.accepts(reach):
-                    store(batch, gradient)
-            except Exception as error:  # out of memory
-                self.failed = error
+            if gradient is not None and batch is not None:
+                self._observe_gradient(batch, head, store, gradient)
 
         return observe
+
+    @guarded()
+    def _observe_gradient(
+        self, batch: CapturedBatch, head: str, store: StoreGradient | None, gradient: Tensor
+    ) -> None:
+        reach = current_reach(self.model)
+        batch.reach = max(batch.reach, reach)
+        if reach is Reach.ACCUMULATED and batch in self._candidates:
+            # earlier forwards cannot be chosen any more (gradient accumulation)
+            del self._candidates[: self._candidates.index(batch)]
+        if store is not None and batch.heads[head].accepts(reach):
+            store(batch.heads[head], gradient)
 
 
 def _differentiable_tensors(out: Any, depth: int = 4) -> list[Tensor]:
@@ -212,11 +210,3 @@ def _differentiable_tensors(out: Any, depth: int = 4) -> list[Tensor]:
             fields = dict(vars(leaf))
             tensors |= {id(x): x for x in _differentiable_tensors(fields, depth - 1)}
     return list(tensors.values())
-
-
-def _without_model() -> BatchCapture:
-    """Return a capture of no model."""
-    capture = BatchCapture.__new__(BatchCapture)
-    capture.model = None  # type: ignore[assignment]
-    capture._candidates, capture._running = [], []
-    return capture

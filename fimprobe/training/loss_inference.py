@@ -38,6 +38,9 @@ class Decision:
         final: If the family is not known: whether further batches cannot change that.
         remedy: What to pass if no family fits.
         warn: Whether the reason deserves a warning although the family is known.
+        path: The output that is read among several, by the path of ``named_outputs``; else "".
+        notes: What every report should state.
+        unmeasured: Other outputs that the loss reads, of unknown family; a note names them.
     """
 
     likelihood: Likelihood | None
@@ -45,6 +48,9 @@ class Decision:
     final: bool = True
     remedy: str = LIKELIHOOD_REMEDY
     warn: bool = False
+    path: str = ""
+    notes: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
 
 
 def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
@@ -119,8 +125,11 @@ def _match_categorical(h: Tensor, g: Tensor, tolerance: float) -> Decision | Non
         g_rows = g.movedim(dim, -1).reshape(-1, h.shape[dim])
         verdict = _categorical(h_rows, g_rows, tolerance)
         if verdict and verdict != _UNDECIDED:
+            # maps [B, C, H, W] are common, so class_dim=-1 is refused for four dimensions
+            class_dim = dim if dim > 0 or h.dim() < 4 else h.dim() - 1
             return Decision(
-                likelihood=Categorical(class_dim=dim), reason=f"the loss gradient is {verdict}"
+                likelihood=Categorical(class_dim=class_dim),
+                reason=f"the loss gradient is {verdict}",
             )
         verdicts.append(verdict)
     # a gradient that sums to zero over the classes belongs to no other family, except by chance

@@ -66,6 +66,9 @@ _SEVERAL = {
     "ForObjectDetection": ("matched boxes and classes", _ONE_OUTPUT),
     "ForCTC": ("a loss over alignments, under which positions are not independent", _ONE_OUTPUT),
 }
+_READ_OFF_LOSS = ("ForQuestionAnswering", "ForPreTraining", "DoubleHeadsModel")
+"""Heads with several outputs whose families the loss gradients show."""
+
 _NO_SIGMA = (
     "the noise level of a regression is not part of the model, so sigma=1 is used. The relative "
     "errors of Î₁ do not depend on it; traces scale with 1/sigma², and the relative errors of Î₂ "
@@ -127,7 +130,8 @@ def infer_from_model(
     if head.task == "several":
         outputs, remedy = next(v for k, v in _SEVERAL.items() if head.name.endswith(k))
         reason = f"{head.name} has {outputs}"
-        return Decision(likelihood=None, reason=reason, remedy=f"Pass {remedy}")
+        final = not head.name.endswith(_READ_OFF_LOSS)
+        return Decision(likelihood=None, reason=reason, final=final, remedy=f"Pass {remedy}")
     if head.task == "choice":
         reason = f"{head.name} predicts one of several choices"
         return Decision(likelihood=Categorical(), reason=reason)

@@ -176,7 +176,7 @@ def test_the_reference_documents_every_public_name():
 
 def test_the_tables_of_the_reference_have_every_member():
     words = {name: set(re.findall(r"\w+", read(page))) for name, page in documented().items()}
-    for record in (fimprobe.Estimate, fimprobe.Fisher, fimprobe.Geometry, fimprobe.GroupEstimates,
+    for record in (fimprobe.Audit, fimprobe.Estimate, fimprobe.Fisher, fimprobe.Geometry, fimprobe.GroupEstimates,
                    fimprobe.Report):  # fmt: skip
         names = {field.name for field in dataclasses.fields(record)}
         assert not names - words[f"fimprobe.{record.__name__}"], record
@@ -186,7 +186,7 @@ def test_the_tables_of_the_reference_have_every_member():
         assert not names - words[f"fimprobe.{kind.__name__}"], kind
 
 
-@pytest.mark.parametrize("function", [fimprobe.measure, fimprobe.attach, fimprobe.estimate])
+@pytest.mark.parametrize("function", [fimprobe.measure, fimprobe.attach, fimprobe.estimate, fimprobe.audit])
 def test_the_reference_shows_arguments_and_defaults(function):
     text = read(documented()[f"fimprobe.{function.__name__}"])
     table = {}

@@ -193,8 +193,8 @@ def test_parameters_left_out_are_named():
     want = {
         "frozen.weight": "left out: frozen",
         "frozen.bias": "left out: frozen",
-        "idle.weight": "left out: the outputs do not depend on it",
-        "idle.bias": "left out: the outputs do not depend on it",
+        "idle.weight": "left out: the measured outputs do not depend on it",
+        "idle.bias": "left out: the measured outputs do not depend on it",
     }
     assert {n: why for n, why in probe.coverage.items() if why.startswith("left")} == want
     assert report.coverage == probe.coverage
@@ -249,12 +249,18 @@ def test_what_cannot_be_attached_to():
 
 def test_attaching_twice(caplog):
     net = mlp()
-    first = fimprobe.attach(net, tensorboard=False)
+    probe = fimprobe.attach(net, tensorboard=False)
+    with pytest.raises(FimprobeError, match=r"already has a probe. Call fimprobe.detach\(model\)"):
+        fimprobe.Probe(net)
     for again in (net, torch.compile(net, backend="eager"), nn.DataParallel(net)):
-        with pytest.raises(FimprobeError, match=r"already has a probe. Call detach\(\)"):
-            fimprobe.attach(again, tensorboard=False)
+        earlier, probe = probe, fimprobe.attach(again, tensorboard=False)
+        assert earlier.detached and not probe.detached
+        assert "the model had a probe, which was detached" in warnings_of(caplog)[-1]
     fimprobe.attach(mlp(), tensorboard=False).detach()
-    first.detach()
+    assert fimprobe.detach(net) is probe and fimprobe.detach(net) is None
+    with pytest.raises(FimprobeError, match="must be a torch.nn.Module, got str"):
+        fimprobe.detach("net")
+    caplog.clear()
     with caplog.at_level(logging.INFO), fimprobe.attach(net, **LEAN) as second:
         train(net, 2, *data(6, 4))
-    assert len(second.history) == 2 and not first.history and not warnings_of(caplog)
+    assert len(second.history) == 2 and not probe.history and not warnings_of(caplog)

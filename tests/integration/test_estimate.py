@@ -18,8 +18,10 @@ from tests.oracles.fisher_diagonal import flat, input_diagonals
 from tests.support import estimate_worker
 from tests.support.paths import EXAMPLES
 from tests.support.processes import PRELOADED, free_port, start_processes
+from tests.support.repetitions import few_or_many
 
-RUNS = 40
+RUNS = few_or_many(16, 40)
+"""Estimates whose claims are checked."""
 KILLS = 5
 """Of each kind of estimate."""
 
@@ -32,11 +34,11 @@ def truth():
     return input_diagonals(confident_mlp(), digits()[0])
 
 
-def check_claims(truth, inputs, **options):
-    """40 estimates: the stated error within a factor of 1.5, 90 % of the claims true."""
+def check_claims(truth, inputs, runs, **options):
+    """The stated error is right within a factor of 1.5, and 90 % of the claims are true."""
     true, stated, actual = truth.mean(0), [], []
     covered = entries = 0.0
-    for seed in range(RUNS):
+    for seed in range(runs):
         f = fimprobe.estimate(confident_mlp(), inputs, seed=seed, **CATEGORICAL, **options)
         diagonal, error = flat(f.diagonal), flat(f.std_error)
         stated.append(f.rel_error)
@@ -48,19 +50,20 @@ def check_claims(truth, inputs, **options):
     ratio = float(stated.square().mean().sqrt() / actual.square().mean().sqrt())
     assert 1 / 1.5 < ratio < 1.5, ratio
     assert float((actual <= 1.5 * stated).double().mean()) >= 0.9
-    # two standard errors of a count of 40 below 90 %
-    assert covered >= 0.9 * RUNS - 2 * (0.09 * RUNS) ** 0.5, covered
-    assert entries >= 0.85 * RUNS, entries
+    # two standard errors of a count of runs below 90 %
+    assert covered >= 0.9 * runs - 2 * (0.09 * runs) ** 0.5, covered
+    assert entries >= 0.85 * runs, entries
 
 
-def test_the_stated_error_is_true_for_drawn_inputs(truth):
-    check_claims(truth, digits()[0], rel_error=0.1)
+@pytest.mark.parametrize("runs", RUNS)
+def test_the_stated_error_is_true_for_drawn_inputs(truth, runs):
+    check_claims(truth, digits()[0], runs, rel_error=0.1)
 
 
-def test_the_stated_error_is_true_for_a_part_of_the_data(truth):
-    check_claims(
-        truth, digits()[0], rel_error=0.01, max_inputs=800, input_sampling="uniform", draws=2
-    )
+@pytest.mark.parametrize("runs", RUNS)
+def test_the_stated_error_is_true_for_a_part_of_the_data(truth, runs):
+    options = {"rel_error": 0.01, "max_inputs": 800, "input_sampling": "uniform", "draws": 2}
+    check_claims(truth, digits()[0], runs, **options)
 
 
 def test_all_inputs_and_exact_labels_have_no_error(truth):
@@ -156,10 +159,11 @@ def test_a_killed_estimate_continues_with_the_same_result(tmp_path, options):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     generator = random.Random(0)
-    out, state = tmp_path / "out", tmp_path / "state"
+    out, state, problem = tmp_path / "out", tmp_path / "state", tmp_path / "problem"
+    estimate_worker.write_problem(problem)
     kills = 0
     for _ in range(20):
-        args = (str(out), str(state), options, 0.004)
+        args = (problem, out, state, options, 0.004)
         process = context.Process(target=estimate_worker.estimate_slowly, args=args)
         written = state.stat().st_mtime_ns if state.exists() else 0
         process.start()
@@ -174,7 +178,7 @@ def test_a_killed_estimate_continues_with_the_same_result(tmp_path, options):
         if out.exists():
             break
     resumed = torch.load(out)
-    estimate_worker.estimate_slowly(str(tmp_path / "plain"), None, options, 0.0)
+    estimate_worker.estimate_slowly(problem, tmp_path / "plain", None, options, 0.0)
     plain = torch.load(tmp_path / "plain")
     assert kills >= 3
     assert resumed.keys() == plain.keys()
@@ -235,10 +239,11 @@ def test_a_state_of_another_estimate_is_refused(tmp_path):
 
 
 def test_two_processes_give_the_result_of_one(tmp_path, double):
+    estimate_worker.write_problem(tmp_path / "problem")
     context = start_processes(estimate_worker.estimate_together, (2, free_port(), str(tmp_path)), 2)
     while not context.join(timeout=300):
         pass
-    for name, data, options in estimate_worker.cases():
+    for name, data, options in estimate_worker.cases(digits()[0].double()):
         alone = fimprobe.estimate(confident_mlp().double(), data, **options)
         alone = estimate_worker.results(alone)
         for rank in range(2):

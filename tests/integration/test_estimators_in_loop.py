@@ -20,7 +20,7 @@ EVERY = {"schedule": {"every": 1}, "tensorboard": False, "on_error": "raise", "e
 FIELDS = ("trace", "std_error", "rel_error", "label_variance", "input_variance",
           "total_label_variance", "bound", "sharp_bound", "trace_bound", "diagonal_bound",
           "covariance_norm", "covariance_spectral_norm", "tightness", "probe_error", "cosine",
-          "trace_ratio", "pairs_for_10_percent", "one_label_error")  # fmt: skip
+          "trace_ratio", "noise_scale", "pairs_for_10_percent", "one_label_error")  # fmt: skip
 LAYER_FIELDS = ("trace", "rel_error", "one_label_error", "label_variance", "pairs_for_10_percent",
                 "tightness")  # fmt: skip
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from fimprobe.cli.digits import Digits, load_digits
 from tests.support.paths import EXAMPLES
 
 
@@ -26,10 +27,16 @@ def _threads():
     torch.set_num_threads(threads)
 
 
+def few_digits():
+    """Every fourth of the digits to train on, and of those held out."""
+    return Digits(*(x[::4] for x in load_digits()))
+
+
 @pytest.fixture
 def penalties(monkeypatch):
-    """The example, with a single strength of each penalty."""
+    """The example, with a single strength of each penalty and few digits."""
     module = load("penalties")
+    monkeypatch.setattr(module, "load_digits", few_digits)
     monkeypatch.setattr(module, "STRENGTHS", {k: v[-1:] for k, v in module.STRENGTHS.items()})
     return module
 
@@ -45,8 +52,9 @@ def natural_gradient(monkeypatch):
 
 @pytest.fixture
 def variance_along_training(monkeypatch):
-    """The example, with few measurements."""
+    """The example, with few measurements and few digits."""
     module = load("variance_along_training")
+    monkeypatch.setattr(module, "load_digits", few_digits)
     monkeypatch.setattr(module, "EARLY", (0.5,))
     return module
 

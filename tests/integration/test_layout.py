@@ -89,7 +89,7 @@ def test_an_optional_package_is_imported_in_one_place():
 
 
 MOST_LINES = 80
-LONG_DOCSTRINGS = {"measure", "attach", "estimate"}
+LONG_DOCSTRINGS = {"measure", "attach", "estimate", "audit"}
 """Public functions whose docstring documents every option: their code is counted without it."""
 
 

@@ -142,18 +142,20 @@ def test_an_optimizer_that_gains_the_parameters_later_is_noticed():
 
 def test_a_model_that_gains_the_optimizers_parameters_is_noticed():
     net, more = mlp(), nn.Linear(3, 3)
-    optimizer, trains = sgd(more), OptimizerFilter(net)
-    assert not any(trains.matches(optimizer, refresh=False) for _ in range(40))
+    optimizer, trains = sgd(more), OptimizerFilter()
+    assert not any(trains.matches(optimizer, net, refresh=False) for _ in range(40))
     net.append(more)
-    assert [trains.matches(optimizer, refresh=False) for _ in range(40)][-1]  # asked at the 64th
+    assert [trains.matches(optimizer, net, refresh=False) for _ in range(40)][-1]  # asked at the 64th
     del net[3]
-    assert trains.matches(optimizer, refresh=False) and not trains.matches(optimizer, refresh=True)
+    assert trains.matches(optimizer, net, refresh=False) and not trains.matches(
+        optimizer, net, refresh=True
+    )
 
 
 def test_forgotten_optimizers_are_let_go():
     net = mlp()
-    trains, optimizer = OptimizerFilter(net), sgd(net)
-    trains.matches(optimizer, refresh=False)
+    trains, optimizer = OptimizerFilter(), sgd(net)
+    trains.matches(optimizer, net, refresh=False)
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
@@ -227,7 +229,7 @@ def test_no_large_copy_is_made_of_outputs_with_positions():
         targets = tokens % 5
         targets[:, 4:] = -100
         F.cross_entropy(out.transpose(1, 2), targets).backward()
-        captured = probe._capture.last
+        captured = probe._capture.last.heads[""]
         assert captured.outputs is None and captured.gradient is None
         assert torch.equal(captured.label_positions, targets != -100)
 
@@ -240,7 +242,7 @@ def test_a_gradient_written_to_after_it_was_seen_is_not_read():
             x, y = data(step, count=32)
             out = net(x)
             F.cross_entropy(out, y).backward()
-            captured = probe._capture.last
+            captured = probe._capture.last.heads[""]
             assert captured.gradient is not None
             if spoiled:
                 captured._gradient[0].mul_(3).add_(1)

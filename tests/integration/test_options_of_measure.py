@@ -193,7 +193,7 @@ def expected(kind, *, draws, bounds, second_order, diagonals):
             want.discard("total_variance")  # F's variance over inputs is not known
     if kind == "empirical":  # the data's labels do not vary
         want -= {"label_variance", "input_variance", "total_label_variance"}
-        want |= {"cosine", "trace_ratio"}
+        want |= {"cosine", "trace_ratio"}  # ‖G‖² of few inputs is not known
     if kind == "i2" and second_order != "exact":
         want.add("probe_error")
     if "label_variance" in want and (not exact or "probe_error" in want):

@@ -6,13 +6,16 @@ import copy
 import functools
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """Images [1797, 64] in [0, 1], and their labels."""
+    from sklearn.datasets import (
+        load_digits,
+    )  # which processes that are given the digits need not import
+
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
 

@@ -7,13 +7,16 @@ code with fimprobe, and needs no derivative of the model.
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 STEP = 2e-4
 
@@ -108,50 +111,50 @@ class Truth:
 @torch.no_grad()
 def enumerate_pool(pool: Pool) -> Truth:
     """From differences of the outputs h [N, T, C] along every parameter."""
-    model, x = pool.model, pool.inputs
-    middle = model(x).reshape(len(x), -1, 1)
-    if pool.family == "categorical":
-        h = model(x)
-        middle = h.reshape(len(x), -1, h.shape[-1])
-    first, fourth, second, root_fourth = [], [], [], []
-    for p in model.parameters():
-        flat = p.view(-1)
-        for i in range(len(flat)):
-            before = float(flat[i])
-            flat[i] = before + STEP
-            above = model(x).reshape(middle.shape)
-            flat[i] = before - STEP
-            below = model(x).reshape(middle.shape)
-            flat[i] = before
-            slope, bend = (above - below) / (2 * STEP), (above - 2 * middle + below) / STEP**2
-            f, g4, r2, l4 = _by_position(pool.family, middle, slope, bend)
-            total = f.sum(1)
-            first.append(total)
-            # fourth cumulants of independent labels add
-            fourth.append((g4 - 3 * f.square()).sum(1) + 3 * total.square())
-            second.append(r2.sum(1))
-            root_fourth.append(3 * total.square() - 2 * l4.sum(1))
-    f = torch.stack(first, 1)  # [N, P]
-    diagonal = f.mean(0)
+    h = pool.model(pool.inputs)
+    middle = h.reshape(len(h), -1, h.shape[-1] if pool.family == "categorical" else 1)
+    parts = []
+    for above, below in _outputs_beside(pool):
+        above, below = above.view(-1, *middle.shape), below.view(-1, *middle.shape)
+        slope, bend = (above - below) / (2 * STEP), (above - 2 * middle + below) / STEP**2
+        parts.append(_by_position(pool.family, middle, slope, bend))
+    positions, g4, r2, l4 = map(torch.cat, zip(*parts, strict=True))  # [P, N, T]
+    f = positions.sum(-1)  # [P, N]
+    diagonal = f.mean(1)
     norm = diagonal.square().sum()
 
     def relative(square: Tensor) -> float:
-        return float(square.sum(1).mean() / norm - 1)
+        return float(square.sum(0).mean() / norm - 1)
 
     return Truth(
         diagonal,
         {
-            "i1": relative(torch.stack(fourth, 1)),
-            "i2": relative(f.square() + torch.stack(second, 1)),
-            "ih": relative(torch.stack(root_fourth, 1)),
+            # fourth cumulants of independent labels add
+            "i1": relative((g4 - 3 * positions.square()).sum(-1) + 3 * f.square()),
+            "i2": relative(f.square() + r2.sum(-1)),
+            "ih": relative(3 * f.square() - 2 * l4.sum(-1)),
         },
     )
+
+
+def _outputs_beside(pool: Pool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The outputs one step above and below the parameters, up to 64 of these at a time."""
+    parameters = {name: p.detach() for name, p in pool.model.named_parameters()}
+
+    def outputs(changed: dict[str, Tensor]) -> Tensor:
+        return functional_call(pool.model, parameters | changed, (pool.inputs,))
+
+    for name, p in parameters.items():
+        for rows in torch.eye(p.numel(), dtype=p.dtype).split(64):
+            step = STEP * rows.view(-1, *p.shape)
+            with sdpa_kernel(SDPBackend.MATH):  # the other one has no rule for vmap
+                yield vmap(outputs)({name: p + step}), vmap(outputs)({name: p - step})
 
 
 def _by_position(
     family: str, h: Tensor, slope: Tensor, bend: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E g², E g⁴, E R² over the labels of each position, and Σ (LᵀJ)⁴, [N, T]."""
+    """E g², E g⁴, E R² over the labels of each position, and Σ (LᵀJ)⁴, [P, N, T]."""
     if family == "categorical":
         p = h.softmax(-1)
         g = slope - (p * slope).sum(-1, keepdim=True)  # of label y: slope_y − mean

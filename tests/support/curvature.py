@@ -1,6 +1,9 @@
 """Problems for the curvature engine, and its probes replaced by orthogonal arrays of signs."""
 
+import copy
+
 import torch
+from torch import nn
 
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.curvature import diagonal_accumulator, directions
@@ -15,6 +18,8 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import make_twin
+from tests.models.cases import lively
+from tests.oracles import brute_force
 
 
 class Seeded(Gaussian):
@@ -46,6 +51,22 @@ def problem_of(model, inputs, *, likelihood=None, draws=None, seed=0, memory_mb=
         diagonals=diagonals,
         request=Request(i2=True, **ask),
     )
+
+
+def oracle_model(name, model, problem):
+    """A model whose double backward torch gets right (see the tests of weight norm and bags)."""
+    if name in ("parametrised", "old weight norm", "weight norm"):
+        return problem.twin
+    return brute_force.without_bags(copy.deepcopy(model)) if name.startswith("bag") else model
+
+
+def behind(layer, *shape, width):
+    """A layer between a layer and a head."""
+    first = nn.Linear(shape[-1], shape[-1])
+    model = lively(
+        nn.Sequential(first, nn.Tanh(), layer, nn.Sigmoid(), nn.Flatten(), nn.Linear(width, 3))
+    )
+    return model, (torch.randn(2, *shape),)
 
 
 def seeds_of(problem):

@@ -284,7 +284,7 @@ def fails_alone(rank):
     sharded.Shards.scatter = scattered
     probe, with_probe = train({**OPTIONS, "likelihood": "categorical", "schedule": {"every": 1}})
     sharded.Shards.scatter = scatter
-    return same(with_probe, without), probe.active, list(probe.history), sorted(probe._errors.warned)
+    return same(with_probe, without), probe.active, list(probe.history), sorted(probe.errors.warned)
 
 
 def main(rank, port, out):

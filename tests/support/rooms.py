@@ -24,24 +24,29 @@ ROOMS = {
     "report": "_version config errors estimators likelihoods model statistics",
     "engines.curvature": "engines.backpack engines.layers engines.moments engines.primitives "
     "engines.problem engines.tracing model statistics",
+    "engines.spot_checks": "engines.layers engines.problem engines.tracing errors likelihoods model "
+    "statistics",
     "plots": "estimators report",
     "sinks": "config errors report",
     "engines.autograd": "engines.backpack engines.curvature engines.layers engines.moments "
-    "engines.primitives engines.problem engines.tracing errors likelihoods model statistics",
+    "engines.primitives engines.problem engines.spot_checks engines.tracing errors likelihoods model "
+    "statistics",
     "runs": "errors estimators plots report sinks",
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
-    "engines.tracing errors jacobian_bounds likelihoods model report statistics",
+    "engines.tracing errors estimators jacobian_bounds likelihoods model report statistics",
     "fisher.sums": "engines.autograd engines.problem engines.tracing estimators likelihoods "
     "measurement model statistics",
     "fisher.streaming": "_version distributed errors fisher.sums likelihoods measurement model statistics "
     "training",
     "fisher": "_version distributed errors estimators fisher.streaming fisher.sums likelihoods "
     "measurement model report",
+    "fisher.audit": "errors fisher fisher.streaming fisher.sums likelihoods measurement model report "
+    "training",
     "probe": "config distributed engines.tracing errors likelihoods measurement model report sinks "
     "sinks.tensorboard training",
-    "fimprobe": "_version config distributed engines.tracing errors estimators fisher likelihoods "
-    "measurement penalties probe report runs sinks",
+    "fimprobe": "_version config distributed engines.tracing errors estimators fisher fisher.audit "
+    "likelihoods measurement penalties probe report runs sinks",
     "cli": "config errors fimprobe measurement report runs",
     "__main__": "cli",
 }

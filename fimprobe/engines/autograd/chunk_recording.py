@@ -10,17 +10,26 @@ from typing import Any
 from torch import Tensor
 
 from fimprobe.engines.curvature.double_backward import use_differentiable_attention
+from fimprobe.engines.layers.activations import is_derivative
 from fimprobe.engines.moments.fallback import assign_fallbacks
 from fimprobe.engines.problem.cotangents import check_num_passes
 from fimprobe.engines.problem.label_cotangents import labels_per_draw
 from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
-from fimprobe.engines.problem.saved_tensors import limit_saved_bytes
+from fimprobe.engines.problem.saved_tensors import forbids_hooks, limit_saved_bytes
 from fimprobe.engines.tracing.chunk import Chunk
-from fimprobe.engines.tracing.graph import bypassed_outputs, foreign_uses, hidden_reads
+from fimprobe.engines.tracing.graph import (
+    bypassed_outputs,
+    foreign_uses,
+    hidden_reads,
+    nodes_behind,
+    saved_tensors,
+)
+from fimprobe.engines.tracing.layout_trace import check_order
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.recording import record_forward
 from fimprobe.engines.tracing.tape import Tape
 from fimprobe.model.batch import Batch
+from fimprobe.model.storage_guard import storage_address
 
 MAX_CPU_OUTPUT_BYTES = 4.5 * 2**20
 """On a CPU, chunks are cut so that no layer's output is larger.
@@ -73,24 +82,29 @@ def record_chunk(problem: Problem, plan: Plan, rows: slice, unchecked: list[Tens
 
     Raises:
         PlanMismatch: If a parameter is used where the plan does not see it.
+        MemoryLimitExceeded: If the forward keeps too much for its backward.
     """
     request, batch = problem.request, problem.batch[rows]
-    attention = use_differentiable_attention() if request.i2 else contextlib.nullcontext()
-    recording = record_forward(
-        problem.twin,
-        batch.size,
-        plan.layouts,
-        plan.fallbacks,
-        twice_differentiable=request.i2,
-    )
-    with recording as tape, limit_saved_bytes(problem, batch.size) as saved_bytes, attention:
-        outputs = problem.forward(batch, unchecked if request.only_i1 else None)
+    try:
+        tape, outputs, saved_bytes = _run_forward(problem, plan, batch, unchecked)
+    except RuntimeError as error:
+        if plan.takes_derivatives or not forbids_hooks(error):
+            raise
+        plan.takes_derivatives = True  # by torch.func, which allows no hooks on saved tensors
+        tape, outputs, saved_bytes = _run_forward(problem, plan, batch, unchecked)
+    closed_forms = request.double_backward and not plan.takes_derivatives
+    if closed_forms and any(map(is_derivative, nodes_behind([outputs.grad_fn]))):
+        plan.takes_derivatives = True
+        tape, outputs, saved_bytes = _run_forward(problem, plan, batch, unchecked)
     if tape.failures:
         raise PlanMismatch(tape.failures)
     reached, foreign = foreign_uses(outputs, tape, problem.parameters, plan.fallbacks)
     if foreign:
         raise PlanMismatch(dict.fromkeys(foreign, "used outside its layer"))
-    hidden = {**hidden_reads(tape), **bypassed_outputs(outputs, tape)} if request.i2 else {}
+    check_order(problem, plan.layouts, batch, tape)
+    hidden = {**hidden_reads(tape), **bypassed_outputs(outputs, tape)}
+    if not request.double_backward:
+        hidden = {}
     if hidden:
         raise PlanMismatch(hidden)
     return Recording(
@@ -99,8 +113,33 @@ def record_chunk(problem: Problem, plan: Plan, rows: slice, unchecked: list[Tens
         batch=batch,
         rows=rows,
         reached=reached,
-        saved_bytes=saved_bytes(),
+        saved_bytes=saved_bytes,
     )
+
+
+def _run_forward(
+    problem: Problem, plan: Plan, batch: Batch, unchecked: list[Tensor]
+) -> tuple[Tape, Tensor, int]:
+    """Run the twin; return the tape, the outputs [b, ...] and the bytes that the graph keeps."""
+    request = problem.request
+    twice = request.double_backward
+    attention = use_differentiable_attention() if twice else contextlib.nullcontext()
+    recording = record_forward(
+        problem.twin,
+        batch.size,
+        plan.layouts,
+        plan.fallbacks,
+        twice_differentiable=request.double_backward and not plan.takes_derivatives,
+    )
+    uncounted = contextlib.nullcontext(lambda: 0)
+    limit = uncounted if plan.takes_derivatives else limit_saved_bytes(problem, batch.size)
+    with recording as tape, limit as saved_bytes, attention:
+        outputs = problem.forward(batch, unchecked if request.only_i1 else None)
+    if not plan.takes_derivatives:
+        return tape, outputs, saved_bytes()
+    kept = [x for node in nodes_behind([outputs.grad_fn]) for x in saved_tensors(node)]
+    sizes = {storage_address(x): x.untyped_storage().nbytes() for x in kept if storage_address(x)}
+    return tape, outputs, sum(sizes.values())
 
 
 def check_memory(problem: Problem, plan: Plan, recording: Recording) -> None:
@@ -152,7 +191,7 @@ def _count_stored_passes(problem: Problem, recording: Recording, limit: float) -
     else:
         passes = problem.draws.count
     stored = passes
-    if request.i2:
+    if request.double_backward:
         stored += passes * (request.probes + STORED_PER_CURVATURE_VECTOR)
     if request.exact and problem.draws.count is not None:
         columns = problem.likelihood.count_passes(h)
@@ -185,7 +224,7 @@ def make_chunk(problem: Problem, plan: Plan, recording: Recording) -> Chunk:
         outputs=recording.outputs,
         batch=recording.batch,
         rows=recording.rows,
-        fallbacks=assign_fallbacks(problem, plan, tape),
+        fallbacks=assign_fallbacks(problem, plan, tape, recording.batch),
         workspace_bytes=problem.memory_mb * 2**20 / 8,
     )
     if chunk.fallbacks and problem.shards is not None:

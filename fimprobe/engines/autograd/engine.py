@@ -18,6 +18,7 @@ import torch
 from fimprobe.engines.autograd.chunk_recording import check_memory, make_chunk, record_chunk
 from fimprobe.engines.autograd.first_order import accumulate_moments, add_ggn
 from fimprobe.engines.autograd.results import RunningResults
+from fimprobe.engines.autograd.spot_checking import run_spot_checks
 from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
 from fimprobe.engines.curvature.double_backward import DoubleBackward, use_differentiable_attention
 from fimprobe.engines.curvature.measure import measure_curvature
@@ -67,6 +68,10 @@ def measure_moments(problem: Problem, plan: Plan) -> Measured:
             continue
         start = rows.stop
     plan.unused = set(problem.parameters) - run.reached
+    if problem.request.spot_checks:
+        clock = _Clock(run.seconds)
+        run.spot_checks = run_spot_checks(problem, plan, run)
+        clock.stop("i2")
     return run.finish(problem, plan)
 
 
@@ -80,7 +85,9 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: RunningResult
     run.reached |= recording.reached
     h = chunk.outputs.detach()
     labels = label_cotangents(problem, rows, h)
-    vectors = curvature_cotangents(problem, rows, h, labels) if problem.request.i2 else None
+    vectors: Cotangents | None = None
+    if problem.request.double_backward:
+        vectors = curvature_cotangents(problem, rows, h, labels)
     double_backward = None if vectors is None else _prepare_double_backward(chunk, run, vectors)
     for entry in _first_order_passes(chunk, run, labels):
         if not entry.needed:
@@ -93,14 +100,16 @@ def _measure_chunk(problem: Problem, plan: Plan, rows: slice, run: RunningResult
                 # what the second-order pass has pulled back is not pulled back again
                 known = double_backward.edge_cotangents(entry.shared)
             keep_graph = not problem.request.only_i1
-            accumulate_moments(
+            deltas = accumulate_moments(
                 chunk, run, entry.kind, entry.cotangents(), known, keep_graph=keep_graph
             )
+            if entry.kind == "i1" and problem.request.spot_checks:
+                run.first_order_notes.add_chunk(chunk, deltas)
         clock.stop(entry.timer or entry.kind)
-    if vectors is not None:
+    if problem.request.i2:
         if plan.kinks is None:
             plan.kinks = find_kinks(chunk.outputs, problem.twin)
-        if double_backward is not None:
+        if vectors is not None and double_backward is not None:
             _accumulate_curvature(chunk, run, double_backward, vectors)
         clock.stop("i2")
 

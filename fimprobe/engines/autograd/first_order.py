@@ -42,7 +42,7 @@ def accumulate_moments(
     known: Sequence[Sequence[Tensor | None]] = (),
     *,
     keep_graph: bool = True,
-) -> None:
+) -> EdgeCotangents:
     """Pull cotangents back and add each parameter's moments to the running results.
 
     Args:
@@ -52,6 +52,9 @@ def accumulate_moments(
         cotangents: The vectors at the outputs, with the weights of their powers.
         known: For the first vectors, gradients at output and input edges, if already computed.
         keep_graph: Whether a later pass needs the graph.
+
+    Returns:
+        The cotangents at the output edges.
     """
     problem, num_vectors = chunk.problem, len(cotangents.vectors)
     # bounds of Î₁ use the gradients at the layers' inputs, for the label scores only
@@ -75,6 +78,7 @@ def accumulate_moments(
     if cotangents.combinations is not None:
         accumulators.combine_cotangents(cotangents.combinations)
     _note_weights(run, kind, cotangents)
+    return deltas
 
 
 def _accumulate_rule_moments(

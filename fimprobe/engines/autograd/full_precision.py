@@ -76,19 +76,18 @@ def _replace_tensors(
     )
     full = replace(problem, batch=batch)
     try:
-        with torch.no_grad():
-            expected = problem.forward(first).float()
-            for tensor in [*twin.parameters(), *twin.buffers()]:
-                if tensor.dtype in HALF_TYPES:
-                    replaced.append((tensor, tensor.data))
-                    tensor.data = tensor.data.float()
-            for module in twin.modules():
-                for name, value in list(module.__dict__.items()):
-                    if isinstance(value, Tensor) and value.dtype in HALF_TYPES:
-                        attributes.append((module, name, value))
-                        module.__dict__[name] = value.detach().float()
-            with _FloatForHalf():
-                outputs = full.forward(batch[:1]).float()
+        expected = problem.evaluate(first).float()
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            if tensor.dtype in HALF_TYPES:
+                replaced.append((tensor, tensor.data))
+                tensor.data = tensor.data.float()
+        for module in twin.modules():
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, Tensor) and value.dtype in HALF_TYPES:
+                    attributes.append((module, name, value))
+                    module.__dict__[name] = value.detach().float()
+        with _FloatForHalf():
+            outputs = full.evaluate(batch[:1]).float()
     except (RuntimeError, TypeError, ValueError, FimprobeError):  # kernels for half precision only
         return None
     bound = SAME_MODEL_TOLERANCE * float(expected.abs().amax())

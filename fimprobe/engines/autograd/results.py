@@ -15,9 +15,10 @@ from fimprobe.engines.primitives.device_transfer import to_host
 from fimprobe.engines.problem.label_cotangents import seen_mass
 from fimprobe.engines.problem.problem import Problem, check_finite
 from fimprobe.engines.problem.weights import PassWeights
+from fimprobe.engines.spot_checks.first_order import FirstOrderNotes
 from fimprobe.engines.tracing.plan import Plan, coverage
 from fimprobe.likelihoods.base import OutputNorms
-from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch
+from fimprobe.statistics import CurvatureBatch, Measured, MomentsBatch, SpotChecks
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,8 @@ class RunningResults:
         curvature: Second derivatives by parameter.
         curvature_weights: Weights of R² [b, labels].
         interacting: Parameters with interacting uses, and what they interact with.
+        first_order_notes: What spot checks need of the passes of Î₁.
+        spot_checks: V2 by spot checks; None if it is not measured so.
         norms: Norms of I(h) and M.
         classes: Number of outputs that share one label.
         reached: Parameters on which the outputs depend.
@@ -49,6 +52,8 @@ class RunningResults:
     curvature: dict[str, CurvatureAccumulator] = field(default_factory=dict)
     curvature_weights: list[Tensor] = field(default_factory=list)
     interacting: dict[str, set[str]] = field(default_factory=dict)
+    first_order_notes: FirstOrderNotes = field(default_factory=FirstOrderNotes)
+    spot_checks: SpotChecks | None = None
     norms: list[OutputNorms] = field(default_factory=list)
     classes: int | None = None
     reached: set[str] = field(default_factory=set)
@@ -101,11 +106,12 @@ class RunningResults:
         return Measured(
             moments=moments,
             curvature=curvature,
+            spot_checks=self.spot_checks,
             norms=norms,
             activations=self._activations_batch(problem, on_host),
             seconds=self.seconds,
             notes=list(self.notes.values()),
-            kinks=(plan.kinks or []) if curvature is not None else [],
+            kinks=(plan.kinks or []) if curvature is not None or self.spot_checks else [],
         )
 
     @property

@@ -22,10 +22,9 @@ from fimprobe.engines.autograd.single_samples import (
     single_sample_gradients,
 )
 from fimprobe.engines.problem.problem import Problem, Request
-from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.graph import gradient_types
+from fimprobe.engines.tracing.layout_trace import trace_layouts
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
-from fimprobe.engines.tracing.recording import record_forward
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import Gaussian
 from fimprobe.likelihoods.draws import Draws
@@ -105,7 +104,7 @@ def _verify(problem: Problem, plan: Plan | None = None) -> Plan:
     """
     tolerance = _tolerance_of_dtype(problem)
     if plan is None:
-        plan = Plan(layouts=_decide_expansions(problem, tolerance))
+        plan = Plan(layouts=trace_layouts(problem, tolerance / 2))
     plan.layouts.settled = False
     gradients, outputs = single_sample_gradients(problem)
     _check_samples_independent(problem, outputs, tolerance)
@@ -219,8 +218,7 @@ def _verification_size(problem: Problem) -> int:
 
     One sample alone could not show that the engine mixes samples.
     """
-    with torch.no_grad():
-        output_bytes = problem.forward(problem.batch[:1]).numel() * 8
+    output_bytes = problem.evaluate(problem.batch[:1]).numel() * 8
     needed = 3 * FLOAT64_OUTPUT_COPIES * output_bytes
     size = min(problem.batch.size, 3 if needed <= problem.memory_mb * 2**20 else 2)
     return size if problem.shards is None else problem.shards.smallest(size)
@@ -228,8 +226,7 @@ def _verification_size(problem: Problem) -> int:
 
 def _check_samples_independent(problem: Problem, outputs: Tensor, tolerance: float) -> None:
     """Raise if the outputs of a batch differ from those [B, ...] of its samples alone."""
-    with torch.no_grad():
-        in_batch = problem.forward(problem.batch).detach()
+    in_batch = problem.evaluate(problem.batch)
     if torch.allclose(in_batch, outputs, **_output_tolerance(outputs, tolerance)):
         return
     difference = float((in_batch - outputs).abs().max())
@@ -239,28 +236,6 @@ def _check_samples_independent(problem: Problem, outputs: Tensor, tolerance: flo
         "over samples. Replace layers that use statistics of the batch in eval mode (BatchNorm with "
         "track_running_stats=False) or draw random numbers in eval mode."
     )
-
-
-def _decide_expansions(problem: Problem, tolerance: float) -> BatchLayouts:
-    """Layouts with the lookups whose index can be expanded to the batch.
-
-    If the expansions change the outputs, or the model cannot run with them, all are refused.
-    """
-    layouts = BatchLayouts()
-    with torch.no_grad():
-        plain = problem.forward(problem.batch)
-    try:
-        with record_forward(problem.twin, problem.batch.size, layouts, {}):
-            expanded = problem.forward(problem.batch)
-        if torch.allclose(plain, expanded.detach(), **_output_tolerance(plain, tolerance)):
-            # without expansions nothing is kept of this trial
-            return layouts if layouts.expand else BatchLayouts()
-    except (RuntimeError, FimprobeError, ValueError, IndexError):
-        if not layouts.expand:
-            raise
-    without_expansion = BatchLayouts()
-    without_expansion.refused = set(layouts.expand)
-    return without_expansion
 
 
 def _disagreeing(

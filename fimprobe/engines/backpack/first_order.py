@@ -134,7 +134,7 @@ def _coverage(problem: Problem, measured: set[str]) -> dict[str, str]:
         if not parameter.requires_grad:
             coverage[name] = "left out: frozen"
         elif name not in measured:
-            coverage[name] = "left out: the outputs do not depend on it"
+            coverage[name] = "left out: the measured outputs do not depend on it"
         else:
             coverage[name] = f"backpack: {type(owner).__name__}"
     return coverage

@@ -149,8 +149,7 @@ def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, cur
 
     handles = [m.register_forward_hook(record_width) for m in modules]
     try:
-        with torch.no_grad():
-            h = problem.forward(batch[:1])
+        h = problem.evaluate(batch[:1])
     finally:
         for handle in handles:
             handle.remove()

@@ -147,7 +147,7 @@ class EdgeDirections:
             for local_name, parameter in assigned.parameters.items():
                 name = self.chunk.parameter_names[id(parameter)]
                 u = {local_name: self.direction.values[name]}
-                tangents = module_jvp(call.module, u, call.args, call.kwargs)
+                tangents = module_jvp(call.module, u, call.inputs)
                 for edge, tangent in zip(call.output_edges, tangents, strict=True):
                     if edge is not None and tangent is not None:
                         self._add(edges, edge, tangent, 0, name if flipped else None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -99,10 +100,8 @@ class FallbackDerivatives:
             return per_sample_vjp(
                 call.module,
                 {local_name: _parameter(call, local_name)},
-                batch.args,
-                batch.kwargs,
+                batch,
                 at_call,
-                batch_size=batch.size,
                 vectorize=vectorize,
             )
 
@@ -162,11 +161,9 @@ class FallbackDerivatives:
             return per_sample_vjp_tangent(
                 call.module,
                 {local_name: _parameter(call, local_name)},
-                batch.args,
-                batch.kwargs,
+                batch,
                 cotangents,
                 direction,
-                batch_size=batch.size,
                 select=select,
                 vectorize=vectorize,
             )
@@ -193,8 +190,8 @@ class FallbackDerivatives:
         if call.path == "":
             return CallDirection(parameters=values, scales=scales, cotangents=[None])
         steps: list[Tensor | None] = [
-            _rows(tangents.inputs, i, samples, self.chunk.size) if motion.inputs else None
-            for i in call.input_edges
+            _rows(tangents.inputs, i, samples if has_samples else ...) if motion.inputs else None
+            for i, has_samples in zip(call.input_edges, call.has_samples, strict=True)
         ]
         return CallDirection(
             parameters=values,
@@ -215,7 +212,7 @@ class FallbackDerivatives:
         samples: slice,
     ) -> dict[str, Tensor]:
         """Evaluate a call on some samples, with ``vmap`` if the module allows it."""
-        batch = Batch(call.args, call.kwargs, self.chunk.size)[samples]
+        batch = call.inputs[samples]
         unvectorized = self.chunk.plan.unvectorized
         for vectorize in (True, False) if call.path not in unvectorized else (False,):
             try:
@@ -238,13 +235,11 @@ def fill(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
 
 
 def _rows(
-    tensors: OptionalTensors, index: int | None, samples: slice, size: int | None = None
+    tensors: OptionalTensors, index: int | None, samples: slice | EllipsisType
 ) -> Tensor | None:
-    """Some samples of the indexed tensor; all of a tensor that has no batch of ``size``."""
+    """Some samples of the indexed tensor; all of it for ``...``."""
     x = None if index is None else tensors[index]
-    if x is None or (size is not None and (x.dim() == 0 or x.shape[0] != size)):
-        return x
-    return x[samples]
+    return None if x is None else x[samples]
 
 
 def _parameter(call: FallbackCall, local_name: str) -> Tensor:

@@ -100,8 +100,10 @@ def measure_curvature(
     # with exact labels the bounds use the diagonals of the other vectors, too
     num_diagonals = count if exact_labels else num_labels
     curvature.add_diagonals(num_diagonals)
-    elapsed = time.perf_counter() - started
-    seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + elapsed * num_labels / num_diagonals
+    if not chunk.problem.request.spot_checks:
+        elapsed = time.perf_counter() - started
+        share = elapsed * num_labels / num_diagonals
+        seconds["i2 diagonal"] = seconds.get("i2 diagonal", 0.0) + share
     for number in range(chunk.problem.request.probes if exact_labels else 1):
         curvature.add_direction(number)
     return interacting
@@ -132,9 +134,10 @@ class _ChunkCurvature:
     def add_diagonals(self, count: int) -> None:
         """Add the diagonals of R for the first ``count`` vectors."""
         request = self.chunk.problem.request
-        if self.piecewise_linear:
+        if self.piecewise_linear or request.spot_checks:  # these have no diagonal of their own
+            exact = request.exact or request.spot_checks
             for accumulator in self.accumulators.values():
-                accumulator.diagonal.add_zero(None if request.exact else request.probes)
+                accumulator.diagonal.add_zero(None if exact else request.probes)
         elif request.exact:
             self._add_exact_diagonals(count)
         else:

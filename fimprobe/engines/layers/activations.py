@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fimprobe.model.twin import is_transformed
+
 ActivationDerivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Maps x to σ(x), σ'(x) and σ''(x), all of the shape of x."""
 
@@ -93,11 +95,17 @@ def _apply(
     derivatives: ActivationDerivatives,
     input: Tensor,  # noqa: A002 - activations may be called with input=
 ) -> Tensor:
-    """Run the closed form, or ``forward`` in half precision and where no gradient is needed."""
-    if input.dtype not in (torch.float32, torch.float64) or not input.requires_grad:
+    """Run the closed form; ``forward`` in half precision, without gradient, under ``torch.func``."""
+    known = input.dtype in (torch.float32, torch.float64) and not is_transformed()
+    if not known or not input.requires_grad:
         return forward(input)
     output: Tensor = _Activation.apply(input, derivatives)
     return output
+
+
+def is_derivative(node: Any) -> bool:
+    """Return whether a node is a closed form's derivative, which can be differentiated once."""
+    return bool(node.name() == "_FirstDerivativeBackward")
 
 
 class _Activation(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fimprobe.model.batch import Batch
 from fimprobe.model.storage_guard import RefusesDataSwaps
 
 Select = Callable[[Any], list[Tensor]]
@@ -33,20 +34,15 @@ class _SampleCall:
     def __init__(
         self,
         module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        batch_size: int,
+        batch: Batch,
         select: Select | None,
     ) -> None:
-        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        inputs = batch.args, batch.kwargs
+        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
         self.module = module
         self.leaves, self._structure = tree_flatten(detached)
         self.tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor)]
-        self.batched = [
-            i
-            for i in self.tensors
-            if self.leaves[i].dim() > 0 and self.leaves[i].shape[0] == batch_size
-        ]
+        self.batched = sorted(batch.batched)
         self._select = select or _tensors_in
 
     def outputs(self, parameters: dict[str, Tensor], inputs: dict[int, Tensor]) -> list[Tensor]:
@@ -71,11 +67,9 @@ class _SampleCall:
 def per_sample_vjp(
     module: nn.Module,
     parameters: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    batch: Batch,
     cotangents: OptionalTensors,
     *,
-    batch_size: int,
     select: Select | None = None,
     vectorize: bool = True,
 ) -> dict[str, Tensor]:
@@ -84,17 +78,15 @@ def per_sample_vjp(
     Args:
         module: The module.
         parameters: The parameters θ, by their name inside the module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        batch: Its arguments, and which of them hold the B samples.
         cotangents: δ [B, S, ...] at each tensor among the outputs; None where there is none.
-        batch_size: B.
         select: Selects the outputs; all tensors that the module returns by default.
         vectorize: Whether to use ``vmap``.
 
     Returns:
         Per-sample gradients [B, S, *shape] by name.
     """
-    call = _SampleCall(module, args, kwargs, batch_size, select)
+    call = _SampleCall(module, batch, select)
     present = [d for d in cotangents if d is not None]
 
     def scalar(params: dict[str, Tensor], samples: list[Tensor], delta: list[Tensor]) -> Tensor:
@@ -122,13 +114,13 @@ def per_sample_vjp(
     # no others
     copies: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if n in parameters}
     gradients: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    for b in range(batch_size):
+    for b in range(batch.size):
         for s in range(draws):
             with torch.enable_grad():
                 value = scalar(copies, [x[b] for x in batched], [d[b, s] for d in present])
             for name, g in zip(copies, _gradients(value, list(copies.values())), strict=True):
                 gradients[name].append(g)
-    return {name: torch.stack(gs).unflatten(0, (batch_size, draws)) for name, gs in gradients.items()}
+    return {name: torch.stack(gs).unflatten(0, (batch.size, draws)) for name, gs in gradients.items()}
 
 
 @dataclass(kw_only=True)
@@ -152,12 +144,10 @@ class CallDirection:
 def per_sample_vjp_tangent(
     module: nn.Module,
     parameters: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    batch: Batch,
     cotangents: OptionalTensors,
     direction: CallDirection,
     *,
-    batch_size: int,
     select: Select | None = None,
     vectorize: bool = True,
 ) -> dict[str, Tensor]:
@@ -171,24 +161,22 @@ def per_sample_vjp_tangent(
         module: The module.
         parameters: The parameters θ with respect to which φ is differentiated, by their name inside
             the module. Other parameters may move, too.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        batch: Its arguments, and which of them hold the B samples.
         cotangents: δ [B, ...] at each tensor among the outputs; None where there is none.
         direction: How everything moves.
-        batch_size: B.
         select: Selects the outputs; all tensors that the module returns by default.
         vectorize: Whether to use ``vmap``.
 
     Returns:
         Tangents [B, *shape] by name.
     """
-    call = _SampleCall(module, args, kwargs, batch_size, select)
+    call = _SampleCall(module, batch, select)
     names = [*direction.parameters, *parameters]
     values = {n: p.detach() for n, p in module.named_parameters() if n in names}
     scalar = _TangentScalar(call, direction, cotangents)
-    data = scalar.data(values, batch_size)
+    data = scalar.data(values, batch.size)
     if not vectorize:
-        return _loop_over_samples(scalar, list(parameters), values, data, batch_size)
+        return _loop_over_samples(scalar, list(parameters), values, data, batch.size)
     others = {n: p for n, p in values.items() if n not in parameters}
 
     def single(params: dict[str, Tensor], sample: _SampleData) -> Tensor:
@@ -360,9 +348,7 @@ def _gradients(value: Any, points: list[Tensor], *, create_graph: bool = False) 
     return [torch.zeros_like(x) if g is None else g for x, g in zip(points, gradients, strict=True)]
 
 
-def module_jvp(
-    module: nn.Module, direction: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> OptionalTensors:
+def module_jvp(module: nn.Module, direction: dict[str, Tensor], batch: Batch) -> OptionalTensors:
     """Differentiate a module's outputs along a direction of its parameters.
 
     Two backward passes on the whole batch; see :func:`fimprobe.engines.primitives.products.jvp`.
@@ -370,14 +356,14 @@ def module_jvp(
     Args:
         module: The module.
         direction: The direction, by the parameters' names inside the module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        batch: Its arguments.
 
     Returns:
         The derivative of each tensor among the outputs; None for one that does not depend on the
         parameters.
     """
-    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+    inputs = batch.args, batch.kwargs
+    args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
     with torch.enable_grad():
         moved = {
             n: p.detach().requires_grad_() for n, p in module.named_parameters() if n in direction

@@ -19,7 +19,7 @@ from fimprobe.engines.tracing.tape import FallbackCall, Tape
 from fimprobe.model.batch import Batch
 
 
-def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape) -> list[AssignedCall]:
+def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape, batch: Batch) -> list[AssignedCall]:
     """Assign to each fallback call the parameters whose gradient it provides.
 
     A planned parameter belongs to the calls of the planned module. A parameter without a plan and
@@ -29,6 +29,7 @@ def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape) -> list[AssignedC
         problem: The model and its parameters.
         plan: The module planned for each parameter with a fallback.
         tape: The recorded forward pass.
+        batch: Its samples.
 
     Returns:
         The calls with at least one parameter.
@@ -36,8 +37,7 @@ def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape) -> list[AssignedC
     names = {id(p): n for n, p in problem.parameters.items()}
     calls = list(tape.fallback_calls)
     if "" in plan.fallbacks.values() or _root_needs_fallback(problem):
-        batch = problem.batch
-        calls.append(FallbackCall(path="", module=problem.twin, args=batch.args, kwargs=batch.kwargs))
+        calls.append(FallbackCall(path="", module=problem.twin, inputs=batch))
     assigned: list[AssignedCall] = []
     for call in calls:
         parameters: dict[str, Tensor] = {}
@@ -158,14 +158,13 @@ def _per_sample_gradients(
         Gradients [b, S, *shape]; empty if no cotangent reaches the call.
     """
     call, problem, plan = assigned.call, chunk.problem, chunk.plan
+    batch = call.inputs[samples]
     cotangents: list[Tensor | None]
     select: Any = None
     if call.path == "":
-        batch = chunk.batch[samples]
         cotangents = [vectors[samples]]
         select = lambda out: [problem.select_outputs(out)]  # noqa: E731
     else:
-        batch = Batch(call.args, call.kwargs, chunk.size)[samples]
         cotangents = []
         for edge in call.output_edges:
             delta = None if edge is None else deltas[edge]
@@ -179,10 +178,8 @@ def _per_sample_gradients(
             return per_sample_vjp(
                 call.module,
                 parameters,
-                batch.args,
-                batch.kwargs,
+                batch,
                 cotangents,
-                batch_size=batch.size,
                 select=select,
                 vectorize=vectorize,
             )

@@ -19,6 +19,8 @@ from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods.base import OutputNorms, Pass
+from fimprobe.likelihoods.independent import Independent
+from fimprobe.likelihoods.output_mask import spread_mask
 
 MAX_PASSES = 4096
 """Maximum number of backward passes of ``draws="exact"`` for one chunk."""
@@ -112,12 +114,7 @@ def output_cotangents(problem: Problem, rows: slice, h: Tensor, norms: OutputNor
     moment_max = norms.moment_max.to(h.dtype).unsqueeze(1)
     keep = masked(problem, rows, h, torch.ones_like(h))
     if problem.draws.count is None:
-        class_last = _class_last(problem, keep)
-        units = torch.eye(class_last[0].numel(), dtype=h.dtype, device=h.device)
-        vectors = []
-        for unit in units:
-            vector = unit.view(class_last[0].shape).expand(class_last.shape) * class_last
-            vectors.append(_class_back(problem, vector, h))
+        vectors = _unit_vectors(problem, keep, h)
         square = moment_max.sqrt().expand(-1, len(vectors))
         weights = PassWeights(square, torch.zeros_like(square), [0] * len(vectors))
         return Cotangents(vectors=vectors, weights=weights)
@@ -129,6 +126,23 @@ def output_cotangents(problem: Problem, rows: slice, h: Tensor, norms: OutputNor
     )
     weights = PassWeights(square, square.square(), [0] * count + [1] * len(means))
     return Cotangents(vectors=vectors + means, weights=weights, combinations=combinations)
+
+
+def _unit_vectors(problem: Problem, keep: Tensor, h: Tensor) -> list[Tensor]:
+    """Unit vectors at the outputs of each sample, the classes of a position one after the other.
+
+    Args:
+        problem: The likelihood.
+        keep: 1 at outputs that count, 0 at masked ones [B, ...].
+        h: The outputs [B, ...].
+    """
+    class_last = _class_last(problem, keep)
+    units = torch.eye(class_last[0].numel(), dtype=h.dtype, device=h.device)
+    vectors = []
+    for unit in units:
+        vector = unit.view(class_last[0].shape).expand(class_last.shape) * class_last
+        vectors.append(_class_back(problem, vector, h))
+    return vectors
 
 
 def _class_means(
@@ -178,7 +192,8 @@ def curvature_cotangents(problem: Problem, rows: slice, h: Tensor, labels: Cotan
     score,
     Σ_y ‖H_y‖² = Σ_y ‖R_y‖² + (‖H_1‖² − ‖Σ_y R_y‖²)/C.
     Two more vectors are needed: Σ_t ε_t 1_t and Σ_t ε_t Σ_y (e_y − p_t), summed over positions t
-    with signs ε_t. The signs do not matter if there is one position.
+    with signs ε_t. The signs do not matter if there is one position. Several heads have labels of
+    different kinds; there the unit vectors follow.
 
     Args:
         problem: The likelihood, the draws, the mask and K.
@@ -199,6 +214,8 @@ def curvature_cotangents(problem: Problem, rows: slice, h: Tensor, labels: Cotan
         elif axis is not None:
             signs = _signs(problem, rows, h, "hessian").narrow(axis, 0, 1)
             for_bounds = [signs * keep, signs * torch.stack(scores).sum(0)]
+        elif not isinstance(problem.likelihood, Independent):  # its passes are no unit vectors
+            for_bounds = _unit_vectors(problem, keep, h)
     # size-biased vectors are √w δ: the squares of √w R have the weight 1/S of all draws
     square = (
         torch.full((len(h), len(scores)), 1 / len(scores), dtype=torch.float64, device=h.device)
@@ -277,9 +294,7 @@ def masked(problem: Problem, rows: slice, h: Tensor, vector: Tensor) -> Tensor:
     """
     mask = mask_of(problem, rows, h)
     if mask is not None:
-        if mask.dim() < vector.dim():  # labels have no class dimension
-            mask = mask.unsqueeze(getattr(problem.likelihood, "class_dim", -1))
-        vector = vector.masked_fill(~mask, 0)
+        vector = vector.masked_fill(~spread_mask(problem.likelihood, mask, vector), 0)
     return vector.to(h.dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
@@ -31,6 +32,8 @@ class Request:
         probes: K, the number of random probes for second derivatives and for bounds.
         exact: Whether the diagonals of second derivatives are computed by BackPACK instead of
             probes, and the diagonal of F from all columns of a factor of I(h).
+        spot_checks: Whether V2 is measured by spot checks. Second derivatives by double backward then
+            serve bounds only.
         backpack: Whether BackPACK pulls these columns back, instead of the autograd engine.
     """
 
@@ -41,6 +44,12 @@ class Request:
     probes: int = 2
     exact: bool = False
     backpack: bool = False
+    spot_checks: bool = False
+
+    @property
+    def double_backward(self) -> bool:
+        """Whether the graph is differentiated twice: for Î₂, unless spot checks are all it needs."""
+        return self.i2 and (self.bounds or not self.spot_checks)
 
     @property
     def only_i1(self) -> bool:
@@ -97,6 +106,18 @@ class Problem:
                 else:
                     self.frozen.add(name)
 
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Return the outputs h [b, ...] of some samples, detached.
+
+        Autograd is on, as in training. Under ``torch.no_grad()`` torch's transformer layers compute
+        something else at padded positions, and a forward that takes a derivative fails.
+
+        Raises:
+            FimprobeError: As :meth:`forward` does.
+            BatchError: If some outputs are not finite.
+        """
+        return self.forward(batch).detach()
+
     def forward(self, batch: Batch, unchecked: list[Tensor] | None = None) -> Tensor:
         """Run the twin and check its outputs.
 
@@ -112,8 +133,12 @@ class Problem:
             FimprobeError: If the outputs do not have one row for each sample.
             BatchError: If some outputs are not finite.
         """
+        # a forward may let its inputs require a gradient, which must not last
+        args, kwargs = tree_map(
+            lambda x: x.detach() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
+        )
         with nullcontext() if self.shards is None else self.shards.saving():
-            h = self.select_outputs(self.twin(*batch.args, **batch.kwargs))
+            h = self.select_outputs(self.twin(*args, **kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(
                 f"`output` must return the tensor of outputs [B, ...], got {type(h).__name__}. "

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.problem.problem import MemoryLimitExceeded, Problem
+from fimprobe.model.batch import Batch
+
+
+def outputs_in_parts(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+    """Run the twin on a batch, in as many passes as half of ``memory_mb`` requires.
+
+    Args:
+        problem: The model and the memory limit.
+        batch: The samples.
+
+    Yields:
+        Some of the samples, and their outputs [b, ...] with the graph.
+    """
+    start, step, limited = 0, batch.size, True
+    while start < batch.size:
+        part = batch if step >= batch.size else batch[slice(start, start + step)]
+        limit = limit_saved_bytes(problem, part.size) if limited else nullcontext()
+        try:
+            with torch.enable_grad(), limit:
+                outputs = problem.forward(part)
+        except MemoryLimitExceeded as exceeded:
+            step = exceeded.feasible
+            continue
+        except RuntimeError as error:
+            if not (limited and forbids_hooks(error)):
+                raise
+            limited = False
+            continue
+        yield part, outputs
+        start += part.size
+
+
+def forbids_hooks(error: RuntimeError) -> bool:
+    """Return whether a forward failed because it uses ``torch.func`` under hooks on saved tensors."""
+    return "saved tensor hooks" in str(error)
 
 
 @contextmanager

@@ -6,30 +6,84 @@ of each sample as separate samples. None: the batch cannot be located.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+Layout = int | str
+"""0 or 1, the batch dimension, or "folded"."""
 
-@dataclass
+
+@dataclass(kw_only=True)
 class BatchLayouts:
     """The layout of each module, decided once per model: a later shape cannot mislead.
 
-    A batch of 8 sequences of 8 tokens fits two layouts. What the verified batch has decided is
-    therefore used for all later ones.
+    A batch of 8 sequences of 8 tokens fits two layouts. Two forward passes of different sizes show
+    which of them the model has; see :mod:`fimprobe.engines.tracing.layout_trace`.
 
     Attributes:
-        of: Layout by module path.
+        traced: Whether two passes have shown the layouts. A model that runs with one size only has
+            those that the shapes of its verified batch allow.
+        of: Layout by module path; None where there is none.
+        calls: For each module path, the calls that were seen: the indices of the tensors among the
+            leaves of their arguments, and of those that hold the batch in their first dimension.
         expand: Lookups whose index has no batch dimension, which is expanded to one. "leading": the
             index is [1, ...]; "missing": it is [...].
-        refused: Lookups that must not be expanded, because that changed the outputs.
+        unsure: Paths at which the order of the samples is compared in every measurement, because
+            shapes in the forward pass depend on data.
         settled: Whether the layouts have been verified and no new ones are decided.
     """
 
-    of: dict[str, int | str] = field(default_factory=dict)
+    traced: bool = False
+    of: dict[str, Layout | None] = field(default_factory=dict)
+    calls: dict[str, list[list[list[int]]]] = field(default_factory=dict)
     expand: dict[str, str] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
     settled: bool = False
+
+    def layout(self, path: str, tensors: Sequence[Tensor], size: int) -> Layout | None:
+        """Return the layout in which all tensors of a module hold the batch; None if there is none.
+
+        Args:
+            path: The module's path.
+            tensors: The inputs and outputs that its rules read.
+            size: Number of samples B.
+        """
+        known = self.of.get(path)
+        if known is None and (self.traced or self.settled):
+            return None  # no batch there, or the module did not run when the layouts were decided
+        candidates: list[Layout] = [0, 1, "folded"] if known is None else [known]
+        for layout in candidates:
+            if all(has_batch(x, layout, size) for x in tensors):
+                self.of.setdefault(path, layout)
+                return layout
+        return None
+
+    def batched_arguments(self, path: str, leaves: Sequence[object], size: int) -> set[int] | None:
+        """Return which arguments of a call hold the batch in their first dimension.
+
+        Args:
+            path: The path of the module that is called.
+            leaves: All leaves of its arguments.
+            size: Number of samples B.
+
+        Returns:
+            Indices among ``leaves``; None if the batch lies elsewhere, or nowhere.
+        """
+        tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        if self.traced:
+            seen = [batched for indices, batched in self.calls.get(path, []) if indices == tensors]
+            batched = set(seen[0]) if seen else set()
+        else:
+            batched = {i for i in tensors if has_batch(_tensor(leaves[i]), 0, size)}
+        fits = all(has_batch(_tensor(leaves[i]), 0, size) for i in batched)
+        return batched if batched and fits else None
+
+
+def _tensor(x: object) -> Tensor:
+    assert isinstance(x, Tensor)
+    return x
 
 
 def has_batch(x: Tensor, layout: int | str | None, size: int) -> bool:

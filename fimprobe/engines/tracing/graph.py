@@ -78,11 +78,20 @@ def keeps_output(node: Any) -> bool:
     A kept output is the only kept tensor whose own node is ``node``.
     """
     try:
-        saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-        saved += getattr(node, "saved_tensors", ())  # of a ``torch.autograd.Function``
+        return any(x.grad_fn is node for x in saved_tensors(node))
     except RuntimeError:  # freed, or overwritten by an in-place operation
         return True
-    return any(isinstance(x, Tensor) and x.grad_fn is node for x in tree_leaves(saved))
+
+
+def saved_tensors(node: Any) -> list[Tensor]:
+    """The tensors that an operation keeps for its backward.
+
+    Raises:
+        RuntimeError: If one was freed, or overwritten by an in-place operation.
+    """
+    saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    saved += getattr(node, "saved_tensors", ())  # of a ``torch.autograd.Function``
+    return [x for x in tree_leaves(saved) if isinstance(x, Tensor)]
 
 
 def bypassed_outputs(outputs: Tensor, tape: Tape) -> dict[str, str]:
@@ -118,7 +127,7 @@ def hidden_reads(tape: Tape) -> dict[str, str]:
     """
     reasons = {}
     for call in tape.fallback_calls:
-        inputs = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+        inputs = call.inputs.tensors()
         known = {id(x) for x in [*inputs, *call.module.parameters()]}
         stops: dict[Any, list[Any]] = {x.grad_fn: [] for x in inputs if x.grad_fn is not None}
         nodes = [tape.output_edges[e].node for e in call.output_edges if e is not None]
@@ -128,8 +137,12 @@ def hidden_reads(tape: Tape) -> dict[str, str]:
 
 
 def gradient_types(outputs: Tensor) -> set[torch.dtype]:
-    """Floating-point types of the gradients that pass through the graph of ``outputs``."""
+    """Floating-point types of the gradients that pass through the graph of ``outputs``.
+
+    A complex type counts as that of its parts.
+    """
     types: set[torch.dtype] = {outputs.dtype}
     for node in nodes_behind([outputs.grad_fn]):
-        types |= {kind for m in node._input_metadata if (kind := m.dtype).is_floating_point}
+        parts = {m.dtype.to_real() for m in node._input_metadata}
+        types |= {kind for kind in parts if kind.is_floating_point}
     return types

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +33,9 @@ def find_uses(chunk: Chunk) -> dict[str, ParameterUses]:
         if name not in chunk.plan.fallbacks:
             uses[name].rule_uses.extend(chunk.tape.uses.get(id(parameter), []))
     for assigned in chunk.fallbacks:
-        call = assigned.call
-        if call.path == "":  # recorded for the whole batch: use the chunk's samples
-            call = replace(call, args=chunk.batch.args, kwargs=chunk.batch.kwargs)
         for local_name, tensor in assigned.parameters.items():
             name = chunk.parameter_names[id(tensor)]
-            uses[name].fallback_calls.append((call, local_name))
+            uses[name].fallback_calls.append((assigned.call, local_name))
     return uses
 
 

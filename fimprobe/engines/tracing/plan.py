@@ -8,6 +8,7 @@ from fimprobe.engines.layers.decompositions import UNROLLED
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.model.input_roles import InputRoles
 from fimprobe.model.twin import TwinSettings
 
 
@@ -27,10 +28,13 @@ class Plan:
         verified_samples: Samples that were compared with single evaluations; 0 before verification.
         curvature_verified_samples: The same for second derivatives.
         curvature_failure: Why there are no second derivatives; empty if there are.
+        takes_derivatives: Whether the forward itself takes derivatives. Memory is then counted after
+            it, and activations keep torch's backward.
         kinks: Modules that are not twice differentiable; None before they were searched for.
         backpack: What BackPACK does not support, by module, for first (False) and second order
             (True); None before it was checked.
         twin: How the model is copied; None before it was checked.
+        input_roles: Which inputs hold the samples.
     """
 
     layouts: BatchLayouts = field(default_factory=BatchLayouts)
@@ -42,9 +46,11 @@ class Plan:
     verified_samples: int = 0
     curvature_verified_samples: int = 0
     curvature_failure: str = ""
+    takes_derivatives: bool = False
     kinks: list[str] | None = None
     backpack: dict[bool, dict[str, str]] | None = None
     twin: TwinSettings | None = None
+    input_roles: InputRoles = field(default_factory=InputRoles)
 
 
 class PlanMismatch(Exception):
@@ -70,7 +76,7 @@ def coverage(problem: Problem, plan: Plan) -> dict[str, str]:
         if name in problem.frozen:
             descriptions[name] = "left out: frozen"
         elif name in plan.unused:
-            descriptions[name] = "left out: the outputs do not depend on it"
+            descriptions[name] = "left out: the measured outputs do not depend on it"
         elif name not in plan.fallbacks and rules_for(owner):
             descriptions[name] = f"autograd: {type(owner).__name__} rule"
         elif name not in plan.fallbacks and type(owner) in UNROLLED:

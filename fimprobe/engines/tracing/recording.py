@@ -17,7 +17,7 @@ from fimprobe.engines.tracing.affine_recorder import AffineRecorder
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.graph import keeps_output
 from fimprobe.engines.tracing.tape import Tape
-from fimprobe.model.twin import has_altered_call
+from fimprobe.model.twin import has_altered_call, is_transformed
 
 
 @contextmanager
@@ -78,8 +78,8 @@ def record_forward(
             _decompose(tape, path, module)
             replaced.append(module)
         else:
-            if isinstance(module, nn.Embedding) and (not layouts.settled or path in layouts.expand):
-                before = functools.partial(_expand_index, tape, path)
+            if path in layouts.expand:
+                before = functools.partial(expand_index, layouts.expand[path], batch_size)
                 handles.append(module.register_forward_pre_hook(before))
             after = functools.partial(_record_rule_call, tape, path)
             handles.append(module.register_forward_hook(after, with_kwargs=True))
@@ -92,6 +92,10 @@ def record_forward(
             del module.__dict__["forward"]
 
 
+_TRANSFORMED = "it runs under a transformation of torch.func"
+"""Why a call has no edges: its tensors belong to the transformation."""
+
+
 def _record_rule_call(
     tape: Tape,
     path: str,
@@ -101,6 +105,9 @@ def _record_rule_call(
     out: Any,
 ) -> None:
     """Forward hook: record a call with the inputs that the layer's rules read."""
+    if is_transformed():
+        tape.failures[path] = _TRANSFORMED
+        return
     if not (isinstance(out, Tensor) and out.requires_grad):
         return
     inputs = args if args else tuple(kwargs.values())
@@ -141,6 +148,9 @@ def _record_fallback_call(
     Returns:
         What takes the place of ``out``: the same values, with an edge that no backward reads.
     """
+    if is_transformed():
+        tape.failures[path] = _TRANSFORMED
+        return out
     if twice_differentiable:
         out = tree_map(functools.partial(_separate_edge, tape, path), out)
     tape.add_fallback_call(path, module, args, kwargs, out)
@@ -160,30 +170,30 @@ def _separate_edge(tape: Tape, path: str, x: Any) -> Any:
     return x.clone()
 
 
-def _expand_index(tape: Tape, path: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
+def expand_index(kind: str, size: int, module: nn.Module, args: tuple[Any, ...]) -> Any:
     """Forward pre-hook: give a lookup's index a batch dimension, so that each sample has a δ.
 
     Position embeddings are looked up once for the whole batch, with an index [T] or [1, T]. The
-    expansion does not change the outputs of a model that adds them to each sample. Verification
-    compares the outputs and otherwise refuses the expansion.
+    expansion does not change the outputs of a model that adds them to each sample. The outputs are
+    compared before a plan contains an expansion.
+
+    Args:
+        kind: "leading" or "missing", see :class:`BatchLayouts`.
+        size: Number of samples B.
+        module: The lookup.
+        args: Its arguments.
+
+    Returns:
+        The arguments with an index [B, ...]; None to leave them as they are.
     """
-    if not args or not isinstance(args[0], Tensor):
+    if not args or not isinstance(args[0], Tensor) or is_transformed():
         return None
-    index, size = args[0], tape.batch_size
-    expansion = tape.layouts.expand.get(path)
-    undecided = not tape.layouts.settled and path not in tape.layouts.refused
-    if expansion is None and undecided and size > 1:
-        if index.dim() > 1 and index.shape[0] == 1:
-            expansion = "leading"
-        elif index.dim() == 1 and index.shape[0] != size:
-            expansion = "missing"
-        if expansion is not None:
-            tape.layouts.expand[path] = expansion
-    if expansion == "leading" and index.shape[0] == 1:
-        index = index.expand(size, *index.shape[1:])
-    elif expansion == "missing":
-        index = index.expand(size, *index.shape)
-    return (index, *args[1:])
+    index = args[0]
+    if kind == "missing":
+        return (index.expand(size, *index.shape), *args[1:])
+    if index.shape[:1] == (1,):
+        return (index.expand(size, *index.shape[1:]), *args[1:])
+    return None
 
 
 def _decompose(tape: Tape, path: str, module: nn.Module) -> None:
@@ -191,6 +201,9 @@ def _decompose(tape: Tape, path: str, module: nn.Module) -> None:
     original, decomposition = module.forward, UNROLLED[type(module)]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if is_transformed():
+            tape.failures[path] = _TRANSFORMED
+            return original(*args, **kwargs)
         affine = AffineRecorder(tape, path, module)
         try:
             out = decomposition(module, affine, *args, **kwargs)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,6 +112,37 @@ def is_piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
         outputs: The outputs of the recorded forward pass.
         tape: Its tape.
     """
+    return all(linear for _, linear in _nodes_in_order(outputs, tape))
+
+
+def straight_edges(outputs: Tensor, tape: Tape) -> set[int]:
+    """Find the layers' outputs in which the outputs are piecewise linear, each for itself.
+
+    A parameter in which a layer's output is affine then has no second derivative by that use: untied
+    last layers, and the norm before them.
+
+    Args:
+        outputs: The outputs of the recorded forward pass.
+        tape: Its tape.
+
+    Returns:
+        Indices of output edges. An edge is left out if a product on its way has two factors that
+        depend on layers, even if only one depends on it.
+    """
+    bent: set[Any] = set()
+    for node, linear in reversed(list(_nodes_in_order(outputs, tape))):
+        if node in bent or not linear:
+            bent.update(following for following, _ in node.next_functions)
+    bent_leaves = {id(node.variable) for node in bent if hasattr(node, "variable")}
+    return {
+        index
+        for index, edge in enumerate(tape.output_edges)
+        if (id(edge) not in bent_leaves if isinstance(edge, Tensor) else edge.node not in bent)
+    }
+
+
+def _nodes_in_order(outputs: Tensor, tape: Tape) -> Iterator[tuple[Any, bool]]:
+    """Yield each node after its arguments, and whether it is piecewise linear in layers' outputs."""
     edge_nodes = {e.node for e in tape.output_edges if not isinstance(e, Tensor)}
     edge_leaves = {id(e) for e in tape.output_edges if isinstance(e, Tensor)}
     depends: dict[Any, bool] = {None: False}  # whether a node depends on a layer's output
@@ -126,10 +158,8 @@ def is_piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
             continue
         dependent = [depends[a] for a in arguments]
         is_edge = node in edge_nodes or id(getattr(node, "variable", None)) in edge_leaves
-        if any(dependent) and not _is_linear(node, dependent):
-            return False
         depends[node] = is_edge or any(dependent)
-    return True
+        yield node, not any(dependent) or _is_linear(node, dependent)
 
 
 def _is_linear(node: Any, dependent: list[bool]) -> bool:

@@ -20,6 +20,7 @@ from fimprobe.engines.layers.layer_call import LayerCall
 from fimprobe.engines.layers.rules import GradientRule, parameter_jvp
 from fimprobe.engines.tracing.batch_layout import BatchLayouts, batch_first, has_batch
 from fimprobe.errors import FimprobeError
+from fimprobe.model.batch import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,7 @@ class FallbackCall:
     Attributes:
         path: The module's path; "" for the whole model.
         module: The module.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        inputs: Its arguments, and which of them hold the batch.
         output_edges: Index of the output edge of each tensor among the outputs; None where no
             cotangent arrives.
         input_edges: Index of the input edge of each tensor among the inputs.
@@ -65,10 +65,15 @@ class FallbackCall:
 
     path: str
     module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    inputs: Batch
     output_edges: tuple[int | None, ...] = ()
     input_edges: tuple[int | None, ...] = ()
+
+    @property
+    def has_samples(self) -> list[bool]:
+        """For each tensor among the inputs, whether it holds the batch."""
+        leaves = tree_leaves((self.inputs.args, self.inputs.kwargs))
+        return [i in self.inputs.batched for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
 
 class Tape:
@@ -104,18 +109,6 @@ class Tape:
         self.stops: dict[Any, list[Any]] = {}
         self.separated: dict[Any, str] = {}
         self.failures: dict[str, str] = {}
-
-    def layout(self, path: str, *tensors: Tensor) -> int | str | None:
-        """The layout in which all ``tensors`` hold the batch; None if there is none."""
-        known = self.layouts.of.get(path)
-        if known is None and self.layouts.settled:
-            return None  # the module did not run when the layouts were verified
-        candidates: list[int | str] = [0, 1, "folded"] if known is None else [known]
-        for layout in candidates:
-            if all(has_batch(x, layout, self.batch_size) for x in tensors):
-                self.layouts.of.setdefault(path, layout)
-                return layout
-        return None
 
     def add_output_edge(self, output: Tensor, layout: int | str = 0) -> int:
         """Register a call's output, whose cotangent will be computed.
@@ -176,7 +169,7 @@ class Tape:
         ):
             self.failures[path] = "bags given by offsets"
             return
-        layout = self.layout(path, *inputs, out)
+        layout = self.layouts.layout(path, [*inputs, out], self.batch_size)
         if layout is None:
             self.failures[path] = f"no batch dimension in its input {tuple(inputs[0].shape)}"
             return
@@ -215,7 +208,8 @@ class Tape:
             kwargs: Its keyword arguments.
             out: What it returned; outputs that are also inputs have no edge.
         """
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        arguments = tree_leaves((args, kwargs))
+        inputs = [x for x in arguments if isinstance(x, Tensor)]
         input_nodes = {x.grad_fn for x in inputs if x.grad_fn is not None}
         leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         computed = [
@@ -224,9 +218,8 @@ class Tape:
         outputs = [x for x, is_computed in zip(leaves, computed, strict=True) if is_computed]
         if not outputs:
             return
-        if not all(has_batch(x, 0, self.batch_size) for x in outputs) or not any(
-            has_batch(x, 0, self.batch_size) for x in inputs
-        ):
+        batched = self.layouts.batched_arguments(path, arguments, self.batch_size)
+        if batched is None or not all(has_batch(x, 0, self.batch_size) for x in outputs):
             self.failures[path] = "no batch dimension at its inputs and outputs"
             return
         output_edges = tuple(
@@ -236,8 +229,7 @@ class Tape:
         call = FallbackCall(
             path=path,
             module=module,
-            args=args,
-            kwargs=kwargs,
+            inputs=Batch(args, kwargs, self.batch_size, frozenset(batched)),
             output_edges=output_edges,
             input_edges=tuple(self.add_input_edge(x) for x in inputs),
         )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
+from fimprobe.engines.problem.cotangents import masked
 from fimprobe.engines.problem.problem import Problem, Request
+from fimprobe.engines.problem.saved_tensors import outputs_in_parts
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.fisher.sums.indexed_draws import IndexedDraws
@@ -24,7 +26,7 @@ from fimprobe.likelihoods.size_biased import (
 )
 from fimprobe.measurement.process_summary import float_buffers
 from fimprobe.model.batch import Batch
-from fimprobe.model.checked_twin import make_checked_twin
+from fimprobe.model.input_roles import InputRoles, make_twin_for_batch
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import trainable, unwrap
 from fimprobe.statistics import MomentsBatch
@@ -106,6 +108,26 @@ def _input_weights(expected: Tensor, mean: float) -> Tensor:
     return torch.where(valid, mean / expected.where(valid, 1), 0)
 
 
+ScoreOfLabels = Callable[[Tensor, Tensor], Tensor]
+"""From outputs h [B, ...] and labels of the data to vectors of the outputs' shape."""
+
+
+class ScoredLabels:
+    """A family whose score at labels of the data is another function.
+
+    Args:
+        family: The family.
+        score: From outputs and labels to vectors of the outputs' shape.
+    """
+
+    def __init__(self, family: Likelihood, score: ScoreOfLabels) -> None:
+        self.family: Any = family
+        self.data_score = score
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.family, name)
+
+
 @dataclass(kw_only=True)
 class Measurer:
     """Measures batches of one model.
@@ -138,15 +160,19 @@ class Measurer:
         """What the comparison of the twin with the model found."""
         return [] if self.plan.twin is None else list(self.plan.twin.notes)
 
-    def _twin_for(self, batch: Batch) -> nn.Module:
-        """The twin, compared with the model on the first batch."""
-        if self._twin is None:
+    def _twin_for(self, batch: Batch) -> tuple[nn.Module, Batch]:
+        """The twin, compared with the model on the first batch, and the batch with its roles."""
+        roles = self.plan.input_roles
+        batch = roles.apply(batch)
+        if self._twin is None or roles.undecided(batch):
             select = self.output or select_outputs
-            self._twin, self.plan.twin = make_checked_twin(self.model, batch, select, self.plan.twin)
+            self._twin, self.plan.twin, batch = make_twin_for_batch(
+                self.model, batch, select, self.plan.twin, roles
+            )
             for name, buffer in float_buffers(self._twin).items():
                 if name in self.buffers:
                     buffer.copy_(self.buffers[name])
-        return self._twin
+        return self._twin, batch
 
     def moments(
         self,
@@ -165,16 +191,76 @@ class Measurer:
             draws: Labels per input; None for exact ones.
             mean_expected: τ̄ where inputs were drawn in proportion to τ.
         """
-        problem = self._problem(batch, mask, indices, draws)
-        if not self.plan.verified_samples or (self.plan.verified_samples == 1 and batch.size > 1):
-            verified = make_verified_plan(problem)
-            verified.twin = self.plan.twin
-            for f in fields(Plan):
-                setattr(self.plan, f.name, getattr(verified, f.name))
+        problem = self._verified(self._problem(batch, mask, indices, draws))
         if mean_expected is not None:
             weighted: Any = TraceWeighted(self.likelihood, mean_expected)
             problem = replace(problem, likelihood=weighted)
         return measure_with_fallbacks(problem, self.plan).moments["i1"]
+
+    def moments_of(
+        self, batch: Batch, mask: Tensor | None, labels: Tensor, score: ScoreOfLabels
+    ) -> MomentsBatch:
+        """Return the moments of one given vector for each input, as those of an exact expectation.
+
+        Args:
+            batch: The inputs.
+            mask: Labels that count.
+            labels: Handed to ``score``, batch first.
+            score: From the outputs [B, ...] and the labels to vectors of the outputs' shape.
+        """
+        problem = self._verified(self._problem(batch, mask, torch.arange(batch.size), 1))
+        scored: Any = ScoredLabels(self.likelihood, score)
+        problem = replace(
+            problem,
+            likelihood=scored,
+            draws=replace(problem.draws, size_biased=False),
+            request=Request(labels=labels),
+        )
+        moments = measure_with_fallbacks(problem, self.plan).moments["empirical"]
+        return replace(moments, draws=None, square_weights=torch.ones(batch.size, 1))
+
+    def summed_gradients(
+        self,
+        batch: Batch,
+        mask: Tensor | None,
+        labels: Tensor,
+        scores: Mapping[str, ScoreOfLabels],
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return the sums over a batch of the per-sample gradients of :meth:`moments_of`.
+
+        Args:
+            batch: The inputs.
+            mask: Labels that count.
+            labels: Handed to the scores, batch first.
+            scores: From the outputs [B, ...] and the labels to vectors of the outputs' shape.
+
+        Returns:
+            Gradients by score and parameter; zeros where the outputs do not depend on it.
+        """
+        problem = self._problem(batch, mask, torch.arange(batch.size), 1)
+        h = problem.forward(problem.batch)
+        rows, parameters = slice(0, batch.size), problem.parameters
+        sums = {}
+        for key, score in scores.items():
+            vector = masked(problem, rows, h, score(h.detach(), labels.to(h.device)))
+            gradients = torch.autograd.grad(
+                h, list(parameters.values()), vector, allow_unused=True, retain_graph=True
+            )
+            sums[key] = {
+                name: torch.zeros_like(p) if g is None else g
+                for (name, p), g in zip(parameters.items(), gradients, strict=True)
+            }
+        return sums
+
+    def _verified(self, problem: Problem) -> Problem:
+        """The problem, after the first ones have filled and verified the plan."""
+        samples = self.plan.verified_samples
+        if not samples or (samples == 1 and problem.batch.size > 1):
+            verified = make_verified_plan(problem)
+            verified.twin, verified.input_roles = self.plan.twin, self.plan.input_roles
+            for f in fields(Plan):
+                setattr(self.plan, f.name, getattr(verified, f.name))
+        return problem
 
     def expected(self, batch: Batch, mask: Tensor | None) -> Tensor | None:
         """Return τ of every input [B], float64 on the CPU; None where the family has none."""
@@ -184,9 +270,8 @@ class Measurer:
 
     def outputs(self, batch: Batch, mask: Tensor | None) -> Tensor:
         """Return the outputs [B, ...] of a batch."""
-        with torch.no_grad():
-            problem = self._problem(batch, mask, torch.arange(batch.size), 1)
-            return problem.forward(problem.batch).detach()
+        problem = self._problem(batch, mask, torch.arange(batch.size), 1)
+        return torch.cat([h.detach() for _, h in outputs_in_parts(problem, problem.batch)])
 
     def count_passes(self, batch: Batch) -> int:
         """Return the number of backward passes of exact labels."""
@@ -201,9 +286,9 @@ class Measurer:
     def _problem(
         self, batch: Batch, mask: Tensor | None, indices: Tensor, draws: int | None
     ) -> Problem:
-        batch = batch.to(next(unwrap(self.model).parameters()).dtype)
+        twin, batch = self._twin_for(batch.to(next(unwrap(self.model).parameters()).dtype))
         return Problem(
-            twin=self._twin_for(batch),
+            twin=twin,
             batch=batch,
             likelihood=self.likelihood,
             draws=IndexedDraws(count=draws, seed=self.seed, size_biased=True, indices=indices),
@@ -225,12 +310,13 @@ def plan_to_state(plan: Plan) -> dict[str, Any]:
         "chunk_size": plan.chunk_size,
         "rescaled": sorted(plan.rescaled),
         "verified_samples": plan.verified_samples,
+        "input_roles": plan.input_roles.batched,
     }
 
 
 def plan_from_state(state: dict[str, Any]) -> Plan:
     """Return the plan of :func:`plan_to_state`."""
-    layouts = BatchLayouts(**{**state["layouts"], "refused": set(state["layouts"]["refused"])})
+    layouts = BatchLayouts(**{**state["layouts"], "unsure": set(state["layouts"]["unsure"])})
     return Plan(
         layouts=layouts,
         fallbacks=state["fallbacks"],
@@ -239,6 +325,7 @@ def plan_from_state(state: dict[str, Any]) -> Plan:
         chunk_size=state["chunk_size"],
         rescaled=set(state["rescaled"]),
         verified_samples=state["verified_samples"],
+        input_roles=InputRoles(state.get("input_roles", {})),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,12 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.custom_scalar import metadata as custom_scalar
 from tensorboard.plugins.histogram import metadata as histogram
 from tensorboard.plugins.image import metadata as image
 from tensorboard.plugins.scalar import metadata as scalar
 from tensorboard.plugins.text import metadata as text
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
-
-from fimprobe.sinks.tensorboard.dashboard import BandChart, Category, Chart, LineChart
 
 
 class EventFile:
@@ -94,28 +90,6 @@ class EventFile:
         picture = Summary.Image(encoded_image_string=png, width=size[0], height=size[1], colorspace=4)
         metadata = self._metadata(tag, image.create_summary_metadata)
         self._record.value.add(tag=tag, image=picture, metadata=metadata)
-
-    def add_layout(self, categories: Sequence[Category]) -> None:
-        """Add the custom scalars dashboard; readers use the newest one."""
-        layout = layout_pb2.Layout()
-        for category in categories:
-            box = layout.category.add(title=category.title, closed=category.closed)
-            # a category shows its lines first to last, then its bands last to first
-            lines = [c for c in category.charts if isinstance(c, LineChart)]
-            bands = [c for c in category.charts if isinstance(c, BandChart)]
-            ordered: list[Chart] = [*lines, *reversed(bands)]
-            for chart in ordered:
-                drawn = box.chart.add(title=chart.title)
-                if isinstance(chart, BandChart):
-                    value, lower, upper = chart.tags
-                    drawn.margin.series.add(value=value, lower=lower, upper=upper)
-                else:  # patterns are matched from the start of a tag on
-                    drawn.multiline.tag.extend(f"{pattern}$" for pattern in chart.patterns)
-        self._record.value.add(
-            tag=custom_scalar.CONFIG_SUMMARY_TAG,
-            tensor=TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()]),
-            metadata=custom_scalar.create_summary_metadata(),
-        )
 
     def write(self, step: int) -> None:
         """Write the added values as one record and flush the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import time
@@ -11,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from fimprobe.errors import FimprobeError
+from fimprobe.estimators.names import ESTIMATOR_DESCRIPTIONS, KEYS
 from fimprobe.plots.history import PlotHistory
+from fimprobe.report.layer_names import label_layers
 from fimprobe.report.report import Report
 from fimprobe.sinks.folder_lock import FolderLock
-from fimprobe.sinks.tensorboard.dashboard import MAX_BAND_CHARTS, Category, make_dashboard
 from fimprobe.sinks.tensorboard.event_file import EventFile, first_tags
-from fimprobe.sinks.tensorboard.tags import describe, make_histograms, make_scalars
+from fimprobe.sinks.tensorboard.tags import (
+    LAYER_ERRORS,
+    MAIN_RUN,
+    describe,
+    make_histograms,
+    make_scalars,
+)
 from fimprobe.sinks.tensorboard.text_pages import about_page, advice_page
 from fimprobe.training.schedule import Schedule
 
@@ -28,7 +36,10 @@ MAX_DENSE_REPORTS = 10_000
 MAX_DENSE_PAGES = 200
 """Reports whose text and histograms are all written: TensorBoard shows a few hundred at most."""
 
-FIRST_DRAWING_SECONDS = 1.0
+MIN_WALL_SECONDS = 30.0
+"""Wall time from which on the share of the probe in it is charted: before, it is that of a start."""
+
+FIRST_DRAWING_SECONDS = 0.5
 """Expected time of the first figures, with the import of matplotlib."""
 
 
@@ -52,17 +63,19 @@ def is_written(number: int, dense: int) -> bool:
 
 
 class TensorboardSink:
-    """Writer of ``fim/i1/*`` for the model and ``fim_layers/<layer>/i1_*`` for selected layers.
+    """Writer of a run for each estimator, in folders below ``log_dir``, and of what they share.
 
-    The layers that need the most pairs for 10 % are selected at the first report and stay. Scalars
-    are written at every report up to 10,000, then less and less often (``is_written``); text and
-    histograms likewise from 200 on. Figures take about a second; they are drawn at reports 4, 8,
-    16, ..., or later when the budget of the schedule allows. ``close`` completes the last report.
+    All estimators have the same tags, so that every chart of TensorBoard overlays them. Layers are in
+    pictures and histograms; ``top`` of them have charts of their own. These are the layers that need
+    the most pairs for 10 % at the first report, and they stay. Scalars are written at every report up
+    to 10,000, then less and less often (``is_written``); text and histograms likewise from 200 on.
+    Two figures are drawn at reports 4, 8, 16, ..., or later when the budget of the schedule allows.
+    ``close`` draws all of them and completes the last report.
     Therefore n > 10,000 reports take at most 10,000 · (1 + log₂(n / 10,000)) records.
 
     Args:
         log_dir: The folder of the event file.
-        top: Number of layers with charts.
+        top: Number of layers with charts of their own.
         include: Patterns of the names of these layers; None for all.
         exclude: Patterns of layers without charts.
         run: Function that returns the information on the run (``collect_run_info``).
@@ -81,7 +94,7 @@ class TensorboardSink:
         self,
         log_dir: str | Path,
         *,
-        top: int = 12,
+        top: int = 0,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         run: Callable[[], dict[str, Any]] = dict,
@@ -92,12 +105,18 @@ class TensorboardSink:
     ) -> None:
         folder = Path(log_dir)
         self._lock = FolderLock(folder, take_over=purge_step is not None)
+        self._folder, self._purge_step = folder, purge_step
+        self._files: dict[str, EventFile] = {}
         try:
-            self.layers = None if purge_step is None else _charted_layers(folder)
-            self.file = EventFile(folder, describe, purge_step=purge_step)
+            self._charted = None if purge_step is None else _charted_labels(folder)
+            self._open_file(MAIN_RUN)
+            for key in KEYS:
+                if purge_step is not None and (folder / key).is_dir():
+                    self._open_file(key)
         except BaseException:
-            self._lock.release()
+            self._close_files()
             raise
+        self.layers: list[str] | None = None
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
         self._run = run
@@ -106,8 +125,8 @@ class TensorboardSink:
         self._drawing_seconds = FIRST_DRAWING_SECONDS
         self._figures_postponed = False
         self._figures = figures
-        self._tags: set[str] = set()
-        self._dashboard: list[Category] = []
+        self._described: set[str] = set()
+        """The estimators on the newest page on the run."""
         self._count = 0
         self._started, self._spent_seconds = time.perf_counter(), 0.0
         self._omitted: list[Callable[[Report], None]] = []
@@ -125,12 +144,14 @@ class TensorboardSink:
         started = time.perf_counter()
         if not self._lock.held:
             raise FimprobeError("a resumed training writes to this folder now")
+        self._last, self._record, self._omitted = report, report.to_dict(), []
         if self.layers is None:
             self.layers = self._select_layers(report)
         self._count += 1
-        if self._count == 1:
-            self.file.add_text("fimprobe/about", self._about(report))
-        self._last, self._record, self._omitted = report, report.to_dict(), []
+        measured = {key for key in KEYS if key in self._record["total"]}
+        if not measured <= self._described:  # the first report may be a preview without Î₂
+            self._described = measured
+            self._files[MAIN_RUN].add_text("fimprobe/about", self._about(report))
         if self._history is not None:
             self._history.remember(self._record)
         self._spent_seconds += report.seconds
@@ -143,46 +164,62 @@ class TensorboardSink:
                 add(report)
             else:
                 self._omitted.append(add)
-        self.file.write(report.step)
+        self._write_files(report.step)
         self._spent_seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Complete the last report, close the event file and release the folder."""
-        if self._closed:
-            return
+        omitted, self._omitted = self._omitted, []
         self._closed = True
         try:
-            if self._last is not None and self._omitted and self._lock.held:
-                for add in self._omitted:
+            if self._last is not None and omitted and self._lock.held:
+                for add in omitted:
                     add(self._last)
-                self.file.write(self._last.step)
+                self._write_files(self._last.step)
         finally:
-            try:
-                self.file.close()
-            finally:
-                self._lock.release()
+            self._close_files()
+
+    def _open_file(self, run: str) -> EventFile:
+        """Return the event file of a run, opened if it is not yet.
+
+        Args:
+            run: The key of an estimator, or ``MAIN_RUN``.
+        """
+        if run not in self._files:
+            of_estimator = f"{ESTIMATOR_DESCRIPTIONS[run]} " if run else ""
+            self._files[run] = EventFile(
+                self._folder / run,
+                lambda tag: of_estimator + describe(tag),
+                purge_step=self._purge_step,
+            )
+        return self._files[run]
+
+    def _write_files(self, step: int) -> None:
+        for file in self._files.values():
+            file.write(step)
+
+    def _close_files(self) -> None:
+        """Close all files, also if one of them cannot be closed, and release the folder."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)
+            for file in self._files.values():
+                stack.callback(file.close)
 
     def _add_scalars(self, report: Report) -> None:
         assert self.layers is not None
-        # up to three bands of the whole model, two of each layer
-        values = make_scalars(report, self.layers, self.layers[: (MAX_BAND_CHARTS - 3) // 2])
+        runs = make_scalars(report, self._record, self.layers)
         wall_seconds = max(time.perf_counter() - self._started, self._spent_seconds)
-        overhead = self._spent_seconds / wall_seconds if wall_seconds > 0 else 0.0
-        values["fim_probe/overhead"] = overhead
-        for tag, value in values.items():
-            self.file.add_scalar(tag, value)
-        if not values.keys() <= self._tags:
-            self._tags |= values.keys()
-            dashboard = make_dashboard(self._tags, self.layers)
-            if dashboard != self._dashboard:
-                self._dashboard = dashboard
-                self.file.add_layout(dashboard)
+        if wall_seconds >= MIN_WALL_SECONDS:
+            runs[MAIN_RUN]["fim_probe/overhead"] = self._spent_seconds / wall_seconds
+        for run, values in runs.items():
+            for tag, value in values.items():
+                self._open_file(run).add_scalar(tag, value)
 
     def _add_pages(self, report: Report) -> None:
-        self.file.add_text("fimprobe/advice", advice_page(self._record))
+        self._files[MAIN_RUN].add_text("fimprobe/advice", advice_page(self._record))
         if self.histograms:
-            for tag, values, weights in make_histograms(report):
-                self.file.add_histogram(tag, values, weights)
+            for run, tag, values, weights in make_histograms(report):
+                self._open_file(run).add_histogram(tag, values, weights)
 
     def _figures_due(self) -> bool:
         """Return whether this is report 4, 8, 16, ..., or figures were postponed."""
@@ -191,36 +228,44 @@ class TensorboardSink:
     def _add_figures(self, report: Report) -> None:
         if self._history is None:
             return
-        self._figures_postponed = not self._schedule.can_afford(self._drawing_seconds)
+        # the last pictures are drawn at any cost: a run without them leaves its layers unseen
+        self._figures_postponed = not (
+            self._closed or self._schedule.can_afford(self._drawing_seconds)
+        )
         if self._figures_postponed:
-            if not self._closed:
-                self._omitted.append(self._add_figures)
+            self._omitted.append(self._add_figures)
             return
         started = time.perf_counter()
         try:
-            from fimprobe.plots.gallery import OVER_STEPS, make_figures
+            from fimprobe.plots.gallery import DURING_TRAINING, make_figures
             from fimprobe.plots.style import to_png
         except ImportError as error:
             _warn_of_missing(error.name)
             self._history = None
             return
-        for entry in make_figures(self._history.records, self._record, without=OVER_STEPS):
+        names = None if self._closed else DURING_TRAINING
+        for entry in make_figures(self._history.records, self._record, names=names):
             png, size = to_png(entry.figure, entry.title)
-            self.file.add_image(f"fim_pictures/{entry.name}", png, size)
+            self._files[MAIN_RUN].add_image(f"fim_pictures/{entry.name}", png, size)
         self._drawing_seconds = time.perf_counter() - started
         self._schedule.charge(self._drawing_seconds)
 
     def _about(self, report: Report) -> str:
         pictures = (
-            "Pictures are drawn at reports 4, 8, 16, ... and the last, where a budget has room."
+            "IMAGES: traces and layers at reports 4, 8, 16, ..., where a budget has room; all others "
+            "at the end."
         )
         if self._history is None:
             reason = "matplotlib is missing" if self._figures else "figures: false"
             pictures = f"No pictures: {reason}."
-        return about_page(report, run=self._run(), layers=self.layers or [], pictures=pictures)
+        histograms = "HISTOGRAMS: errors and sizes over all parameters." if self.histograms else ""
+        return about_page(report, run=self._run(), tabs=f"{pictures} {histograms}".strip())
 
     def _select_layers(self, report: Report) -> list[str]:
-        """Return the layers that need the most pairs, in the order of the model."""
+        """Return the layers with charts: those that need the most pairs, in the model's order."""
+        if self._charted is not None:  # those of before
+            labels = label_layers(self._record)
+            return [name for name, label in labels.items() if label in self._charted]
         pairs = {
             name: group.i1.pairs_for(0.1) or 0.0
             for name, group in report.layers.items()
@@ -231,13 +276,12 @@ class TensorboardSink:
         return [name for name in pairs if name in selected]
 
 
-def _charted_layers(log_dir: Path) -> list[str] | None:
-    """Return the layers of the first report in a folder; None without any report."""
-    tags = first_tags(log_dir, "fim/")
+def _charted_labels(log_dir: Path) -> set[str] | None:
+    """Return the labels of the layers with charts in a folder; None without any report."""
+    tags = first_tags(log_dir / "i1", "fim/")
     if tags is None:
         return None
-    names = (tag.split("/", 1)[1] for tag in tags if tag.startswith("fim_layers/"))
-    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in names))
+    return {tag.removeprefix(LAYER_ERRORS) for tag in tags if tag.startswith(LAYER_ERRORS)}
 
 
 def _has_matplotlib() -> bool:

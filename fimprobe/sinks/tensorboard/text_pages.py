@@ -9,25 +9,22 @@ from typing import Any
 import yaml
 
 from fimprobe.estimators.names import ESTIMATORS
-from fimprobe.report.format import one_line
-from fimprobe.report.record import Record, describe_inputs, describe_labels
+from fimprobe.report.format import one_line, quantity
+from fimprobe.report.record import FROZEN, Record, describe_inputs, describe_labels
 from fimprobe.report.report import Report
 from fimprobe.report.run_info import format_run_info
-from fimprobe.report.table import OPTIONAL_COLUMNS, footnotes, make_rows
-from fimprobe.sinks.tensorboard.tags import DESCRIPTIONS
+from fimprobe.report.table import footnotes, make_rows
 
 _FORMULAS = {
     "trace": "Σᵢ F̂ᵢᵢ",
-    "std_error": "√Var(Σᵢ F̂ᵢᵢ)",
-    "rel_error": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖",
-    "one_label_error": "√(Σᵢ(V_label + V_input) / inputs) / ‖diag F‖",
+    "error_of_this_report": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖",
+    "error_with_1_label": "√(Σᵢ(V_label + V_input) / inputs) / ‖diag F‖",
     "label_variance": "Σᵢ E_x Var_y(F̂ᵢᵢ)",
     "input_variance": "Σᵢ Var_x(F_ii(x))",
     "pairs_for_10_percent": "Σᵢ(V_label + V_input) / (0.1 ‖diag F‖)²",
     "total_label_variance": "Σᵢⱼ E_x Var_y(F̂ᵢⱼ)",
     "covariance_norm": "‖Cov_y(F̂)‖_F",
-    "bound": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
-    "tightness": "bound / covariance_norm",
+    "bound_of_covariance_norm": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
 }
 
 _MARKUP = re.compile(r"[\\`*\[\]|<>&~]|(?<![^\W_])_|_(?![^\W_])")
@@ -37,16 +34,13 @@ MAX_LAYERS = 8
 """Layers in the table of a report."""
 
 
-def about_page(
-    report: Report, *, run: Mapping[str, Any], layers: Sequence[str], pictures: str
-) -> str:
+def about_page(report: Report, *, run: Mapping[str, Any], tabs: str) -> str:
     """Return in Markdown what was measured, how, and how to read it.
 
     Args:
-        report: The first report.
+        report: The first report, or the first one with all estimators.
         run: The information on the run.
-        layers: The layers with charts.
-        pictures: A sentence on when pictures are drawn.
+        tabs: Sentences on the other tabs that have content.
     """
     record = {
         "batch_size": report.batch_size,
@@ -57,26 +51,25 @@ def about_page(
     coverage: dict[str, list[str]] = {}
     for name, how in report.coverage.items():
         coverage.setdefault(how, []).append(name)
-    charted = ", ".join(map(_code, layers)) or "no layer"
     sections = [
         "# About this run",
         "fimprobe measures the Fisher information matrix F = E_x E_y (∂ log p/∂θ)(∂ log p/∂θ)ᵀ of "
         "the model as it trains, and **how far off its estimates are**.",
-        "**Where to look.** CUSTOM SCALARS: the estimates with their uncertainty, by question (lines "
-        "have the colour of their run; *Matches* below a chart names them by their marks). "
-        "IMAGES: the errors of the layers over the steps. TEXT, *fimprobe/advice*: what to do. The "
-        "relative error is the number to watch: 10 % is good, near 100 % the estimate is mostly "
-        "noise.",
+        "**Where to look.** TIME SERIES and SCALARS: the first chart is the error, the number to "
+        "watch: 0.1 is good, near 1 the estimate is mostly noise. Each estimator is a run of its own "
+        f"({_runs(report)}) with one colour in every chart. {tabs} TEXT, *fimprobe/advice*: what to "
+        "do.",
         f"**Measured.** {sample}; likelihood **{_escape(report.likelihood)}** "
         f"({_escape(str(run.get('decision', 'given')))}); {report.total.numel:,} parameters in "
-        f"{len(report.layers)} layers. Layers with charts: {charted} (those that needed the most "
-        "pairs at the first report); all others are in the pictures, the histograms and "
-        f"`fimprobe.jsonl`. {pictures}",
+        f"{quantity(len(report.layers), 'layer')}. `fimprobe.jsonl` holds every number.",
         *_definitions(report),
         "## Coverage",
         _table(
             ("measured by", "parameters", "which"),
-            [(_escape(how), str(len(names)), _some(names)) for how, names in coverage.items()],
+            [
+                (_escape(how), str(len(names)), "" if how == FROZEN else _some(names))
+                for how, names in coverage.items()
+            ],
         ),
         "## Configuration",
         _table(("what", "value"), [(k, _escape(v)) for k, v in format_run_info(run).items()]),
@@ -88,33 +81,37 @@ def about_page(
 def _definitions(report: Report) -> list[str]:
     """Return the definitions of the measured estimators and of the charts."""
     measured = [e for key, e in ESTIMATORS.items() if report.total.get(key) is not None]
-    charts = [
-        (f"`{name}`", _escape(formula), _escape(DESCRIPTIONS[name]))
-        for name, formula in _FORMULAS.items()
-    ]
+    charts = [(f"`{name}`", _escape(formula)) for name, formula in _FORMULAS.items()]
     return [
         "## Definitions",
         _table(("estimator", "what it is"), [(e.symbol, _escape(e.formula)) for e in measured]),
         "The charts of each estimator:",
-        _table(("chart", "formula", "in words"), charts),
-        "`std_error` and `rel_error` are the errors of the numbers of a report. `one_label_error` "
-        "and `pairs_for_10_percent` describe an estimator with labels drawn from the model, for any "
+        _table(("chart", "formula"), charts),
+        "`error_of_this_report` is the error of its numbers. `error_with_1_label` and "
+        "`pairs_for_10_percent` describe an estimator with labels drawn from the model, for any "
         "labels of the measurement. Variances are those of one (input, label) pair. Unknown values "
         "are left out; *fimprobe/advice* gives the reason.",
     ]
+
+
+def _runs(report: Report) -> str:
+    """Return the runs of the measured estimators with their symbols."""
+    return ", ".join(
+        f"*{key}* is {e.symbol}" for key, e in ESTIMATORS.items() if report.total.get(key) is not None
+    )
 
 
 def advice_page(record: Record) -> str:
     """Return the advice and the table of a report in Markdown."""
     advice = "\n".join(f"* {_escape(line)}" for line in record["advice"])
     head, *rows = make_rows(record, MAX_LAYERS)
-    # with more cells words are broken
-    shown = [i for i, name in enumerate(head) if name not in OPTIONAL_COLUMNS]
-    table = _table([head[i] for i in shown], [[_escape(row[i]) for i in shown] for row in rows])
-    lines = footnotes(record, MAX_LAYERS, without=OPTIONAL_COLUMNS)
-    notes = "\n\n".join(["", *map(_escape, lines)])
+    shown = [i for i, name in enumerate(head) if name != "parameters"]  # more cells are too narrow
+    cells = [[_escape(row[i]).replace(" ", "&nbsp;") for i in shown] for row in rows]
+    table = _table([head[i].replace(" ", "&nbsp;") for i in shown], cells)
+    notes = "\n\n".join(["", *map(_escape, footnotes(record, MAX_LAYERS))])
     others = len(record["layers"]) - MAX_LAYERS
-    more = f"\n\n{others} more layers need fewer pairs." if others > 0 else ""
+    need = "more layer needs" if others == 1 else "more layers need"
+    more = f"\n\n{others} {need} fewer pairs." if others > 0 else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{table}{notes}{more}"
 
 

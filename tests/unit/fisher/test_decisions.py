@@ -9,7 +9,7 @@ from torch import nn
 import fimprobe
 from tests.models.digits import confident_mlp, digits
 from tests.models.small import mlp
-from tests.oracles.fisher_diagonal import flat
+from tests.oracles.fisher_diagonal import flat, rms
 
 RUNS = 20
 CATEGORICAL = {"likelihood": "categorical"}
@@ -21,10 +21,6 @@ def estimates():
     x, model = digits()[0], confident_mlp()
     runs = [fimprobe.estimate(model, x, seed=s, rel_error=0.2, **CATEGORICAL) for s in range(RUNS)]
     return runs, fimprobe.estimate(model, x, draws="exact", rel_error=1e-9, **CATEGORICAL)
-
-
-def rms(values):
-    return float(torch.tensor(values, dtype=torch.float64).square().mean().sqrt())
 
 
 def test_ewc_is_half_the_quadratic_form_and_differentiable(estimates):

@@ -299,9 +299,12 @@ def test_plain_data_is_recognised():
 def test_random_streams_are_restored_and_a_draw_is_seen():
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     for draw in (lambda: torch.rand(()), random.random, np.random.rand):
-        with same_randomness() as randomness:
-            draw()
-        assert randomness.moved
+        values = []
+        for _ in range(2):
+            with same_randomness(host=True) as randomness:
+                values.append(float(draw()))
+            assert randomness.moved
+        assert values[0] == values[1]
     with same_randomness() as randomness:
         torch.zeros(3)
     assert not randomness.moved

@@ -15,7 +15,8 @@ from fimprobe.plots import figures as pictures
 from fimprobe.plots.figures import MAX_ROWS
 from fimprobe.plots.gallery import make_figures
 from fimprobe.plots.history import MAX_COLUMNS, PlotHistory, compact
-from fimprobe.plots.style import shorten, to_png, to_svg
+from fimprobe.plots.style import to_png, to_svg
+from fimprobe.report.layer_names import label_layers
 from tests.support.reports import build_report
 
 
@@ -53,8 +54,8 @@ def labels_of(figure):
 def test_no_label_covers_another_or_leaves_the_picture(layers):
     drawn = draw(layers)
     assert list(drawn) == [
-        "errors", "traces", "1_relative_error", "2_variance_and_bound", "3_pairs_needed",
-        "4_bound_of_the_matrix", "5_diagonal", "6_error_by_confidence", "7_convergence",
+        "errors", "traces", "3_error_by_layer", "4_variance_and_bound", "5_pairs_needed",
+        "6_bound_of_the_matrix", "7_diagonal", "8_error_by_confidence", "9_convergence",
     ]  # fmt: skip
     for name, picture in drawn.items():
         to_png(picture.figure, picture.title)
@@ -74,9 +75,10 @@ def test_bars_are_for_the_layers_that_need_most_each_with_its_name():
     assert MAX_ROWS == 30
     for draw_picture in (pictures.draw_variances, pictures.draw_needs, pictures.draw_bounds):
         shown = [t.get_text() for t in draw_picture(record).axes[0].get_yticklabels()]
-        assert shown == shorten([n for n in record["layers"] if n in need[:30]])
-    assert "The 30 layers that need the most pairs." in draw(100)["3_pairs_needed"].caption
-    assert "need the most pairs" not in draw(12)["3_pairs_needed"].caption
+        labels = label_layers(record)
+        assert shown == [labels[n] for n in record["layers"] if n in need[:30]]
+    assert "The 30 layers that need the most pairs." in draw(100)["5_pairs_needed"].caption
+    assert "need the most pairs" not in draw(12)["5_pairs_needed"].caption
 
 
 def one_label(e, inputs=32):
@@ -85,7 +87,7 @@ def one_label(e, inputs=32):
 
 
 def test_the_heat_map_holds_the_errors():
-    axes = draw(12, reports=4)["1_relative_error"].figure.axes
+    axes = draw(12, reports=4)["3_error_by_layer"].figure.axes
     for axis, kind in zip(axes, ("i1", "i2"), strict=False):
         reports = [build_report(12, 1000 * i) for i in range(4)]
         want = [[one_label(getattr(g, kind)) for g in r.layers.values()] for r in reports]
@@ -266,7 +268,7 @@ def test_traces_of_unknown_error_are_hollow():
 
 def test_without_numbers_there_is_no_picture():
     record = build_report(3, 0, i2=False, known=False).to_dict()
-    assert [picture.name for picture in make_figures([record])] == ["traces", "5_diagonal"]
+    assert [picture.name for picture in make_figures([record])] == ["traces", "7_diagonal"]
 
 
 def confident():
@@ -368,7 +370,7 @@ def test_records_of_older_versions_are_drawn():
     records = [build_report(3, 1000 * i).to_dict() for i in range(4)]
     new = {p.name: p for p in make_figures(records)}
     found = {p.name: p for p in make_figures([old(r) for r in records])}
-    assert set(new) - set(found) == {"6_error_by_confidence", "7_convergence"}
+    assert set(new) - set(found) == {"8_error_by_confidence", "9_convergence"}
     for name, picture in found.items():
         assert to_png(picture.figure, "")[0] == to_png(new[name].figure, "")[0], name
 
@@ -383,10 +385,3 @@ def test_no_global_state_is_touched():
     from matplotlib import _pylab_helpers
 
     assert not _pylab_helpers.Gcf.figs
-
-
-def test_names_keep_what_tells_layers_apart():
-    assert shorten(["only.one"]) == ["only.one"]
-    assert shorten(["a.b.c", "a.b.d", "a.b"]) == ["b.c", "b.d", "b"]
-    (name, _) = shorten(["x" * 30 + ".end", "y"])
-    assert len(name) == 20 and name.endswith("x.end") and name.startswith("…")

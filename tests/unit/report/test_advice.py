@@ -11,7 +11,7 @@ import fimprobe
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
 from fimprobe.estimators.pair_variance import PairVariance
 from fimprobe.report.advice import make_advice
-from fimprobe.report.error_advice import verdict
+from fimprobe.report.record import verdict
 from fimprobe.report.report import Report
 from tests.oracles import brute_force
 
@@ -125,24 +125,23 @@ def test_how_far_off_the_estimators_are_with_one_label():
     text = line(report(total), "With one label from the model")
     size, first, second, third, *needs = numbers(
         "With one label from the model for each of # inputs, Î₁ would be off by # %, Î₂ by # % and Î_H by "
-        "# % (with one random vector each). An error of 10 % takes # ± # % (input, label) pairs with Î₁, "
-        "# ± # % with Î₂, # ± # % with Î_H.",
+        "# % (with one random vector each). An error of 10 % takes # ± # (input, label) pairs with Î₁, "
+        "# ± # with Î₂, # with Î_H.",
         text,
     )
     assert size == 8
     for off, need, error, variance, known in (
-        (first, needs[0], needs[1], 4.5, 12),
-        (second, needs[2], needs[3], 2.0, 4),
-        (third, needs[4], needs[5], 2.5, 0),
+        (first, needs[0], needs[1], 4.5, 0.123),
+        (second, needs[2], needs[3], 2.0, 0.04),
+        (third, needs[4], 0.0, 2.5, 0.0),
     ):
         assert off == pytest.approx(100 * (variance / 8) ** 0.5 / 0.25, rel=5e-3)
         # n pairs leave the relative error √((V_x + V_y)/n)/‖diag F‖
         assert (variance / need) ** 0.5 / 0.25 == pytest.approx(0.1, rel=1e-3)
-        assert error == known
+        assert error == pytest.approx(known * need, rel=0.03)
     alone = line(report(GroupEstimates(numel=9, i1=estimate(3.0, 1.5))), "With one label")
     assert (
-        "Î₁ would be off by 75 %. An error of 10 % takes 450 ± 0 % (input, label) pairs with Î₁."
-        in alone
+        "Î₁ would be off by 75 %. An error of 10 % takes 450 (input, label) pairs with Î₁." in alone
     )
 
 
@@ -180,10 +179,10 @@ def test_verdicts_of_layers():
     assert line(given, "No gradient") == (
         "No gradient reaches 'dead' at these inputs: F is zero there, whatever the label."
     )
-    assert verdict(layers["fine"], 8) == "trusted (3.12 %)"
-    assert verdict(layers["over"], 8) == "needs 32 inputs (20 % now)"
-    assert verdict(layers["few"], 8) == f"unknown ({FEW.format(2.1)})"
-    assert verdict(layers["dead"], 8) == "zero"
+    verdicts = {"fine": "trusted", "over": "needs 32 inputs", "few": "unknown", "dead": "zero"}
+    for name, text in verdicts.items():
+        assert verdict(vars(layers[name].i1), 8) == text
+    assert verdict({"trace": 1.0, "rel_error": 0.11}, 1) == "needs 1 input"
     # every layer has one verdict
     told = " ".join(x for x in given.advice if not x.startswith(("F of", "With one", "Labels")))
     assert all(told.count(f"'{name}'") == (2 if name == "few" else 1) for name in layers)
@@ -475,12 +474,16 @@ def test_noise_of_the_probes():
 
 
 def test_what_is_passed_on():
-    coverage = {f"p{i}": "left out: frozen" for i in range(10)} | {"w": "autograd: Linear rule"}
+    why = "left out: the measured outputs do not depend on it"
+    coverage = {f"p{i}": why for i in range(10)} | {"w": "autograd: Linear rule"}
+    coverage |= {f"f{i}": "left out: frozen" for i in range(3)}
     given = report(coverage=coverage, kinks=["ReLU: 1", "ReLU: 3"], notes=["A note."])
     assert "A note." in given.advice
     assert "ReLU: 1; ReLU: 3" in line(given, "Not twice differentiable")
     text = line(given, "Left out")
-    assert "p0 (frozen), " in text and text.endswith("p7 (frozen) and 2 more.") and "w" not in text
+    why = why.removeprefix("left out: ")
+    assert f"p0 ({why}), " in text and text.endswith(f"p7 ({why}) and 2 more.") and "f0" not in text
+    assert "3 parameter tensors are frozen and not measured." in given.advice
 
 
 def test_a_model_without_any_gradient():
@@ -531,7 +534,7 @@ def test_every_number_of_a_real_measure(double):
     assert need == pytest.approx(100 * across / norm**2, abs=0.51)
     inputs, first, second, need, _, other, _ = numbers(
         "With one label from the model for each of # inputs, Î₁ would be off by # % and Î₂ by # %. An "
-        "error of 10 % takes # ± # % (input, label) pairs with Î₁, # ± # % with Î₂.",
+        "error of 10 % takes # ± # (input, label) pairs with Î₁, # ± # with Î₂.",
         line(given, "With one label"),
     )
     assert inputs == size

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fimprobe.training.backward_reach import Reach, current_reach
-from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.captured_output import CapturedOutput
 from tests.models.small import mlp
 
 
@@ -62,7 +62,7 @@ def test_frozen_parameters_are_not_reached():
 
 
 def test_only_the_farthest_passes_count():
-    captured = CapturedBatch((), {})
+    captured = CapturedOutput()
     assert captured.accepts(Reach.OUTPUTS)
     captured.store_gradient(torch.ones(2))
     assert captured.accepts(Reach.ACCUMULATED) and captured.gradient is None
@@ -74,7 +74,7 @@ def test_only_the_farthest_passes_count():
 
 
 def test_a_gradient_that_was_overwritten_does_not_come_back():
-    captured = CapturedBatch((), {})
+    captured = CapturedOutput()
     captured.accepts(Reach.ACCUMULATED)
     first = torch.ones(2)
     captured.store_gradient(first)
@@ -86,16 +86,17 @@ def test_a_gradient_that_was_overwritten_does_not_come_back():
 
 
 def test_outputs_and_their_changes():
-    captured, outputs = CapturedBatch((), {}), nn.Linear(2, 2)(torch.ones(1, 2))
-    assert captured.outputs is None and not captured.outputs_changed
-    captured.outputs = outputs.detach()
-    assert captured.outputs is not None and not captured.loss_used_changed_outputs
+    outputs = nn.Linear(2, 2)(torch.ones(1, 2))
+    captured = CapturedOutput()
+    assert captured.outputs is None and not captured.changed
+    captured = CapturedOutput(outputs.detach())
+    assert captured.outputs is not None and not captured.changed_before_loss
     captured.store_gradient(torch.ones(1, 2))
     with torch.no_grad():
         outputs[0, 0] = 1.0
-    assert captured.outputs is None and captured.outputs_changed
-    assert not captured.loss_used_changed_outputs  # the gradient came first
+    assert captured.outputs is None and captured.changed
+    assert not captured.changed_before_loss  # the gradient came first
     captured.store_gradient(torch.ones(1, 2))
-    assert captured.loss_used_changed_outputs
+    assert captured.changed_before_loss
     captured.release()
-    assert captured.outputs is None and captured.gradient is None and not captured.outputs_changed
+    assert captured.outputs is None and captured.gradient is None and not captured.changed

@@ -6,6 +6,7 @@ Up to its reduction, a model's loss is minus the mean log-likelihood of the labe
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,11 +281,51 @@ SEVERAL = {
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_several_outputs_are_refused_with_what_to_pass(name):
+def test_several_outputs_are_left_to_the_loss(name):
     make, words = SEVERAL[name]
+    model = make()
+    decision = infer_from_model(model)
+    assert decision.likelihood is None and not decision.final and words in decision.remedy
     with pytest.raises(FimprobeError, match=words) as error:
-        fimprobe.attach(make(), tensorboard=False)
+        fimprobe.estimate(model, [])
     assert "likelihood=" in str(error.value) and "output=" in str(error.value)
+    with fimprobe.attach(model, tensorboard=False) as probe:
+        assert probe.likelihood is None
+
+
+def test_outputs_of_other_losses_are_refused_with_what_to_pass():
+    detector = nn.Linear(2, 2)
+    detector.config = SimpleNamespace(model_type="detr")
+    detector.__class__ = type("DetrForObjectDetection", (nn.Linear,), {})
+    with pytest.raises(FimprobeError, match="matched boxes.*output="):
+        fimprobe.attach(detector, tensorboard=False)
+
+
+def test_answers_have_the_joint_likelihood_of_start_and_end():
+    model = lively(encoder("Bert", "ForQuestionAnswering", num_labels=2, **_SMALL)).double()
+    batch = padded()
+    start, end = torch.tensor([0, 1, 3]), torch.tensor([2, 1, 0])
+    options = {"draws": "exact", "estimators": ["i1"], "bounds": False}
+    probe = fimprobe.attach(
+        model.train(), tensorboard=False, schedule={"every": 1}, on_error="raise", **options
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model(**batch, start_positions=start, end_positions=end).loss.backward()
+        optimizer.step()
+    probe.detach()
+    assert list(probe.likelihood.families) == ["start_logits", "end_logits"]
+    model.eval()
+    want = fimprobe.measure(
+        model,
+        batch,
+        likelihood="categorical",
+        output=lambda out: torch.stack([out.start_logits, out.end_logits], 1),
+        **options,
+    )
+    for report in probe.history:
+        assert report.total.i1.trace == pytest.approx(want.total.i1.trace, rel=1e-9)
+        assert report.total.i1.label_variance == pytest.approx(want.total.i1.label_variance, rel=1e-9)
 
 
 def test_what_is_told_for_answers_gives_the_models_own_loss():

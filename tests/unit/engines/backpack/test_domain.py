@@ -46,7 +46,7 @@ def test_glue_between_modules_is_free_in_first_order(draws, double):
     have = measure_moments(problem)
     same(have, by_autograd(problem))
     assert have.coverage["norm.weight"] == "left out: frozen"
-    assert have.coverage["spare.weight"] == "left out: the outputs do not depend on it"
+    assert have.coverage["spare.weight"] == "left out: the measured outputs do not depend on it"
     assert have.coverage["qkv.weight"] == "backpack: Linear"
     found = offending_modules(problem, second_order=True)
     assert {p for p, why in found.items() if "not the output of" in why} == {"out", "output"}

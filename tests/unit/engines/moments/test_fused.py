@@ -131,13 +131,22 @@ ROUNDING = 3e-6
         (2, 2, 64, 64, 64),
         (5, 3, 33, 7, 65),
         (4, 4, 2, 129, 5),
-        (300, 1, 2, 3, 2),
     ],
 )
 def test_moments_equal_those_of_dense_gradients(sizes, dtype, interpreted):
     o, i = sizes[3:]
     x, deltas = random(*sizes, dtype=dtype)
     moments = measure([use(nn.Linear(i, o), x)], [deltas], (o, i))
+    check(moments, oracle(dense(x, deltas)), ROUNDING)
+    assert len(interpreted) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_program_takes_several_inputs(dtype, interpreted, monkeypatch):
+    """Of more inputs than there are programs, which the interpreter runs one by one: few of both."""
+    monkeypatch.setattr(fused, "MIN_PROGRAMS", 4)
+    x, deltas = random(11, 1, 2, 3, 2, dtype=dtype)
+    moments = measure([use(nn.Linear(2, 3), x)], [deltas], (3, 2))
     check(moments, oracle(dense(x, deltas)), ROUNDING)
     assert len(interpreted) == 1
 

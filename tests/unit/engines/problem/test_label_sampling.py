@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fimprobe
+from fimprobe.engines.tracing.plan import Plan
 from fimprobe.likelihoods import Gaussian
 from tests.models.cases import CASES
 from tests.oracles import brute_force
@@ -56,12 +57,16 @@ def test_exact_draws_of_other_families(name, double):
     "name", ["mlp", "conv2d rectangular", "attention net", "lstm", "embedding padding_idx"]
 )
 def test_sampled_draws_are_unbiased(name, draws, double):
+    """Over seeds and over copies of the inputs, whose labels are their own."""
     case = CASES[name]()
-    model = case.model.eval()
-    exact = measure_first(model, case.inputs, likelihood="categorical", draws="exact")
+    model, plan = case.model.eval(), Plan()
+    inputs = tuple(x.repeat(25, *[1] * (x.dim() - 1)) for x in case.inputs)
+    exact = measure_first(model, inputs, likelihood="categorical", draws="exact")
     seen: dict[str, list[float]] = {}
-    for seed in range(150):
-        report = measure_first(model, case.inputs, likelihood="categorical", draws=draws, seed=seed)
+    for seed in range(30):
+        report = measure_first(
+            model, inputs, likelihood="categorical", draws=draws, seed=seed, plan=plan
+        )
         for n, group in [*report.parameters.items(), ("total", report.total)]:
             e = group.i1
             for kind in ("trace", "label_variance", "input_variance", "total_label_variance"):
@@ -204,20 +209,18 @@ def test_agrees_with_backpack_on_the_same_scores(name, double):
     "name", ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", "shared deltas"]
 )
 def test_chunks_of_1_and_3_and_all_agree(name, draws, double):
-    from fimprobe.engines.tracing.plan import Plan
-
     case = CASES[name]()
-    reports = []
-    for chunk in (1, 3, None):
-        plan = Plan()
-        for _ in range(2):  # the first measurement makes the plan
-            report = measure_first(
+    plan, reports = Plan(), []
+    for chunk in (None, 1, 3):  # the first measurement makes the plan
+        plan.chunk_size = chunk
+        reports.append(
+            measure_first(
                 case.model.eval(), case.inputs, likelihood="categorical", draws=draws, plan=plan
             )
-            plan.chunk_size = chunk
-        reports.append(report)
-    for other in reports[:2]:
-        for n, group in reports[2].parameters.items():
+        )
+    whole, *in_chunks = reports
+    for other in in_chunks:
+        for n, group in whole.parameters.items():
             for kind in ("trace", "norm", "label_variance", "std_error", "total_label_variance"):
                 want = getattr(group.i1, kind)
                 have = getattr(other.parameters[n].i1, kind)

@@ -1,0 +1,331 @@
+"""V2 = Σ_e E_y R_ee² of every layer, from differences of forward passes at a few entries.
+
+V2 is the mean over inputs of Σ_e (∂²_ee h)ᵀ I(h) (∂²_ee h). A check draws an input and an entry of
+the layer, computes ∂²_ee h as a central second difference of all outputs, and integrates over labels
+exactly. Divided by the probability of the draw it is an unbiased estimate that is never negative. See
+docs/theory.md, "Second derivatives by spot checks".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.engines.spot_checks.allocation import (
+    PILOT,
+    SLOTS_PER_INPUT,
+    SLOTS_PER_LAYER,
+    allot,
+    relative_variances,
+)
+from fimprobe.engines.spot_checks.guard import ShiftGuard
+from fimprobe.engines.spot_checks.held_kinks import CannotHold, HeldKinks
+from fimprobe.engines.spot_checks.prefix import Prefix
+from fimprobe.engines.spot_checks.proposals import LayerProposal
+from fimprobe.engines.spot_checks.quadratic import fisher_quadratic
+from fimprobe.engines.spot_checks.shifted_calls import Steps
+from fimprobe.engines.spot_checks.shifted_forward import ShiftedForward
+from fimprobe.engines.spot_checks.slots import Slot
+from fimprobe.engines.spot_checks.step_sizes import StepSizes
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.statistics import SpotChecks, SpotStratum
+
+PILOT_REPEATS, MAIN_REPEATS = 2, 1
+"""Times that a check is repeated with another step at most."""
+
+CACHE_SHARE = 0.25
+"""Share of the memory limit for outputs that are kept between passes."""
+
+
+def measure_spot_checks(
+    problem: Problem,
+    plan: Plan,
+    layers: Mapping[str, LayerProposal],
+    dtype: torch.dtype,
+    *,
+    slots_per_input: float = SLOTS_PER_INPUT,
+) -> SpotChecks:
+    """Estimate V2 of every layer.
+
+    Args:
+        problem: The measurement.
+        plan: A verified plan.
+        layers: The proposals of the layers that can bend.
+        dtype: The coarsest floating-point type of the computation: float32 or float64.
+        slots_per_input: Number of checks for each input of the batch, about.
+
+    Raises:
+        CannotHold: If the model has kinks that cannot be held, or the shifted passes are not those of
+            single samples.
+    """
+    if not layers:
+        return SpotChecks(strata=[])
+    checker = SpotChecker(problem=problem, plan=plan, layers=layers, dtype=dtype)
+    with checker.forward.exact_kernels():
+        checker.record_baseline()
+        checker.run_pilot()
+        total = max(slots_per_input * problem.batch.size, SLOTS_PER_LAYER * len(layers))
+        checker.run_main(int(total) - PILOT * len(layers))
+        checker.guard.compare(problem, checker.forward)
+    return checker.result()
+
+
+@dataclass(kw_only=True)
+class SpotChecker:
+    """All checks of one measurement.
+
+    Attributes:
+        problem: The measurement.
+        plan: A verified plan.
+        layers: The proposals.
+        dtype: The coarsest type of the computation.
+        forward: Runs shifted passes.
+        prefix: Order of calls, and outputs of blocks.
+        outputs: Unshifted h of the whole batch; None if every pass computes its own.
+    """
+
+    problem: Problem
+    plan: Plan
+    layers: Mapping[str, LayerProposal]
+    dtype: torch.dtype
+    forward: ShiftedForward = field(init=False)
+    prefix: Prefix = field(init=False)
+    outputs: Tensor | None = None
+    pilot: dict[str, list[CheckedEntry]] = field(default_factory=dict)
+    main: dict[str, list[CheckedEntry]] = field(default_factory=dict)
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+    guard: ShiftGuard = field(default_factory=ShiftGuard)
+
+    def __post_init__(self) -> None:
+        """Prepare the forward passes."""
+        self.forward = ShiftedForward(self.problem, self.plan)
+        self.prefix = Prefix(twin=self.problem.twin)
+        self.steps = StepSizes(self.dtype)
+        self.generator = torch.Generator().manual_seed(self.problem.draws.seed ^ _STREAM)
+        self.rows = min(self.plan.chunk_size or self.problem.batch.size, self.problem.batch.size)
+
+    def record_baseline(self) -> None:
+        """Run the unshifted passes: outputs, the order of calls, and whether there are kinks."""
+        size = self.problem.batch.size
+        kinks = HeldKinks()
+        self.forward.kinks = kinks
+        with self.prefix.recorded(1, keep_outputs=False):
+            h = self.forward.run(torch.arange(1))
+        self.forward.kinks = kinks if kinks.branches else None
+        limit = CACHE_SHARE * self.problem.memory_mb * 2**20
+        keep = 2 * h.numel() * h.element_size() * size <= limit and not kinks.branches
+        outputs: list[Tensor] = []
+        for start in range(0, size, self.rows):
+            rows = torch.arange(start, min(start + self.rows, size))
+            share = limit / 2 * len(rows) / size * (len(outputs) + 1)
+            if not keep and self.prefix.num_bytes() > share:
+                break
+            paused, self.forward.kinks = self.forward.kinks, None
+            with self.prefix.recorded(len(rows), keep_outputs=True):
+                outputs.append(self.forward.run(rows))
+            self.forward.kinks = paused
+            if self.prefix.num_bytes() > share:
+                self.prefix.outputs.clear()
+                break
+        complete = sum(map(len, outputs)) == size
+        if not complete:
+            self.prefix.outputs.clear()
+        self.outputs = torch.cat(outputs) if keep and complete else None
+
+    def run_pilot(self) -> None:
+        """Run a few checks of each layer, which show the step sizes and where V2 is."""
+        slots = [slot for layer in self.layers for slot in self._draw(layer, PILOT)]
+        values = self.check(slots)
+        largest: dict[str, float] = {}
+        for value in values:
+            name = value.slot.parameter
+            largest[name] = max(largest.get(name, 0.0), value.difference)
+        for name, difference in largest.items():
+            self.steps.adapt(name, difference)
+        for value in self._settle(values, PILOT_REPEATS):
+            self.pilot.setdefault(value.slot.layer, []).append(value)
+
+    def run_main(self, total: int) -> None:
+        """Run further checks where the noise is."""
+        values = {layer: [v.value for v in of_layer] for layer, of_layer in self.pilot.items()}
+        kinds = {layer: proposal.kind for layer, proposal in self.layers.items()}
+        means = {layer: sum(x) / len(x) for layer, x in values.items()}
+        counts = allot(means, relative_variances(values, kinds), total)
+        slots = [slot for layer in self.layers for slot in self._draw(layer, counts[layer])]
+        for value in self._settle(self.check(slots), MAIN_REPEATS):
+            self.main.setdefault(value.slot.layer, []).append(value)
+
+    def _settle(self, values: list[CheckedEntry], repeats: int) -> list[CheckedEntry]:
+        """Repeat checks whose differences are near rounding, or large, with better steps.
+
+        What is repeated is the same entry of the same input: the choice does not pull the sum.
+        """
+        for _ in range(repeats):
+            poor = [v for v in values if not self.steps.is_settled(v.eta, v.difference)]
+            if not poor:
+                break
+            values = [v for v in values if self.steps.is_settled(v.eta, v.difference)]
+            eta = [self.steps.better(v.eta, v.difference) for v in poor]
+            values += self.check([v.slot for v in poor], eta)
+        return values
+
+    def _draw(self, layer: str, count: int) -> list[Slot]:
+        """Draw checks of one layer."""
+        proposal, size = self.layers[layer], self.problem.batch.size
+        slots = []
+        for row in proposal.draw_inputs(count, self.generator).tolist():
+            name, of_parameter = proposal.draw_parameter(self.generator)
+            entry, of_entry = proposal.entries[name].draw(row, self.generator)
+            probability = float(proposal.inputs[row]) * of_parameter * of_entry
+            slots.append(
+                Slot(
+                    layer=layer,
+                    parameter=name,
+                    row=row,
+                    entry=entry,
+                    weight=1 / (size * probability),
+                )
+            )
+        return slots
+
+    def check(self, slots: Sequence[Slot], eta: Sequence[float] | None = None) -> list[CheckedEntry]:
+        """Run checks in passes; those whose shifts begin late share passes with a long prefix.
+
+        Args:
+            slots: The checks.
+            eta: η of each; by default that of its parameter.
+
+        Returns:
+            The results, in another order.
+        """
+        users, first = self.forward.users, self.prefix.first_call
+        if eta is None:
+            eta = [self.steps[slot.parameter] for slot in slots]
+        pairs = zip(slots, eta, strict=True)
+        ordered = sorted(pairs, key=lambda pair: first(users[pair[0].parameter]))
+        values = []
+        for start in range(0, len(ordered), self.rows):
+            part = ordered[start : start + self.rows]
+            values += self._run_pass([slot for slot, _ in part], [e for _, e in part])
+        return values
+
+    def _run_pass(self, slots: Sequence[Slot], eta: Sequence[float]) -> list[CheckedEntry]:
+        """Run one pass: two shifted forwards, after an unshifted one if that is not known."""
+        rows = torch.tensor([slot.row for slot in slots])
+        kinks, device = self.forward.kinks, next(iter(self.problem.parameters.values())).device
+        steps = Steps.of(eta, device, kinks)
+        if self.outputs is not None:
+            h = self.outputs[rows]
+        else:
+            if kinks is not None:
+                kinks.restart()
+            steps.sign = 0.0
+            h = self.forward.run(rows, slots, steps, self.prefix)
+            steps.deciding = False
+        difference = torch.zeros_like(h)
+        for sign in (1.0, -1.0):
+            if kinks is not None:
+                kinks.follow()
+            steps.sign = sign
+            moved = self.forward.run(rows, slots, steps, self.prefix).sub_(h)
+            steps.deciding = False
+            if sign > 0:
+                self._note_for_guard(slots, h, moved, steps)
+            difference += moved
+        return self._values(slots, rows, h, difference, steps)
+
+    def _note_for_guard(self, slots: Sequence[Slot], h: Tensor, moved: Tensor, steps: Steps) -> None:
+        """Note one check of each kind of parameter, with what its shift has changed."""
+        for row, slot in enumerate(slots):
+            local = slot.parameter.rpartition(".")[2]
+            kind = f"{self.layers[slot.layer].kind} {local}"
+            if self.guard.wants(kind):
+                step = float(steps.values[row])
+                self.guard.note(kind, slot, step, (h[row].clone(), moved[row].clone()))
+
+    def _values(
+        self,
+        slots: Sequence[Slot],
+        rows: Tensor,
+        h: Tensor,
+        difference: Tensor,
+        steps: Steps,
+    ) -> list[CheckedEntry]:
+        """What the second differences [n, ...] of one pass show."""
+        mask = None if self.problem.mask is None else self.problem.mask[rows]
+        quadratic = fisher_quadratic(self.problem.likelihood, h, difference, mask)
+        if not bool(torch.isfinite(quadratic).all()):
+            raise CannotHold("the outputs are not finite at slightly shifted parameters")
+        size = self._sizes_of(rows, h)
+        squared_step = steps.values.square()
+        values = quadratic / squared_step.square().where(squared_step > 0, 1)
+        values = values.where(squared_step > 0, 0)
+        relative = (quadratic / size.clamp(min=1e-300)).sqrt().where(squared_step > 0, 1.0)
+        return [
+            CheckedEntry(slot=slot, value=value * slot.weight, difference=rho, eta=eta)
+            for slot, value, rho, eta in zip(
+                slots, values.tolist(), relative.tolist(), steps.eta.tolist(), strict=True
+            )
+        ]
+
+    def _sizes_of(self, rows: Tensor, h: Tensor) -> Tensor:
+        """Squared size of the outputs' rounding errors [n], over that of the machine precision.
+
+        Errors have random signs: those common to all classes would not count for a softmax.
+        """
+        missing = [i for i, row in enumerate(rows.tolist()) if row not in self.sizes]
+        if missing:
+            index = torch.tensor(missing)
+            at = rows[index]
+            mask = None if self.problem.mask is None else self.problem.mask[at]
+            signs = torch.randint(0, 2, h.shape[1:], generator=self.generator).mul_(2).sub_(1)
+            signed = h[index] * signs.to(h)
+            sizes = fisher_quadratic(self.problem.likelihood, h[index], signed, mask)
+            self.sizes.update(zip(at.tolist(), sizes.unbind(), strict=True))
+        return torch.stack([self.sizes[row] for row in rows.tolist()])
+
+    def result(self) -> SpotChecks:
+        """The values of all layers."""
+        strata = []
+        for layer, proposal in self.layers.items():
+            names = list(proposal.parameters)
+            pilot, main = self.pilot[layer], self.main.get(layer, [])
+            both = [*pilot, *main]
+            rounding = [self.steps.rounding_share(v.difference) for v in both]
+            strata.append(
+                SpotStratum(
+                    layer=layer,
+                    kind=proposal.kind,
+                    parameters=names,
+                    owners=torch.tensor([names.index(v.slot.parameter) for v in both]),
+                    values=torch.tensor([v.value for v in both], dtype=torch.float64),
+                    rounding=torch.tensor(rounding, dtype=torch.float64),
+                    pilot=len(pilot),
+                )
+            )
+        return SpotChecks(strata=strata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedEntry:
+    """The result of one check.
+
+    Attributes:
+        slot: The check.
+        value: Its estimate of V2 of the layer.
+        difference: ρ, the size of the second difference over that of the outputs.
+        eta: η of its step.
+    """
+
+    slot: Slot
+    value: float
+    difference: float
+    eta: float
+
+
+_STREAM = 0x2545F491
+"""Combined with the seed by exclusive or, for the random numbers of spot checks."""

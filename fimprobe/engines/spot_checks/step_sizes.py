@@ -1,0 +1,80 @@
+"""Step sizes of second differences, from how large the differences are.
+
+A step is η times the size of the layer's output over that of its derivative by the entry: the shift
+changes the output by η of its root mean square at the entry's unit. Truncation grows as η², rounding
+falls as 1/η². ρ is the size of a second difference over that of the outputs; rounding contributes
+some ``FLOOR`` of the machine precision to it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+START = 0.1
+"""First η: truncation stays below 1 % for most layers of the networks measured."""
+
+MIN_STEP, MAX_STEP = 1e-6, 1.0
+"""Range of η."""
+
+FLOOR = 6.0
+"""ρ of rounding alone, over the machine precision of the computation; largest on a GPT-2."""
+
+TARGET = {torch.float32: 2e-5, torch.float64: 1e-10}
+"""ρ to which η is adapted, by type: 28 times above rounding in float32, and that enters squared."""
+
+MAX_ROUNDING, MAX_DIFFERENCE = 0.05, 300.0
+"""Share of rounding, and ρ over its target, above which a check is repeated with another step."""
+
+
+class StepSizes:
+    """η of every parameter.
+
+    Attributes:
+        dtype: The coarsest floating-point type of the computation.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._start = START if dtype == torch.float32 else START / 30
+        self._eta: dict[str, float] = {}
+
+    def __getitem__(self, parameter: str) -> float:
+        """η of a parameter."""
+        return self._eta.get(parameter, self._start)
+
+    def rounding_share(self, difference: float) -> float:
+        """The share of a squared difference of size ρ that may be rounding, from 0 to 1."""
+        floor = FLOOR * torch.finfo(self.dtype).eps
+        return 1.0 if difference <= floor else (floor / difference) ** 2
+
+    def adapt(self, parameter: str, largest: float) -> None:
+        """Adapt η of a parameter to its second differences.
+
+        Args:
+            parameter: The parameter's name.
+            largest: The largest ρ of its checks.
+        """
+        self._eta[parameter] = self.better(self[parameter], largest)
+
+    def better(self, eta: float, difference: float) -> float:
+        """Return η that brings a second difference closer to its target.
+
+        Args:
+            eta: η of a check.
+            difference: Its ρ.
+        """
+        # of a difference below rounding only that much is known
+        factor = (TARGET[self.dtype] / difference) ** 0.5 if difference > 0 else 30.0
+        return min(max(eta * min(max(factor, 1 / 30), 30.0), MIN_STEP), MAX_STEP)
+
+    def is_settled(self, eta: float, difference: float) -> bool:
+        """Whether a check with this η need not be repeated.
+
+        Args:
+            eta: η of the check.
+            difference: Its ρ.
+        """
+        if difference > MAX_DIFFERENCE * TARGET[self.dtype]:
+            return eta <= MIN_STEP
+        small = self.rounding_share(difference) > MAX_ROUNDING
+        return not small or self.better(eta, difference) < 1.5 * eta

@@ -1,0 +1,106 @@
+"""V2 = Σ_i E R_ii² of groups of parameters from spot checks, and its standard error.
+
+The checks of a layer are independent estimates of its V2. A layer has too few of them for a spread
+of its own: the spread relative to V2 is shared by layers of a kind. The pilot has a fixed weight,
+because the number of later checks depends on its values: weights by numbers would pull the sum down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fimprobe.statistics import SpotChecks, SpotStratum
+
+PILOT_WEIGHT = 0.15
+"""Weight of the pilot's mean in a layer's estimate."""
+
+SHARED_CHECKS = 4.0
+"""Number of checks for which the spread of a layer's kind counts in that of the layer."""
+
+PRIOR_SPREAD, PRIOR_CHECKS = 1.0, 4.0
+"""Relative standard deviation of a check that is assumed of a kind, and its weight in checks."""
+
+ROUNDING_LIMIT = 0.5
+"""Share of V2 that may be rounding, above which V2 is unknown."""
+
+ROUNDED = "below the rounding of the model's outputs; a model in float64 would show it"
+"""Why V2 is unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedVariance:
+    """V2 of a group of parameters.
+
+    Attributes:
+        value: V2, mean over the inputs; None where it is unknown.
+        error: Its standard error; 0 where V2 is zero by the graph.
+        reason: Why ``value`` is None.
+    """
+
+    value: float | None
+    error: float = 0.0
+    reason: str = ""
+
+
+def estimate_v2(checks: SpotChecks, names: Sequence[str]) -> CheckedVariance:
+    """Return V2 of a group of parameters.
+
+    Args:
+        checks: The spot checks of all layers.
+        names: The parameters of the group.
+    """
+    if checks.failure:
+        return CheckedVariance(value=None, reason=checks.failure)
+    group = set(names)
+    value = variance = rounding = 0.0
+    for stratum in checks.strata:
+        inside = [name in group for name in stratum.parameters]
+        if not any(inside):
+            continue
+        values = stratum.values
+        if not all(inside):
+            owned = stratum.owners.new_tensor(inside).bool()[stratum.owners]
+            values = values.where(owned, 0)
+        mean, square = _mean_and_error(values, stratum, checks)
+        value, variance = value + mean, variance + square
+        rounding += float((values * stratum.rounding).mean())
+    if value > 0 and rounding > ROUNDING_LIMIT * value:
+        return CheckedVariance(value=None, reason=ROUNDED)
+    return CheckedVariance(value=value, error=math.sqrt(variance + rounding**2))
+
+
+def _mean_and_error(values: Tensor, stratum: SpotStratum, checks: SpotChecks) -> tuple[float, float]:
+    """The estimate of a layer, or of a part of it, and the square of its standard error."""
+    pilot, main = values[: stratum.pilot], values[stratum.pilot :]
+    if len(main) == 0:
+        mean, share = float(pilot.mean()), 1 / len(pilot)
+    elif len(pilot) == 0:
+        mean, share = float(main.mean()), 1 / len(main)
+    else:
+        mean = PILOT_WEIGHT * float(pilot.mean()) + (1 - PILOT_WEIGHT) * float(main.mean())
+        share = PILOT_WEIGHT**2 / len(pilot) + (1 - PILOT_WEIGHT) ** 2 / len(main)
+    if mean == 0:
+        return mean, 0.0
+    shared = _relative_variance(checks, stratum.kind) * mean**2
+    freedom = len(values) - 1
+    own = float((values - mean).square().sum()) / max(freedom, 1)
+    variance = (freedom * own + SHARED_CHECKS * shared) / (freedom + SHARED_CHECKS)
+    # few skewed values miss what is rare, and the spread seen is small where the mean is
+    widening = 1 + math.sqrt(variance * share) / mean
+    return mean, variance * share * widening**2
+
+
+def _relative_variance(checks: SpotChecks, kind: str) -> float:
+    """The relative variance of single checks of a kind of layer."""
+    total, count = PRIOR_CHECKS * PRIOR_SPREAD**2, PRIOR_CHECKS
+    for stratum in checks.strata:
+        if stratum.kind == kind and len(stratum.values) > 1:
+            mean = float(stratum.values.mean())
+            if mean > 0:
+                total += float((stratum.values / mean - 1).square().sum())
+                count += len(stratum.values) - 1
+    return total / count

@@ -1,0 +1,169 @@
+"""Whether a diagonal is a candidate that depends on random batches or labels.
+
+Each candidate is simulated. Distances to the expectations of all labellings are compared, by two
+metrics: one that large entries dominate, and one in which all entries count equally. The diagonal
+fits if its distances, their differences and the slope of its logarithm are those of simulations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fimprobe.fisher.audit.fits import (
+    CONVENTIONS,
+    TOLERANCE,
+    CandidateFit,
+    Convention,
+    describe_input_scale,
+)
+from fimprobe.fisher.audit.labellings import MODEL
+from fimprobe.fisher.audit.simulation import StoredGradients
+
+SIMULATIONS = 20
+"""Simulations of each candidate."""
+
+DEVIATIONS = 4.5
+"""Standard deviations of simulations inside which a distance fits."""
+
+LEAST_DEVIATION = 0.01
+"""Least standard deviation of the logarithm of a distance."""
+
+STEP = math.sqrt(2)
+"""Factor between the batch sizes that are tried."""
+
+
+@dataclass(kw_only=True)
+class NoisyCandidates:
+    """Compares a diagonal with simulated candidates.
+
+    Attributes:
+        theirs: The diagonal at the stored entries.
+        expected: Means over inputs of g² at these entries, by labelling.
+        stored: Gradients of single inputs.
+        words: Labels in words, by labelling.
+        batch_size: That of the data; None if there are no batches.
+    """
+
+    theirs: Tensor
+    expected: Mapping[str, Tensor]
+    stored: StoredGradients
+    words: Mapping[str, str]
+    batch_size: int | None
+
+    def fits(self) -> Iterator[CandidateFit]:
+        """Yield the best fit of every labelling and convention that has one."""
+        largest = max(2, self.stored.inputs // 4)
+        for key in self.expected:
+            by_convention: dict[Convention, list[CandidateFit]] = {}
+            sizes = _sizes(largest, self.batch_size)
+            for size in [1, *sizes] if key == MODEL else sizes:
+                for convention, fit in self._fits_at(key, size):
+                    by_convention.setdefault(convention, []).append(fit)
+            for fits in by_convention.values():
+                yield _joined(fits, self.batch_size)
+
+    def _fits_at(self, key: str, size: int) -> Iterator[tuple[Convention, CandidateFit]]:
+        sums = None
+        for convention in CONVENTIONS:
+            if size == 1 and convention is not CONVENTIONS[0]:
+                continue
+            sums = sums or self.stored.simulate(key, size, SIMULATIONS)
+            batches = -(-self.stored.inputs // size)
+            simulated = sums[convention.weighted] / convention.divide(batches, self.stored.inputs)
+            scales = (simulated.sum(1) / simulated.sum()).log()
+            offset = math.log(float(self.theirs.sum() / simulated.sum(1).mean()))
+            allowed = DEVIATIONS * float(scales.std()) + TOLERANCE
+            if size > 1 and abs(offset) > allowed:
+                continue
+            yield convention, self._fit(key, size, convention, simulated)
+
+    def _fit(self, key: str, size: int, convention: Convention, simulated: Tensor) -> CandidateFit:
+        centre = simulated.mean(0)
+        shapes = {**self.expected, key: centre}
+        ours, theirs = _features(simulated, shapes, key), _features(self.theirs[None], shapes, key)
+        deviation = ours.std(0).clamp(min=LEAST_DEVIATION) * math.sqrt(1 + 1 / len(ours))
+        furthest = float(((theirs[0] - ours.mean(0)).abs() / deviation).max())
+        scale = float(self.theirs.sum() / centre.sum())
+        spread = float((simulated.sum(1) / centre.sum()).log().std())
+        words = convention.words
+        if size == 1:
+            tolerance = 2 * spread + TOLERANCE
+            words = describe_input_scale(scale, self.stored.inputs, None, tolerance)
+        return CandidateFit(
+            labels="one label drawn from the model for each input" if size == 1 else self.words[key],
+            batch_size=size,
+            batch_range=(size, size),
+            scale=scale,
+            scale_words=words,
+            error=float(theirs[0, 0].exp()),
+            noise_error=float(ours[:, 0].exp().square().mean().sqrt()),
+            fits=furthest <= DEVIATIONS,
+        )
+
+
+def _features(x: Tensor, shapes: Mapping[str, Tensor], key: str) -> Tensor:
+    """Distances to one shape by two metrics, their differences to the others', and a slope.
+
+    Args:
+        x: Diagonals [n, entries].
+        shapes: Expectations by labelling.
+        key: The labelling whose distances come first.
+    """
+    alive = shapes[key] > 0
+    others = [shape for name, shape in shapes.items() if name != key]
+    features = []
+    for metric in (_sines, _log_ratios):
+        first = metric(x[:, alive], shapes[key][alive])
+        features += [first, *(metric(x[:, alive], shape[alive]) - first for shape in others)]
+    return torch.stack([*features, _slopes(x[:, alive], shapes[key][alive])], 1)
+
+
+def _sines(x: Tensor, shape: Tensor) -> Tensor:
+    """log √(1 − cos²), to which large entries contribute most."""
+    cosines = x @ shape / (x.norm(dim=1) * shape.norm()).clamp(min=1e-300)
+    return (1 - cosines.square()).clamp(min=1e-24).log() / 2
+
+
+def _log_ratios(x: Tensor, shape: Tensor) -> Tensor:
+    """The logarithm of the spread of log(x/shape) over entries."""
+    positive = (x > 0).all(0) & (shape > 0)
+    if int(positive.sum()) < 2:
+        return torch.zeros(len(x), dtype=x.dtype)
+    ratios = (x[:, positive] / shape[positive]).log()
+    return ratios.std(1).clamp(min=1e-12).log()
+
+
+def _slopes(x: Tensor, shape: Tensor) -> Tensor:
+    """The slope of log x over log shape, 1 for noise that multiplies: roots and powers differ."""
+    positive = (x > 0).all(0) & (shape > 0)
+    if int(positive.sum()) < 2:
+        return torch.ones(len(x), dtype=x.dtype)
+    logs, centre = x[:, positive].log(), shape[positive].log()
+    centre = centre - centre.mean()
+    return (logs @ centre) / centre.square().sum().clamp(min=1e-300)
+
+
+def _joined(fits: list[CandidateFit], batch_size: int | None) -> CandidateFit:
+    """One fit of a convention, with the range of batch sizes that fit; the nearest if none does."""
+    fitting = [fit for fit in fits if fit.fits]
+    if not fitting:
+        return min(fits, key=lambda fit: abs(math.log(fit.error / fit.noise_error)))
+    sizes = [fit.batch_size for fit in fitting]
+    given = [fit for fit in fitting if fit.batch_size == batch_size]
+    chosen = given[0] if given else min(fitting, key=lambda fit: abs(math.log(fit.scale)))
+    values = vars(chosen) | {"batch_range": (min(sizes), max(sizes))}
+    return CandidateFit(**values)
+
+
+def _sizes(largest: int, given: int | None) -> list[int]:
+    """Batch sizes that are tried."""
+    sizes, x = {given} if given and 1 < given <= largest else set(), 2.0
+    while x <= largest:
+        sizes.add(round(x))
+        x *= STEP
+    return sorted(sizes)

@@ -1,0 +1,81 @@
+"""Steps of loops that no optimizer of torch makes: parameters that change between two forwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fimprobe.model.fsdp import is_part
+
+UNSEEN_STEPS = 3
+"""Changes of the parameters without a step of an optimizer after which such changes are steps."""
+
+MAX_SAMPLED_PARAMETERS = 4
+MAX_SAMPLED_ENTRIES = 64
+"""Values that are compared: writes through ``p.data`` do not count in the version of ``p``."""
+
+UNSEEN_WARNING = (
+    "the parameters change, but no step of a torch optimizer was seen (a hand-written update, or an "
+    "optimizer of another library): from now on, every change between two training forwards counts "
+    "as one step, which is measured after it. Call probe.step() between backward and the change of "
+    "the parameters to have it measured before"
+)
+LATE_NOTE = (
+    "No step of a torch optimizer was seen. The batch was measured when the next forward began, at "
+    "the parameters after its step; call probe.step() before they change to have it measured before."
+)
+NEVER_STEPPED = (
+    "nothing was measured: {forwards} training batches went forward, but no step was seen. Steps are "
+    "those of the torch optimizers that hold the model's parameters. In other loops (updates written "
+    "by hand, optimizers of other libraries, functional ones) call probe.step() between backward and "
+    "the change of the parameters; where these are arguments of the forward (torch.func), call "
+    "fimprobe.measure with a model that holds them"
+)
+
+
+class UnseenSteps:
+    """Notices that parameters change without a step of an optimizer.
+
+    Attributes:
+        forwards: Training forwards so far, as the caller counts them.
+        count: Changes of the parameters between two of them.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = self.count = 0
+        self._versions: list[int] | None = None
+        self._values: list[Tensor] = []
+
+    def observe_change(self, model: nn.Module) -> bool:
+        """Return whether the parameters changed since the last record, and record them.
+
+        Args:
+            model: The model, at the beginning of a training forward.
+        """
+        if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
+            return False  # they are arguments of torch.func.functional_call
+        versions = [p._version for p in model.parameters()]
+        changed = self._versions is not None and (
+            versions != self._versions
+            or not all(torch.equal(*pair) for pair in zip(_sample(model), self._values, strict=True))
+        )
+        self.count += changed
+        self.record(model)
+        return changed
+
+    def record(self, model: nn.Module) -> None:
+        """Record the parameters; after a forward its own writes to them are no change."""
+        if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
+            return
+        self._versions = [p._version for p in model.parameters()]
+        self._values = [x.clone() for x in _sample(model)]
+
+
+def _sample(model: nn.Module) -> list[Tensor]:
+    """Return some entries of some parameters."""
+    whole = [p for p in model.parameters() if p.requires_grad and not is_part(p) and p.numel()]
+    sampled = []
+    for p in whole[:: max(1, len(whole) // MAX_SAMPLED_PARAMETERS)][:MAX_SAMPLED_PARAMETERS]:
+        flat = p.detach().reshape(-1)
+        sampled.append(flat[:: max(1, len(flat) // MAX_SAMPLED_ENTRIES)][:MAX_SAMPLED_ENTRIES])
+    return sampled
