@@ -27,7 +27,11 @@ from transformers import (  # noqa: E402
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback  # noqa: E402
+from transformers.integrations import (  # noqa: E402
+    MLflowCallback,
+    TensorBoardCallback,
+    WandbCallback,
+)
 
 from fimprobe import (  # noqa: E402
     Config,
@@ -46,6 +50,9 @@ CHECKPOINT_NOTE = "fimprobe.json"
 
 _HEADLINES = ("trace", "rel_error", "one_label_error")
 
+_TRACKERS = {"wandb": WandbCallback, "mlflow": MLflowCallback}
+"""The trackers of ``report_to`` that the probe writes to itself, and the Trainer's callbacks."""
+
 _callbacks: weakref.WeakKeyDictionary[nn.Module, weakref.ref[FimProbeCallback]] = (
     weakref.WeakKeyDictionary()
 )
@@ -56,12 +63,13 @@ class FimProbeCallback(TrainerCallback):
     """Measure during the training of a ``Trainer``; steps are ``state.global_step``.
 
     Reports go to the folder ``fimprobe`` in the TensorBoard run of the Trainer. Without such a run
-    it is ``<output_dir>/runs/<time>_<host>/fimprobe``. Headline values also go to the log of the
-    Trainer: the trace, ``rel_error`` (of the report) and ``one_label_error`` (of the estimator with
-    one label per input) of Î₁ and Î₂, where they are known. ``fim_probe/overhead`` is the share of
-    the wall time that the probe used. A training that resumes from a checkpoint continues the files
-    of the training that wrote it. A new training whose folder holds reports writes to
-    ``fimprobe-2``.
+    it is ``<output_dir>/runs/<time>_<host>/fimprobe``. Where ``report_to`` names W&B or MLflow, all
+    numbers of the model go to the Trainer's run there. Headline values go to the log of the Trainer,
+    and from there to every other tracker: the trace, ``rel_error`` (of the report) and
+    ``one_label_error`` (of the estimator with one label per input) of Î₁ and Î₂, where they are
+    known. ``fim_probe/overhead`` is the share of the wall time that the probe used. A training that
+    resumes from a checkpoint continues the files of the training that wrote it. A new training whose
+    folder holds reports writes to ``fimprobe-2``.
 
     ``callback.probe`` holds the reports, also after training. A training that ends by an exception
     does not inform its callbacks, and its hooks keep the last batch. They are removed by the next
@@ -218,6 +226,10 @@ class FimProbeCallback(TrainerCallback):
         if config.tensorboard:
             folder = self._folder(args, state, trainer, checkpoint)
             config = load_config(config, tensorboard={"log_dir": str(folder)})
+        in_use = {n: True for n in _TRACKERS if n in args.report_to}
+        config = load_config(
+            config, **{n: on for n, on in in_use.items() if n not in self.config.model_fields_set}
+        )
         probe = Probe(called, config, first_step=state.global_step, **self._attach_arguments)
         self.probe = probe
         self._detach_probe = weakref.finalize(self, probe.detach)
@@ -266,9 +278,22 @@ class FimProbeCallback(TrainerCallback):
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
             return
         should_log = control.should_log
-        # not trainer.log: trainers that override it add their metrics to each entry and reset them
-        Trainer.log(trainer, values)
+        handler = trainer.callback_handler
+        callbacks = handler.callbacks
+        handler.callbacks = [c for c in callbacks if not isinstance(c, self._own_trackers())]
+        try:
+            # not trainer.log: trainers that override it add their metrics to an entry and reset them
+            Trainer.log(trainer, values)
+        finally:
+            handler.callbacks = callbacks
         control.should_log = should_log  # on_log resets it
+
+    def _own_trackers(self) -> tuple[type, ...]:
+        """Return the callbacks of trackers that have all values from the probe already."""
+        probe = self.probe
+        assert probe is not None
+        kinds = [kind for name, kind in _TRACKERS.items() if getattr(probe.config, name)]
+        return (*kinds, *([TensorBoardCallback] if probe.log_dir is not None else []))
 
     def _run_safely(self, action: Callable[[], Any], failure: str) -> None:
         """Run ``action``; log an error once, because an exception in a callback ends the training.

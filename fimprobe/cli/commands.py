@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="train on scikit-learn's digits, probed")
     demo.add_argument("--epochs", type=int, default=60, help="epochs of each model (default 60)")
     demo.add_argument("--log-dir", default="runs/fimprobe/demo", help="where the runs are written")
+    demo.add_argument("--open", action="store_true", help="open the charts in the browser at the end")
     check = commands.add_parser("check", help="check a YAML configuration")
     check.add_argument("config", help="path of the YAML file")
     show = commands.add_parser("show", help="a run's last report, advice and trends, or two runs")
@@ -57,7 +58,7 @@ def _demo(options: Any) -> int:
 
     if options.epochs < 1:
         raise FimprobeError(f"`--epochs` must be a positive integer, got {options.epochs}.")
-    run_demo(epochs=options.epochs, log_dir=options.log_dir)
+    run_demo(epochs=options.epochs, log_dir=options.log_dir, open_page=options.open)
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import webbrowser
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,17 +13,34 @@ from torch import nn
 import fimprobe
 from fimprobe.cli.digits import Digits, load_digits, make_cnn, make_mlp
 from fimprobe.errors import FimprobeError
-from fimprobe.report.format import percent
+from fimprobe.report.format import listed, percent
 from fimprobe.report.report import Report
 from fimprobe.report.trends import format_trend
+from fimprobe.runs.html import write_page
+
+BATCH_SIZE = 64
+
+REPORTS = 20
+"""Reports of each training: enough for its trend."""
 
 
-def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
+class Outcome(NamedTuple):
+    """What a training and its reports show."""
+
+    reports: list[Report]
+    accuracy: float
+    """The share of the held-out digits that the model has right."""
+    confidence: float
+    """The mean probability of its answers to them."""
+
+
+def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str, list[Report]]:
     """Train both models, and print the reports of their probes.
 
     Args:
         epochs: Epochs of each model.
         log_dir: The folder of the runs.
+        open_page: Whether to open a page with all charts in the browser.
 
     Returns:
         The reports by the name of the model.
@@ -38,55 +57,84 @@ def run_demo(*, epochs: int, log_dir: str) -> dict[str, list[Report]]:
             f"The demo needs {error.name}, which is not installed. Run pip install 'fimprobe[demo]'."
         ) from None
     run = Path(log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}"
-    reports = {}
+    outcomes = {}
+    batches = -(-len(digits.x) // BATCH_SIZE)
     for name, make in {"mlp": make_mlp, "cnn": make_cnn}.items():
         torch.manual_seed(0)
         model = make()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         order = torch.Generator().manual_seed(1)
-        probe = fimprobe.attach(
-            model, log_dir=run / name, draws="exact", batch=64, schedule={"every": 20}
-        )
-        with probe:
+        schedule = {"every": max(epochs * batches // REPORTS, 1)}
+        options = {"draws": "exact", "batch": BATCH_SIZE, "schedule": schedule}
+        with fimprobe.attach(model, log_dir=run / name, **options) as probe:
             for _ in tqdm(range(epochs), desc=name, unit="epoch"):
                 model.train()
-                for rows in torch.randperm(len(digits.x), generator=order).split(64):
+                for rows in torch.randperm(len(digits.x), generator=order).split(BATCH_SIZE):
                     optimizer.zero_grad()
                     loss = nn.functional.cross_entropy(model(digits.x[rows]), digits.y[rows])
                     loss.backward()
                     optimizer.step()
-        reports[name] = probe.history
-        _print_results(name, model, probe, digits)
-    print(f"\nSee every layer over time:   tensorboard --logdir {run}")
-    print("                             (its tabs Custom scalars, Images and Text)")
+        outcomes[name] = _evaluate(model, probe, digits)
+        _print_results(name, probe)
+    print(f"\nAll charts:                  tensorboard --logdir {run}")
     print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
     print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
-    return reports
+    if open_page:
+        _open_pages(run, list(outcomes))
+    print("\n" + "\n".join(tell_story(outcomes)))
+    return {name: outcome.reports for name, outcome in outcomes.items()}
 
 
-def _print_results(name: str, model: nn.Module, probe: fimprobe.Probe, digits: Digits) -> None:
-    """Print the accuracy, the last report and how the error of Î₁ changed."""
+def tell_story(outcomes: dict[str, Outcome]) -> list[str]:
+    """Return in three sentences what the demo shows.
+
+    Args:
+        outcomes: The trainings by the names of their models.
+    """
+    right = [f"the {name} has {o.accuracy:.1%}" for name, o in outcomes.items()]
+    sure = [f"{o.confidence:.0%}" for o in outcomes.values()]
+    drawn, exact = [], []
+    for name, outcome in outcomes.items():
+        errors = [e for report in outcome.reports if (e := report.error_of("i1")) is not None]
+        if errors:
+            drawn.append(f"from {percent(errors[0])} to {percent(errors[-1])} ({name})")
+        last = outcome.reports[-1].total.i1.rel_error
+        if last is not None:
+            exact.append(f"{percent(last)} ({name})")
+    sample = f"with one drawn label for each of {BATCH_SIZE} inputs"
+    return [
+        f"Both networks learned: {listed(right)} of held-out digits right, and their mean confidence "
+        f"is {listed(sure)}.",
+        f"Meanwhile the error of Î₁ {sample} went {listed(drawn) or 'where it cannot be known'}, and "
+        "near 100 % an estimate of F is noise.",
+        f"All labels of the same inputs, weighted by their probabilities, are off by "
+        f"{listed(exact) or 'an unknown amount'}: the way labels are drawn decides the error of F.",
+    ]
+
+
+def _evaluate(model: nn.Module, probe: fimprobe.Probe, digits: Digits) -> Outcome:
     model.eval()
     with torch.no_grad():
         p = torch.softmax(model(digits.test_x), 1)
-    accuracy = float((p.argmax(1) == digits.test_y).double().mean())
-    reports = probe.history
-    print(
-        f"\n=== {name}: {accuracy:.1%} of held-out digits right, mean confidence "
-        f"{float(p.amax(1).mean()):.1%} ==="
+    return Outcome(
+        reports=probe.history,
+        accuracy=float((p.argmax(1) == digits.test_y).double().mean()),
+        confidence=float(p.amax(1).mean()),
     )
+
+
+def _print_results(name: str, probe: fimprobe.Probe) -> None:
+    """Print the last report, and how the numbers of the whole model changed."""
+    reports = probe.history
+    print(f"\n=== {name} ===")
     print(f"likelihood: {probe.likelihood.name if probe.likelihood else '?'} ({probe.decision})\n")
     print(reports[-1])
-    print("\n" + format_trend([r.to_dict() for r in reports]))
-    errors = [(r.step, r.error_of("i1")) for r in reports if r.error_of("i1") is not None]
-    (_, first), (step, last) = errors[0], errors[-1]
-    print(
-        f"\nWhat it found: as the {name} became confident, the relative error of Î₁ with one drawn "
-        f"label for each of {reports[0].batch_size} inputs went from {percent(first)} to "
-        f"{percent(last)}. Near 100 % an estimate is noise."
-    )
-    if step != reports[-1].step:
-        print(
-            f"From step {step:,} on it is unknown: fewer and fewer of the inputs carry the Fisher "
-            "information."
-        )
+    print("\n" + format_trend([r.to_dict() for r in reports]) + "\n")
+
+
+def _open_pages(run: Path, names: list[str]) -> None:
+    """Write a page for each run and open it in the browser."""
+    for name in names:
+        page = write_page(fimprobe.read(run / name), run / f"{name}.html").resolve()
+        if not webbrowser.open(page.as_uri()):
+            print(f"No browser could be opened; the page is {page}")

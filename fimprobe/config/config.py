@@ -17,7 +17,7 @@ from fimprobe.config.yaml_source import YamlFile, read_yaml, shorten
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, EstimatorKey
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
-from fimprobe.training.schedule import At, Budget, Every, Schedule
+from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Every, Schedule
 
 MAX_MISTAKES = 50
 """Mistakes that are listed; each entry of a long list may be one."""
@@ -48,7 +48,13 @@ class ScheduleConfig(_Section):
             must_be="a number above 0 and below 1",
             remedy="Use 0.02 to spend 2 % of the wall time.",
         ),
-    ] = Field(None, gt=0, lt=1, description="share of the wall time that the probe may take")
+    ] = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the wall time that the probe may take, besides "
+        f"{FREE_SECONDS:g} seconds of reports at the steps 1, 2, 5, 10, 20, 50, ...",
+    )
     every: Annotated[
         int | None,
         Option(

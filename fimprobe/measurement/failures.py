@@ -28,8 +28,14 @@ def explain_failure(problem: Problem) -> FimprobeError | None:
         outputs = problem.forward(problem.batch)
     except FimprobeError as error:
         return error
-    except Exception:  # the first check ran the model, so that this is no fault of the inputs
+    except (MemoryError, torch.OutOfMemoryError):
         return None
+    except Exception as error:  # inputs of another kind than those that the twin was checked with
+        return FimprobeError(
+            f"the model raises {type(error).__name__}: {_first_line(error)} (in eval mode, on the "
+            "inputs of the measurement). Pass inputs with the width, type and device that the model "
+            "takes."
+        )
     if not outputs.requires_grad:
         return FimprobeError(
             "the outputs must depend on parameters of `model`, got outputs without a graph. The "

@@ -61,6 +61,7 @@ def draw_errors(records: Sequence[Record]) -> Figure | None:
         _draw_line(axis, records, values, key)
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
     make_steps(axis, shares=True)
+    _center_single(axis, records)
     return add_legend(figure, axis)
 
 
@@ -78,11 +79,14 @@ def draw_traces(records: Sequence[Record]) -> Figure | None:
         axis.fill_between(
             steps, values - margin, values + margin, color=COLORS[key], alpha=0.18, lw=0
         )
+        if len(records) == 1:  # a band would have no width
+            axis.errorbar(steps, values, margin, fmt="none", capsize=8, color=COLORS[key])
         unknown = np.isfinite(values) & ~np.isfinite(margin)
         if unknown.any():
             axis.plot(steps[unknown], values[unknown], "o", ms=5, mfc="none", color=COLORS[key])
     label_axis(axis, "trace of F", upright=True)
     make_steps(axis)
+    _center_single(axis, records)
     return add_legend(figure, axis)
 
 
@@ -258,9 +262,17 @@ def _draw_line(
     steps = [record["step"] for record in records]
     every = None if marked is None else list(np.flatnonzero(marked))
     axis.plot(
-        steps, values, STYLES[key], marker="o", ms=3, color=COLORS[key], label=SYMBOLS[key],
-        markevery=every,
+        steps, values, STYLES[key], marker="o", ms=3 if len(records) > 1 else 8, color=COLORS[key],
+        label=SYMBOLS[key], markevery=every,
     )  # fmt: skip
+
+
+def _center_single(axis: Axes, records: Sequence[Record]) -> None:
+    """Show a single report as a point in the middle, with its step."""
+    if len(records) == 1:
+        step = records[0]["step"]
+        axis.set_xlim(step - 1, step + 1)
+        axis.set_xticks([step], [f"{step:,}"])
 
 
 def _finish_errors(

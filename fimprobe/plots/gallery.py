@@ -92,7 +92,7 @@ def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _E
     entries = [
         _Entry(
             name="1_error",
-            title="Relative error over the training",
+            title="Relative error over the training" if len(records) > 1 else "Relative error",
             caption="How far off the diagonal of the whole model's Fisher information is at "
             f"{sample}: the lower the better; from 100 % (dashed) on it is noise. Gaps: unknown. "
             "Logarithmic.",

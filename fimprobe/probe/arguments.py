@@ -41,3 +41,24 @@ def check_probe_arguments(
             draws=config.draws,
             engine=config.engine,
         )
+
+
+def check_sinks(sinks: Any) -> None:
+    """Check that the argument ``sinks`` is a list of objects that reports can be written to.
+
+    Raises:
+        FimprobeError: If it is not.
+    """
+    if sinks is None:
+        return
+    if not isinstance(sinks, (list, tuple)):
+        raise FimprobeError(
+            f"`sinks` must be a list, got {type(sinks).__name__}. Pass objects with write(report) "
+            "and close(), as in sinks=[mine]."
+        )
+    for sink in sinks:
+        if not all(callable(getattr(sink, name, None)) for name in ("write", "close")):
+            raise FimprobeError(
+                "`sinks` must hold objects with write(report) and close(), got "
+                f"{type(sink).__name__}. Give its class both methods."
+            )

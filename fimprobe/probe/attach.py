@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fimprobe.config.config import Config, load_config
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LikelihoodOption
+from fimprobe.probe.arguments import check_sinks
 from fimprobe.probe.optimizers import holds_parameters
 from fimprobe.probe.probe import Probe, find_probe
 from fimprobe.probe.step_hook import trigger_by_optimizers
@@ -75,6 +76,12 @@ def attach(
     if likelihood != "auto":
         options["likelihood"] = likelihood
     settings = load_config(config, **options)
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise FimprobeError(
+            f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the "
+            "one that trains this model, or leave it out."
+        )
+    check_sinks(sinks)
     if optimizer is not None and not holds_parameters(optimizer, model):
         raise FimprobeError(
             f"`optimizer` must hold parameters of the model, got {type(optimizer).__name__} without "

@@ -82,7 +82,6 @@ class Probe:
         first_step: int = 0,
         replace: bool = False,
     ) -> None:
-        started = time.perf_counter()
         self.model = model
         self.config = config or Config()
         functions = {"mask": mask, "labels": labels, "output": output}
@@ -129,8 +128,6 @@ class Probe:
             self.detach()
             raise
         self._last_end = time.perf_counter()
-        # charged to the schedule with the first measurement
-        self._attach_seconds = self._last_end - started
 
     def _open_files(self, first_step: int) -> None:
         """Open the files; processes other than the first keep reports in ``history`` only."""
@@ -342,7 +339,7 @@ class Probe:
         ended = time.perf_counter()
         probe_seconds = 0.0
         if measured or not self.active:
-            probe_seconds, self._attach_seconds = ended - started + self._attach_seconds, 0.0
+            probe_seconds = ended - started
         loop_seconds = max(started - self._last_end, 0.0)
         self.schedule.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
         self._last_end = ended

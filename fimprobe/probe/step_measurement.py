@@ -18,11 +18,12 @@ from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.captured_batch import CapturedBatch
 from fimprobe.training.probe_batch import ProbeBatch, select_samples
-from fimprobe.training.schedule import Schedule, SharedBudget
+from fimprobe.training.schedule import FREE_SECONDS, Schedule, SharedBudget
 
 PREVIEW_NOTE = (
-    "Preview: only Î₁ was measured. Î₂ and the bounds follow as soon as the time budget allows; use "
-    'schedule={"every": 100} to measure everything from the first step.'
+    f"Preview: only Î₁ was measured, because a whole report is expected to take more than the "
+    f"{FREE_SECONDS:g} s that early reports may take together. Î₂ and the bounds follow as soon as "
+    'the time budget allows; use schedule={"every": 100} to measure everything from the first step.'
 )
 
 _LABEL_SEED_STEP = 1_000_003
@@ -118,7 +119,7 @@ class StepMeasurement:
         notes = self.notes + self.reader.notes(captured if inputs is None else None)
         if captured is not None:
             captured.release()  # the measurement needs the memory
-        preview = schedule.start(full=inputs is not None)
+        preview = self._start(schedule, full=inputs is not None)
         report = self._measure_batch(model, step, selected[0], preview=preview)
         if notes:
             report = replace(report, notes=[*report.notes, *notes])
@@ -128,6 +129,19 @@ class StepMeasurement:
             # the clocks of processes differ: the forecast of the first one counts for all
             schedule.next = self.processes.run_everywhere(lambda: forecast(step, seconds))[0]
         return report
+
+    def _start(self, schedule: Schedule, *, full: bool) -> bool:
+        """Return whether the measurement is a preview, the same in all processes.
+
+        Args:
+            schedule: Decides it.
+            full: Whether a preview is ruled out.
+        """
+        preview = schedule.start(full=full)
+        if isinstance(schedule, SharedBudget):
+            # the clocks of processes differ: that of the first one counts for all
+            preview = schedule.agree(self.processes.run_everywhere(lambda: preview)[0])
+        return preview
 
     def _select(self, step: int, captured: CapturedBatch | None, inputs: Any) -> ProbeBatch:
         """Return what this process measures, its part of the option ``batch``."""

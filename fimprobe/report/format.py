@@ -148,12 +148,14 @@ def with_error(value: float | None, error: float | None) -> str:
     >>> with_error(13.04, 1.49), with_error(123456, 2345), with_error(1.234e-5, 2.1e-6)
     ('13.0 ± 1.5', '123,500 ± 2,300', '(1.23 ± 0.21)e-5')
     >>> with_error(6.5, None), with_error(None, None), with_error(0, 0), with_error(1, 1e-9)
-    ('6.5 ± –', '–', '0 ± 0', '1.00000 ± 1e-09')
+    ('6.5 ± –', '–', '0', '1.00000 ± 1e-09')
     """
     if value is None:
         return "–"
-    if error is None or not error > 0:
-        return f"{number(value)} ± {'–' if error is None else '0'}"
+    if error is None:
+        return f"{number(value)} ± –"
+    if not error > 0:
+        return number(value)
     exponent = math.floor(math.log10(max(abs(value), error)))
     if -4 < exponent < 6:
         return " ± ".join(_with_digits(value, error))

@@ -240,7 +240,7 @@ def _missing_footnotes(record: Record, columns: list[Column], top: int | None) -
         heads_of.setdefault((cause, tuple(name for name, _ in reasons)), []).append(head)
     lines = []
     for (cause, names), heads in list(heads_of.items())[:MAX_REASONS]:
-        values = "all numbers" if len(heads) == len(columns) else ", ".join(heads)
+        values = "all numbers" if set(heads) == {c.head for c in columns} else ", ".join(heads)
         where = "everywhere" if len(names) == len(rows) > 2 else f"in {some(names)}"
         lines.append(f"– {values} {where}: {shared_reason(missing[cause, heads[0]])}")
     more = len(heads_of) - MAX_REASONS

@@ -201,9 +201,9 @@ def _tiles(report: Record) -> str:
 
     for key in UNBIASED_KEYS:
         if key in total:
-            trace = total[key]["trace"]
+            trace, error = total[key].get("trace"), total[key].get("std_error")
             meaning = f"trace of F by {SYMBOLS[key]} ± its standard error"
-            add(key, "trace", trace, with_error(trace, total[key]["std_error"]), meaning)
+            add(key, "trace", trace, with_error(trace, error), meaning)
     error = estimate["rel_error"]
     meaning = f"error of this report, how far off its F is: {inputs}, {describe_labels(report)}"
     add("i1", "rel_error", error, percent(error), meaning)

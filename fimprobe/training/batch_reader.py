@@ -18,6 +18,7 @@ from fimprobe.model.weak_model import WeakModel
 from fimprobe.training.capture import Watched
 from fimprobe.training.captured_batch import CapturedBatch
 from fimprobe.training.captured_output import CapturedOutput
+from fimprobe.training.criteria import Criterion
 from fimprobe.training.data_labels import LABELS_REMEDY, labels_from_gradient
 from fimprobe.training.fused_heads import (
     FUSED_NOTE,
@@ -54,13 +55,15 @@ Mask = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 class BatchReader:
     """Determines likelihood, label mask and data labels of training batches.
 
-    Sources, in this order: the user's functions, the class of the model, the loss gradient.
+    Sources, in this order: the user's functions and criterion, the class of the model, the loss
+    gradient.
 
     Args:
         model: The object that the loop calls.
         mask: Function for the label mask, or None.
         labels: Function for the data labels, or None.
         output: From what the model returns to its outputs [B, ...]; None for the default.
+        criterion: What the user's loss implies, in place of an inference; None for nothing.
         warn: Reports a message to the user.
 
     Attributes:
@@ -79,12 +82,14 @@ class BatchReader:
         mask: Mask | None,
         labels: Mask | None,
         output: Callable[[Any], Any] | None,
+        criterion: Criterion | None = None,
         warn: Callable[[str], None],
     ) -> None:
         self.model, self.output = model, output
         self.likelihood: Likelihood | None = None
         self.decision = self.undecided = ""
         self._mask, self._labels, self._warn = mask, labels, warn
+        self._criterion = criterion
         self._infers = False
         self._num_inferences = 0
         self._notes: tuple[str, ...] = ()
@@ -97,7 +102,7 @@ class BatchReader:
             self.likelihood, self.decision = get_likelihood(likelihood), "given"
             return
         self._infers = True
-        decision = infer_from_model(self.model)
+        decision = None if self._criterion else infer_from_model(self.model)
         if decision is not None:
             self._decide(decision)
 
@@ -108,8 +113,13 @@ class BatchReader:
             FimprobeError: If no family fits, or after ``MAX_INFERENCE_BATCHES`` undecided batches.
         """
         self._num_inferences += 1
-        decision = infer_from_model(self.model, captured.args, captured.kwargs)
-        if decision is None or not (decision.likelihood or decision.final):
+        decision = (
+            infer_from_model(self.model, captured.args, captured.kwargs)
+            if self._criterion is None
+            else self._criterion.decide(captured.heads)
+        )
+        is_open = decision is None or not (decision.likelihood or decision.final)
+        if decision is None or (is_open and self._criterion is None):
             final = self._num_inferences >= MAX_INFERENCE_BATCHES
             decision = infer_from_heads(captured.heads, final=final)
         self._decide(decision)
@@ -123,6 +133,8 @@ class BatchReader:
         """
         batch = Batch.of(inputs)
         decision = infer_from_model(self.model, batch.args, batch.kwargs)
+        if self._criterion is not None:
+            decision = None if self._criterion.needs_gradient else self._criterion.decision()
         if decision is None or not (decision.likelihood or decision.final):
             raise BatchError(
                 "given inputs are not probed: likelihood='auto' needs a training batch or its "
@@ -292,8 +304,9 @@ class BatchReader:
             else:
                 logger.info("likelihood %s: %s", decision.likelihood, decision.reason)
         elif decision.final or self._num_inferences >= MAX_INFERENCE_BATCHES:
+            source = "likelihood='auto'" if self._criterion is None else "the likelihood of `loss`"
             raise FimprobeError(
-                f"likelihood='auto' could not be decided: {decision.reason}. {decision.remedy}"
+                f"{source} could not be decided: {decision.reason}. {decision.remedy}"
             )
         else:
             self.undecided = f"{decision.reason}. {decision.remedy}"

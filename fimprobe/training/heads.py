@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fimprobe.model.outputs import named_outputs, select_outputs
 from fimprobe.training.captured_output import CapturedOutput
 from fimprobe.training.data_labels import labels_from_gradient
 from fimprobe.training.loss_inference import Decision, infer_from_gradient
+from fimprobe.training.regression_inference import infer_regression
 
 MAX_INFERENCE_OUTPUTS = 2**24
 """Outputs of a batch that are examined, at least those of one sample: 128 MiB per float64 copy."""
@@ -37,7 +39,7 @@ _CHANGED_AFTER_BACKWARD = Decision(
     reason="the outputs of the model were changed in place between the backward pass and the step",
     final=False,
 )
-_NO_GRADIENT = Decision(
+NO_GRADIENT = Decision(
     likelihood=None,
     reason="no gradient arrived at the model's outputs (or they are not a single tensor)",
     final=False,
@@ -124,8 +126,17 @@ def infer_from_loss(head: CapturedOutput) -> Decision:
         return _CHANGED_AFTER_BACKWARD
     outputs, gradient = head.outputs, head.gradient
     if outputs is None or gradient is None:
-        return _NO_GRADIENT
+        return NO_GRADIENT
     return infer_from_gradient(*_first_rows(outputs, gradient))
+
+
+def _infer_from_only_head(head: CapturedOutput) -> Decision:
+    """Infer the family of the only output that the loss reads, which may be that of a regression."""
+    decision = infer_from_loss(head)
+    if not decision.unmatched:
+        return decision
+    assert head.outputs is not None and head.gradient is not None
+    return infer_regression(*_first_rows(head.outputs, head.gradient)) or decision
 
 
 def infer_from_heads(heads: Mapping[str, CapturedOutput], *, final: bool) -> Decision:
@@ -140,12 +151,14 @@ def infer_from_heads(heads: Mapping[str, CapturedOutput], *, final: bool) -> Dec
         one of several, ``path`` names it.
     """
     if not heads:
-        return _NO_GRADIENT
+        return NO_GRADIENT
     if len(heads) == 1:
-        return infer_from_loss(next(iter(heads.values())))
-    decisions = {path: infer_from_loss(head) for path, head in heads.items() if _is_read(head)}
+        return _infer_from_only_head(next(iter(heads.values())))
+    decisions = {path: infer_from_loss(head) for path, head in heads.items() if is_read(head)}
     if not decisions:
-        return _NO_GRADIENT
+        return NO_GRADIENT
+    if len(decisions) == 1:
+        decisions = {path: _infer_from_only_head(heads[path]) for path in decisions}
     matched = {path: d for path, d in decisions.items() if d.likelihood is not None}
     explained = {other for path in matched for other in heads[path].feeds}
     # the gradient at an output that another one is computed from is explained by that one
@@ -193,13 +206,7 @@ def _join(
         notes.append(describe_unmeasured(unknown, matched, f" ({reasons})"))
     if len(matched) == 1:
         ((path, decision),) = matched.items()
-        return Decision(
-            likelihood=decision.likelihood,
-            reason=decision.reason,
-            path=path,
-            notes=tuple(notes),
-            unmeasured=tuple(unknown),
-        )
+        return replace(decision, path=path, notes=tuple(notes), unmeasured=tuple(unknown))
     families = {path: d.likelihood for path, d in matched.items() if d.likelihood is not None}
     joint = Joint(families=families)
     weights = _weights({path: heads[path] for path in matched}, families)
@@ -259,7 +266,7 @@ def _without_family(decisions: Mapping[str, Decision]) -> Decision:
     )
 
 
-def _is_read(head: CapturedOutput) -> bool:
+def is_read(head: CapturedOutput) -> bool:
     """Return whether a gradient that is not zero arrived at an output."""
     gradient = head.gradient
     return head.gradient_arrived and (gradient is None or bool(gradient.any()))

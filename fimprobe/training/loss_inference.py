@@ -19,7 +19,8 @@ from fimprobe.likelihoods.base import Likelihood
 
 LIKELIHOOD_REMEDY = (
     "Pass likelihood='categorical' for softmax logits or log-probabilities, 'bernoulli' for sigmoid "
-    "logits, 'poisson' for log-rates, fimprobe.likelihoods.Gaussian(sigma=...) for regression; for "
+    "logits, 'poisson' for log-rates, fimprobe.likelihoods.Gaussian(sigma=...) for regression, or "
+    "loss= the criterion, such as torch.nn.MSELoss(); for "
     "outputs that are probabilities pass output=torch.log (softmax) or output=torch.logit (sigmoid) "
     "as well"
 )
@@ -38,6 +39,7 @@ class Decision:
         final: If the family is not known: whether further batches cannot change that.
         remedy: What to pass if no family fits.
         warn: Whether the reason deserves a warning although the family is known.
+        unmatched: Whether the outputs are real numbers and the gradient matches no family's score.
         path: The output that is read among several, by the path of ``named_outputs``; else "".
         notes: What every report should state.
         unmeasured: Other outputs that the loss reads, of unknown family; a note names them.
@@ -48,6 +50,7 @@ class Decision:
     final: bool = True
     remedy: str = LIKELIHOOD_REMEDY
     warn: bool = False
+    unmatched: bool = False
     path: str = ""
     notes: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
@@ -69,7 +72,7 @@ def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
     'categorical'
     """
     h, g = outputs.double(), gradient.double()
-    tolerance = {torch.float64: 1e-6, torch.float32: 2e-4}.get(outputs.dtype, 3e-2)
+    tolerance = gradient_tolerance(outputs.dtype)
     if not bool(torch.isfinite(h).all() and torch.isfinite(g).all()):
         return _undecided("the outputs or their gradient are not finite")
     if bool((g == 0).all()):
@@ -92,7 +95,13 @@ def infer_from_gradient(outputs: Tensor, gradient: Tensor) -> Decision:
     return Decision(
         likelihood=None,
         reason="the loss gradient matches no likelihood's score (regression and focal loss do not)",
+        unmatched=True,
     )
+
+
+def gradient_tolerance(dtype: torch.dtype) -> float:
+    """Return the relative error up to which gradients of outputs of a type are equal."""
+    return {torch.float64: 1e-6, torch.float32: 2e-4}.get(dtype, 3e-2)
 
 
 def positions_with_gradient(gradient: Tensor, likelihood: Any) -> Tensor | None:
@@ -259,24 +268,26 @@ def _bernoulli(h: Tensor, g: Tensor, tolerance: float) -> str:
         A description of the gradient; empty if it does not match.
     """
     nonzero = g != 0
-    column = torch.arange(h.shape[-1], device=h.device).expand(h.shape)[nonzero]
+    components = h.shape[-1] if h.dim() > 1 else 1
+    column = torch.arange(components, device=h.device).expand(h.shape)[nonzero]
     h, g = h[nonzero], g[nonzero]
     zeros = g > 0  # where the label is 0
     p_label = torch.sigmoid(torch.where(zeros, -h, h))
     p_other = torch.sigmoid(torch.where(zeros, h, -h))
     precise = p_other > 5 * min(tolerance, 1e-2)  # elsewhere 1 − p has lost its digits
-    if not (bool(zeros.any()) and bool((~zeros).any()) and bool(precise.any())):
-        return _UNDECIDED  # with one label only, a negative log-likelihood looks the same
+    if not bool(precise.any()):
+        return _UNDECIDED
+    has_both_labels = bool(zeros.any()) and bool((~zeros).any())
     c = (g.abs() / p_other)[precise]
     if bool((g[~precise].abs() > 20 * min(tolerance, 1e-2) * c.max()).any()):
         return ""
     zeros, column, p_label = zeros[precise], column[precise], p_label[precise]
     for group, weights in ((zeros.long(), ""), (2 * column + zeros, ", weighted by component")):
         verdict = _constant(c, p_label, group, tolerance)
-        if verdict == "yes":
+        if verdict == "yes" and has_both_labels:
             return "c(sigmoid − y), y in {0, 1}" + weights
         if verdict:
-            return verdict
+            return _UNDECIDED  # with one label only, a negative log-likelihood looks the same
     return ""
 
 

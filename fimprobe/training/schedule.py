@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections import deque
@@ -39,6 +40,9 @@ class Schedule:
 
     def charge(self, seconds: float) -> None:
         """Record the seconds that figures used during the current step."""
+
+    def expect(self, share: float) -> None:
+        """Expect measurements to cost a share of what they cost so far."""
 
 
 @dataclass
@@ -79,33 +83,53 @@ class At(Schedule):
         return step in self._steps
 
 
-NUM_PREVIEWS = 2
-"""Previews of a staged budget: the first includes imports and checks, the second does not."""
+FREE_SECONDS = 5.0
+"""Seconds of early reports, all together, that no share of the wall time has to cover."""
 
-FULL_TO_PREVIEW_COST = 15.0
-"""Expected cost of the first full measurement, in previews (5 to 20 measured on small models)."""
+WHOLE_TO_STEP_COST = 15.0
+"""Expected seconds of the first whole report, in steps of the loop (14 to 19 measured where a step
+takes long enough for it to matter)."""
+
+
+def next_early_step(number: int) -> int:
+    """Return the first of 1, 2, 5, 10, 20, 50, 100, ... above a number.
+
+    >>> [next_early_step(n) for n in (0, 1, 2, 7, 10, 99)]
+    [1, 2, 5, 10, 20, 100]
+    """
+    decade = 1
+    while True:
+        for early in (decade, 2 * decade, 5 * decade):
+            if early > number:
+                return early
+        decade *= 10
 
 
 @dataclass
 class Budget(Schedule):
-    """Measurements as often as the probe's share of the wall time permits.
+    """Early reports within a free allowance; then as many as a share of the wall time permits.
 
-    A measurement is due when the seconds spent plus the expected cost of the next one fit into the
-    share of the elapsed time. The expected cost is the largest of the last few. The first
-    measurement also verifies the model; it happens at the second step and is paid off afterwards.
-    With ``staged`` the first two are previews, which measure Î₁ only, and the full measurement
-    follows when the budget covers it. A pause of the loop (evaluation, checkpoint) counts as ten
-    usual steps at most. Half of the share is reserved for figures that are waiting.
+    Early reports are those at the steps 1, 2, 5, 10, 20, 50, 100, ... after the start. Each is due if
+    its expected cost fits into what is left of ``FREE_SECONDS``. The first happens in any case. Other
+    measurements are due when the seconds charged so far plus the expected cost of the next one fit
+    into the share of the elapsed time. The expected cost is the largest of the last few, without the
+    very first, which also verifies the model. With ``staged``, early reports are previews of Î₁ alone
+    as long as a whole report is expected to exceed the allowance. A pause of the loop (evaluation,
+    checkpoint) counts as ten usual steps at most. Half of the share is reserved for figures that are
+    waiting.
 
     Attributes:
         budget: Share of the wall time, between 0 and 1.
-        staged: Whether full measurements cost far more than those of Î₁, so that previews come first.
+        staged: Whether whole reports cost far more than those of Î₁, so that previews may come first.
         spent: Seconds that the probe used.
+        free: Those of them that the allowance covers.
         elapsed: Seconds of the loop, long pauses shortened.
-        preview_costs: Seconds of each preview.
-        costs: Seconds of the last full measurements, without the very first measurement.
+        num_steps: Steps so far.
+        next_early: The number of the step of the next early report.
+        preview_seconds: Seconds of the last preview; 0 without one.
+        first: Seconds of the first whole report; None without one.
+        costs: Seconds of the last whole reports, without the first.
         steps: Seconds of the last steps of the loop.
-        first: Seconds of the very first measurement.
         previewing: Whether the measurement at hand is a preview.
         reserved: Seconds that waiting figures need.
         reserved_since: ``elapsed`` when they began to wait.
@@ -116,11 +140,14 @@ class Budget(Schedule):
     _: KW_ONLY
     staged: bool = False
     spent: float = 0.0
+    free: float = 0.0
     elapsed: float = 0.0
-    preview_costs: list[float] = field(default_factory=list)
+    num_steps: int = 0
+    next_early: int = 1
+    preview_seconds: float = 0.0
+    first: float | None = None
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-    first: float | None = None
     previewing: bool = False
     reserved: float = 0.0
     reserved_since: float = 0.0
@@ -135,30 +162,22 @@ class Budget(Schedule):
             )
 
     def due(self, step: int) -> bool:
-        """Return whether the next measurement fits into the share."""
-        if self.first is None:
-            return bool(self.steps)
-        return self._fits(self._expected(self.first, self.preview_costs) + self._reserve())
+        """Return whether the next report, or a preview in its place, may happen now."""
+        return bool(self.steps) and (self._whole_fits() or self._preview_fits())
 
     def start(self, *, full: bool) -> bool:
-        """Start a measurement; return whether it is one of the first previews."""
-        known = self.costs or (self.first is not None and not self.preview_costs)
-        remaining = len(self.preview_costs) < NUM_PREVIEWS
-        self.previewing = self.staged and not (full or known) and remaining
+        """Start a measurement; return whether it is a preview."""
+        self.previewing = self.staged and not full and self.first is None and not self._whole_fits()
         return self.previewing
 
-    def _expected(self, first: float, preview_costs: list[float]) -> float:
-        """Return the expected seconds of the next measurement.
-
-        Args:
-            first: Seconds of the very first measurement.
-            preview_costs: Seconds of each preview.
-        """
+    @property
+    def expected(self) -> float:
+        """Expected seconds of the next whole report; 0 for a first one that may cost anything."""
         if self.costs:
             return max(self.costs)
-        if len(preview_costs) == NUM_PREVIEWS:
-            return FULL_TO_PREVIEW_COST * preview_costs[-1]
-        return first
+        if self.first is not None:
+            return self.first
+        return WHOLE_TO_STEP_COST * min(self.steps) if self.staged and self.steps else 0.0
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Add the time of one step.
@@ -176,11 +195,25 @@ class Budget(Schedule):
         self.steps.append(loop_seconds)
         self.spent += probe_seconds
         if probe_seconds > 0:
-            if self.previewing:
-                self.preview_costs.append(probe_seconds)
-            elif self.first is not None:
-                self.costs.append(probe_seconds)
-            self.first = probe_seconds if self.first is None else self.first
+            self._observe_cost(probe_seconds)
+        self.num_steps += 1
+
+    def _observe_cost(self, seconds: float) -> None:
+        """Record the cost of one measurement, and cover an early one by the allowance."""
+        if self.num_steps >= self.next_early:
+            self.free += min(seconds, FREE_SECONDS - self.free)
+            self.next_early = next_early_step(self.num_steps)
+        if self.previewing:
+            self.preview_seconds = seconds
+        elif self.first is None:
+            self.first = seconds
+        else:
+            self.costs.append(seconds)
+
+    def expect(self, share: float) -> None:
+        """Expect reports to cost a share of what they cost so far, as one estimator is left out."""
+        self.costs = deque((share * seconds for seconds in self.costs), maxlen=5)
+        self.first = None if self.first is None else share * self.first
 
     def can_afford(self, seconds: float) -> bool:
         """Return whether the seconds fit into the share; if not, reserve half of it for them."""
@@ -195,11 +228,23 @@ class Budget(Schedule):
         self.spent += seconds
         self.charged += seconds
 
+    def _whole_fits(self) -> bool:
+        """Return whether a whole report fits into the allowance or into the share."""
+        return self._is_free(self.expected) or self._fits(self.expected + self._reserve())
+
+    def _preview_fits(self) -> bool:
+        """Return whether a preview may take the place of an early report that is too expensive."""
+        return self.staged and self.first is None and self._is_free(self.preview_seconds)
+
+    def _is_free(self, seconds: float) -> bool:
+        return self.num_steps >= self.next_early and self.free + seconds <= FREE_SECONDS
+
     def _reserve(self) -> float:
         return min(self.reserved, self.budget * (self.elapsed - self.reserved_since) / 2)
 
     def _fits(self, seconds: float) -> bool:
-        return self.spent + seconds <= self.budget * (self.elapsed + self.spent + seconds)
+        charged = self.spent - self.free + seconds
+        return charged <= self.budget * (self.elapsed + self.spent + seconds)
 
     def forecast(self, step: int, running: float) -> int:
         """Return the first step after ``step`` at which a measurement will be due.
@@ -208,14 +253,17 @@ class Budget(Schedule):
             step: The step that is measured now.
             running: Seconds of that measurement so far, which are not part of ``spent`` yet.
         """
-        if self.previewing:
-            expected = self._expected(running, [*self.preview_costs, running])
-        else:
-            expected = running if self.first is None else max([*self.costs, running])
-        needed = (self.spent + running + expected + self._reserve()) * (1 - self.budget) / self.budget
-        usual = statistics.median(self.steps) if self.steps else 0.0
-        missing = needed - self.elapsed
-        return step + 1 + (math.ceil(missing / usual) if missing > 0 and usual > 0 else 0)
+        later = copy.deepcopy(self)
+        usual = statistics.median(later.steps) if later.steps else 0.0
+        later.observe(loop_seconds=usual, probe_seconds=running)
+        needed = later.spent + later.expected + later._reserve()
+        missing = (needed - later.free) / later.budget - needed - later.elapsed
+        waits = [math.ceil(missing / usual) if missing > 0 and usual > 0 else 0]
+        wait_for_early = max(0, later.next_early - later.num_steps)
+        later.num_steps += wait_for_early
+        if later._is_free(later.expected) or later._preview_fits():
+            waits.append(wait_for_early)
+        return step + 1 + min(waits)
 
 
 @dataclass
@@ -233,8 +281,17 @@ class SharedBudget(Schedule):
     next: int = 1
 
     def start(self, *, full: bool) -> bool:
-        """Start a measurement; all processes return the same, because they measured the same."""
+        """Start a measurement; return whether this process's account asks for a preview."""
         return self.account.start(full=full)
+
+    def agree(self, preview: bool) -> bool:
+        """Start the measurement that all processes agreed on; return whether it is a preview."""
+        self.account.previewing = preview
+        return preview
+
+    def expect(self, share: float) -> None:
+        """Expect measurements to cost a share of what they cost so far."""
+        self.account.expect(share)
 
     def can_afford(self, seconds: float) -> bool:
         """Return whether the seconds fit into the share of this process."""

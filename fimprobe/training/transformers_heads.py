@@ -27,6 +27,7 @@ from fimprobe.likelihoods.categorical import IGNORED, Categorical
 from fimprobe.likelihoods.gaussian import Gaussian
 from fimprobe.model.twin import unwrap
 from fimprobe.training.loss_inference import Decision
+from fimprobe.training.regression_inference import SIGMA_NOTICE
 
 _TASKS = {
     "ForMaskedLM": "tokens",
@@ -68,13 +69,6 @@ _SEVERAL = {
 }
 _READ_OFF_LOSS = ("ForQuestionAnswering", "ForPreTraining", "DoubleHeadsModel")
 """Heads with several outputs whose families the loss gradients show."""
-
-_NO_SIGMA = (
-    "the noise level of a regression is not part of the model, so sigma=1 is used. The relative "
-    "errors of Î₁ do not depend on it; traces scale with 1/sigma², and the relative errors of Î₂ "
-    "from labels with sigma. Pass likelihood=fimprobe.likelihoods.Gaussian(sigma=...) with the "
-    "standard deviation of the residuals"
-)
 
 
 class Head(NamedTuple):
@@ -151,7 +145,7 @@ def infer_from_model(
         reason = f"{head.name} with problem_type={problem!r}"
         return Decision(likelihood=Bernoulli(), reason=reason)
     if problem == "regression":
-        reason = f"{head.name} does regression: {_NO_SIGMA}"
+        reason = f"{head.name} does regression: {SIGMA_NOTICE}"
         return Decision(likelihood=Gaussian(), reason=reason, warn=True)
     reason = f"{head.name} predicts one of {config.num_labels} classes"
     return Decision(likelihood=Categorical(), reason=reason)

@@ -43,21 +43,22 @@ class UnseenSteps:
 
     def __init__(self) -> None:
         self.forwards = self.count = 0
-        self._versions: list[int] | None = None
-        self._values: list[Tensor] = []
+        self._versions: dict[int, int] = {}
+        self._values: dict[int, Tensor] = {}
 
     def observe_change(self, model: nn.Module) -> bool:
-        """Return whether the parameters changed since the last record, and record them.
+        """Return whether a parameter changed since the last record, and record them.
 
         Args:
             model: The model, at the beginning of a training forward.
         """
-        if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
-            return False  # they are arguments of torch.func.functional_call
-        versions = [p._version for p in model.parameters()]
-        changed = self._versions is not None and (
-            versions != self._versions
-            or not all(torch.equal(*pair) for pair in zip(_sample(model), self._values, strict=True))
+        if _are_arguments(model):
+            return False
+        # what is frozen by now, or was so far, is no step's
+        changed = any(
+            self._versions.get(id(p), p._version) != p._version for p in model.parameters()
+        ) or any(
+            key in self._values and _differ(x, self._values[key]) for key, x in _sample(model).items()
         )
         self.count += changed
         self.record(model)
@@ -65,17 +66,28 @@ class UnseenSteps:
 
     def record(self, model: nn.Module) -> None:
         """Record the parameters; after a forward its own writes to them are no change."""
-        if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
-            return
-        self._versions = [p._version for p in model.parameters()]
-        self._values = [x.clone() for x in _sample(model)]
+        if not _are_arguments(model):
+            self._versions = {id(p): p._version for p in model.parameters() if p.requires_grad}
+            self._values = {key: x.clone() for key, x in _sample(model).items()}
 
 
-def _sample(model: nn.Module) -> list[Tensor]:
-    """Return some entries of some parameters."""
+def _are_arguments(model: nn.Module) -> bool:
+    """Return whether the parameters are arguments of ``torch.func.functional_call``."""
+    return not all(isinstance(p, nn.Parameter) for p in model.parameters())
+
+
+def _differ(x: Tensor, recorded: Tensor) -> bool:
+    """Return whether values changed; a model that was moved or cast made no step."""
+    comparable = x.device == recorded.device and x.dtype == recorded.dtype
+    return comparable and not torch.equal(x, recorded)
+
+
+def _sample(model: nn.Module) -> dict[int, Tensor]:
+    """Return some entries of some trainable parameters, by their identity."""
     whole = [p for p in model.parameters() if p.requires_grad and not is_part(p) and p.numel()]
-    sampled = []
+    sampled = {}
     for p in whole[:: max(1, len(whole) // MAX_SAMPLED_PARAMETERS)][:MAX_SAMPLED_PARAMETERS]:
         flat = p.detach().reshape(-1)
-        sampled.append(flat[:: max(1, len(flat) // MAX_SAMPLED_ENTRIES)][:MAX_SAMPLED_ENTRIES])
+        entries = flat[:: max(1, len(flat) // MAX_SAMPLED_ENTRIES)][:MAX_SAMPLED_ENTRIES]
+        sampled[id(p)] = entries
     return sampled

@@ -220,7 +220,7 @@ def examine(family: Family) -> list[str]:
         alike = "yes" if trains_alike(trained, inputs, family) else "**NO**"
     except Exception as error:
         alike = f"{type(error).__name__}: {str(error)[:60]}"
-    wrong = " **WRONG**" if result["worst"] > 1e-7 or result["missing"] else ""
+    wrong = " **WRONG**" if result["worst"] > family.rounding or result["missing"] else ""
     i2 = "yes" if result["i2"] else "no"
     return [
         family.name,

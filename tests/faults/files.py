@@ -47,6 +47,12 @@ class _Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
 
 @contextmanager
 def failing_writes(number: int, code: int) -> Iterator[list[int]]:
@@ -83,7 +89,11 @@ def failing_files(most: int = 1000) -> Outcome:
         number = 1
         while number <= most:
             made = _train_with(
-                lambda: failing_writes(number, code), outcome, f"{name}, write {number}", expected
+                lambda: failing_writes(number, code),
+                outcome,
+                f"{name}, write {number}",
+                expected,
+                number,
             )
             if made < number:
                 break
@@ -92,9 +102,13 @@ def failing_files(most: int = 1000) -> Outcome:
 
 
 def _train_with(
-    fault: Callable[[], Any], outcome: Outcome, name: str, expected: dict[str, Any]
+    fault: Callable[[], Any],
+    outcome: Outcome,
+    name: str,
+    expected: dict[str, Any],
+    number: int = 0,
 ) -> int:
-    """Count one training inside of a context; return the writes that it made."""
+    """Count one training inside of a context, if it made ``number`` writes; return how many it made."""
     folder, faults = Path(tempfile.mkdtemp()), []
     num_files, num_threads = open_files(), threading.active_count()
     training = Training(mlp)
@@ -123,7 +137,7 @@ def _train_with(
     shutil.rmtree(folder, ignore_errors=True)
     if len({line.split(" failed")[0] for line in lines}) < len(lines):  # each sink tells once
         faults.append(f"told {len(lines)} times: {lines}")
-    if made is None or made >= number:
+    if made >= number:
         outcome.count(name, faults, told=bool(lines))
     return made
 

@@ -9,24 +9,14 @@ import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import fimprobe
+from fimprobe.sinks import jsonl
 from tests.faults.outcome import Outcome
 from tests.faults.training import Training, left_behind, messages, mlp, open_files
 
 STEPS = 12
-
-
-class _Pipe:
-    """A sink, the last one, that announces which reports the others have written."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def write(self, report: fimprobe.Report) -> None:
-        os.write(self.descriptor, f"{report.step}\n".encode())
-
-    def close(self) -> None: ...
 
 
 def kills(times: int = 50) -> Outcome:
@@ -63,8 +53,15 @@ def _train_until_killed(folder: Path, reader: int, writer: int) -> None:
     os.close(reader)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.write(writer, b"\n")
+    write = jsonl.JsonlSink.write
+
+    def write_and_announce(self: Any, report: fimprobe.Report) -> None:
+        write(self, report)
+        os.write(writer, f"{report.step}\n".encode())
+
+    jsonl.JsonlSink.write = write_and_announce  # type: ignore[method-assign]
     training = Training(mlp)
-    training.attach(folder / "a", schedule={"every": 1}, sinks=[_Pipe(writer)])
+    training.attach(folder / "a", schedule={"every": 1})
     training.train(STEPS)
     training.probe.detach()
     os._exit(0)

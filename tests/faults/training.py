@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,9 @@ def left_behind(num_files: int, num_threads: int) -> list[str]:
     return found
 
 
-def missing_reports(training: Training, folder: Path, lines: list[str]) -> list[str]:
+def missing_reports(
+    training: Training, folder: Path, lines: list[str], except_for: Sequence[Any] = ()
+) -> list[str]:
     """Reports of the history that the files do not have and that no message names, in words."""
     named = ("Jsonl", "jsonl", "cannot be written")
     if not training.probe.history or any(name in line for name in named for line in lines):
@@ -156,7 +158,7 @@ def missing_reports(training: Training, folder: Path, lines: list[str]) -> list[
         written = {r["step"] for r in fimprobe.read(path)} if path.exists() else set()
     except Exception as error:
         return [f"the file cannot be read: {type(error).__name__}: {error}"]
-    lost = {r.step for r in training.probe.history} - written
+    lost = {r.step for r in training.probe.history if r not in except_for} - written
     return [f"reports of steps {sorted(lost)} lost"] if lost else []
 
 

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fimprobe
 from tests.models.digits import confident_mlp, digits
+from tests.models.small import Tagger
 from tests.oracles.audited_diagonals import LabelGradients, batch_means_squared
 
 SIZE, BATCH = 96, 16
@@ -177,8 +178,26 @@ def test_it_changes_nothing():
     assert again[0] == again[1]
 
 
-def test_regression_sequences_and_masks():
-    """Other families, several labels per input and part of the data."""
+def test_a_mean_over_the_labels_of_a_sequence_is_recognised():
+    torch.manual_seed(0)
+    model = Tagger()
+    data = [(torch.randint(11, (8, 6)), torch.randint(5, (8, 6))) for _ in range(5)]
+    for _, y in data:
+        y[:, 4:] = -100
+    theirs = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for x, y in data:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        for name, p in model.named_parameters():
+            theirs[name] += p.grad.square() / len(data)
+    result = fimprobe.audit(model, data, theirs, mask=lambda batch: batch[1] != -100, **OPTIONS)
+    assert (
+        "batches of 8 as given, averaged over batches, of gradients averaged over the 4 labels"
+        in (result.diagnosis)
+    )
+
+
+def test_regression_and_part_of_the_data():
     torch.manual_seed(0)
     model, x = torch.nn.Linear(4, 2), torch.randn(40, 4)
     y = torch.randn(40, 2)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -17,12 +18,19 @@ from tests.support.warnings import warnings_of
 
 ALL = ("i1", "i2", "ih", "empirical")
 EVERY = {"schedule": {"every": 1}, "tensorboard": False, "on_error": "raise", "estimators": ALL}
-FIELDS = ("trace", "std_error", "rel_error", "label_variance", "input_variance",
-          "total_label_variance", "bound", "sharp_bound", "trace_bound", "diagonal_bound",
-          "covariance_norm", "covariance_spectral_norm", "tightness", "probe_error", "cosine",
-          "trace_ratio", "noise_scale", "pairs_for_10_percent", "one_label_error")  # fmt: skip
-LAYER_FIELDS = ("trace", "rel_error", "one_label_error", "label_variance", "pairs_for_10_percent",
-                "tightness")  # fmt: skip
+LOG_BOUNDS = {
+    "bound_of_covariance_norm": "bound", "bound_of_label_variance": "diagonal_bound",
+    "bound_of_total_label_variance": "trace_bound", "covariance_norm": "covariance_norm",
+    "total_label_variance": "total_label_variance",
+}  # fmt: skip
+LOGS = ("input_variance", "label_variance", "pairs_for_10_percent", "trace")
+TAGS = {
+    "fim/error_of_this_report": "rel_error", "fim/error_with_1_label": "one_label_error",
+    "fim_empirical/cosine": "cosine", "fim_empirical/trace_ratio": "trace_ratio",
+    **{f"fim/log10_{name}": name for name in LOGS},
+    **{f"fim_bounds/log10_{tag}": name for tag, name in LOG_BOUNDS.items()},
+}  # fmt: skip
+"""The values in the run of each estimator."""
 
 
 def value_of(report, estimate, name):
@@ -88,48 +96,37 @@ def train_with_every_estimator(probe, net, draws):
                 all_equal(probe.last, wrong)
 
 
-def known_values(history, estimate_of, name):
-    """{step: value} of the reports in which the value is known."""
+def check_tag(events, tag, estimate_of, name, history):
+    """The event file holds the known values, each once; without any there is no tag."""
     values = {r.step: value_of(r, estimate_of(r), name) for r in history}
-    return {step: value for step, value in values.items() if value is not None}
+    known = {step: x for step, x in values.items() if x is not None}
+    if "log10" in tag:
+        known = {step: math.log10(x) for step, x in known.items() if x > 0}
+    assert (tag in events.Tags()["scalars"]) == bool(known), tag
+    if known:
+        rows = events.Scalars(tag)
+        assert {e.step: e.value for e in rows} == pytest.approx(known, rel=1e-5, abs=1e-5), tag
+        assert len(rows) == len(known)
 
 
-def check_tag(events, tag, known):
-    """The event file holds these values, each once."""
-    rows = events.Scalars(tag)
-    assert {e.step: e.value for e in rows} == pytest.approx(known, rel=1e-6, abs=1e-30), tag
-    assert len(rows) == len(known)
-
-
-def check_total_tags(events, written, kind, history):
-    """The tags of the whole model: what is known is written, and nothing else."""
-    present = set()
-    for name in FIELDS:
+def check_run(log_dir, kind, history):
+    """The run of an estimator: what is known is written, and nothing else."""
+    events = EventAccumulator(str(log_dir / kind))
+    events.Reload()
+    for tag, name in TAGS.items():
         # the empirical Fisher is no estimator that takes labels from the model
-        drawn = kind != "empirical" or name not in ("pairs_for_10_percent", "one_label_error")
-        known = known_values(history, lambda r: getattr(r.total, kind), name) if drawn else {}
-        tags = {f"fim/{kind}/{name}", f"fim_bounds/{kind}/{name}"} & written
-        assert len(tags) == (len(known) > 0), (kind, name)
-        for tag in tags:
-            check_tag(events, tag, known)
-        present |= tags
-    assert {f"fim/{kind}/{name}" for name in ("trace", "std_error", "rel_error")} <= present
-    assert present == {
-        t for t in written if t.split("/")[:2] in (["fim", kind], ["fim_bounds", kind])
-    }
-    if kind != "empirical":
-        assert {f"fim/{kind}/pairs_for_10_percent", f"fim/{kind}/one_label_error"} <= present
-
-
-def check_layer_tags(events, written, layer, kind, history):
-    """The tags of one layer."""
-    for name in LAYER_FIELDS:
-        known = known_values(history, lambda r: getattr(r.layers[layer], kind), name)
-        tag = f"fim_layers/{layer}/{kind}_{name}"
-        assert (tag in written) == (len(known) > 0)
-        if known:
-            check_tag(events, tag, known)
-    assert f"fim_layers/{layer}/{kind}_trace" in written
+        if kind != "empirical" or name not in ("pairs_for_10_percent", "one_label_error"):
+            check_tag(events, tag, lambda r: getattr(r.total, kind), name, history)
+    written = set(events.Tags()["scalars"])
+    assert {"fim/log10_trace", "fim/error_of_this_report"} <= written
+    layers = {"0": "0 Linear", "2": "2 Linear"} if kind in ("i1", "i2") else {}
+    for layer, label in layers.items():
+        of_layer = {"fim_layer_error": "one_label_error", "fim_layer_log10_trace": "trace"}
+        for start, name in of_layer.items():
+            get = lambda r, layer=layer: getattr(r.layers[layer], kind)  # noqa: E731
+            check_tag(events, f"{start}/{label}", get, name, history)
+    assert written <= {*TAGS} | {t for t in written if t.startswith("fim_layer_") and layers}
+    return written
 
 
 def check_record(record, report):
@@ -154,28 +151,22 @@ def check_record(record, report):
 def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog):
     net = mlp()
     options = {"likelihood": likelihood, "draws": draws, "schedule": {"every": 2}, "batch": 8}
+    options["layers"] = {"top": 12}
     with fimprobe.attach(net, log_dir=tmp_path, estimators=ALL, **options) as probe:
         train_with_every_estimator(probe, net, draws)
     history = probe.history
     assert [r.step for r in history] == [0, 2, 4] and not warnings_of(caplog)
 
+    written = {kind: check_run(tmp_path, kind, history) for kind in ALL}
+    assert {"fim_empirical/cosine", "fim_empirical/trace_ratio"} <= written["empirical"]
+    for kind in ("i1", "i2"):
+        assert ("fim_bounds/log10_covariance_norm" in written[kind]) == (draws == "exact")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    written = set(events.Tags()["scalars"])
-    for kind in ALL:
-        check_total_tags(events, written, kind, history)
-    assert "fim/empirical/cosine" in written and "fim/empirical/trace_ratio" in written
-    tight = {t for t in written if t.startswith("fim_bounds/") and t.endswith("/tightness")}
-    assert tight == (
-        {f"fim_bounds/{k}/tightness" for k in ("i1", "i2")} if draws == "exact" else set()
-    )
-    for layer in ("0", "2"):
-        for kind in ("i1", "i2"):
-            check_layer_tags(events, written, layer, kind, history)
-    for name in ("fisher_trace", "fisher_norm", "moment_norm"):
-        shown = {e.step: e.value for e in events.Scalars(f"fim_outputs/{name}")}
-        known = {r.step: getattr(r.outputs, name) for r in history}
-        assert shown == pytest.approx(known, rel=1e-6) and min(known.values()) > 0
+    for name in ("fisher_trace", "moment_norm"):
+        shown = {e.step: e.value for e in events.Scalars(f"fim_outputs/log10_{name}")}
+        known = {r.step: math.log10(getattr(r.outputs, name)) for r in history}
+        assert shown == pytest.approx(known, rel=1e-5, abs=1e-5)
 
     for record, report in zip(fimprobe.read(tmp_path).reports, history, strict=True):
         check_record(record, report)

@@ -331,7 +331,7 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
     assert run == tmp_path / "mine" if mine else run.parent == tmp_path / "runs"
     assert capsys.readouterr().out.count(f"fimprobe: tensorboard --logdir {run}\n") == 1
     reports = probing.probe.history
-    assert scalars(folder.parent, "fim/i1/trace")[1] == [0, 2, 4]
+    assert scalars(folder.parent / "i1", "fim/log10_trace")[1] == [0, 2, 4]
     headlines = [f"fim/{k}/{n}" for k in ("i1", "i2") for n in HEADLINES]
     for name in (*headlines, "fim_probe/overhead"):
         history = [(x["step"], x[name]) for x in trainer.state.log_history if name in x]
@@ -343,10 +343,11 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
             wanted = [(r.step, headline_of(r, name)) for r in reports]
             assert history == [(step, value) for step, value in wanted if value is not None]
             assert history and all(v > 0 for _, v in history), name
-        if where != "none":
-            values, steps = scalars(run, f"train/{name}")
-            assert steps == [step for step, _ in history]
-            assert list(values.values()) == pytest.approx([v for _, v in history], rel=1e-6)
+    if where != "none":  # no value stands twice under the Trainer's run
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        tags = events.Tags()["scalars"]
+        assert "train/loss" in tags and not [tag for tag in tags if "fim" in tag]
     every = {x["step"] for x in trainer.state.log_history if "fim/i1/rel_error" in x}
     assert every == {0, 2, 4} and all(r.batch_size == 8 for r in reports)
     assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [2, 4]
@@ -501,25 +502,26 @@ def test_an_interrupted_run_reads_as_one(tmp_path, same_trainer):
     assert hooks(trainer.model) == 0
     assert [p.parent for p in (tmp_path / "out").glob("**/fimprobe.jsonl")] == [folder]
     wanted = [r.total.i1.trace for r in whole.probe.history]
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    charted = [t for t in tags if t.startswith("fim_layers/") and t.endswith("/i1_trace")]
-    assert len(charted) == 2
-    wholes = EventAccumulator(str(whole.probe.log_dir), size_guidance={"scalars": 0})
-    wholes.Reload()
-    assert set(tags) == set(wholes.Tags()["scalars"]) > {"fim/i1/trace", "fim/i1/rel_error"}
-    for tag in tags:  # where a number is not known the uninterrupted run has the same gap
-        steps = [event.step for event in events.Scalars(tag)]
-        assert steps == [event.step for event in wholes.Scalars(tag)] == sorted(set(steps)), tag
-        if not tag.startswith("fim_probe/"):
-            values = [event.value for event in events.Scalars(tag)]
-            wholes_values = [event.value for event in wholes.Scalars(tag)]
-            assert values == pytest.approx(wholes_values, rel=1e-6, abs=0), tag
-    for tag in ("fim/i1/trace", "fim/i1/rel_error", "fim_probe/seconds", *charted):
-        assert [event.step for event in events.Scalars(tag)] == list(range(8)), tag
-    traces = [event.value for event in events.Scalars("fim/i1/trace")]
-    assert traces == pytest.approx(wanted, rel=1e-6, abs=0)
+    for name in ("", "i1"):
+        events, wholes = (
+            EventAccumulator(str(place / name), size_guidance={"scalars": 0})
+            for place in (folder, whole.probe.log_dir)
+        )
+        events.Reload()
+        wholes.Reload()
+        tags = events.Tags()["scalars"]
+        assert tags and set(tags) == set(wholes.Tags()["scalars"])
+        for tag in tags:  # where a number is not known the uninterrupted run has the same gap
+            steps = [event.step for event in events.Scalars(tag)]
+            assert steps == [event.step for event in wholes.Scalars(tag)] == sorted(set(steps)), tag
+            if not tag.startswith("fim_probe/"):
+                values = [event.value for event in events.Scalars(tag)]
+                wholes_values = [event.value for event in wholes.Scalars(tag)]
+                assert values == pytest.approx(wholes_values, rel=1e-6, abs=0), tag
+    assert len([t for t in tags if t.startswith("fim_layer_error/")]) == 2
+    traces, steps = scalars(folder / "i1", "fim/log10_trace")
+    assert steps == list(range(8))
+    assert [10**x for x in traces.values()] == pytest.approx(wanted, rel=1e-5, abs=0)
     lines = [json.loads(line) for line in (folder / "fimprobe.jsonl").read_text().splitlines()]
     assert [line["run"]["first_step"] for line in lines if "run" in line] == [0, 3]
     lines = [line for line in lines if "run" not in line]
@@ -546,10 +548,10 @@ def test_layers_charted_stay_the_same_after_resuming(tmp_path):
     with fimprobe.Probe(net, config, first_step=1) as probe:
         assert probe.step(torch.randn(8, 4)).step == 1
         assert probe.step(torch.randn(8, 4), number=7).step == 7
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "i1"))
     events.Reload()
-    charted = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layers")}
-    assert charted == {"1", "3"}
+    charted = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layer_error")}
+    assert charted == {"1 Linear", "3 Linear"}
 
 
 def test_checkpoints_made_without_the_callback_and_from_elsewhere(tmp_path):
@@ -558,7 +560,7 @@ def test_checkpoints_made_without_the_callback_and_from_elsewhere(tmp_path):
     trainer = trainer_of(tmp_path, probing, **RESUME)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert [r.step for r in probing.probe.history] == [6, 7]
-    assert scalars(probing.probe.log_dir, "fim/i1/trace")[1] == [6, 7]
+    assert scalars(probing.probe.log_dir / "i1", "fim/log10_trace")[1] == [6, 7]
     # a checkpoint with a note, resumed into another output_dir, by a Trainer without and with it
     trainer_of(tmp_path / "plain", **RESUME).train(str(tmp_path / "checkpoint-8"))
     (tmp_path / "checkpoint-6" / "fimprobe.json").write_text("torn")
@@ -572,7 +574,7 @@ def test_checkpoints_made_without_the_callback_and_from_elsewhere(tmp_path):
         str(tmp_path / "checkpoint-moved")
     )
     assert last.probe.log_dir == probing.probe.log_dir
-    assert scalars(last.probe.log_dir, "fim/i1/trace")[1] == [6, 7, 8]
+    assert scalars(last.probe.log_dir / "i1", "fim/log10_trace")[1] == [6, 7, 8]
 
 
 def test_a_torn_line_goes_when_resuming(tmp_path):
@@ -600,7 +602,7 @@ def test_a_second_training_has_a_folder_of_its_own(tmp_path):
     assert [r.step for r in probing.probe.history] == [0, 1]
     assert (first.log_dir.name, probing.probe.log_dir.name) == ("fimprobe", "fimprobe-2")
     for probe in (first, probing.probe):
-        assert scalars(probe.log_dir, "fim/i1/trace")[1] == [0, 1]
+        assert scalars(probe.log_dir / "i1", "fim/log10_trace")[1] == [0, 1]
 
 
 def test_after_an_exception_another_training_probes(tmp_path, caplog):

@@ -152,6 +152,21 @@ def test_a_forward_that_writes_parameters_makes_no_steps(caplog):
     assert len(probe.history) == 1 and not any("torch optimizer" in w for w in warnings_of(caplog))
 
 
+def test_parameters_that_are_frozen_in_turn_make_no_steps(caplog):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    probe = fimprobe.attach(model, likelihood="categorical", **OPTIONS)
+    for piece in range(8):
+        model[piece % 2 * 2].requires_grad_(piece % 3 == 0)
+        model[2].requires_grad_(True)
+        if not model[0].weight.requires_grad:
+            model[0].weight.data.mul_(0.9)  # as the average of another model
+        loss_of(model, piece).backward()
+    optimizer.step()
+    probe.detach()
+    assert len(probe.history) == 1 and not warnings_of(caplog)
+
+
 def test_the_steps_of_other_optimizers_than_the_given_one_do_not_count(caplog):
     model = mlp()
     first = torch.optim.SGD(model[0].parameters(), lr=0.1)

@@ -147,7 +147,7 @@ def check_curvature(problem: Problem, plan: Plan) -> None:
         problem: The measurement.
         plan: A verified plan; changed in place.
     """
-    request = replace(problem.request, i2=True, ih=False, labels=None, bounds=False, exact=False)
+    request = Request(i2=True, probes=problem.request.probes, backpack=problem.request.backpack)
     small = _verification_problem(problem, request)
     if not _uses_half_precision(small):
         _compare_curvature(small, plan)

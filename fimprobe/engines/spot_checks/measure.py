@@ -30,12 +30,15 @@ from fimprobe.engines.spot_checks.quadratic import fisher_quadratic
 from fimprobe.engines.spot_checks.shifted_calls import Steps
 from fimprobe.engines.spot_checks.shifted_forward import ShiftedForward
 from fimprobe.engines.spot_checks.slots import Slot
-from fimprobe.engines.spot_checks.step_sizes import StepSizes
+from fimprobe.engines.spot_checks.step_sizes import TARGET, StepSizes
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.statistics import SpotChecks, SpotStratum
 
 PILOT_REPEATS, MAIN_REPEATS = 2, 1
 """Times that a check is repeated with another step at most."""
+
+MAX_ROWS = 64
+"""Rows of a pass, where a batch of fewer inputs was not cut into chunks."""
 
 CACHE_SHARE = 0.25
 """Share of the memory limit for outputs that are kept between passes."""
@@ -46,8 +49,6 @@ def measure_spot_checks(
     plan: Plan,
     layers: Mapping[str, LayerProposal],
     dtype: torch.dtype,
-    *,
-    slots_per_input: float = SLOTS_PER_INPUT,
 ) -> SpotChecks:
     """Estimate V2 of every layer.
 
@@ -56,7 +57,6 @@ def measure_spot_checks(
         plan: A verified plan.
         layers: The proposals of the layers that can bend.
         dtype: The coarsest floating-point type of the computation: float32 or float64.
-        slots_per_input: Number of checks for each input of the batch, about.
 
     Raises:
         CannotHold: If the model has kinks that cannot be held, or the shifted passes are not those of
@@ -68,8 +68,8 @@ def measure_spot_checks(
     with checker.forward.exact_kernels():
         checker.record_baseline()
         checker.run_pilot()
-        total = max(slots_per_input * problem.batch.size, SLOTS_PER_LAYER * len(layers))
-        checker.run_main(int(total) - PILOT * len(layers))
+        total = max(SLOTS_PER_INPUT * problem.batch.size, SLOTS_PER_LAYER * len(layers))
+        checker.run_main(total - PILOT * len(layers))
         checker.guard.compare(problem, checker.forward)
     return checker.result()
 
@@ -106,7 +106,11 @@ class SpotChecker:
         self.prefix = Prefix(twin=self.problem.twin)
         self.steps = StepSizes(self.dtype)
         self.generator = torch.Generator().manual_seed(self.problem.draws.seed ^ _STREAM)
-        self.rows = min(self.plan.chunk_size or self.problem.batch.size, self.problem.batch.size)
+        size = self.problem.batch.size
+        chunked = self.plan.chunk_size is not None and self.plan.chunk_size < size
+        # without a graph a row takes a fraction of the memory that it takes in other passes
+        more = max(size, min(4 * size, MAX_ROWS))
+        self.rows = min(self.plan.chunk_size or more, more) if chunked else more
 
     def record_baseline(self) -> None:
         """Run the unshifted passes: outputs, the order of calls, and whether there are kinks."""
@@ -146,7 +150,7 @@ class SpotChecker:
             largest[name] = max(largest.get(name, 0.0), value.difference)
         for name, difference in largest.items():
             self.steps.adapt(name, difference)
-        for value in self._settle(values, PILOT_REPEATS):
+        for value in self.settle(values, PILOT_REPEATS):
             self.pilot.setdefault(value.slot.layer, []).append(value)
 
     def run_main(self, total: int) -> None:
@@ -156,13 +160,20 @@ class SpotChecker:
         means = {layer: sum(x) / len(x) for layer, x in values.items()}
         counts = allot(means, relative_variances(values, kinds), total)
         slots = [slot for layer in self.layers for slot in self._draw(layer, counts[layer])]
-        for value in self._settle(self.check(slots), MAIN_REPEATS):
+        for value in self.settle(self.check(slots), MAIN_REPEATS):
             self.main.setdefault(value.slot.layer, []).append(value)
 
-    def _settle(self, values: list[CheckedEntry], repeats: int) -> list[CheckedEntry]:
+    def settle(self, values: list[CheckedEntry], repeats: int) -> list[CheckedEntry]:
         """Repeat checks whose differences are near rounding, or large, with better steps.
 
         What is repeated is the same entry of the same input: the choice does not pull the sum.
+
+        Args:
+            values: Results of checks.
+            repeats: Times that a check is repeated at most.
+
+        Returns:
+            The results, in another order.
         """
         for _ in range(repeats):
             poor = [v for v in values if not self.steps.is_settled(v.eta, v.difference)]
@@ -264,7 +275,9 @@ class SpotChecker:
         squared_step = steps.values.square()
         values = quadratic / squared_step.square().where(squared_step > 0, 1)
         values = values.where(squared_step > 0, 0)
-        relative = (quadratic / size.clamp(min=1e-300)).sqrt().where(squared_step > 0, 1.0)
+        relative = (quadratic / size.clamp(min=1e-300)).sqrt()
+        # no use of the entry has an effect: zero, and no step would change that
+        relative = relative.where(squared_step > 0, TARGET[self.dtype])
         return [
             CheckedEntry(slot=slot, value=value * slot.weight, difference=rho, eta=eta)
             for slot, value, rho, eta in zip(

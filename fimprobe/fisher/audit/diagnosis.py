@@ -9,7 +9,13 @@ from torch import Tensor
 from fimprobe.errors import FimprobeError
 from fimprobe.fisher.audit.candidates import CandidateMeasurer, InputSquares
 from fimprobe.fisher.audit.comparison import cosine_of, sine
-from fimprobe.fisher.audit.fits import TOLERANCE, CandidateFit, fit_given_batches, fit_inputs
+from fimprobe.fisher.audit.fits import (
+    TOLERANCE,
+    CandidateFit,
+    DataSize,
+    fit_given_batches,
+    fit_inputs,
+)
 from fimprobe.fisher.audit.labellings import MODEL, Labelling, make_labellings
 from fimprobe.fisher.audit.noisy_fits import NoisyCandidates
 from fimprobe.fisher.audit.simulation import store_gradients
@@ -89,15 +95,24 @@ def diagnose(
     words = {MODEL: OF_MODEL, **{one.key: one.words for one in kept}}
     shown = {key: squares[key] for key in words}
     inputs = data.source.size or data.inputs_read
-    fits = fit_inputs(theirs, shown, words, inputs, data.batch_size)
+    size = DataSize(inputs=inputs, batch_size=data.batch_size, labels=_labels_per_input(measurer))
+    fits = fit_inputs(theirs, shown, words, size)
     whole = data.max_inputs is None or data.max_inputs >= inputs
     if data.is_ordered and whole and (data.batch_size or 1) > 1:
         given = measurer.given_batch_squares(kept)
         for one in kept:
-            fits += fit_given_batches(theirs, given[one.key], one)
+            fits += fit_given_batches(theirs, given[one.key], one, size)
     if not any(fit.fits for fit in fits):
         if whole:
-            fits += _noisy_fits(theirs, shown, measurer, kept, seed)
+            stored = store_gradients(measurer, kept, reference.second, seed)
+            noisy = NoisyCandidates(
+                theirs=theirs[stored.entries],
+                expected={key: x.second[stored.entries] for key, x in shown.items()},
+                stored=stored,
+                words={**words, MODEL: "labels drawn from the model"},
+                size=size,
+            )
+            fits += noisy.fits()
         else:
             notes.append("Random batches and drawn labels were not tried: that takes all inputs.")
     ranked = sorted(fits, key=lambda fit: (not fit.fits, fit.excess))
@@ -121,6 +136,14 @@ def _why_no_labels(measurer: CandidateMeasurer) -> str:
     return ""
 
 
+def _labels_per_input(measurer: CandidateMeasurer) -> float:
+    """Number of labels of an input: the mean of the first batch."""
+    batch, mask, _ = next(measurer.data.batches())
+    shape = measurer.measurer.likelihood.label_shape(measurer.measurer.outputs(batch, mask))
+    labels = shape.numel() if mask is None else int(mask.sum())
+    return labels / batch.size
+
+
 def _distinct(labellings: list[Labelling], squares: dict[str, InputSquares]) -> list[Labelling]:
     """The labellings that differ on these data; equal ones are one, and zero ones none."""
     kept: list[Labelling] = []
@@ -142,26 +165,6 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     cosine = cosine_of(one, other)
     ratio = float(one.sum() / other.sum())
     return cosine is not None and sine(cosine) <= TOLERANCE and abs(ratio - 1) <= 2 * TOLERANCE
-
-
-def _noisy_fits(
-    theirs: Tensor,
-    squares: dict[str, InputSquares],
-    measurer: CandidateMeasurer,
-    labellings: list[Labelling],
-    seed: int,
-) -> list[CandidateFit]:
-    """Candidates that depend on random batches or labels."""
-    stored = store_gradients(measurer, labellings, squares[MODEL].second, seed)
-    words = {one.key: one.words for one in labellings}
-    candidates = NoisyCandidates(
-        theirs=theirs[stored.entries],
-        expected={key: x.second[stored.entries] for key, x in squares.items()},
-        stored=stored,
-        words={MODEL: "labels drawn from the model", **words},
-        batch_size=measurer.data.batch_size,
-    )
-    return list(candidates.fits())
 
 
 def group_fits(fits: list[CandidateFit]) -> list[list[CandidateFit]]:

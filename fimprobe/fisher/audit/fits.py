@@ -97,12 +97,30 @@ CONVENTIONS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """Numbers by which code divides, or forgets to.
+
+    Attributes:
+        inputs: Number of inputs N.
+        batch_size: Inputs of a batch as given; None if there are no batches.
+        labels: Labels of an input; not a whole number where inputs differ.
+    """
+
+    inputs: int
+    batch_size: int | None
+    labels: float
+
+    def over_labels(self) -> str:
+        """Return what a mean over the labels of an input adds to a sentence."""
+        return f", of gradients averaged over the {self.labels:g} labels of an input"
+
+
 def fit_inputs(
     theirs: Tensor,
     candidates: Mapping[str, InputSquares],
     words: Mapping[str, str],
-    inputs: int,
-    batch_size: int | None,
+    size: DataSize,
 ) -> list[CandidateFit]:
     """Compare with squares of every input's gradient.
 
@@ -110,8 +128,7 @@ def fit_inputs(
         theirs: The diagonal as a vector.
         candidates: Squares by labelling.
         words: The labels in words.
-        inputs: Number of inputs of the data.
-        batch_size: That of the data, for the words of the scale.
+        size: For the words of the scale.
     """
     fits = []
     for key, squares in candidates.items():
@@ -127,7 +144,7 @@ def fit_inputs(
                 labels=words[key],
                 batch_size=1,
                 scale=scale,
-                scale_words=describe_input_scale(scale, inputs, batch_size, tolerance),
+                scale_words=describe_input_scale(scale, size, tolerance),
                 error=error,
                 noise_error=noise,
                 fits=error <= max(TOLERANCE, NOISE_FACTOR * noise),
@@ -136,15 +153,15 @@ def fit_inputs(
     return fits
 
 
-def describe_input_scale(scale: float, inputs: int, batch_size: int | None, tolerance: float) -> str:
+def describe_input_scale(scale: float, size: DataSize, tolerance: float) -> str:
     """Return the scale of a mean over inputs in words; empty where no convention has it.
 
     Args:
         scale: Diagonal over the mean.
-        inputs: Number of inputs.
-        batch_size: Inputs of a batch; None if there are no batches.
+        size: Numbers of inputs, batches and labels.
         tolerance: Relative deviation at which a scale counts as one of a convention.
     """
+    inputs, batch_size = size.inputs, size.batch_size
     known = [
         (1.0, f"averaged over the {inputs:,} inputs"),
         (float(inputs), f"summed over the {inputs:,} inputs, not averaged (N forgotten)"),
@@ -158,12 +175,15 @@ def describe_input_scale(scale: float, inputs: int, batch_size: int | None, tole
             (1 / batch_size, f"divided by the batch size {batch_size} once too often"),
             (1 / batch_size**2, f"of gradients divided by the batch size {batch_size}, averaged"),
         ]
+    if size.labels > 1:
+        over_labels = size.over_labels()
+        known += [(value / size.labels**2, text + over_labels) for value, text in known]
     near = [text for value, text in known if abs(scale / value - 1) <= tolerance]
     return " or ".join(near)
 
 
 def fit_given_batches(
-    theirs: Tensor, squares: BatchSquares, labelling: Labelling
+    theirs: Tensor, squares: BatchSquares, labelling: Labelling, size: DataSize
 ) -> list[CandidateFit]:
     """Compare with squares of the gradients of the batches as given.
 
@@ -171,6 +191,7 @@ def fit_given_batches(
         theirs: The diagonal as a vector.
         squares: Sums over these batches.
         labelling: The labels.
+        size: For the words of the scale.
     """
     fits, inputs = [], sum(squares.sizes)
     for weighted, x in ((False, squares.plain), (True, squares.weighted)):
@@ -181,6 +202,11 @@ def fit_given_batches(
         conventions = [c for c in CONVENTIONS if c.weighted == weighted]
         scales = {c: factor * c.divide(len(squares.sizes), inputs) for c in conventions}
         near = [c for c, scale in scales.items() if abs(scale - 1) <= 2 * TOLERANCE]
+        over_labels = ""
+        if not near and size.labels > 1:
+            relative = {c: scale * size.labels**2 for c, scale in scales.items()}
+            near = [c for c, scale in relative.items() if abs(scale - 1) <= 2 * TOLERANCE]
+            over_labels = size.over_labels()
         chosen = near[0] if near else conventions[0]
         fits.append(
             CandidateFit(
@@ -188,7 +214,7 @@ def fit_given_batches(
                 batch_size=max(squares.sizes),
                 as_given=True,
                 scale=scales[chosen],
-                scale_words=near[0].words if near else "",
+                scale_words=near[0].words + over_labels if near else "",
                 error=sine(cosine),
                 noise_error=0.0,
                 fits=sine(cosine) <= TOLERANCE,

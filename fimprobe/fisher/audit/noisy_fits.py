@@ -2,7 +2,8 @@
 
 Each candidate is simulated. Distances to the expectations of all labellings are compared, by two
 metrics: one that large entries dominate, and one in which all entries count equally. The diagonal
-fits if its distances, their differences and the slope of its logarithm are those of simulations.
+fits if its distances, their differences and the slope of its logarithm are those of simulations
+(Hotelling's T²).
 """
 
 from __future__ import annotations
@@ -19,16 +20,23 @@ from fimprobe.fisher.audit.fits import (
     TOLERANCE,
     CandidateFit,
     Convention,
+    DataSize,
     describe_input_scale,
 )
 from fimprobe.fisher.audit.labellings import MODEL
 from fimprobe.fisher.audit.simulation import StoredGradients
 
-SIMULATIONS = 20
+SIMULATIONS = 60
 """Simulations of each candidate."""
 
 DEVIATIONS = 4.5
-"""Standard deviations of simulations inside which a distance fits."""
+"""Standard deviations of simulations inside which a trace fits."""
+
+MARGIN = 4.0
+"""The quantile of F's distribution up to which distances fit; that of 99.9 % is about 3."""
+
+DRAWN_MARGIN = 12.0
+"""The same for labels drawn from the model: simulations choose among few, and rare labels count."""
 
 LEAST_DEVIATION = 0.01
 """Least standard deviation of the logarithm of a distance."""
@@ -46,26 +54,26 @@ class NoisyCandidates:
         expected: Means over inputs of g² at these entries, by labelling.
         stored: Gradients of single inputs.
         words: Labels in words, by labelling.
-        batch_size: That of the data; None if there are no batches.
+        size: Numbers of inputs, batches and labels of the data.
     """
 
     theirs: Tensor
     expected: Mapping[str, Tensor]
     stored: StoredGradients
     words: Mapping[str, str]
-    batch_size: int | None
+    size: DataSize
 
     def fits(self) -> Iterator[CandidateFit]:
         """Yield the best fit of every labelling and convention that has one."""
         largest = max(2, self.stored.inputs // 4)
         for key in self.expected:
             by_convention: dict[Convention, list[CandidateFit]] = {}
-            sizes = _sizes(largest, self.batch_size)
+            sizes = _sizes(largest, self.size.batch_size)
             for size in [1, *sizes] if key == MODEL else sizes:
                 for convention, fit in self._fits_at(key, size):
                     by_convention.setdefault(convention, []).append(fit)
             for fits in by_convention.values():
-                yield _joined(fits, self.batch_size)
+                yield _joined(fits, self.size.batch_size)
 
     def _fits_at(self, key: str, size: int) -> Iterator[tuple[Convention, CandidateFit]]:
         sums = None
@@ -86,14 +94,12 @@ class NoisyCandidates:
         centre = simulated.mean(0)
         shapes = {**self.expected, key: centre}
         ours, theirs = _features(simulated, shapes, key), _features(self.theirs[None], shapes, key)
-        deviation = ours.std(0).clamp(min=LEAST_DEVIATION) * math.sqrt(1 + 1 / len(ours))
-        furthest = float(((theirs[0] - ours.mean(0)).abs() / deviation).max())
         scale = float(self.theirs.sum() / centre.sum())
         spread = float((simulated.sum(1) / centre.sum()).log().std())
         words = convention.words
         if size == 1:
             tolerance = 2 * spread + TOLERANCE
-            words = describe_input_scale(scale, self.stored.inputs, None, tolerance)
+            words = describe_input_scale(scale, self.size, tolerance)
         return CandidateFit(
             labels="one label drawn from the model for each input" if size == 1 else self.words[key],
             batch_size=size,
@@ -102,8 +108,24 @@ class NoisyCandidates:
             scale_words=words,
             error=float(theirs[0, 0].exp()),
             noise_error=float(ours[:, 0].exp().square().mean().sqrt()),
-            fits=furthest <= DEVIATIONS,
+            fits=_is_one_of(theirs[0], ours, DRAWN_MARGIN if key == MODEL else MARGIN),
         )
+
+
+def _is_one_of(x: Tensor, sample: Tensor, margin: float) -> bool:
+    """Whether a vector fits a sample [n, p], by Hotelling's T².
+
+    Args:
+        x: The vector.
+        sample: Simulations.
+        margin: Quantile of F's distribution up to which it fits.
+    """
+    count, size = sample.shape
+    centre = sample.mean(0)
+    covariance = (sample - centre).T @ (sample - centre) / (count - 1)
+    covariance += LEAST_DEVIATION**2 * torch.eye(size, dtype=covariance.dtype)
+    square = float((x - centre) @ torch.linalg.solve(covariance, x - centre))
+    return square <= margin * size * (count - 1) * (count + 1) / (count * (count - size))
 
 
 def _features(x: Tensor, shapes: Mapping[str, Tensor], key: str) -> Tensor:

@@ -35,6 +35,10 @@ class EventFile:
         if purge_step is not None:
             _wait_for_new_second(log_dir)
         self._writer = EventFileWriter(str(log_dir))
+        worker = getattr(getattr(self._writer, "_async_writer", None), "_worker", None)
+        if worker is not None:
+            # what its thread fails with is raised by the next write, and not printed as well
+            worker._invoke_excepthook = lambda thread: None
         self._describe = describe
         self._described: set[str] = set()
         self._record = Summary()

@@ -20,6 +20,7 @@ from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.tensorboard.event_file import EventFile, first_tags
 from fimprobe.sinks.tensorboard.tags import (
     LAYER_ERRORS,
+    LAYER_TRACES,
     MAIN_RUN,
     describe,
     make_histograms,
@@ -125,6 +126,8 @@ class TensorboardSink:
         self._drawing_seconds = FIRST_DRAWING_SECONDS
         self._figures_postponed = False
         self._figures = figures
+        self._drawn: set[str] = set()
+        """The figures of the last report that are in the file."""
         self._described: set[str] = set()
         """The estimators on the newest page on the run."""
         self._count = 0
@@ -145,6 +148,7 @@ class TensorboardSink:
         if not self._lock.held:
             raise FimprobeError("a resumed training writes to this folder now")
         self._last, self._record, self._omitted = report, report.to_dict(), []
+        self._drawn.clear()
         if self.layers is None:
             self.layers = self._select_layers(report)
         self._count += 1
@@ -232,8 +236,9 @@ class TensorboardSink:
         self._figures_postponed = not (
             self._closed or self._schedule.can_afford(self._drawing_seconds)
         )
-        if self._figures_postponed:
+        if not self._closed:
             self._omitted.append(self._add_figures)
+        if self._figures_postponed:
             return
         started = time.perf_counter()
         try:
@@ -245,6 +250,9 @@ class TensorboardSink:
             return
         names = None if self._closed else DURING_TRAINING
         for entry in make_figures(self._history.records, self._record, names=names):
+            if entry.name in self._drawn:
+                continue
+            self._drawn.add(entry.name)
             png, size = to_png(entry.figure, entry.title)
             self._files[MAIN_RUN].add_image(f"fim_pictures/{entry.name}", png, size)
         self._drawing_seconds = time.perf_counter() - started
@@ -281,7 +289,8 @@ def _charted_labels(log_dir: Path) -> set[str] | None:
     tags = first_tags(log_dir / "i1", "fim/")
     if tags is None:
         return None
-    return {tag.removeprefix(LAYER_ERRORS) for tag in tags if tag.startswith(LAYER_ERRORS)}
+    starts = (LAYER_ERRORS, LAYER_TRACES)
+    return {tag.partition("/")[2] for tag in tags if tag.startswith(starts)}
 
 
 def _has_matplotlib() -> bool:

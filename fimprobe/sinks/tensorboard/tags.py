@@ -20,8 +20,8 @@ from fimprobe.report.report import Report
 MAIN_RUN = ""
 """The run of what belongs to no estimator: its folder is that of the sink."""
 
-LAYER_ERRORS = "fim_layer_error/"
-"""Start of the tags of layers with charts of their own."""
+LAYER_ERRORS, LAYER_TRACES = "fim_layer_error/", "fim_layer_log10_trace/"
+"""Starts of the tags of layers with charts of their own; their labels follow."""
 
 _LINEAR = {
     "fim/error_of_this_report": (
@@ -128,6 +128,8 @@ def describe(tag: str) -> str:
         return _HISTOGRAMS[rest]
     if tag.startswith(LAYER_ERRORS):
         return f"Layer {rest}. {_LINEAR['fim/error_with_1_label'][1]}"
+    if tag.startswith(LAYER_TRACES):
+        return f"log10. Layer {rest}. {_LOGARITHMIC['fim/log10_trace'][1]}"
     if tag in _LOGARITHMIC:
         return f"log10. {_LOGARITHMIC[tag][1]}"
     return _LINEAR[tag][1]
@@ -156,6 +158,7 @@ def make_scalars(
             estimate = record["layers"].get(name, {}).get(key, {})
             if key in runs and estimate:
                 runs[key][LAYER_ERRORS + labels[name]] = estimate["one_label_error"]
+                runs[key][LAYER_TRACES + labels[name]] = _log10(estimate["trace"])
     runs[MAIN_RUN] = {"fim_probe/seconds": report.seconds}
     if report.outputs is not None:
         for name in ("fisher_trace", "moment_norm"):

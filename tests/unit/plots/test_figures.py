@@ -385,3 +385,13 @@ def test_no_global_state_is_touched():
     from matplotlib import _pylab_helpers
 
     assert not _pylab_helpers.Gcf.figs
+
+
+def test_one_report_is_one_point():
+    record = build_report(3, 7).to_dict()
+    for draw_picture in (pictures.draw_errors, pictures.draw_traces):
+        axis = draw_picture([record]).axes[0]
+        points = [line for line in axis.lines if line.get_marker() == "o"]
+        assert [list(line.get_xdata()) for line in points] == [[7], [7]]
+        assert min(line.get_markersize() for line in points) >= 6
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["7"]

@@ -12,7 +12,7 @@ import pytest
 
 import fimprobe
 from fimprobe.cli.commands import main
-from fimprobe.report.format import count, number, percent
+from fimprobe.report.format import count_with_error, number, percent, with_error
 from fimprobe.report.table import footnotes, make_rows
 from fimprobe.runs.html import make_page
 from tests.support.runs import deep_net, write_run
@@ -41,18 +41,19 @@ def test_the_page_holds_the_reports_values(run):
     rows = cells(text)
     last = run[1][-1]
     for name, group in {**last.layers, "total": last.total}.items():
-        row = next(r for r in rows if r[0] == name)
-        assert row[2:4] == [number(group.i1.trace), number(group.i1.std_error)]
-        assert row[4] == percent(group.i1.rel_error)
-        assert row[5] == percent(group.i1.error_of(inputs=8))
-        assert row[7].partition(" ± ")[0] == count(group.i1.pairs_for(0.1))
+        first, second, *_ = (r for r in rows if r[0].split()[0] == name)
+        assert first[2:4] == [with_error(e.trace, e.std_error) for e in (group.i1, group.i2)]
+        assert first[4] == percent(group.i1.rel_error)
+        assert first[5] == count_with_error(group.i1.pairs_for(0.1), group.i1.pairs_error)
+        assert second[1:3] == [percent(e.error_of(inputs=8)) for e in (group.i1, group.i2)]
     for report in run[1]:
-        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 16)
-        for start, estimate in ((1, report.total.i1), (6, report.total.i2), (11, report.total.ih)):
-            assert row[start : start + 2] == [number(estimate.trace), number(estimate.std_error)]
-            assert row[start + 2] == percent(estimate.rel_error)
-            assert row[start + 3] == percent(estimate.error_of(inputs=8))
-            assert row[start + 4].partition(" ± ")[0] == count(estimate.pairs_for(0.1))
+        row = next(r for r in rows if r[0] == str(report.step) and len(r) == 13)
+        for start, estimate in ((1, report.total.i1), (5, report.total.i2), (9, report.total.ih)):
+            assert row[start] == with_error(estimate.trace, estimate.std_error)
+            assert row[start + 1] == percent(estimate.rel_error)
+            assert row[start + 2] == percent(estimate.error_of(inputs=8))
+            pairs = count_with_error(estimate.pairs_for(0.1), estimate.pairs_error)
+            assert row[start + 3] == pairs
     for sentence in last.advice:
         assert f"<li>{sentence}</li>" in unescape(text)
     assert f"<b>{percent(last.total.i1.rel_error)}</b>" in text
@@ -74,15 +75,17 @@ def test_the_page_tells_how_it_was_measured(run):
 def test_with_exact_labels_page_and_table_hold_the_same_errors(tmp_path):
     (last,) = write_run(tmp_path, reports=1, draws="exact").history
     page = make_page(fimprobe.read(tmp_path))
-    (total,) = (row for row in cells(page) if row[0] == "total")
-    assert total == list(make_rows(last.to_dict())[-1])
+    first, second, *_ = (row for row in cells(page) if row[0] == "total")
+    assert first == list(make_rows(last.to_dict())[-1])
+    assert second == list(make_rows(last.to_dict(), view="variances")[-1])
+    errors = [first[4], *second[1:3]]
     tiles = re.findall(r"<b>([\d.,]+ %)</b><span>([^<]*)</span>", unescape(page))
     assert tiles == [
-        (total[4], "relative error of this report's F: 8 inputs, exact labels"),
-        (total[5], "relative error of Î₁: 8 inputs, 1 label from the model each"),
-        (total[6], "relative error of Î₂: 8 inputs, 1 label from the model each"),
+        (errors[0], "error of this report, how far off its F is: 8 inputs, exact labels"),
+        (errors[1], "error of an estimator, Î₁: 8 inputs, 1 label from the model each"),
+        (errors[2], "error of an estimator, Î₂: 8 inputs, 1 label from the model each"),
     ]
-    assert all(any(value in advice for advice in last.advice[:4]) for value in total[4:7])
+    assert all(any(value in advice for advice in last.advice[:4]) for value in errors)
 
 
 def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
@@ -92,10 +95,10 @@ def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
     why = last.total.i1.unknown["rel_error"]
     assert why.startswith("3 inputs are too few")
     tiles = re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)
-    assert tiles[0] == (number(last.total.i1.trace), "trace of F by Î₁")
+    assert tiles[0][0] == f"{number(last.total.i1.trace)} ± –"
     dashes = [told for shown, told in tiles if shown == "–"]
     assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
-    assert re.search(rf"– ± s.e., rel. error, .* everywhere: {re.escape(why)}", page)
+    assert re.search(rf"– ± of trace F: Î₁, .*rel. error, .* everywhere: {re.escape(why)}", page)
     assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
 
 
@@ -107,9 +110,9 @@ def test_the_page_of_labels_that_were_not_seen(tmp_path):
     assert last.seen_mass < 0.5
     page = unescape(make_page(fimprobe.read(tmp_path)))
     for row in make_rows(last.to_dict())[1:]:
-        assert set(row[2:]) == {"–"} and list(row) in cells(page)
+        assert set(row[2:3] + row[4:6]) == {"–"} and list(row) in cells(page)
     assert "<svg" not in page
-    assert page.count("pass label_sampling='size_biased' or draws='exact'") == 3
+    assert page.count("pass label_sampling='size_biased' or draws='exact'") == 4
 
 
 def test_the_page_is_one_file_that_asks_for_nothing(run):

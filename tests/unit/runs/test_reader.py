@@ -232,7 +232,8 @@ def test_a_training_that_resumes_tells_itself_again(tmp_path):
     path = str(tmp_path / "fimprobe.jsonl")
     options = {"likelihood": "categorical", "tensorboard": False, "jsonl": path, "estimators": ["i1"]}
     for start, steps, draws in ((0, 6, 2), (4, 3, 3), (5, 2, 5)):
-        with fimprobe.attach(nn.Linear(4, 3), first_step=start, draws=draws, **options) as probe:
+        net = nn.Linear(4, 3)
+        with fimprobe.attach(net, first_step=start, draws=draws, **options) as probe:
             for _ in range(steps):
                 probe.step(torch.randn(8, 4))
     rows = fimprobe.read(path)
@@ -241,7 +242,7 @@ def test_a_training_that_resumes_tells_itself_again(tmp_path):
     ]  # fmt: skip
     assert [(r["first_step"], r["config"]["draws"]) for r in rows.runs] == [(0, 2), (4, 3), (5, 5)]
     assert rows.run["config"]["draws"] == 5 and rows.notes == []
-    with fimprobe.attach(nn.Linear(4, 3), first_step=4, draws=7, **options) as probe:
+    with fimprobe.attach(net, first_step=4, draws=7, **options) as probe:
         probe.step(torch.randn(8, 4))
     runs = fimprobe.read(path).runs  # those of which no report is left go with them
     assert [(r["first_step"], r["config"]["draws"]) for r in runs] == [(0, 2), (4, 7)]

@@ -272,7 +272,7 @@ def test_a_run_resumed_within_a_second_is_read_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(event_file_writer._global_uid, "get", lambda: next(counter))
     write(tmp_path, [build_report(3, n) for n in (0, 1, 2)], figures=False)
     write(tmp_path, [build_report(3, n) for n in (2, 3)], figures=False, purge_step=2)
-    assert next(counter) == 11
+    assert next(counter) == 15
     assert [e.step for e in load(tmp_path / "i1").Scalars("fim/log10_trace")] == [0, 1, 2, 3]
 
 
@@ -288,8 +288,8 @@ def test_a_second_writer_is_refused_and_a_crash_leaves_nothing_in_the_way(tmp_pa
         refused = rf"another probe \(process {other.pid}\).*pass another folder"
         with pytest.raises(FimprobeError, match=refused):
             TensorboardSink(tmp_path)
-        options = {"log_dir": tmp_path, "likelihood": "categorical"}
-        with fimprobe.attach(nn.Linear(3, 2), **options) as probe:
+        options, net = {"log_dir": tmp_path, "likelihood": "categorical"}, nn.Linear(3, 2)
+        with fimprobe.attach(net, **options) as probe:
             assert probe.step(torch.randn(4, 3)) is not None
         assert not (tmp_path / "fimprobe.jsonl").exists()
         assert len([r for r in caplog.records if "another probe" in r.message]) == 1
@@ -387,3 +387,12 @@ def test_the_time_that_pictures_took_is_asked_for_next(tmp_path):
     write(tmp_path, [build_report(3, n) for n in range(9)], schedule=room)
     assert room.asked == [FIRST_DRAWING_SECONDS, room.taken[0]]
     assert len(room.taken) == 3 and min(room.taken) > 0
+
+
+def test_the_last_report_has_every_picture_once(tmp_path):
+    """Also where some of them were drawn when it was written."""
+    write(tmp_path, [build_report(3, n) for n in range(4)])
+    events = load(tmp_path)
+    assert len(events.Tags()["images"]) == 9
+    for tag in events.Tags()["images"]:
+        assert [e.step for e in events.Images(tag)] == [3], tag

@@ -220,23 +220,35 @@ def test_without_a_usable_gradient():
     assert not infer_from_gradient(h, torch.full((4, 3), float("nan"))).final
 
 
-def test_an_undecidable_loss_warns_once_and_trains_on(caplog):
+def test_one_label_in_squeezed_outputs_is_undecided_and_squared_error_is_not():
+    h = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(32)
+    assert not infer(h, lambda h: F.binary_cross_entropy_with_logits(h, ones)).final
+    assert infer(h, lambda h: F.mse_loss(h, ones * 9.3 + h.detach().roll(1))).unmatched
+
+
+@pytest.mark.parametrize("squares", [False, True])
+def test_an_undecidable_loss_warns_once_and_trains_on(caplog, squares):
+    """Squared error is measured as a regression; a loss that may be a classifier's is not."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     before = [p.clone() for p in net.parameters()]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with caplog.at_level(logging.WARNING, logger="fimprobe"):
-        probe = fimprobe.attach(net, tensorboard=False, schedule={"every": 1})
+        probe = fimprobe.attach(
+            net, tensorboard=False, schedule={"every": 10}, estimators=["i1"], bounds=False
+        )
         losses = []
         for _ in range(30):
             x = torch.randn(16, 3)
-            loss = F.mse_loss(net(x), x[:, :2])
+            loss = F.mse_loss(net(x), x[:, :2]) if squares else focal(net(x), (x[:, 0] > 0).long())
             optimizer.zero_grad()
-            loss.backward()
+            loss.mean().backward()
             optimizer.step()
-            losses.append(float(loss.detach()))
+            losses.append(float(loss.detach().mean()))
         probe.detach()
     warnings = [r.getMessage() for r in caplog.records if r.name == "fimprobe"]
     assert len(warnings) == 1, warnings
-    assert "likelihood='auto'" in warnings[0] and "Gaussian(sigma=...)" in warnings[0]
-    assert losses[-1] < losses[0] and not probe.history
+    assert "Gaussian(sigma=...)" in warnings[0] and ("likelihood='auto'" in warnings[0]) != squares
+    assert [r.likelihood for r in probe.history] == ["gaussian"] * 3 * squares
+    assert sum(losses[-5:]) < sum(losses[:5])
     assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

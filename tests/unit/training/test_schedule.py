@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fimprobe
-from fimprobe.training.schedule import At, Budget, Every
+from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Every, SharedBudget
 
 
 def test_every_and_at():
@@ -27,16 +27,16 @@ def test_bad_values(make):
 def test_budget_is_kept_and_used_on_a_simulated_clock(share):
     rng = random.Random(0)
     schedule, spent, total, probes = Budget(share), 0.0, 0.0, 0
-    for step in range(5000):
+    for step in range(20_000):
         loop = 0.01 * rng.uniform(0.7, 1.3)
         probe = 0.0
         if schedule.due(step):
             probes += 1
-            probe = (0.5 if probes == 1 else 0.03) * rng.uniform(0.8, 1.2)
+            probe = (1.5 if probes == 1 else 0.3) * rng.uniform(0.8, 1.2)
         schedule.observe(loop_seconds=loop, probe_seconds=probe)
         spent, total = spent + probe, total + loop + probe
-    assert spent <= share * total
-    assert spent >= 0.5 * min(share, 1) * total or probes == 1
+    assert 4 < schedule.free <= FREE_SECONDS  # the allowance is used, and no more of it
+    assert 0.5 * share * total <= spent - schedule.free <= share * total
 
 
 def test_a_pause_earns_no_burst():
@@ -63,11 +63,12 @@ def test_a_real_loop_keeps_its_share():
     # what was known at the last probe fitted; only its own surprise may lie above the share
     *known, last = schedule.costs
     surprise = max(last - max(known), 0.0)
-    assert schedule.spent <= 0.2 * (schedule.spent + schedule.elapsed) + surprise
+    share = 0.2 * (schedule.spent + schedule.elapsed)
+    assert schedule.spent - schedule.free <= share + surprise and schedule.free <= FREE_SECONDS
 
 
 def test_half_of_a_budget_is_laid_aside_for_pictures():
-    schedule = Budget(0.1)
+    schedule = Budget(0.1, next_early=10**9)
     assert Every(3).can_afford(1e9) and At([1]).can_afford(1e9)
     for _ in range(90):
         schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
@@ -90,81 +91,119 @@ def test_half_of_a_budget_is_laid_aside_for_pictures():
     assert schedule.spent == pytest.approx(spent + 1.15)
 
 
-def spend(schedule, steps, look, whole, imports=0.0, step_seconds=0.1):
-    """A simulated run: what was measured, at which second, and the share spent at the end."""
-    found, seconds = [], 0.0
+def spend(schedule, steps, *, preview, whole, verification=0.0, step_seconds=0.1):
+    """A simulated run: what was measured, at which step, and the seconds of all reports."""
+    measured, seconds = [], 0.0
     for step in range(steps):
-        seconds += step_seconds
         cost = 0.0
         if schedule.due(step):
-            looking = schedule.start(full=False)
-            cost = (look if looking else whole) + (0.0 if found else imports)
-            found.append(("look" if looking else "whole", round(seconds)))
+            previews = schedule.start(full=False)
+            cost = (preview if previews else whole) + (0.0 if measured else verification)
+            measured.append(("preview" if previews else "whole", step))
         schedule.observe(loop_seconds=step_seconds, probe_seconds=cost)
         seconds += cost
-    return found, schedule.spent / seconds
+    return measured, seconds
 
 
-def test_two_looks_come_before_the_whole_where_it_is_dearer():
-    found, share = spend(Budget(0.02, staged=True), 3000, look=0.2, whole=2.5, imports=0.5)
-    # 0.7 s at once; another 0.7 fit into 70 s, itself included; 15 · 0.2 s beside 0.9 into 195
-    assert found[:3] == [("look", 0), ("look", 69), ("whole", 192)]
-    assert {kind for kind, _ in found[2:]} == {"whole"} and len(found) == 4 and share <= 0.02
-
-
-def test_what_costs_the_same_at_once_is_measured_whole_at_once():
-    found, _ = spend(Budget(0.02), 3000, look=0.2, whole=0.2)
-    assert {kind for kind, _ in found} == {"whole"} and len(found) > 10
-
-
-def test_a_whole_measurement_asked_for_ends_the_looks():
+def test_early_steps_have_whole_reports_within_the_allowance():
     schedule = Budget(0.02, staged=True)
-    assert not schedule.start(full=True)
-    schedule.observe(loop_seconds=0.1, probe_seconds=1.0)
-    assert not schedule.start(full=False) and schedule.first == 1.0 and not schedule.preview_costs
+    measured, _ = spend(schedule, 40, preview=0.1, whole=0.3, verification=0.4)
+    assert measured == [("whole", step) for step in (1, 2, 5, 10, 20)]
+    assert schedule.free == schedule.spent == pytest.approx(5 * 0.3 + 0.4)
 
 
-def test_forecasts_of_several_processes_know_looks():
-    schedule = Budget(0.5, staged=True)
-    for _ in range(4):
-        schedule.observe(loop_seconds=1.0, probe_seconds=0.0)
-    assert schedule.start(full=False) and schedule.forecast(4, 2.0) == 5  # 2 + 2 of 4 + 4 s
-    schedule.observe(loop_seconds=1.0, probe_seconds=2.0)
-    assert schedule.start(full=False) and schedule.forecast(5, 1.0) == 6 + (2 + 1 + 15 - 5)
+def test_after_the_allowance_the_share_counts():
+    schedule = Budget(0.02, staged=True)
+    measured, seconds = spend(schedule, 20_000, preview=0.5, whole=2.0)
+    # a third early report would exceed 5 s; 2 s are 2 % of 94 s of training with 6 s of reports
+    assert [step for _, step in measured[:3]] == [1, 2, 941]
+    assert seconds - schedule.free <= 0.02 * (20_000 * 0.1 + seconds)
+    assert seconds > 0.9 * (schedule.free + 0.02 * (20_000 * 0.1 + seconds) - 2.0)
+
+
+def test_previews_come_first_where_a_whole_report_exceeds_the_allowance():
+    # fifteen steps of 2 s are more than 5 s: previews of 2 s, at two early steps; then 30 s are 2 %
+    schedule = Budget(0.02, staged=True)
+    measured, _ = spend(schedule, 2000, preview=2.0, whole=28.0, step_seconds=2.0)
+    assert measured[:3] == [("preview", 1), ("preview", 2), ("whole", 733)]
+    assert {kind for kind, _ in measured[2:]} == {"whole"}
+    # the first report happens whatever it costs where there is nothing to preview
+    measured, _ = spend(Budget(0.02), 100, preview=28.0, whole=28.0, step_seconds=2.0)
+    assert measured == [("whole", 1)]
+
+
+def test_a_whole_measurement_asked_for_ends_the_previews():
+    schedule = Budget(0.02, staged=True)
+    schedule.observe(loop_seconds=10.0, probe_seconds=0.0)
+    assert schedule.start(full=False) and not schedule.start(full=True)
+    schedule.observe(loop_seconds=10.0, probe_seconds=8.0)
+    assert not schedule.start(full=False) and schedule.first == 8.0 and schedule.free == FREE_SECONDS
+
+
+def test_a_forecast_is_the_next_step_that_is_due():
+    for whole, step_seconds in ((0.3, 0.1), (2.0, 0.1), (28.0, 2.0)):
+        schedule, forecast, measured = Budget(0.1, staged=True), 1, []
+        for step in range(800):
+            cost = 0.0
+            if schedule.due(step):
+                assert abs(step - forecast) <= 1, (whole, measured, forecast)
+                measured.append(step)
+                cost = 1.0 if schedule.start(full=False) else whole
+                forecast = schedule.forecast(step, cost)
+            schedule.observe(loop_seconds=step_seconds, probe_seconds=cost)
+        assert len(measured) > 2
+
+
+def test_processes_agree_on_a_preview():
+    schedule = SharedBudget(Budget(0.1, staged=True))
+    schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
+    assert schedule.due(1) and not schedule.start(full=False)
+    assert schedule.agree(True) and schedule.account.previewing
+
+
+def test_an_estimator_that_is_left_out_makes_reports_cheaper():
+    schedule = Budget(0.02)
+    for _ in range(2):
+        schedule.observe(loop_seconds=0.1, probe_seconds=2.0)
+    assert schedule.expected == 2.0
+    schedule.expect(0.25)
+    assert schedule.expected == 0.5 and schedule.first == 0.5
 
 
 @pytest.mark.parametrize(
-    ("options", "first"),
+    ("options", "previewed"),
     [
         ({}, {"i1"}),
         ({"estimators": ["i1", "i2", "ih", "empirical"]}, {"i1", "ih", "empirical"}),
         ({"estimators": ["i2"], "bounds": False}, {"i1"}),
-        ({"estimators": ["i1"], "bounds": False}, {"i1"}),
+        ({"estimators": ["i1"], "bounds": False}, None),
         ({"second_order": "exact"}, {"i1"}),
     ],
 )
-def test_a_budget_begins_with_previews_of_i1(options, first):
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    if "second_order" in options:
-        net = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3))
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_first_report_is_whole_unless_it_exceeds_the_allowance(options, previewed, is_slow):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 3))
     y = torch.arange(8) % 3
-    with fimprobe.attach(net, schedule={"budget": 0.9}, tensorboard=False, **options) as probe:
-        started = time.perf_counter()
-        while time.perf_counter() - started < 60 and len(probe.history) < 3:
+    with fimprobe.attach(net, tensorboard=False, **options) as probe:
+        for step in range(3):
             nn.functional.cross_entropy(net(torch.randn(8, 4)), y).backward()
+            if is_slow and step > 0:
+                probe.schedule.steps.clear()
+                probe.schedule.steps.append(60.0 if step == 1 else 1e-3)
             probe.step()
-            time.sleep(0.002)
-    staged = options.get("bounds", True) or "i2" in options.get("estimators", ["i1", "i2"])
-    kinds = ("i1", "i2", "ih", "empirical")
-    wanted = {"i1", *options.get("estimators", ["i1", "i2"])}
+    assert [report.step for report in probe.history] == [1, 2]
+    requested = {"i1", *options.get("estimators", ["i1", "i2"])}
     for number, report in enumerate(probe.history):
-        found = {kind for kind in kinds if getattr(report.total, kind) is not None}
-        look = staged and number < 2
-        assert found == (first if look else wanted)
-        bounded = report.total.i1.bound is not None or "bound" in report.total.i1.unknown
-        assert bounded != (look or not options.get("bounds", True))
-        assert any(line.startswith("Preview") for line in report.advice) == look
-    assert len(probe.history) == 3
+        measured = {
+            kind
+            for kind in ("i1", "i2", "ih", "empirical")
+            if getattr(report.total, kind) is not None
+        }
+        is_preview = is_slow and previewed is not None and number == 0
+        assert measured == (previewed if is_preview else requested)
+        has_bounds = report.total.i1.bound is not None or "bound" in report.total.i1.unknown
+        assert has_bounds != (is_preview or not options.get("bounds", True))
+        assert any(line.startswith("Preview") for line in report.advice) == is_preview
 
 
 def test_inputs_given_by_hand_are_measured_whole():
@@ -174,26 +213,16 @@ def test_inputs_given_by_hand_are_measured_whole():
         assert probe.step(torch.randn(8, 4)).total.i2 is not None
 
 
-def test_attach_is_on_the_account_and_pictures_too(tmp_path):
-    """A run too short for pictures has none; attach's own time is paid with the first measurement."""
+def test_attach_is_free_and_the_last_pictures_always_come(tmp_path):
     net = nn.Linear(4, 3)
-
-    def train(schedule, folder):
-        with fimprobe.attach(
-            net, likelihood="categorical", schedule=schedule, log_dir=tmp_path / folder
-        ) as probe:
-            attached = probe._attach_seconds
-            for _ in range(30):
-                nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 3).backward()
-                probe.step()
-        return probe, attached
-
-    def images(folder):
-        return EventAccumulator(str(folder)).Reload().Tags()["images"]
-
-    probe, attached = train({"budget": 0.02}, "short")
-    assert len(probe.history) == 1 and probe.schedule.first > attached > 0
-    assert probe.schedule.first > probe.last.seconds + attached
-    assert not images(tmp_path / "short")
-    probe, _ = train({"every": 10}, "rich")
-    assert images(tmp_path / "rich")
+    started = time.perf_counter()
+    with fimprobe.attach(net, likelihood="categorical", log_dir=tmp_path) as probe:
+        attached = time.perf_counter()
+        for _ in range(4):
+            nn.functional.cross_entropy(net(torch.randn(8, 4)), torch.arange(8) % 3).backward()
+            probe.step()
+        reported = sum(report.seconds for report in probe.history)
+        elsewhere = time.perf_counter() - attached - reported
+        assert [report.step for report in probe.history] == [1, 2]
+        assert reported < probe.schedule.spent < reported + elsewhere and attached > started
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"]
