@@ -1,8 +1,9 @@
 """Reports sent to an experiment tracker: Weights & Biases, MLflow, or anything with a ``log``.
 
-A sink is any object with ``write(report)`` and ``close()``; ``report.scalars()`` is a flat dict of
-finite numbers under TensorBoard's tags. A sink that raises is dropped with one warning, and training
-continues. Runs in a second:
+The options ``wandb: true`` and ``mlflow: true`` log the numbers of the model. This sink shows how to
+choose others, or another tracker. A sink is any object with ``write(report)`` and ``close()``;
+``report.scalars()`` is a flat dict of finite numbers by tag. A sink that raises is dropped with one
+warning, and training continues. Runs in a second:
 
     python examples/own_sink.py
 """

@@ -107,8 +107,8 @@ def tell_story(outcomes: dict[str, Outcome]) -> list[str]:
         f"is {listed(sure)}.",
         f"Meanwhile the error of Î₁ {sample} went {listed(drawn) or 'where it cannot be known'}, and "
         "near 100 % an estimate of F is noise.",
-        f"All labels of the same inputs, weighted by their probabilities, are off by "
-        f"{listed(exact) or 'an unknown amount'}: the way labels are drawn decides the error of F.",
+        f"With all labels of these inputs in place of drawn ones F is off by "
+        f"{listed(exact) or 'an unknown amount'}: see how far off yours is before you use it.",
     ]
 
 

@@ -15,7 +15,6 @@ from fimprobe.fisher.fisher import Fisher
 from fimprobe.fisher.options import check_options
 from fimprobe.fisher.result import assemble
 from fimprobe.fisher.streaming.batches import IndexedSource, InputReader, Source, make_source
-from fimprobe.fisher.streaming.family import infer_family
 from fimprobe.fisher.streaming.progress import ProgressLine
 from fimprobe.fisher.streaming.run import EstimateRun, Limits
 from fimprobe.fisher.streaming.state import StateFile, fingerprint
@@ -26,6 +25,7 @@ from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.isolation import isolated_state
 from fimprobe.measurement.process_summary import check_models_agree, summarize
 from fimprobe.model.batch import Batch
+from fimprobe.training.model_family import infer_family
 
 
 def estimate(
@@ -207,7 +207,7 @@ def find_likelihood(
     first = None
     if source.repeatable:
         first = next((item.raw for item in source.batches(0, 1, 0)), None)
-    return infer_family(model, first)
+    return infer_family(model, (), dict(first) if isinstance(first, Mapping) else {})
 
 
 def _describe(data: Any) -> str:

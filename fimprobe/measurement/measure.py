@@ -50,7 +50,8 @@ def measure(
             see :mod:`fimprobe.likelihoods`. The outputs of the model are its parameters (logits,
             log-rates, means). For several heads a list with the family of each output, or a mapping
             from names or positions of outputs to families; labels and mask are then joined,
-            ``torch.cat`` of each head's ``labels.reshape(B, -1)``.
+            ``torch.cat`` of each head's ``labels.reshape(B, -1)``. ``"auto"`` takes family and mask
+            from the head of a transformers model, and states the family in a note.
         draws: Labels drawn for each input, ``"exact"`` for the expectation over all labels, or
             ``"auto"``: exact if that takes at most ``MAX_AUTO_PASSES`` backward passes, else 2.
         label_sampling: Distribution that labels are drawn from. ``"size_biased"``: in proportion to

@@ -50,6 +50,8 @@ from fimprobe.model.outputs import JoinedOutputs, select_outputs
 from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
 from fimprobe.statistics import Measured
+from fimprobe.training.model_family import infer_family
+from fimprobe.training.transformers_heads import label_mask
 
 _RANK_STREAM = 15_485_863
 """Step between the seeds of processes with different inputs: a prime, unlike any user's step."""
@@ -80,6 +82,7 @@ class ProcessShare:
     plan: Plan = field(init=False)
     likelihood: Likelihood = field(init=False)
     request: Request = field(init=False)
+    _decision: str = field(init=False, default="")
     _config: Config = field(init=False)
     _batch: Batch = field(init=False)
     _draws: Draws = field(init=False)
@@ -96,7 +99,6 @@ class ProcessShare:
         check_model(self.model)
         check_readable(self.model)
         self._config = load_config(None, **self.options)
-        self.likelihood = get_likelihood(self._config.likelihood)
         self.request = make_request(self._config, self.labels)
         check_mask_and_output(self.mask, self.output)
         if isinstance(self.labels, Tensor):
@@ -113,9 +115,24 @@ class ProcessShare:
             )
         check_inputs(self.inputs)
         self._batch = Batch.of(self.inputs)
+        self._set_likelihood()
         if self.processes.size == 1:
             return ProcessSummary(size=self._batch.size)
         return summarize(self.model, self._batch, rank=self.processes.rank)
+
+    def _set_likelihood(self) -> None:
+        """Use the given family, or the one that the class of a transformers model implies.
+
+        Raises:
+            FimprobeError: If the model implies none.
+        """
+        if self._config.likelihood != "auto":
+            self.likelihood = get_likelihood(self._config.likelihood)
+            return
+        args, kwargs = self._batch.args, self._batch.kwargs
+        self.likelihood, self._decision = infer_family(self.model, args, kwargs)
+        if self.mask is None and self.output is None:
+            self.mask = label_mask(self.model, args, kwargs)
 
     def compare(self, summaries: Sequence[ProcessSummary]) -> None:
         """Check that the shares fit together, and place this process's samples among all.
@@ -184,6 +201,8 @@ class ProcessShare:
                 _replace_i1_by_backpack(problem, measured)
             if self.plan.curvature_failure and self.request.double_backward:
                 measured.notes.append(self.plan.curvature_failure)
+            if self._decision:
+                measured.notes.append(f"likelihood='auto': {self._decision}.")
             if self.plan.twin is not None:
                 measured.notes.extend(self.plan.twin.notes)
             if self.request.labels is not None and self.processes.size == 1:

@@ -149,14 +149,14 @@ class Report:
         }
 
     def scalars(self, layers: Collection[str] | None = None) -> dict[str, float]:
-        """Return the finite numbers by their TensorBoard tags, for any logger.
+        """Return the finite numbers by tag, for any logger.
 
         The tags are ``fim/<estimator>/<value>`` and ``fim_bounds/<estimator>/<value>`` for the model,
         ``fim_layers/<layer>/<estimator>_<value>`` for layers, ``fim_outputs/<value>`` and
         ``fim_probe/seconds``.
 
         Args:
-            layers: The layers to include; None for all. TensorBoard charts fewer values of them.
+            layers: The layers to include; None for all.
 
         >>> import fimprobe, torch
         >>> report = fimprobe.measure(torch.nn.Linear(2, 2), torch.ones(4, 2), likelihood="gaussian")

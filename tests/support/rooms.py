@@ -34,13 +34,12 @@ ROOMS = {
     "runs": "errors estimators plots report sinks",
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
-    "engines.tracing errors estimators jacobian_bounds likelihoods model report statistics",
+    "engines.tracing errors estimators jacobian_bounds likelihoods model report statistics training",
     "fisher.sums": "engines.autograd engines.problem engines.tracing estimators likelihoods "
     "measurement model statistics",
-    "fisher.streaming": "_version distributed errors fisher.sums likelihoods measurement model statistics "
-    "training",
+    "fisher.streaming": "_version distributed errors fisher.sums measurement model statistics training",
     "fisher": "_version distributed errors estimators fisher.streaming fisher.sums likelihoods "
-    "measurement model report",
+    "measurement model report training",
     "fisher.audit": "errors fisher fisher.streaming fisher.sums likelihoods measurement model report "
     "training",
     "probe": "config distributed engines.tracing errors likelihoods measurement model report sinks "
