@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(probe.last)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"\nloss {losses[0]:.2f} -> {losses[-1]:.2f} nats a byte; {len(probe.history)} reports")
-    print(f"Look at it: tensorboard --logdir {options.out} (tabs Custom scalars, Images and Text)")
+    print(f"Look at it: tensorboard --logdir {options.out} (tabs Time series, Images and Text)")
     print(f"or: fimprobe show {probe.log_dir}")
 
 

@@ -30,6 +30,7 @@ class ErrorHandler:
     Attributes:
         warned: What was logged already.
         ended: Whether probing ended with an error, which was logged.
+        end_reason: Why; "" if it did not end.
         deferred: The first error of a hook, which the next step treats.
         together: Whether several processes measure together, so that none may end alone.
     """
@@ -38,6 +39,7 @@ class ErrorHandler:
         self.raises = raises
         self.warned: set[str] = set()
         self.ended = False
+        self.end_reason = ""
         self.deferred: Exception | None = None
         self.together = False
 
@@ -45,7 +47,7 @@ class ErrorHandler:
         """Log why nothing is measured any more; later reasons are consequences and not logged."""
         if not self.ended:
             self.warn_once(message)
-            self.ended = True
+            self.ended, self.end_reason = True, message
 
     def take_deferred(self) -> Exception | None:
         """Return the deferred error, and forget it."""
@@ -115,11 +117,10 @@ def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[.
                 elif not errors.ended:
                     errors.ended = True
                     with contextlib.suppress(Exception):
-                        logger.warning(
-                            "fimprobe: probing ended, training continues: %s: %s",
-                            type(error).__name__,
-                            error,
+                        errors.end_reason = (
+                            f"probing ended, training continues: {type(error).__name__}: {error}"
                         )
+                        logger.warning("fimprobe: %s", errors.end_reason)
                 return None
 
         return call_guarded

@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 import sys
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -67,7 +66,8 @@ class FimProbeCallback(TrainerCallback):
     numbers of the model go to the Trainer's run there. Headline values go to the log of the Trainer,
     and from there to every other tracker: the trace, ``rel_error`` (of the report) and
     ``one_label_error`` (of the estimator with one label per input) of Î₁ and Î₂, where they are
-    known. ``fim_probe/overhead`` is the share of the wall time that the probe used. A training that
+    known. ``fim_probe/overhead`` is the share of the wall time since the training began that the
+    probe took so far; it begins after 30 seconds. A training that
     resumes from a checkpoint continues the files of the training that wrote it. A new training whose
     folder holds reports writes to ``fimprobe-2``.
 
@@ -107,11 +107,11 @@ class FimProbeCallback(TrainerCallback):
     ) -> None:
         if config is None:
             config = os.environ.get("FIMPROBE_CONFIG") or None
-        if log_dir is not None:
-            options["tensorboard"] = {"log_dir": str(log_dir)}
         if likelihood != "auto":
             options["likelihood"] = likelihood
         self.config = load_config(config, **options)
+        if log_dir is not None:
+            self.config = self.config.with_log_dir(log_dir)
         self.probe: Probe | None = None
         self._attach_arguments: dict[str, Any] = {
             "mask": mask,
@@ -123,7 +123,6 @@ class FimProbeCallback(TrainerCallback):
         self._state: Callable[[], TrainerState | None] = lambda: None
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._detach_probe: Callable[[], Any] = lambda: None
-        self._start_time = self._probe_seconds = 0.0
         self._warned: set[str] = set()
 
     def detach(self) -> None:
@@ -164,14 +163,12 @@ class FimProbeCallback(TrainerCallback):
         probe = self.probe
         if probe is None or probe.detached:
             return
-        started = time.perf_counter()
         probe.steps = state.global_step
         report = probe.step()
-        ended = time.perf_counter()
-        self._probe_seconds += ended - started
         if report is not None:
             values = _headlines(report)
-            values["fim_probe/overhead"] = self._probe_seconds / (ended - self._start_time)
+            if probe.overhead is not None:
+                values["fim_probe/overhead"] = probe.overhead
             failure = "the headline values could not be written to the Trainer's log"
             self._run_safely(lambda: self._log(values, state, control), failure)
 
@@ -225,8 +222,8 @@ class FimProbeCallback(TrainerCallback):
         config = self.config
         if config.tensorboard:
             folder = self._folder(args, state, trainer, checkpoint)
-            config = load_config(config, tensorboard={"log_dir": str(folder)})
-        in_use = {n: True for n in _TRACKERS if n in args.report_to}
+            config = config.with_log_dir(folder)
+        in_use = {n: True for n in _TRACKERS if n in (args.report_to or ())}
         config = load_config(
             config, **{n: on for n, on in in_use.items() if n not in self.config.model_fields_set}
         )
@@ -234,7 +231,6 @@ class FimProbeCallback(TrainerCallback):
         self.probe = probe
         self._detach_probe = weakref.finalize(self, probe.detach)
         _callbacks[model] = weakref.ref(self)
-        self._start_time, self._probe_seconds = time.perf_counter(), 0.0
         if probe.log_dir is not None:
             configured = self.config.tensorboard and self.config.tensorboard.log_dir
             run = probe.log_dir if configured else probe.log_dir.parent

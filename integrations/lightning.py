@@ -33,7 +33,7 @@ else:
     raise FimprobeError("PyTorch Lightning is not installed; pip install 'fimprobe[lightning]'")
 
 _HEADLINES = ("trace", "rel_error", "one_label_error", "label_variance")
-_ATTACH_ARGUMENTS = ("likelihood", "log_dir", "mask", "labels", "output", "sinks")
+_ATTACH_ARGUMENTS = ("likelihood", "log_dir", "mask", "labels", "output", "loss", "sinks")
 
 
 class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]

@@ -101,6 +101,8 @@ def _show(options: Any) -> int:
     reports = [latest_training(run.reports) for run in runs]
     if len(runs) == 1:
         show_run(reports[0], top=options.top, run=runs[0].run)
+        if runs[0].end:
+            print(f"\nThe probe ended early: {runs[0].end}")
         return 0
     for name, run in zip("AB", runs, strict=True):
         print(f"{name}: {run.path.parent}")

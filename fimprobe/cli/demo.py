@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import webbrowser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str,
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         order = torch.Generator().manual_seed(1)
         schedule = {"every": max(epochs * batches // REPORTS, 1)}
-        options = {"draws": "exact", "batch": BATCH_SIZE, "schedule": schedule}
+        options: dict[str, Any] = {"draws": "exact", "batch": BATCH_SIZE, "schedule": schedule}
         with fimprobe.attach(model, log_dir=run / name, **options) as probe:
             for _ in tqdm(range(epochs), desc=name, unit="epoch"):
                 model.train()
@@ -81,11 +81,11 @@ def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str,
     print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
     if open_page:
         _open_pages(run, list(outcomes))
-    print("\n" + "\n".join(tell_story(outcomes)))
+    print("\n" + "\n".join(describe_outcomes(outcomes)))
     return {name: outcome.reports for name, outcome in outcomes.items()}
 
 
-def tell_story(outcomes: dict[str, Outcome]) -> list[str]:
+def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
     """Return in three sentences what the demo shows.
 
     Args:

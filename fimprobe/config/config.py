@@ -31,6 +31,9 @@ MAX_PROBES = 10**4
 MAX_MEMORY_MB = 10**9
 """A petabyte, in MB: above the memory of any machine, and its bytes still fit an integer."""
 
+JSONL_NAME = "fimprobe.jsonl"
+"""Name of the JSONL file in the folder of a run."""
+
 PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 """A path: no file system has null characters in names."""
 
@@ -283,6 +286,17 @@ class Config(_Section):
         lt=2**63,
         description="random seed of labels and probes; training's random streams are not touched",
     )
+
+    def with_log_dir(self, log_dir: str | Path) -> Config:
+        """Return the options with the folder of the files; other keys of ``tensorboard`` stay.
+
+        Without TensorBoard the folder holds the JSONL file alone.
+        """
+        if self.tensorboard is False:
+            jsonl = str(Path(log_dir, JSONL_NAME)) if self.jsonl is None else self.jsonl
+            return load_config(self, jsonl=jsonl)
+        charts = self.tensorboard.model_dump()
+        return load_config(self, tensorboard={**charts, "log_dir": str(log_dir)})
 
     @field_validator("estimators", mode="before")
     @classmethod

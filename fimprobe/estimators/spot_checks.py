@@ -26,8 +26,8 @@ PRIOR_SPREAD, PRIOR_CHECKS = 1.2, 4.0
 
 WIDENING = 1.5
 """An error of r times V2 is stated as r (1 + ``WIDENING`` r): ± 2 errors then cover the mean of
-log-normal values in 90 % of the cases, for a relative spread of up to 1.3 and 2 to 40 checks after the
-pilot (tests/unit/estimators/test_spot_checks.py)."""
+log-normal values in 90 % of the cases, for a relative spread of up to 1.3 and 2 to 40 checks after
+the pilot (tests/unit/estimators/test_spot_checks.py)."""
 
 ROUNDING_LIMIT = 0.5
 """Share of V2 that may be rounding, above which V2 is unknown."""

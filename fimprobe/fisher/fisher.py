@@ -22,7 +22,7 @@ from fimprobe.fisher.decisions import (
 )
 from fimprobe.fisher.file import write_file
 from fimprobe.fisher.records import FisherRecord, GroupFisher
-from fimprobe.report.format import Row, align, number, percent
+from fimprobe.report.format import Row, align, number, percent, quantity
 
 SHOWN_LAYERS = 12
 """Number of layers in a table; those with the largest traces."""
@@ -93,9 +93,11 @@ class Fisher(FisherRecord):
         """Return what was measured, how far it is off, and why it ended, in sentences."""
         m = self.metadata
         size = "" if m["data_size"] is None else f" of {m['data_size']:,}"
-        passes = f"{m['labels']:,} labels" if m["draws"] else "exact labels"
+        inputs = f"{m['inputs']:,} input{'' if m['inputs'] == 1 else 's'}{size}"
+        passes = f"{m['labels']:,} label{'' if m['labels'] == 1 else 's'}"
+        passes = passes if m["draws"] else "exact labels"
         lines = [
-            f"F is off by {percent(self.rel_error)} ({m['inputs']:,} inputs{size}, {passes}, "
+            f"F is off by {percent(self.rel_error)} ({inputs}, {passes}, "
             f"{m['estimator']}). {m['stopped']}"
         ]
         if m.get("population_rel_error") is not None:
@@ -120,7 +122,8 @@ class Fisher(FisherRecord):
             *(_row(name, group) for name, group in self.layers.items() if name in names),
         ]
         hidden = len(ranked) - len(names)
-        return align(rows) + ([f"and {hidden} layers with smaller traces"] if hidden else [])
+        more = [f"and {quantity(hidden, 'layer')} with smaller traces"] if hidden else []
+        return align(rows) + more
 
     def ewc_penalty(
         self, model: nn.Module, *, anchor: Mapping[str, Tensor] | None = None

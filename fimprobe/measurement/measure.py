@@ -27,7 +27,9 @@ def measure(
     draws: int | Literal["auto", "exact"] = 2,
     label_sampling: Literal["size_biased", "model"] = "size_biased",
     estimators: Sequence[str] = ("i1", "i2"),
-    second_order: Mapping[str, int] | Literal["spot_checks", "exact", "off"] = MappingProxyType({"probes": 2}),
+    second_order: Mapping[str, int] | Literal["spot_checks", "exact", "off"] = MappingProxyType(
+        {"probes": 2}
+    ),
     bounds: bool = True,
     engine: Literal["auto", "autograd", "backpack"] = "auto",
     labels: Tensor | None = None,
@@ -62,9 +64,9 @@ def measure(
             Hessian, ``"ih"`` Î_H Hutchinson's, ``"empirical"`` (needs ``labels``).
         second_order: How the second derivatives of Î₂ are computed. ``{"probes": K}`` uses K ≥ 2
             random probes and works for every model; ``"spot_checks"`` measures the label variance by
-            differences of forward passes at a few entries of each layer, which has far less noise on
-            transformers (diagonals by entry need probes); ``"exact"`` uses BackPACK and is limited to the
-            modules that it supports; ``"off"`` skips Î₂.
+            differences of forward passes at a few entries of each layer, with far less noise on
+            transformers; ``"exact"`` uses BackPACK and is limited to the modules that it supports;
+            ``"off"`` skips Î₂.
         bounds: Whether to measure the bounds (17), (18) and their relatives, ‖Cov‖ (exact labels),
             (19) to (21), and activations.
         engine: ``"backpack"`` computes the moments of Î₁ by BackPACK too; ``"auto"`` is

@@ -299,14 +299,17 @@ class TwinChecks:
         except Exception:  # training mode may need labels, or reach what it must not
             return None
         written = set() if guard is None else guard.written - watch.written
-        reason = ModeComparison(
+        comparison = ModeComparison(
             evaluated=run,
             trained=trained,
             is_repeatable=repeatable,
             writes_trained=bool(written & set(self._trained)),
-        ).find_reason()
+        )
+        reason = comparison.find_reason()
         if not reason:
-            return None
+            note = comparison.describe_lost()
+            is_new = note and note not in settings.notes
+            return replace(settings, notes=(*settings.notes, note)) if is_new else None
         note = (
             "The model was measured in training mode, with torch's own dropout and batch norm in "
             f"eval mode: {reason}."

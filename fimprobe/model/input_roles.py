@@ -138,8 +138,8 @@ def _add_note(settings: TwinSettings, batch: Batch, shared: tuple[int, ...]) -> 
         return settings
     names = ", ".join(f"`{_places(batch)[i][0]}`" for i in shared)
     note = (
-        f"The input {names} was as long as the batch when it was first seen. It was measured as shared "
-        "by all samples: with a row for each sample, the samples would influence each other."
+        f"The input {names} was as long as the batch when it was first seen. It was measured as "
+        "shared by all samples: with a row for each sample, the samples would influence each other."
     )
     return replace(settings, notes=(*settings.notes, note))
 

@@ -66,7 +66,7 @@ class ModeComparison:
             return ""
         if self.is_repeatable:
             return reason
-        if self.lost or self._returns_another_kind():
+        if self._loses_most() or self._returns_another_kind():
             raise FimprobeError(
                 f"the model computes something else in eval mode, where it is measured: {reason}. "
                 "Training mode cannot be measured, since it draws random numbers or couples "
@@ -74,6 +74,25 @@ class ModeComparison:
                 "batch norm."
             )
         return ""
+
+    def describe_lost(self) -> str:
+        """Return what eval mode leaves out where training mode cannot be measured; empty for nothing.
+
+        Speech models replace random spans of their input by a trained vector in training mode. As with
+        dropout, the model without these replacements is measured.
+        """
+        if not self.lost or self.is_repeatable or self._loses_most():
+            return ""
+        return (
+            f"The model was measured in eval mode, where its outputs do not depend on "
+            f"{list_names(self.lost)}. Training mode also uses them, but draws random numbers or "
+            "couples samples."
+        )
+
+    def _loses_most(self) -> bool:
+        """Whether eval mode reaches fewer parameters than it leaves out: it is another model."""
+        assert self.evaluated is not None
+        return bool(self.lost) and len(self.lost) >= len(self.evaluated.reached)
 
     def _returns_another_kind(self) -> bool:
         assert self.evaluated is not None

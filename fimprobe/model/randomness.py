@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _NUM_TRIALS = 3
-"""Runs that must move the streams of Python and numpy alike, for the move to be theirs."""
+"""Runs that must all move the streams of Python and numpy, for the moves to be theirs."""
 
-_WORDS = 624
-"""Words of a Mersenne twister, modulo which its position is known."""
+_SHORTEST_WAIT_S = 0.002
+"""Seconds in which the streams must rest after each of these runs, and at least as long as the run.
+
+A thread that makes batches draws for each sample of a batch, many times in two milliseconds."""
 
 
 class PrivateRandomness(TorchDispatchMode):
@@ -191,18 +194,12 @@ class HostStreams:
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
 
-    def words_since(self, earlier: HostStreams) -> tuple[int, int]:
-        """Return how many words were drawn from each stream, modulo ``_WORDS``."""
-        python = self.python[1][-1] - earlier.python[1][-1]
-        both = self.numpy is not None and earlier.numpy is not None
-        numpy = self.numpy[2] - earlier.numpy[2] if both else 0
-        return python % _WORDS, numpy % _WORDS
-
 
 def undo_own_draws(before: HostStreams, run: Callable[[], object]) -> bool:
     """Restore the streams of Python and numpy if it was a run of this thread that moved them.
 
-    Another thread may have moved them: then they do not move alike in every run, and stay.
+    Another thread may have moved them: the streams then also move while this thread waits, or rest
+    in one of the runs. They are left as they are in that case.
 
     Args:
         before: The states before the run.
@@ -213,14 +210,14 @@ def undo_own_draws(before: HostStreams, run: Callable[[], object]) -> bool:
     """
     if HostStreams.read().key == before.key:
         return False
-    moves = set()
     for _ in range(_NUM_TRIALS):
-        start = HostStreams.read()
+        start, started = HostStreams.read(), time.perf_counter()
         run()
-        run()  # normal variates are made in pairs
-        now = HostStreams.read()
-        moves.add(now.words_since(start))
-        if len(moves) > 1 or now.key == start.key:
+        ended = HostStreams.read()
+        if ended.key == start.key:
+            return False
+        time.sleep(max(time.perf_counter() - started, _SHORTEST_WAIT_S))
+        if HostStreams.read().key != ended.key:
             return False
     before.restore()
     return True

@@ -6,9 +6,45 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fimprobe.config.config import Config
-from fimprobe.errors import FimprobeError
+from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.arguments import check_model
 from fimprobe.model.fsdp import check_sharded, is_sharded
+from fimprobe.training.criteria import Criterion, read_criterion
+
+
+def warn_of_contradictions(config: Config, errors: ErrorHandler) -> None:
+    """Warn of estimators that are named and switched off by another option.
+
+    Args:
+        config: The options.
+        errors: Logs the warning.
+    """
+    named = "estimators" in config.model_fields_set and "i2" in config.estimators
+    if named and config.second_order == "off":
+        errors.warn_once(
+            "`estimators` names 'i2', which second_order='off' leaves out. Pass second_order="
+            "{'probes': 2}, or leave 'i2' out"
+        )
+
+
+def criterion_of(loss: Any, config: Config) -> Criterion | None:
+    """Return what the argument ``loss`` implies; None without one.
+
+    Args:
+        loss: The criterion of the training loop, or None.
+        config: The options.
+
+    Raises:
+        FimprobeError: If the criterion implies no family, or the options name one too.
+    """
+    if loss is None:
+        return None
+    if not (isinstance(config.likelihood, str) and config.likelihood == "auto"):
+        raise FimprobeError(
+            f"`loss` must be left out where the likelihood is given, got both, with likelihood="
+            f"{config.likelihood!r}. Pass one of them."
+        )
+    return read_criterion(loss)
 
 
 def check_probe_arguments(

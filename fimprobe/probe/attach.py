@@ -15,7 +15,8 @@ from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LikelihoodOption
 from fimprobe.probe.arguments import check_sinks
 from fimprobe.probe.optimizers import holds_parameters
-from fimprobe.probe.probe import Probe, find_probe
+from fimprobe.probe.probe import Probe
+from fimprobe.probe.registry import find_probe
 from fimprobe.probe.step_hook import trigger_by_optimizers
 from fimprobe.sinks.base import Sink
 
@@ -30,6 +31,7 @@ def attach(
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     labels: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     output: Callable[[Any], Tensor] | None = None,
+    loss: nn.Module | None = None,
     sinks: list[Sink] | None = None,
     first_step: int = 0,
     **options: Any,
@@ -48,13 +50,16 @@ def attach(
         optimizer: The only optimizer to listen to; by default all torch optimizers of the parameters.
         likelihood: ``"auto"`` infers it from the model or the first loss gradients, and reports the
             result or what to pass.
-        log_dir: Folder of TensorBoard files and ``fimprobe.jsonl``; by default one below
-            ``runs/fimprobe``.
+        log_dir: Folder of TensorBoard files and ``fimprobe.jsonl``, of the latter alone with
+            ``tensorboard=False``; by default one below ``runs/fimprobe``.
         mask: From the forward's (args, kwargs) to a boolean tensor of the labels' shape.
         labels: From the forward's (args, kwargs) to the labels of the data [B, ...] for the empirical
             Fisher; by default the keyword ``labels``, or what the loss gradient at softmax or sigmoid
             outputs shows.
         output: From what the model returns to its outputs [B, ...].
+        loss: In place of ``likelihood``, the criterion of the loop: ``torch.nn.CrossEntropyLoss``,
+            ``BCEWithLogitsLoss``, ``MSELoss`` or ``PoissonNLLLoss``. ``probe.decision`` states what
+            was taken from it, and a warning what its options change that the family does not have.
         sinks: Further objects with ``write(report)`` and ``close()``.
         first_step: Number of the step at which a training resumes.
         options: Fields of :class:`fimprobe.Config`, such as ``schedule``, ``draws`` or ``batch``.
@@ -71,11 +76,11 @@ def attach(
     >>> probe = attach(net, likelihood="categorical", tensorboard=False)
     >>> probe.detach()
     """
-    if log_dir is not None:
-        options["tensorboard"] = {"log_dir": str(log_dir)}
     if likelihood != "auto":
         options["likelihood"] = likelihood
     settings = load_config(config, **options)
+    if log_dir is not None:
+        settings = settings.with_log_dir(log_dir)
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise FimprobeError(
             f"`optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}. Pass the "
@@ -93,6 +98,7 @@ def attach(
         mask=mask,
         labels=labels,
         output=output,
+        loss=loss,
         sinks=sinks,
         first_step=first_step,
         replace=True,
@@ -100,9 +106,9 @@ def attach(
     trigger_by_optimizers(probe, optimizer)
     if optimizer is None:
         probe.notice_unseen_steps()
-    log_dir = probe.log_dir
-    if log_dir is not None:
-        probe.errors.run_safely(lambda: _announce(log_dir), "log_dir could not be printed")
+    folder = probe.log_dir
+    if folder is not None:
+        probe.errors.run_safely(lambda: _announce(folder), "log_dir could not be printed")
     return probe
 
 
@@ -130,7 +136,7 @@ def detach(model: nn.Module) -> Probe | None:
             f"`model` must be a torch.nn.Module, got {type(model).__name__}. Pass the model that has "
             "the probe."
         )
-    probe = find_probe(model)
+    probe: Probe | None = find_probe(model)
     if probe is not None:
         probe.detach()
     return probe

@@ -15,11 +15,22 @@ from torch import Tensor, nn
 
 from fimprobe.config.config import Config
 from fimprobe.distributed.processes import ProcessGroup, SingleProcess, join_processes
-from fimprobe.errors import BatchError, ErrorHandler, FimprobeError, describe_error, guarded
+from fimprobe.errors import BatchError, ErrorHandler, describe_error, guarded
 from fimprobe.likelihoods.base import Likelihood
-from fimprobe.model.twin import unwrap
 from fimprobe.model.weak_model import WeakModel
-from fimprobe.probe.arguments import check_probe_arguments
+from fimprobe.probe.arguments import (
+    check_probe_arguments,
+    criterion_of,
+    warn_of_contradictions,
+)
+from fimprobe.probe.closing import (
+    RunAccount,
+    announce,
+    closing_paragraph,
+    count_steps,
+    why_nothing_was_due,
+)
+from fimprobe.probe.registry import make_room, model_key, register, unregister
 from fimprobe.probe.run_files import open_run_files
 from fimprobe.probe.step_counter import StepCounter
 from fimprobe.probe.step_measurement import StepMeasurement
@@ -42,9 +53,6 @@ from fimprobe.training.unseen_steps import (
 STEPS_WITHOUT_BATCH = 3
 """Optimizer steps without any captured batch after which the probe warns."""
 
-_probes: dict[int, Probe] = {}
-"""The probe of each model, by the model's identity, until it detaches or the model is freed."""
-
 
 class Probe:
     """Watches the training of one model; :func:`fimprobe.attach` makes it.
@@ -59,6 +67,7 @@ class Probe:
         mask: From the forward's (args, kwargs) to a boolean tensor of the labels' shape.
         labels: From the forward's (args, kwargs) to the labels of the data [B, ...].
         output: From what the model returns to its outputs [B, ...].
+        loss: The criterion that implies the likelihood; None to infer it.
         sinks: Further objects with ``write(report)`` and ``close()``.
         first_step: Number of the step at which a training resumes; records of it and of later steps
             in the run's files are dropped.
@@ -78,20 +87,24 @@ class Probe:
         mask: Mask | None = None,
         labels: Mask | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        loss: nn.Module | None = None,
         sinks: list[Sink] | None = None,
         first_step: int = 0,
         replace: bool = False,
     ) -> None:
+        self._account = RunAccount(first_step=first_step)
         self.model = model
         self.config = config or Config()
         functions = {"mask": mask, "labels": labels, "output": output}
         check_probe_arguments(model, self.config, functions)
-        self._key = id(unwrap(model))
+        criterion = criterion_of(loss, self.config)
+        self._key = model_key(model)
         self.errors = ErrorHandler(raises=self.config.on_error == "raise")
-        _make_room(self._key, self.errors, replace=replace)
+        make_room(model, self.errors, replace=replace)
+        warn_of_contradictions(self.config, self.errors)
         self.coverage: dict[str, str] = {}
         self.detached = False
-        self._measuring = False
+        self._measuring = self._concluded = False
         self.schedule = self.config.schedule.build()
         if isinstance(self.schedule, Budget):
             self.schedule.staged = self.config.bounds or "i2" in self.config.estimators
@@ -104,6 +117,7 @@ class Probe:
             mask=mask,
             labels=labels,
             output=output,
+            criterion=criterion,
             warn=self.errors.warn_once,
         )
         self._sinks = SinkGroup(sinks, self.errors)
@@ -121,7 +135,7 @@ class Probe:
         self._capture = BatchCapture(model, self._may_be_measured, self._watch, self.errors)
         self._freed = weakref.finalize(model, self.detach)
         self._freed.atexit = False
-        _probes[self._key] = self
+        register(self._key, self)
         try:
             self._open_files(first_step)
         except BaseException:
@@ -176,6 +190,14 @@ class Probe:
         return self._reader.decision
 
     @property
+    def overhead(self) -> float | None:
+        """The share of the wall time since ``attach`` that measurements and files took.
+
+        None in the first 30 seconds, when it is that of a start.
+        """
+        return self._account.overhead
+
+    @property
     def history(self) -> list[Report]:
         """The last 1,000 reports, oldest first."""
         return list(self._sinks.memory.reports)
@@ -201,20 +223,18 @@ class Probe:
         """
         if self.detached:
             return
-        self._explain_silence()
+        error = self.errors.take_deferred()
+        if error is not None:
+            self.errors.end(f"an error after the last step: {describe_error(error)}")
         self.detached = True
         model_exists = self._freed.detach() is not None
-        if _probes.get(self._key) is self:
-            del _probes[self._key]
-        closers = [] if self._measuring else [self._sinks.close]
+        unregister(self._key, self)
+        closers = [] if self._measuring else [self._sinks.close, self._conclude]
         closers += [*self._closers, *([self._capture.remove] if model_exists else [])]
         with contextlib.ExitStack() as stack:  # each is called, whatever the others raise
             for close in closers:
                 stack.callback(close)
                 stack.callback(close)  # does nothing, unless the first call failed
-        error = self.errors.take_deferred()
-        if error is not None:
-            self.errors.end(f"an error after the last step: {describe_error(error)}")
 
     def on_detach(self, close: Callable[[], None]) -> None:
         """Have ``detach`` call ``close``, for adapters that set hooks themselves."""
@@ -305,11 +325,12 @@ class Probe:
             if self.active and (due or self._measurement.must_fail):
                 return self._measure(step, captured, inputs)
         except BatchError as error:
+            self._account.why_skipped = f"step {step} was not probed: {error}"
             if self.errors.raises:
                 raise
             # messages that differ in numbers only are one
             key = re.sub(r"\d+", "", str(error))
-            self.errors.warn_once(f"step {step} was not probed: {error}", key)
+            self.errors.warn_once(self._account.why_skipped, key)
         except Exception as error:
             if self.errors.raises:
                 raise
@@ -327,11 +348,13 @@ class Probe:
             )
             if report is not None:
                 self.coverage = report.coverage
+                self._account.num_reports += 1
                 self._sinks.write(report)
             return report
         finally:
             self._measuring = False
             if self.detached:
+                self._conclude()
                 self._sinks.close()
 
     def _observe_time(self, started: float, *, measured: bool) -> None:
@@ -340,6 +363,7 @@ class Probe:
         probe_seconds = 0.0
         if measured or not self.active:
             probe_seconds = ended - started
+        self._account.probe_seconds += probe_seconds
         loop_seconds = max(started - self._last_end, 0.0)
         self.schedule.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
         self._last_end = ended
@@ -393,10 +417,11 @@ class Probe:
                 else "no forward pass of the attached object was seen; attach to the object that "
                 "the loop calls, after torch.compile and other wrappers"
             )
-            self.errors.warn_once(
+            self._account.why_skipped = (
                 f"the optimizer steps, but no training batch was captured: {cause}, or call "
                 "probe.step(inputs) yourself"
             )
+            self.errors.warn_once(self._account.why_skipped)
 
     def _notice_unseen_step(self) -> None:
         """Measure the last batch if the parameters changed since, and no optimizer ever stepped."""
@@ -413,17 +438,44 @@ class Probe:
         if unseen.count >= UNSEEN_STEPS:
             self._step()
 
-    def _explain_silence(self) -> None:
-        """Log why nothing was measured, if no other message did."""
-        if self._sinks.memory.reports or self.errors.warned or self.errors.deferred:
+    def _conclude(self) -> None:
+        """State what was measured, or why nothing was; write why probing ended."""
+        if self._concluded or self.processes.rank > 0:
             return
+        self._concluded = True
+        self.errors.run_safely(self._write_conclusion, "the closing paragraph could not be written")
+
+    def _write_conclusion(self) -> None:
+        steps, last, reason = self._counter.upper_bound, self.last, self.errors.end_reason
+        if last is not None:
+            announce(closing_paragraph(self._account, last, self.config, steps=steps, reason=reason))
+        else:
+            first_step = self._account.first_step
+            # these are as requested, or were logged as a warning when they occurred
+            reason = (
+                reason
+                or self._account.why_skipped
+                or why_nothing_was_due(self.schedule, first_step, steps)
+            )
+            if reason:
+                announce(f"no report in {count_steps(steps - first_step)}: {reason.rstrip('.')}.")
+            else:
+                reason = self._why_nothing()
+                if reason:
+                    self.errors.warn_once(reason)
+        if reason:
+            self._sinks.write_end(reason, steps)
+
+    def _why_nothing(self) -> str:
+        """Return why nothing was measured, where no warning stated it; "" if nothing happened."""
         if self._unseen is not None and self._unseen.forwards >= UNSEEN_STEPS:
-            self.errors.warn_once(NEVER_STEPPED.format(forwards=self._unseen.forwards))
-        elif self._likelihood_unknown and self._num_batches and self._reader.undecided:
-            self.errors.warn_once(
+            return NEVER_STEPPED.format(forwards=self._unseen.forwards)
+        if self._reader.likelihood is None and self._num_batches and self._reader.undecided:
+            return (
                 f"nothing was measured: likelihood='auto' is not decided after {self._num_batches} "
                 f"training batches, because {self._reader.undecided}"
             )
+        return ""
 
     def _describe_run(self) -> dict[str, Any]:
         return collect_run_info(
@@ -433,34 +485,3 @@ class Probe:
             decision=self.decision,
             processes=self.processes.size,
         )
-
-
-def find_probe(model: nn.Module) -> Probe | None:
-    """Return the probe that a model has, or None."""
-    return _probes.get(id(unwrap(model)))
-
-
-def _make_room(key: int, errors: ErrorHandler, *, replace: bool) -> None:
-    """Detach the probe that a model has, if there is one.
-
-    Args:
-        key: The identity of the model.
-        errors: Logs that it was detached.
-        replace: Whether that is allowed.
-
-    Raises:
-        FimprobeError: If it is not.
-    """
-    previous = _probes.get(key)
-    if previous is None:
-        return
-    if not replace:
-        raise FimprobeError(
-            "`model` must have no other probe, but it already has a probe. Call "
-            "fimprobe.detach(model) before you attach another."
-        )
-    previous.detach()
-    errors.warn_once(
-        "the model had a probe, which was detached: a model has one probe. Call "
-        "fimprobe.detach(model) where a training ends, also by an error"
-    )

@@ -14,11 +14,13 @@ from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.measure import measure
+from fimprobe.probe.second_order_choice import share_of_i2, why_i2_says_nothing
+from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.captured_batch import CapturedBatch
 from fimprobe.training.probe_batch import ProbeBatch, select_samples
-from fimprobe.training.schedule import FREE_SECONDS, Schedule, SharedBudget
+from fimprobe.training.schedule import FREE_SECONDS, Budget, Schedule, SharedBudget
 
 PREVIEW_NOTE = (
     f"Preview: only Î₁ was measured, because a whole report is expected to take more than the "
@@ -44,6 +46,7 @@ class StepMeasurement:
         deferred_error: An error of this process, which the next measurement raises in all.
         plan: How parameters are reached.
         notes: Notes of every report.
+        without_i2: Why Î₂ is left out by now, what that saves and how to keep it; "" if it is not.
     """
 
     config: Config
@@ -53,6 +56,8 @@ class StepMeasurement:
     deferred_error: Exception | None = None
     plan: Plan = field(default_factory=Plan)
     notes: list[str] = field(default_factory=list)
+    without_i2: str = ""
+    _is_i2_judged: bool = False
 
     @property
     def must_fail(self) -> bool:
@@ -121,8 +126,13 @@ class StepMeasurement:
             captured.release()  # the measurement needs the memory
         preview = self._start(schedule, full=inputs is not None)
         report = self._measure_batch(model, step, selected[0], preview=preview)
+        if self.without_i2:
+            notes.append(self.without_i2)
         if notes:
             report = replace(report, notes=[*report.notes, *notes])
+        if not preview and not self._is_i2_judged:
+            self._judge_i2(report, schedule)
+            self._compare_with_requests(report, inputs)
         if isinstance(schedule, SharedBudget):
             forecast = schedule.forecast
             seconds = time.perf_counter() - started
@@ -174,7 +184,8 @@ class StepMeasurement:
         assert self.reader.likelihood is not None
         config, setting = self.config, self.config.second_order
         second_order = setting if isinstance(setting, str) else setting.model_dump()
-        estimators = [e for e in selected.estimators if not (preview and e == "i2")]
+        leaves_out_i2 = preview or bool(self.without_i2)
+        estimators = [e for e in selected.estimators if not (leaves_out_i2 and e == "i2")]
         report = measure(
             model,
             selected.batch,
@@ -182,7 +193,7 @@ class StepMeasurement:
             draws=config.draws,
             label_sampling=config.label_sampling,
             estimators=estimators or ["i1"],
-            second_order="off" if preview else second_order,
+            second_order="off" if leaves_out_i2 else second_order,
             bounds=config.bounds and not preview,
             engine=config.engine,
             labels=selected.labels,
@@ -195,6 +206,45 @@ class StepMeasurement:
             ranks=self.processes,
         )
         return replace(report, notes=[*report.notes, PREVIEW_NOTE]) if preview else report
+
+    def _judge_i2(self, report: Report, schedule: Schedule) -> None:
+        """Leave Î₂ out under a budget where the first whole report shows that it says nothing.
+
+        Args:
+            report: The first whole report, the same in all processes.
+            schedule: That of the training.
+        """
+        self._is_i2_judged = True
+        reason = why_i2_says_nothing(report)
+        asked = self.config.model_fields_set & {"estimators", "second_order"}
+        if not reason or asked or not isinstance(schedule, (Budget, SharedBudget)):
+            return  # the advice of the report compares the estimators
+        share = share_of_i2(report)
+        schedule.expect(1 - share)
+        self.without_i2 = (
+            f"Î₂ is left out after step {report.step}, because {reason}. This saves about "
+            f"{percent(share)} of the seconds of a report. Pass estimators=['i1', 'i2'] to keep it."
+        )
+        self.errors.warn_once(self.without_i2)
+
+    def _compare_with_requests(self, report: Report, inputs: Any) -> None:
+        """Warn of what the options ask for and the first whole report does not have.
+
+        Args:
+            report: The report.
+            inputs: The inputs that were given in place of a training batch; None for none.
+        """
+        batch, size = self.config.batch, report.batch_size
+        if "batch" in self.config.model_fields_set and size < batch:
+            self.errors.warn_once(
+                f"`batch` is {batch}, and the training batch has {quantity(size, 'input')}: all of "
+                "them are measured. Where gradients accumulate, the last micro-batch is measured"
+            )
+        if inputs is not None and "empirical" in self.config.estimators:
+            self.errors.warn_once(
+                "no empirical Fisher is measured for inputs given to probe.step(inputs), since they "
+                "have no loss and no labels of the data"
+            )
 
     def _defer_error(self, action: Callable[[], None]) -> None:
         try:

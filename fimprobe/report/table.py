@@ -332,8 +332,8 @@ _COLUMNS = {
         ),
     ],
     "variances": [
-        Column(head="Î₁: 1 label", key="i1", field="one_label_error", show=percent, rank=2),
-        Column(head="Î₂: 1 label", key="i2", field="one_label_error", show=percent, rank=2),
+        Column(head="Î₁: 1 label", key="i1", field="one_label_error", show=percent, rank=1),
+        Column(head="Î₂: 1 label", key="i2", field="one_label_error", show=percent, rank=1),
         _label_variance("V labels", "i1", 4),
         Column(head="V inputs", key="i1", field="input_variance", rank=4),
         _label_variance("Î₂: V labels", "i2", 5),

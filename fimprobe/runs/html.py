@@ -307,7 +307,7 @@ def _about(records: Records, last: Record) -> str:
     words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in WORDS.items())
     every = last.get("coverage", {})
     shown = {name: how for name, how in every.items() if how != FROZEN}
-    coverage = [("parameter", "measured by"), *shown.items()]
+    coverage: list[Row] = [("parameter", "measured by"), *shown.items()]
     left_out = sum(how.startswith("left") for how in shown.values())
     parameters = quantity(len(shown), "parameter tensor")
     parameters += f", {left_out:,} left out" if left_out else ""

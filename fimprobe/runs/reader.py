@@ -18,7 +18,7 @@ logger = logging.getLogger("fimprobe")
 MAX_DEPTH = 4
 """Depth of the search below a folder: ``output_dir/runs/<time>/fimprobe`` is at depth three."""
 
-_STARTS = ('{"step": ', '{"run": ')
+_STARTS = ('{"step": ', '{"run": ', '{"end": ')
 """Starts of the lines that fimprobe writes."""
 
 
@@ -28,6 +28,7 @@ class _Lines(NamedTuple):
     reports: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     notes: list[str]
+    ends: list[str]
 
 
 class Records(list[dict[str, Any]]):
@@ -50,6 +51,8 @@ class Records(list[dict[str, Any]]):
         ``first_step`` on. A training that resumed has one for each part."""
         self.notes = lines.notes
         """The defects of the file."""
+        self.end = lines.ends[-1] if lines.ends else ""
+        """Why probing ended before the training; "" if it did not, or if a report follows."""
 
     @property
     def run(self) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def _find(path: Path) -> Path:
 
 def _load(path: Path) -> _Lines:
     """Return the lines of a file, and its defects."""
-    lines = _Lines(reports=[], runs=[], notes=[])
+    lines = _Lines(reports=[], runs=[], notes=[], ends=[])
     foreign_line = damaged_line = 0
     defect = ""
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -179,9 +182,13 @@ def _load(path: Path) -> _Lines:
                 lines.notes.append(f"{path}: line {number} is {defect}; its report is left out")
     # one line of something else among reports, as a crash of the machine leaves it, hides no report
     if foreign_line:
-        if not lines.reports and not damaged_line:
+        if not lines.reports and not damaged_line and not lines.ends:
             raise _foreign_file(path, foreign_line)
         lines.notes.append(f"{path}: line {foreign_line} is not a report; it is left out")
+    if not lines.reports and lines.ends:
+        raise FimprobeError(
+            f"`run` must have a report, got {str(path)!r} without one: {lines.ends[-1].rstrip('.')}."
+        )
     if not lines.reports:
         kind = "torn" if defect.startswith("torn") else "damaged"
         reason = f"line {damaged_line} is {kind}" if damaged_line else "the file is empty"
@@ -214,6 +221,11 @@ def _add_record(lines: _Lines, record: Any, path: Path, number: int) -> bool:
             raise ValueError("not a run")
         lines.runs.append(record["run"])
         return True
+    if isinstance(record.get("end"), dict) and "step" not in record:
+        if not isinstance(record["end"].get("reason"), str):
+            raise ValueError("not an end")
+        lines.ends.append(record["end"]["reason"])
+        return True
     if not {"step", "total", "layers"} <= set(record):
         return False
     if not is_report(record):
@@ -224,6 +236,7 @@ def _add_record(lines: _Lines, record: Any, path: Path, number: int) -> bool:
             f"{number}: more than one training wrote here"
         )
     lines.reports.append(record)
+    lines.ends.clear()  # a training that resumed measures again
     return True
 
 

@@ -1,4 +1,4 @@
-"""JSON lines: one object that describes the run, then one for each report."""
+"""JSON lines: one object that describes the run, one for each report, one for what ended it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fimprobe.config.config import JSONL_NAME
 from fimprobe.errors import FimprobeError
 from fimprobe.report.report import Report
 from fimprobe.sinks.folder_lock import FileLock
 
-FILE_NAME = "fimprobe.jsonl"
+FILE_NAME = JSONL_NAME
 
 
 class JsonlSink:
@@ -65,20 +66,41 @@ class JsonlSink:
             FimprobeError: If a resumed training writes to the file now, or this process is a fork of
                 the one that writes.
         """
-        if not self._lock.held:
-            raise FimprobeError("another training or process writes to this file now")
-        if os.fstat(self.file.fileno()).st_nlink == 0:
-            raise FimprobeError("the file was removed")
         text = json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n"
         if self._run is not None:  # not before the first report: a run without reports has no line
             description = {"run": {"first_step": report.step} | self._run()}
             text = json.dumps(description, allow_nan=False, default=str) + "\n" + text
+        self._append(text)
+        self._run = None
+
+    def write_end(self, reason: str, step: int) -> None:
+        """Append ``{"end": ...}``: why probing ended before the training, or never began.
+
+        Args:
+            reason: In words.
+            step: Number of the step after the last one.
+
+        Raises:
+            FimprobeError: As :meth:`write`.
+        """
+        self._append(json.dumps({"end": {"step": step, "reason": reason}}) + "\n")
+
+    def _append(self, text: str) -> None:
+        """Append lines.
+
+        Raises:
+            FimprobeError: If the file is not this sink's any more.
+        """
+        if not self._lock.held:
+            raise FimprobeError("another training or process writes to this file now")
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            raise FimprobeError("the file was removed")
         if self._is_torn:  # a line appended to a torn one would be lost with it
             text = "\n" + text
         data = text.encode()
         while data:
             data = data[self.file.write(data) :]
-        self._run, self._is_torn = None, False
+        self._is_torn = False
 
     def close(self) -> None:
         """Close the file and release it."""
@@ -142,5 +164,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _step(record: dict[str, Any]) -> int:
-    """Return the step of a report, or the first step of a run."""
+    """Return the step of a report or of an end, or the first step of a run."""
+    if "end" in record:
+        return int(record["end"]["step"])
     return int(record["run"]["first_step"] if "run" in record else record["step"])

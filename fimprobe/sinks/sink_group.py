@@ -105,6 +105,20 @@ class SinkGroup:
                 if not _closes(sink):
                     _closes(sink)
 
+    def write_end(self, reason: str, step: int) -> None:
+        """Write why probing ended, or never began, to the sinks that record it.
+
+        Args:
+            reason: In words.
+            step: Number of the step after the last one.
+        """
+        for sink in self.sinks:
+            write_end = getattr(sink, "write_end", None)
+            if write_end is not None:
+                self._errors.run_safely(
+                    functools.partial(write_end, reason, step), f"{type(sink).__name__} failed"
+                )
+
     def close(self) -> None:
         """Close all sinks and release the folder. Calling it again closes what was not closed.
 

@@ -339,7 +339,9 @@ TEXT = [
     ),
     transformers_model("T5", "ForConditionalGeneration", T5, seq2seq),
     transformers_model("MT5", "ForConditionalGeneration", T5, seq2seq),
-    transformers_model("SwitchTransformers", "ForConditionalGeneration", T5, seq2seq, num_experts=2),
+    transformers_model(
+        "SwitchTransformers", "ForConditionalGeneration", T5, seq2seq, num_experts=2, rounding=1e-5
+    ),
     transformers_model("Bart", "ForConditionalGeneration", BART, seq2seq),
     transformers_model("Marian", "MTModel", BART, seq2seq),
     transformers_model(

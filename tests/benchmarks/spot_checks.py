@@ -159,14 +159,17 @@ def show(name: str, state: str, subject: Subject, replicates: int) -> None:
     total = statistics.mean(r.total.i2.label_variance for r in reports)
     for layer in [*probes.layers, "total"]:
         groups = [r.total if layer == "total" else r.layers[layer] for r in reports]
-        values = [g.i2.label_variance for g in groups if g.i2.label_variance is not None]
-        mean = statistics.mean(values) if values else 0.0
+        known = [g.i2 for g in groups if g.i2.label_variance is not None]
+        values = [estimate.label_variance for estimate in known]
+        mean = statistics.mean(values) if len(values) > 1 else 0.0
         if mean == 0:
             continue
         spread = statistics.stdev(values) / mean
-        stated = statistics.mean(g.i2.label_variance_error for g in groups) / mean
-        probe = (probes.total if layer == "total" else probes.layers[layer]).i2.label_variance_error
-        print(f"| {layer} | {mean / total:.2g} | {spread:.2f} | {stated:.2f} | {probe / mean:.2g} |")
+        stated = statistics.mean(estimate.label_variance_error for estimate in known) / mean
+        of_probes = (probes.total if layer == "total" else probes.layers[layer]).i2
+        error = of_probes.label_variance_error
+        probe = "unknown" if error is None else f"{error / mean:.2g}"
+        print(f"| {layer} | {mean / total:.2g} | {spread:.2f} | {stated:.2f} | {probe} |", flush=True)
 
 
 def main() -> None:

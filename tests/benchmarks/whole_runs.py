@@ -187,14 +187,14 @@ def whole_runs(seconds: float, repeats: int) -> None:
     }
     print(
         "\n| whole run, default budget of 2 % | seconds without | with / without | processor time | the "
-        "probe's own account | looks, whole | first look | first whole | paid off after |\n"
+        "probe's own account | in the allowance | previews, whole | first whole | later whole |\n"
         "|---|---|---|---|---|---|---|---|---|"
     )
     for name, (run, steps) in runs.items():
         for options in ({}, None):  # imports
             run(3, options)
         steps = steps or steps_of(run, seconds)
-        plain, ratios, busy, shares, firsts, wholes, counts = [], [], [], [], [], [], []
+        plain, ratios, busy, shares, free, firsts, wholes, counts = ([] for _ in range(8))
         for repeat in range(repeats if run(steps, None)[0] > 10 else 7 * repeats):
             found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):
@@ -206,18 +206,23 @@ def whole_runs(seconds: float, repeats: int) -> None:
             plain.append(without)
             ratios.append(100 * (with_ / without - 1))
             shares.append(100 * account.spent / with_)
-            firsts.append(account.first)
+            free.append(account.free)
+            firsts += [account.first] if account.first is not None else []
             wholes += list(account.costs)[:1]
-            looks = len(account.preview_costs)
-            counts.append((looks, len(probe.history) - looks))
-        first = statistics.median(firsts)
+            previews = sum(report.total.i2 is None for report in probe.history)
+            counts.append((previews, len(probe.history) - previews))
         print(
             f"| {name} | {statistics.median(plain):.1f} | **{statistics.median(ratios):+.1f} %** "
             f"({spread(ratios)}) | {statistics.median(busy):+.1f} % ({spread(busy)}) | "
-            f"{statistics.median(shares):.1f} % | {max(counts)[0]}, {max(counts)[1]} | {first:.2f} s | "
-            f"{f'{statistics.median(wholes):.2f} s' if wholes else '–'} | {first / 0.02:.0f} s |",
+            f"{statistics.median(shares):.1f} % | {statistics.median(free):.1f} s | "
+            f"{max(counts)[0]}, {max(counts)[1]} | {median_seconds(firsts)} | {median_seconds(wholes)} |",
             flush=True,
         )
+
+
+def median_seconds(seconds: list[float]) -> str:
+    """The median in words, or a dash."""
+    return f"{statistics.median(seconds):.2f} s" if seconds else "–"
 
 
 def every(repeats: int) -> None:

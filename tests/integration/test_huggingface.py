@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import fimprobe
 from tests.support.paths import EXAMPLES, ROOT
+from tests.support.trackers import WandbRun, install
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -27,7 +28,7 @@ from transformers import (  # noqa: E402
     TrainerControl,
     TrainerState,
 )
-from transformers.integrations import TensorBoardCallback  # noqa: E402
+from transformers.integrations import TensorBoardCallback, WandbCallback  # noqa: E402
 
 from fimprobe.integrations.huggingface import FimProbeCallback, _headlines  # noqa: E402
 from tests.support.fresh_process import run_fresh  # noqa: E402
@@ -311,6 +312,7 @@ class Log(TrainerCallback):
 
 @pytest.mark.parametrize("where", ["report_to", "after ours", "own writer", "environment", "none"])
 def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch, capsys):
+    monkeypatch.setattr("fimprobe.probe.closing.MIN_WALL_SECONDS", 0.0 if where == "none" else 1e9)
     probing, log = FimProbeCallback(schedule={"every": 2}), Log()
     callbacks = [log, probing]
     if where == "after ours":
@@ -337,8 +339,8 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
         history = [(x["step"], x[name]) for x in trainer.state.log_history if name in x]
         assert history == [(step, logs[name]) for step, logs in log.entries if name in logs]
         if name == "fim_probe/overhead":
-            assert [step for step, _ in history] == [0, 2, 4]
-            assert all(0 < v < 1 for _, v in history)
+            assert [step for step, _ in history] == ([0, 2, 4] if where == "none" else [])
+            assert all(0 <= v < 1 for _, v in history)
         else:
             wanted = [(r.step, headline_of(r, name)) for r in reports]
             assert history == [(step, value) for step, value in wanted if value is not None]
@@ -352,7 +354,7 @@ def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch
     assert every == {0, 2, 4} and all(r.batch_size == 8 for r in reports)
     assert [x["step"] for x in trainer.state.log_history if "loss" in x] == [2, 4]
     fim = {key for x in trainer.state.log_history for key in x if key.startswith("fim")}
-    assert fim == {*headlines, "fim_probe/overhead"}
+    assert fim == {*headlines, *(["fim_probe/overhead"] if where == "none" else [])}
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
@@ -714,3 +716,39 @@ def test_a_failing_logger_does_not_end_the_training(tmp_path, caplog):
     trainer.train()
     (line,) = warnings_of(caplog)
     assert "no route to host" in line and trainer.state.global_step == 6
+
+
+class Tracked(WandbCallback):
+    """The Trainer's callback of W&B without W&B: it keeps what it is asked to log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def setup(self, *args, **kwargs):
+        pass
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(logs)
+
+    def on_train_begin(self, *args, **kwargs):
+        pass
+
+    on_train_end = on_save = on_predict = on_train_begin
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_the_numbers_go_where_report_to_says(tmp_path, monkeypatch, off):
+    """All of them to the Trainer's run, and none twice; an option of the user wins."""
+    run = WandbRun()
+    install(monkeypatch, "wandb", run=run)
+    probing, tracked = FimProbeCallback(**I1, **({"wandb": False} if off else {})), Tracked()
+    trainer = trainer_of(tmp_path, tracked, probing, max_steps=3)
+    trainer.args.report_to = ["wandb"]
+    trainer.train()
+    history = probing.probe.history
+    wanted = [] if off else [r.scalars(layers=()) for r in history]
+    assert [{k: v for k, v in row.items() if k != "fim_probe/step"} for row in run.rows] == wanted
+    headlines = [logs for logs in tracked.logs if any(name.startswith("fim") for name in logs)]
+    assert len(headlines) == (len(history) if off else 0)
+    assert not run.finished  # it is the Trainer's
+    assert len([x for x in trainer.state.log_history if "fim/i1/trace" in x]) == len(history) > 0

@@ -45,8 +45,8 @@ def text_of(html):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_text_everywhere(name, tmp_path, capsys, caplog):
-    options = {"likelihood": "categorical", "estimators": ["i1"]}
-    with fimprobe.attach(Net(name), log_dir=tmp_path, **options) as probe:
+    options, net = {"likelihood": "categorical", "estimators": ["i1"]}, Net(name)
+    with fimprobe.attach(net, log_dir=tmp_path, **options) as probe:
         for _ in range(4):
             report = probe.step(torch.randn(6, 4))
     assert caplog.text == ""  # figures too
@@ -59,7 +59,7 @@ def test_a_name_is_text_everywhere(name, tmp_path, capsys, caplog):
     assert "<script" not in html and "<img" not in html
     assert visible(name) in text_of(html)
     record = report.to_dict()
-    about = about_page(report, run={}, layers=[name], pictures="")
+    about = about_page(report, run={}, tabs="")
     for markdown in (advice_page(record), about):
         rendered = plugin_util.markdown_to_safe_html(markdown)
         assert visible(name) in text_of(rendered), rendered

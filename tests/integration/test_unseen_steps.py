@@ -211,7 +211,7 @@ def test_an_undecided_likelihood_is_explained_at_the_end(caplog):
     assert "not decided after 2 training batches" in line and "likelihood=" in line
 
 
-def test_a_probe_that_was_never_due_or_saw_nothing_is_silent(caplog):
+def test_a_probe_that_was_never_due_or_saw_nothing_warns_of_nothing(caplog):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with fimprobe.attach(model, likelihood="categorical", **{**OPTIONS, "schedule": {"at": [99]}}):

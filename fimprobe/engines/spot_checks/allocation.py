@@ -15,7 +15,7 @@ SLOTS_PER_LAYER = 4
 """Least number of checks for each layer, on average."""
 
 LARGE_SHARE = 0.005
-"""Share of V2 from which a layer's error counts for itself. A layer of 1 % may have less in the pilot."""
+"""Share of V2, by the pilot, from which a layer's error counts for itself."""
 
 TOTAL_ERROR, LAYER_ERROR = 0.1, 0.2
 """Relative errors of the total and of each large layer that are aimed at; their ratio matters."""

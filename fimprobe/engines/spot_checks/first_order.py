@@ -43,10 +43,11 @@ class _Columns:
 
 @dataclass(kw_only=True)
 class _Tokens:
-    """Tokens of every sample, and weights of its positions [T]."""
+    """Tokens of every sample, weights of its positions [T], and weights of the units [D]."""
 
     of_samples: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    units: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -128,10 +129,13 @@ class FirstOrderNotes:
         index = use.call.inputs[0]
         index = index.reshape(len(index), -1)
         weights = torch.zeros(index.shape, dtype=torch.float64)
+        notes = self.tokens.setdefault(name, _Tokens())
         for delta in deltas[use.edge] or []:
             at_position = batch_first(delta, use.layout, chunk.size).reshape(*index.shape, -1)
-            weights += at_position.square().sum(-1).double().cpu()
-        notes = self.tokens.setdefault(name, _Tokens())
+            square = at_position.square()
+            weights += square.sum(-1).double().cpu()
+            units = square.sum((0, 1)).double().cpu()
+            notes.units = units if notes.units is None else notes.units + units
         notes.of_samples.extend(index.cpu())
         notes.weights.extend(weights)
 
@@ -200,9 +204,12 @@ class FirstOrderNotes:
                 mass = torch.zeros(len(each), dtype=torch.float64).index_add_(0, place, weights)
                 tokens.append(each)
                 probabilities.append((normalised(counts.double()) + normalised(mass.square())) / 2)
-            units = squares.sum(0).double().cpu()
+            # Σ g² of a tied weight contains that of the head, which has no curvature of its own
+            units = torch.ones(squares.shape[1]) if notes.units is None else notes.units
             return LookupProposal(
-                units=mixed_with_even(units, 0.5), tokens=tokens, probabilities=probabilities
+                units=mixed_with_even(units.double(), EVEN_ENTRIES),
+                tokens=tokens,
+                probabilities=probabilities,
             )
         return FlatProposal(squares=squares.cpu())
 

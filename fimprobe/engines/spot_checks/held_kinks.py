@@ -1,8 +1,9 @@
 """Differences of forward passes with the kinks of the unshifted pass.
 
 Where a shift crosses the kink of a ReLU, the second difference is of the order of the first
-derivative, and wrong by orders of magnitude. The Hessian is that of the smooth branch at its point. The unshifted pass therefore records the branch of every operation with kinks, and the
-shifted passes follow it: masks, indices of maxima, comparisons and rounded numbers stay as they were.
+derivative, and wrong by orders of magnitude. The Hessian is that of the smooth branch at its point.
+The unshifted pass therefore records the branch of every operation with kinks, and the shifted passes
+follow it: masks, indices of maxima, comparisons and rounded numbers stay as they were.
 """
 
 from __future__ import annotations

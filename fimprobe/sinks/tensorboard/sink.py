@@ -152,7 +152,7 @@ class TensorboardSink:
         if self.layers is None:
             self.layers = self._select_layers(report)
         self._count += 1
-        measured = {key for key in KEYS if key in self._record["total"]}
+        measured: set[str] = {key for key in KEYS if key in self._record["total"]}
         if not measured <= self._described:  # the first report may be a preview without Î₂
             self._described = measured
             self._files[MAIN_RUN].add_text("fimprobe/about", self._about(report))
@@ -189,12 +189,16 @@ class TensorboardSink:
         Args:
             run: The key of an estimator, or ``MAIN_RUN``.
         """
+        folder = self._folder / run
         if run not in self._files:
+            if run and folder.is_symlink():  # its target is not ours to write
+                raise FimprobeError(
+                    "`log_dir` must be a folder without links in place of fimprobe's files, but "
+                    f"{str(folder)!r} is a link. Remove it, or pass another folder."
+                )
             of_estimator = f"{ESTIMATOR_DESCRIPTIONS[run]} " if run else ""
             self._files[run] = EventFile(
-                self._folder / run,
-                lambda tag: of_estimator + describe(tag),
-                purge_step=self._purge_step,
+                folder, lambda tag: of_estimator + describe(tag), purge_step=self._purge_step
             )
         return self._files[run]
 

@@ -106,8 +106,8 @@ def advice_page(record: Record) -> str:
     advice = "\n".join(f"* {_escape(line)}" for line in record["advice"])
     head, *rows = make_rows(record, MAX_LAYERS)
     shown = [i for i, name in enumerate(head) if name != "parameters"]  # more cells are too narrow
-    cells = [[_escape(row[i]).replace(" ", "&nbsp;") for i in shown] for row in rows]
-    table = _table([head[i].replace(" ", "&nbsp;") for i in shown], cells)
+    cells = [[_escape(row[0]), *(_unbroken(row[i]) for i in shown[1:])] for row in rows]
+    table = _table([_unbroken(head[i]) for i in shown], cells)
     notes = "\n\n".join(["", *map(_escape, footnotes(record, MAX_LAYERS))])
     others = len(record["layers"]) - MAX_LAYERS
     need = "more layer needs" if others == 1 else "more layers need"
@@ -122,6 +122,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _escape(text: str) -> str:
     """Return one line that Markdown shows as it is: markup as HTML's entities."""
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
+
+
+def _unbroken(cell: str) -> str:
+    """Return the text of a cell without breaks between its words, in Markdown."""
+    return _escape(cell).replace(" ", "&nbsp;")
 
 
 def _code(name: str) -> str:

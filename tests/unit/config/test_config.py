@@ -79,7 +79,7 @@ def messages(path: Path, text: str) -> list[str]:
 AT = "`schedule.at` must be a list of at least one step, each an integer of at least 0, got"
 DRAWS = "`draws` must be a positive integer, 'exact' or 'auto', got"
 SAMPLING = "`label_sampling` must be 'size_biased' or 'model', got"
-SECOND = "`second_order` must be {probes: 2}, 'exact' or 'off', got"
+SECOND = "`second_order` must be {probes: 2}, 'spot_checks', 'exact' or 'off', got"
 TENSORBOARD = "`tensorboard` must be false or a mapping with some of the keys log_dir, histograms and figures, got"
 
 

@@ -56,7 +56,10 @@ def unknown(report, where, kind, field, reason, *, table=True, advice=True):
     for name in DERIVED.get(field, (field,)):
         assert f"fim/{kind}/{name}" not in scalars or where != "total"
     if table:
-        assert re.search(bare_pattern(reason), bare(report.table("all"))), (reason, report.table("all"))
+        assert re.search(bare_pattern(reason), bare(report.table("all"))), (
+            reason,
+            report.table("all"),
+        )
         assert str(report) == format_report(record)
     if advice:
         told = bare("\n".join(report.advice))

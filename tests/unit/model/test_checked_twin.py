@@ -321,3 +321,31 @@ def test_attributes_of_torchs_classes_only_are_switched_off():
     twin = make_twin(nn.ModuleList([Gate(), nn.Embedding(3, 2, sparse=True), nn.ReLU(inplace=True)]))
     assert twin[0].sparse is True and twin[0].scale_grad_by_freq is True
     assert twin[1].sparse is False and twin[2].inplace is False
+
+
+class RandomSpans(nn.Module):
+    """Replaces random rows by a trained vector in training mode, as speech models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.a, self.b = nn.Parameter(torch.ones(3)), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        if self.training:
+            x = torch.where(torch.rand(len(x), 1) < 0.5, self.vector, x)
+        return self.b(self.a(x).tanh())
+
+
+class RandomElsewhere(RandomSpans):
+    """Computes with other weights altogether in eval mode."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else x[:, :2] * self.vector[:2]
+
+
+def test_a_vector_that_only_training_draws_is_left_out_and_named():
+    report = measure(RandomSpans(), torch.randn(5, 3), likelihood="categorical")
+    assert "left out" in report.coverage["vector"] and "vector" not in report.parameters
+    assert sum("do not depend on 'vector'" in note for note in report.notes) == 1
+    with pytest.raises(FimprobeError, match="computes something else in eval mode"):
+        measure(RandomElsewhere(), torch.randn(5, 3), likelihood="categorical")

@@ -113,8 +113,30 @@ def test_draws_of_others_are_kept():
     random.random()  # another thread
     after = HostStreams.read()
     assert not undo_own_draws(before, lambda: None) and HostStreams.read().key == after.key
+    stopped = threading.Event()
+
+    def keep_drawing():
+        while not stopped.is_set():
+            random.random()
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=keep_drawing)
+    thread.start()
+    try:
+        assert not undo_own_draws(before, lambda: time.sleep(0.01))
+        assert not undo_own_draws(before, random.random)
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def test_draws_of_varying_number_are_undone():
+    """Rejection sampling takes another number of words in every run."""
+    before, state = HostStreams.read(), streams()
     pieces = iter(range(1, 100))
-    assert not undo_own_draws(before, lambda: [random.random() for _ in range(next(pieces))])
+    random.random()
+    assert undo_own_draws(before, lambda: [random.random() for _ in range(next(pieces))])
+    assert same(streams(), state)
 
 
 class Noisy(nn.Module):

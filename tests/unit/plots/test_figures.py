@@ -54,7 +54,7 @@ def labels_of(figure):
 def test_no_label_covers_another_or_leaves_the_picture(layers):
     drawn = draw(layers)
     assert list(drawn) == [
-        "errors", "traces", "3_error_by_layer", "4_variance_and_bound", "5_pairs_needed",
+        "1_error", "2_trace", "3_error_by_layer", "4_variance_and_bound", "5_pairs_needed",
         "6_bound_of_the_matrix", "7_diagonal", "8_error_by_confidence", "9_convergence",
     ]  # fmt: skip
     for name, picture in drawn.items():
@@ -268,7 +268,7 @@ def test_traces_of_unknown_error_are_hollow():
 
 def test_without_numbers_there_is_no_picture():
     record = build_report(3, 0, i2=False, known=False).to_dict()
-    assert [picture.name for picture in make_figures([record])] == ["traces", "7_diagonal"]
+    assert [picture.name for picture in make_figures([record])] == ["2_trace", "7_diagonal"]
 
 
 def confident():

@@ -197,7 +197,8 @@ def test_every_sink_is_closed_though_one_raises():
 def test_a_folder_is_free_after_its_files_failed(tmp_path, monkeypatch, caplog):
     def train():
         options = {"likelihood": "categorical", "estimators": ["i1"], "log_dir": tmp_path}
-        with fimprobe.attach(nn.Linear(3, 2), **options) as probe:
+        net = nn.Linear(3, 2)
+        with fimprobe.attach(net, **options) as probe:
             probe.step(torch.randn(4, 3))
         return probe.log_dir
 

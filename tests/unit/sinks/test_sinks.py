@@ -93,7 +93,7 @@ def test_layers_are_chosen_by_pattern_and_number(tmp_path):
         probe.step(torch.randn(8, 4))
     events = EventAccumulator(str(tmp_path / "i1"))
     events.Reload()
-    shown = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layer_error")}
+    shown = {t.split("/")[1] for t in events.Tags()["scalars"] if t.startswith("fim_layer_")}
     assert len(shown) == 2
     assert shown <= {"0 Linear", "1 Linear", "3 Linear"}
 

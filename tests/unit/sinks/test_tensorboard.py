@@ -396,3 +396,15 @@ def test_the_last_report_has_every_picture_once(tmp_path):
     assert len(events.Tags()["images"]) == 9
     for tag in events.Tags()["images"]:
         assert [e.step for e in events.Images(tag)] == [3], tag
+
+
+def test_a_link_in_place_of_a_run_is_not_followed(tmp_path):
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "i1").symlink_to(target)
+    sink = TensorboardSink(tmp_path / "run", figures=False)
+    with pytest.raises(FimprobeError, match="i1' is a link"):
+        sink.write(build_report(3, 0))
+    sink.close()
+    assert not list(target.iterdir())

@@ -2,9 +2,7 @@
 
 import importlib.util
 import re
-import sys
 import types
-from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -13,31 +11,8 @@ from torch import nn
 import fimprobe
 from fimprobe.sinks.trackers import MlflowSink, WandbSink
 from tests.support.reports import build_report
+from tests.support.trackers import WandbRun, install
 from tests.support.warnings import warnings_of
-
-
-class WandbRun:
-    """A run of W&B: rows of values, whose own step is the number of the row."""
-
-    def __init__(self, **options):
-        self.options, self.rows, self.axes, self.finished = options, [], {}, False
-
-    def define_metric(self, name, step_metric=None, hidden=None):
-        self.axes[name] = step_metric
-
-    def log(self, values):
-        self.rows.append(values)
-
-    def finish(self):
-        self.finished = True
-
-
-def install(monkeypatch, name, **members):
-    module = types.ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    vars(module).update(members)
-    monkeypatch.setitem(sys.modules, name, module)
-    return module
 
 
 def train(**options):

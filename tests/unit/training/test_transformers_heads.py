@@ -406,6 +406,20 @@ def test_in_the_loop_padding_is_left_out():
         assert have.trace == pytest.approx(wanted.trace, rel=1e-10, abs=0)
 
 
+def test_measure_takes_family_and_mask_from_the_head():
+    model, inputs = lively(gpt2()), padded()
+    options = {"draws": "exact", "bounds": False, "estimators": ("i1",)}
+    auto = fimprobe.measure(model, inputs, likelihood="auto", **options)
+    mask = label_mask(model, (), inputs)
+    wanted = fimprobe.measure(model, inputs, likelihood="categorical", mask=mask, **options)
+    assert not mask.all() and auto.total.i1.trace == wanted.total.i1.trace
+    assert auto.notes == ["likelihood='auto': GPT2LMHeadModel predicts a class at each position."]
+    with pytest.raises(fimprobe.FimprobeError, match="`likelihood` must be named for a ViTFor"):
+        fimprobe.measure(lively(vit()), images(), likelihood="auto", **options)
+    labels = {**images(), "labels": _WHOLE}
+    assert fimprobe.measure(lively(vit()), labels, likelihood="auto", **options).notes
+
+
 def test_inputs_given_by_hand_are_masked_and_asked_for_their_labels(caplog):
     model, inputs = lively(gpt2()), text()
     options = {"tensorboard": False, "draws": "exact", "bounds": False, "estimators": ["i1"]}
@@ -422,7 +436,8 @@ def test_inputs_given_by_hand_are_masked_and_asked_for_their_labels(caplog):
         mask=carry,
     )
     assert report.total.i1.trace == pytest.approx(want.total.i1.trace, rel=1e-6)
-    with fimprobe.attach(lively(vit()), **options) as probe:
+    classifier = lively(vit())  # a probe keeps no model alive
+    with fimprobe.attach(classifier, **options) as probe:
         with caplog.at_level(logging.WARNING, "fimprobe"):
             assert probe.step(images()) is None
         assert "likelihood='auto' needs a training batch or its labels" in caplog.text

@@ -1,0 +1,219 @@
+"""How a training ends: one closing paragraph, whole files, and why probing ended or never began."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fimprobe
+from fimprobe.cli.commands import main
+from fimprobe.sinks.jsonl import JsonlSink
+from tests.models.small import mlp
+from tests.support.loop import KNOWN, data, sgd, train
+from tests.support.paths import ROOT
+from tests.support.warnings import warnings_of
+
+
+def closing_lines(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("fimprobe: ")]
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "fimprobe.jsonl").read_text().splitlines()]
+
+
+def test_the_closing_paragraph_states_reports_verdict_and_time(capsys, caplog):
+    net = mlp()
+    with caplog.at_level(logging.INFO, "fimprobe"):
+        probe = fimprobe.attach(net, KNOWN, schedule={"every": 2})
+        train(net, 5)
+        probe.detach()
+        probe.detach()
+    (line,) = closing_lines(capsys)
+    assert line.startswith("fimprobe: 3 reports in 5 steps, the last at step 4. ")
+    assert probe.last.advice[0] in line and " The probe took " in line
+    assert caplog.messages.count(line) == 1
+
+
+def test_it_is_written_once_where_the_log_goes_to_the_terminal(capsys):
+    logger, handler = logging.getLogger("fimprobe"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        net = mlp()
+        with fimprobe.attach(net, KNOWN):
+            train(net, 1)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert len([x for x in closing_lines(capsys) if "1 report in 1 step," in x]) == 1
+
+
+def test_nothing_is_stated_where_nothing_happened(capsys, caplog):
+    with fimprobe.attach(mlp(), KNOWN):
+        pass
+    assert not closing_lines(capsys) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "reason"),
+    [
+        ({"schedule": {"at": [99]}}, 4, "the schedule names none of the steps 0 to 3. Use"),
+        ({"schedule": {"budget": 0.5}}, 1, "a budget begins at the second"),
+    ],
+)
+def test_a_schedule_that_was_never_due(options, steps, reason, capsys, caplog, tmp_path):
+    net = mlp()
+    with fimprobe.attach(net, {**KNOWN, **options}, log_dir=tmp_path):
+        train(net, steps)
+    (line,) = closing_lines(capsys)
+    assert line.startswith(f"fimprobe: no report in {steps} step") and reason in line
+    assert not warnings_of(caplog)  # it is as requested
+    (end,) = lines_of(tmp_path)
+    assert end["end"]["step"] == steps and reason in end["end"]["reason"]
+
+
+def test_why_probing_never_began_is_in_the_file_and_shown(capsys, tmp_path):
+    net = mlp()
+    with fimprobe.attach(net, schedule={"every": 1}, log_dir=tmp_path):
+        x, y = data()
+        log_p = F.log_softmax(net(x), 1).gather(1, y[:, None])
+        (-((1 - log_p.exp()) ** 2) * log_p).mean().backward()  # focal loss
+        sgd(net).step()
+    (line,) = closing_lines(capsys)
+    assert "no report in 1 step: probing ended at step 0" in line
+    with pytest.raises(fimprobe.FimprobeError, match="without one: probing ended at step 0"):
+        fimprobe.read(tmp_path)
+    assert main(["show", str(tmp_path)]) != 0
+    shown = capsys.readouterr()
+    assert "probing ended at step 0" in shown.out + shown.err
+    assert "again later" not in shown.out + shown.err
+
+
+def test_why_probing_ended_stands_below_the_reports_until_it_resumes(capsys, tmp_path, monkeypatch):
+    net, options = mlp(), {**KNOWN, "on_error": "warn"}
+    with fimprobe.attach(net, options, log_dir=tmp_path) as probe:
+        train(net, 2)
+        monkeypatch.setattr(probe._measurement, "measure", lambda *args, **kwargs: 1 / 0)
+        train(net, 3, first=2)
+    (line,) = closing_lines(capsys)
+    reason = "probing ended at step 2, training continues: ZeroDivisionError: division by zero"
+    assert "2 reports in 5 steps" in line and f" P{reason[1:]}. " in line
+    records = fimprobe.read(tmp_path)
+    assert records.end == reason and len(records.reports) == 2 and not records.notes
+    assert lines_of(tmp_path)[-1] == {"end": {"step": 5, "reason": reason}}
+    assert main(["show", str(tmp_path)]) == 0
+    assert f"The probe ended early: {reason}" in capsys.readouterr().out
+    with fimprobe.attach(net, options, log_dir=tmp_path, first_step=5):
+        train(net, 1, first=5)
+    records = fimprobe.read(tmp_path)
+    assert records.end == "" and [r["step"] for r in records.reports] == [0, 1, 5]
+
+
+def test_a_training_that_never_began_resumes_into_its_file(tmp_path):
+    path = tmp_path / "fimprobe.jsonl"
+    for _ in range(2):
+        sink = JsonlSink(path)
+        sink.write_end("nothing was measured", 4)
+        sink.close()
+    JsonlSink(path, purge_step=9).close()
+    assert path.read_text().count("nothing was measured") == 2
+    JsonlSink(path, purge_step=4).close()
+    assert path.read_text() == ""
+
+
+SCRIPT = """
+import sys, torch, fimprobe
+from tests.models.small import mlp
+from tests.support.loop import KNOWN, backward, sgd
+net = mlp()
+optimizer = sgd(net)
+probe = fimprobe.attach(net, {**KNOWN, "tensorboard": {}}, log_dir=sys.argv[1])
+for step in range(3):
+    backward(net, step)
+    optimizer.step()
+if sys.argv[2] == "interrupt":
+    raise KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("way", ["exit", "interrupt"])
+def test_files_are_whole_when_the_interpreter_ends(way, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), way]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (run.returncode != 0) == (way == "interrupt"), run.stderr
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("fimprobe: 3 reports in 3 steps"), run.stderr
+    assert [r["step"] for r in fimprobe.read(tmp_path).reports] == [0, 1, 2]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"]
+
+
+def test_a_cell_that_runs_twice_replaces_its_probe(tmp_path, caplog):
+    net = mlp()
+    for _ in range(2):
+        probe = fimprobe.attach(net, KNOWN, log_dir=tmp_path)
+        train(net, 2)
+    assert len(probe.history) == 2 and not probe.detached
+    (warning,) = warnings_of(caplog)
+    assert "the model had a probe, which was detached" in warning
+    assert fimprobe.detach(net) is probe and probe.detached and fimprobe.detach(net) is None
+    assert not net._forward_hooks and not net._forward_pre_hooks
+
+
+REQUESTS = [
+    ({"estimators": ["i1", "i2"], "second_order": "off"}, "`estimators` names 'i2'"),
+    ({"batch": 64}, "`batch` is 64, and the training batch has 12 inputs"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REQUESTS)
+def test_requests_that_are_not_met_are_stated_once(options, words, caplog):
+    net = mlp()
+    with fimprobe.attach(net, {**KNOWN, "on_error": "warn", **options}):
+        train(net, 3)
+    assert len([line for line in warnings_of(caplog) if words in line]) == 1
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_given_inputs_have_no_empirical_fisher(caplog):
+    net = mlp()
+    with fimprobe.attach(net, {**KNOWN, "estimators": ["empirical"]}) as probe:
+        for _ in range(2):
+            assert probe.step(data()[0]).total.empirical is None
+    (warning,) = warnings_of(caplog)
+    assert "no empirical Fisher is measured for inputs given" in warning
+
+
+def test_a_folder_without_charts_holds_the_lines(tmp_path):
+    net = mlp()
+    with fimprobe.attach(net, KNOWN, tensorboard=False, log_dir=tmp_path) as probe:
+        train(net, 1)
+    assert probe.log_dir is None and [p.name for p in tmp_path.glob("*.jsonl")] == ["fimprobe.jsonl"]
+    assert len(fimprobe.read(tmp_path).reports) == 1
+    options = {**KNOWN, "tensorboard": {"figures": False}}
+    with fimprobe.attach(net, options, log_dir=tmp_path / "charts") as probe:
+        assert probe.config.tensorboard.figures is False
+        assert probe.log_dir == tmp_path / "charts"
+
+
+def test_a_loss_decides_the_family_and_what_it_takes_is_stated(caplog):
+    net, loss = mlp(), torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    options = {key: value for key, value in KNOWN.items() if key != "likelihood"}
+    with fimprobe.attach(net, options, loss=loss) as probe:
+        train(net, 1)
+    assert probe.likelihood.name == "categorical" and probe.decision in caplog.text
+    assert probe.decision.startswith("loss=CrossEntropyLoss: labels are classes")
+    with pytest.raises(fimprobe.FimprobeError, match="^`loss` must be left out where"):
+        fimprobe.attach(net, KNOWN, loss=loss)
+    with pytest.raises(fimprobe.FimprobeError, match="^`loss` must be one of"):
+        fimprobe.attach(net, options, loss="mse")
+    with fimprobe.attach(net, {**options, "on_error": "warn"}, loss=torch.nn.MSELoss()) as probe:
+        train(net, 1)  # by cross-entropy
+    assert not probe.history and "MSELoss, but the gradient at the model's outputs" in caplog.text
