@@ -76,10 +76,10 @@ class ModeComparison:
         return ""
 
     def describe_lost(self) -> str:
-        """Return what eval mode leaves out where training mode cannot be measured; empty for nothing.
+        """Return what eval mode leaves out where training mode cannot be measured; else "".
 
-        Speech models replace random spans of their input by a trained vector in training mode. As with
-        dropout, the model without these replacements is measured.
+        Speech models replace random spans of their input by a trained vector in training mode. As
+        with dropout, the model without these replacements is measured.
         """
         if not self.lost or self.is_repeatable or self._loses_most():
             return ""

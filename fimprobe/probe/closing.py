@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from dataclasses import dataclass, field
 
 from fimprobe.config.config import Config
-from fimprobe.errors import logger
 from fimprobe.probe.step_measurement import PREVIEW_NOTE
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
@@ -109,13 +106,6 @@ def closing_paragraph(
     return " ".join(sentences)
 
 
-def announce(paragraph: str) -> None:
-    """Log a paragraph, and write it to the terminal unless the log goes there."""
-    logger.info("fimprobe: %s", paragraph)
-    if not _logs_to_terminal(logger):
-        print(f"fimprobe: {paragraph}", file=sys.stderr)
-
-
 def _what_is_missing(last: Report, config: Config, account: RunAccount) -> str:
     """Return what the last report lacks, why, and the setting that would measure it."""
     if PREVIEW_NOTE in last.notes:
@@ -137,15 +127,3 @@ def _what_is_missing(last: Report, config: Config, account: RunAccount) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds:,.0f} s"
-
-
-def _logs_to_terminal(log: logging.Logger | None) -> bool:
-    """Return whether a handler of a logger or of its parents writes notices to the terminal."""
-    enabled = logger.isEnabledFor(logging.INFO)
-    while enabled and log is not None:
-        for handler in log.handlers:
-            stream = getattr(handler, "stream", None)
-            if stream in (sys.stderr, sys.stdout) and handler.level <= logging.INFO:
-                return True
-        log = log.parent if log.propagate else None
-    return False

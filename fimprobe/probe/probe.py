@@ -25,11 +25,11 @@ from fimprobe.probe.arguments import (
 )
 from fimprobe.probe.closing import (
     RunAccount,
-    announce,
     closing_paragraph,
     count_steps,
     why_nothing_was_due,
 )
+from fimprobe.probe.notices import announce
 from fimprobe.probe.registry import make_room, model_key, register, unregister
 from fimprobe.probe.run_files import open_run_files
 from fimprobe.probe.step_counter import StepCounter

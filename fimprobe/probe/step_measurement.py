@@ -14,6 +14,7 @@ from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.measure import measure
+from fimprobe.probe.notices import announce
 from fimprobe.probe.second_order_choice import share_of_i2, why_i2_says_nothing
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
@@ -228,17 +229,18 @@ class StepMeasurement:
         self.errors.warn_once(self.without_i2)
 
     def _compare_with_requests(self, report: Report, inputs: Any) -> None:
-        """Warn of what the options ask for and the first whole report does not have.
+        """State what the options ask for and the first whole report does not have.
 
         Args:
             report: The report.
             inputs: The inputs that were given in place of a training batch; None for none.
         """
         batch, size = self.config.batch, report.batch_size
-        if "batch" in self.config.model_fields_set and size < batch:
-            self.errors.warn_once(
+        is_first = self.processes.rank == 0
+        if "batch" in self.config.model_fields_set and size < batch and is_first:
+            announce(
                 f"`batch` is {batch}, and the training batch has {quantity(size, 'input')}: all of "
-                "them are measured. Where gradients accumulate, the last micro-batch is measured"
+                "them are measured. Where gradients accumulate, the last micro-batch is measured."
             )
         if inputs is not None and "empirical" in self.config.estimators:
             self.errors.warn_once(

@@ -191,10 +191,11 @@ def whole_runs(seconds: float, repeats: int) -> None:
         "|---|---|---|---|---|---|---|---|---|"
     )
     for name, (run, steps) in runs.items():
-        for options in ({}, None):  # imports
-            run(3, options)
+        for watched in (True, False):  # imports
+            run(3, {} if watched else None)
         steps = steps or steps_of(run, seconds)
-        plain, ratios, busy, shares, free, firsts, wholes, counts = ([] for _ in range(8))
+        plain, ratios, busy, shares, free, firsts, wholes = [], [], [], [], [], [], []
+        counts: list[tuple[int, int]] = []
         for repeat in range(repeats if run(steps, None)[0] > 10 else 7 * repeats):
             found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):

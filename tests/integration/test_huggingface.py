@@ -692,7 +692,8 @@ class Odd(nn.Module):
 
     def forward(self, input_ids, labels=None):
         logits = self.net(input_ids.float())
-        return {"loss": logits.square().mean() + logits.abs().mean(), "logits": logits}
+        log_p = logits.log_softmax(1)[:, 0]
+        return {"loss": -((1 - log_p.exp()) ** 2 * log_p).mean(), "logits": logits}  # focal
 
 
 def test_an_unknown_head_is_told_once_and_trained_on(tmp_path, caplog):

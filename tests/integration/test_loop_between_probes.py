@@ -83,10 +83,11 @@ def test_a_step_between_probes_adds_no_tensor_operation(mode, schedule, estimato
     with fimprobe.attach(net, options) as probe:
         for _ in range(3):
             tagger_step(net, ours)
-        assert calls_of(mode, net, ours) == want and len(probe.history) == 1
+        reports = len(probe.history)
+        assert calls_of(mode, net, ours) == want and len(probe.history) == reports > 0
         probe.schedule = fimprobe.training.schedule.Every(1)
         probed = calls_of(mode, net, ours)  # the comparison sees a probe
-        assert len(probe.history) == 2 and len(probed) > 2 * len(want)
+        assert len(probe.history) == reports + 1 and len(probed) > 2 * len(want)
     assert probe.steps == 5
 
 

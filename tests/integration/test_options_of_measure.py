@@ -21,7 +21,7 @@ ESTIMATORS = ("i1", "i2", "ih", "empirical")
 
 WITH = {"estimators": ("i1", "empirical")}
 ESTIMATORS_MUST_BE = "`estimators` must be a list of at least one of 'i1', 'i2', 'ih', 'empirical'"
-SECOND_ORDER_MUST_BE = "`second_order` must be {probes: 2}, 'exact' or 'off'"
+SECOND_ORDER_MUST_BE = "`second_order` must be {probes: 2}, 'spot_checks', 'exact' or 'off'"
 PROBES_MUST_BE = "`second_order.probes` must be an integer of at least 2"
 DRAWS_MUST_BE = "`draws` must be a positive integer, 'exact' or 'auto'"
 MEMORY_MUST_BE = "`memory_mb` must be a finite number of megabytes above 0"

@@ -179,7 +179,8 @@ def meet_nan(rank, size, out):
     """At step 1 the last process's batch holds NaN; steps 0 and 2 are fine."""
 
     def act():
-        with fimprobe.attach(net(), **LEAN) as probe:
+        model = net()  # a probe keeps no model alive
+        with fimprobe.attach(model, **LEAN) as probe:
             for step in range(3):
                 x = data(3, 5)
                 if step == 1 and rank == size - 1:
@@ -254,7 +255,8 @@ def unmet(rank, size, out):
 def late(rank, size, out):
     """One process attaches half a second after the other."""
     time.sleep(0.5 * rank)
-    with fimprobe.attach(net(), **LEAN) as probe:
+    model = net()
+    with fimprobe.attach(model, **LEAN) as probe:
         probe.step(data(2 + rank, 5))
         return probe.last.batch_size
 
@@ -280,7 +282,8 @@ def stay_away(seconds):
         timeout, ranks.MEASUREMENT_TIMEOUT_SECONDS = ranks.MEASUREMENT_TIMEOUT_SECONDS, 1.5
 
         def act():
-            with fimprobe.attach(net(), **LEAN) as probe:
+            model = net()
+            with fimprobe.attach(model, **LEAN) as probe:
                 probe.step(data(2, 5))
                 for step in range(3):
                     if rank == 1 and step == 0:
