@@ -319,6 +319,7 @@ class Probe:
         self, step: int, captured: CapturedBatch | None, inputs: Any, *, due: bool
     ) -> Report | None:
         """Infer the likelihood while it is unknown, and measure if due; errors are logged."""
+        started = time.perf_counter()
         try:
             if self._likelihood_unknown:
                 self._measurement.infer_likelihood(captured, inputs)
@@ -326,6 +327,7 @@ class Probe:
                 return self._measure(step, captured, inputs)
         except BatchError as error:
             self._account.why_skipped = f"step {step} was not probed: {error}"
+            self.schedule.fail(time.perf_counter() - started)
             if self.errors.raises:
                 raise
             # messages that differ in numbers only are one

@@ -134,6 +134,7 @@ def make_page(records: Records) -> str:
         f"<p class=soft>{_text(_subject(records, last))} · {steps} · "
         f"{describe_inputs(last)}, {_text(describe_labels(last))}</p>",
         *[f"<p><b>Careful:</b> {_text(note)}</p>" for note in records.notes],
+        *[f"<p><b>The probe ended early:</b> {_text(end)}</p>" for end in (records.end,) if end],
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
         *[f"<li>{_text(line)}</li>" for line in last["advice"]],
         "</ul>",

@@ -44,6 +44,9 @@ class Schedule:
     def expect(self, share: float) -> None:
         """Expect measurements to cost a share of what they cost so far."""
 
+    def fail(self, seconds: float) -> None:
+        """Record the seconds of a measurement that the batch did not allow."""
+
 
 @dataclass
 class Every(Schedule):
@@ -228,6 +231,12 @@ class Budget(Schedule):
         self.spent += seconds
         self.charged += seconds
 
+    def fail(self, seconds: float) -> None:
+        """Charge a measurement that the batch did not allow; the next early step tries again."""
+        self.charge(seconds)
+        if self.num_steps >= self.next_early:
+            self.next_early = next_early_step(self.num_steps)
+
     def _whole_fits(self) -> bool:
         """Return whether a whole report fits into the allowance or into the share."""
         return self._is_free(self.expected) or self._fits(self.expected + self._reserve())
@@ -292,6 +301,10 @@ class SharedBudget(Schedule):
     def expect(self, share: float) -> None:
         """Expect measurements to cost a share of what they cost so far."""
         self.account.expect(share)
+
+    def fail(self, seconds: float) -> None:
+        """Charge a measurement that the batch did not allow to this process's account."""
+        self.account.fail(seconds)
 
     def can_afford(self, seconds: float) -> bool:
         """Return whether the seconds fit into the share of this process."""

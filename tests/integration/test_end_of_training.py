@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fimprobe
 from fimprobe.cli.commands import main
@@ -69,13 +70,28 @@ def test_nothing_is_stated_where_nothing_happened(capsys, caplog):
 )
 def test_a_schedule_that_was_never_due(options, steps, reason, capsys, caplog, tmp_path):
     net = mlp()
-    with fimprobe.attach(net, {**KNOWN, **options}, log_dir=tmp_path):
+    options = {**KNOWN, "tensorboard": {}, **options}
+    with fimprobe.attach(net, options, log_dir=tmp_path):
         train(net, steps)
     (line,) = closing_lines(capsys)
     assert line.startswith(f"fimprobe: no report in {steps} step") and reason in line
     assert not warnings_of(caplog)  # it is as requested
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (page,) = events.Tensors("fimprobe/ended")
+    assert reason in page.tensor_proto.string_val[0].decode() and page.step == steps
     (end,) = lines_of(tmp_path)
     assert end["end"]["step"] == steps and reason in end["end"]["reason"]
+
+
+def test_what_previews_leave_out_is_stated_with_the_setting_that_measures_it(capsys):
+    net = mlp()
+    with fimprobe.attach(net, likelihood="categorical", tensorboard=False) as probe:
+        train(net, 1)
+        probe.schedule.steps[0] = 60.0  # fifteen such steps exceed the allowance
+        train(net, 1)
+    (line,) = closing_lines(capsys)
+    assert probe.last.total.i2 is None and "1 report in 2 steps, the last at step 1" in line
+    assert "Not measured: Î₂ and the bounds" in line and "Pass schedule={'every': 100}" in line
 
 
 def test_why_probing_never_began_is_in_the_file_and_shown(capsys, tmp_path):
@@ -109,6 +125,8 @@ def test_why_probing_ended_stands_below_the_reports_until_it_resumes(capsys, tmp
     assert lines_of(tmp_path)[-1] == {"end": {"step": 5, "reason": reason}}
     assert main(["show", str(tmp_path)]) == 0
     assert f"The probe ended early: {reason}" in capsys.readouterr().out
+    assert main(["show", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    assert f"The probe ended early:</b> {reason}" in (tmp_path / "page.html").read_text()
     with fimprobe.attach(net, options, log_dir=tmp_path, first_step=5):
         train(net, 1, first=5)
     records = fimprobe.read(tmp_path)
@@ -148,8 +166,6 @@ def test_files_are_whole_when_an_interrupt_ends_the_interpreter(tmp_path):
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("fimprobe: 3 reports in 3 steps"), run.stderr
     assert [r["step"] for r in fimprobe.read(tmp_path).reports] == [0, 1, 2]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"]
 
 

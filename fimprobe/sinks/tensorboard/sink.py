@@ -171,6 +171,17 @@ class TensorboardSink:
         self._write_files(report.step)
         self._spent_seconds += time.perf_counter() - started
 
+    def write_end(self, reason: str, step: int) -> None:
+        """Write why probing ended before the training, or never began, as a page.
+
+        Args:
+            reason: In words.
+            step: Number of the step after the last one.
+        """
+        if self._lock.held:
+            self._files[MAIN_RUN].add_text("fimprobe/ended", reason)
+            self._files[MAIN_RUN].write(step)
+
     def close(self) -> None:
         """Complete the last report, close the event file and release the folder."""
         omitted, self._omitted = self._omitted, []

@@ -92,6 +92,7 @@ _MAIN = {
     "minute after attach() on.",
     "fimprobe/about": "What was measured, and how to read it.",
     "fimprobe/advice": "What the numbers mean, and what to do.",
+    "fimprobe/ended": "Why probing ended before the training, or never began.",
 }
 
 _HISTOGRAMS = {

@@ -301,6 +301,7 @@ def test_dense_curvature_gives_the_dense_bounds(name, exact, double):
         measured = types.SimpleNamespace(
             norms=norms,
             curvature=curvature,
+            spot_checks=None,
             moments={"jacobian": types.SimpleNamespace(classes=setting.classes)},
         )
         names = {k: [k] for k in groups}

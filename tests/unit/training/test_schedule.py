@@ -154,6 +154,18 @@ def test_a_forecast_is_the_next_step_that_is_due():
         assert len(measured) > 2
 
 
+def test_batches_that_cannot_be_measured_are_charged():
+    """A model that has become NaN costs its share, not an attempt at every step."""
+    schedule, attempts = Budget(0.02, staged=True), []
+    for step in range(2000):
+        if schedule.due(step):
+            attempts.append(step)
+            schedule.fail(0.1)
+        schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
+    assert attempts[:5] == [1, 2, 5, 10, 20] and schedule.first is None
+    assert schedule.spent == pytest.approx(0.1 * len(attempts)) and len(attempts) < 0.03 * 2000
+
+
 def test_processes_agree_on_a_preview():
     schedule = SharedBudget(Budget(0.1, staged=True))
     schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
