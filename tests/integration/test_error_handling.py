@@ -201,7 +201,8 @@ def test_parameters_left_out_are_named():
     assert list(report.parameters) == ["used.weight", "used.bias"] and report.total.numel == 27
     (line,) = [line for line in report.advice if line.startswith("Left out")]
     for name, why in want.items():
-        assert f"{name} ({why[10:]})" in line
+        assert (f"{name} ({why[10:]})" in line) == ("frozen" not in name)
+    assert "2 parameter tensors are frozen and not measured." in report.advice
     assert all(p.grad is None for p in [*net.frozen.parameters(), *net.idle.parameters()])
 
 
