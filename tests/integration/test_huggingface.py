@@ -42,6 +42,7 @@ I1 = {"schedule": {"every": 1}, "estimators": "i1", "bounds": False}
 def _quiet(monkeypatch):
     monkeypatch.delenv("FIMPROBE_CONFIG", raising=False)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    gc.collect()  # the probes of an earlier test's models end here, and state why
 
 
 def scalars(folder, tag):

@@ -236,8 +236,9 @@ def other_lengths(rank, model):
     generator = torch.Generator().manual_seed(4)
     texts = [torch.randint(7, (SIZE, 4 - r), generator=generator) for r in range(2)]
     options = {"likelihood": "categorical", "estimators": "i1", "bounds": False}
+    wrapped = DistributedDataParallel(model)  # a model that nobody holds would end the probe
     with fimprobe.attach(
-        DistributedDataParallel(model), tensorboard=False, on_error="raise", draws="auto", **options
+        wrapped, tensorboard=False, on_error="raise", draws="auto", **options
     ) as probe:
         report = probe.step(texts[rank])
     alone = [fimprobe.measure(model, x, seed=15_485_863 * r, **options) for r, x in enumerate(texts)]
