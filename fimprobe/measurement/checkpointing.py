@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 @contextmanager
@@ -131,4 +132,8 @@ def _run_reentrant(function: Callable[..., Any], preserve_rng_state: bool, *args
         return super(checkpoint, checkpoint).apply(function, preserve_rng_state, *args)
     has_graph = any(isinstance(x, Tensor) and x.requires_grad for x in args)
     with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
-        return function(*args)
+        out = function(*args)
+    if has_graph:
+        return out
+    # the segment may have switched gradients on by itself
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)

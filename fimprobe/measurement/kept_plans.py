@@ -55,18 +55,26 @@ def kept_plan(
         The plan, a new one where none is kept.
     """
     leaves, structure = tree_flatten((batch.args, batch.kwargs))
-    kinds = tuple((x.dim(), x.dtype, x.device) if isinstance(x, Tensor) else type(x) for x in leaves)
+    kinds = tuple(_kind(x) for x in leaves)
     shapes = tuple(x.shape if isinstance(x, Tensor) else None for x in leaves)
     if not _is_stateless(output):
         yield Plan()
         return
     code = None if output is None else getattr(output, "__code__", None)
-    key = (_fingerprint(model), str(structure), kinds, code)
+    key = (_fingerprint(model), str(structure), kinds, batch.batched, code)
     sizes = (shapes, memory_mb)
     plan = _take(model, key, sizes)
     yield plan
     if _fingerprint(model) == key[0]:
         _put(model, key, sizes, plan)
+
+
+def _kind(x: Any) -> Hashable:
+    """What of an input a plan may depend on. A dimension of length 1 is broadcast."""
+    if isinstance(x, Tensor):
+        return x.dim(), x.dtype, x.device, tuple(n == 1 for n in x.shape)
+    kind: Any = type(x)
+    return (kind, x) if kind in _PLAIN else kind
 
 
 def _is_stateless(output: Callable[[Any], Tensor] | None) -> bool:

@@ -296,3 +296,84 @@ def test_a_model_that_runs_with_one_size_only_is_measured_by_shapes():
 
     model, x = Fixed(), torch.randn(6, 4)
     check(model, x, [(x[b : b + 1],) for b in range(6)])
+
+
+class Sorted(nn.Module):
+    """Runs its samples in the order of their length, and puts them back."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.out = nn.Linear(WIDTH, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x, key):
+        order = key.argsort()
+        y = self.a(x[order].flatten(0, 1)).tanh().unflatten(0, (-1, T)).sum(1)
+        return self.out(y)[order.argsort()]
+
+
+def test_samples_in_another_order_are_seen():
+    model, plan = Sorted(), fimprobe.Plan()
+    for key in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 5, 3, 4], [5, 4, 3, 2, 1, 0]):
+        x, key = torch.randn(6, T, WIDTH), torch.tensor(key)
+        check(model, (x, key), [(x[b : b + 1], key[b : b + 1]) for b in range(6)], plan=plan)
+
+
+def test_tokens_that_a_shift_leaves_in_place_are_seen():
+    """The last sample has the mean length: a cyclic shift of the samples shifts whole groups."""
+    for model_class, numbers in ((Ragged, False), (Listed, True)):
+        lengths = torch.tensor([3, 3, 3, 2, 4, 3])
+        x = torch.randn(6, T, WIDTH)
+        second = lengths if numbers else torch.arange(T)[None] < lengths[:, None]
+        check(model_class(), (x, second), [(x[b : b + 1], second[b : b + 1]) for b in range(6)])
+
+
+class Biased(nn.Module):
+    """A block without a rule, and a mask that may have a row for each sample or one for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.out = Table("mask"), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x, mask):
+        return self.out(self.block(x, mask).mean(1))
+
+
+def test_a_mask_for_all_samples_may_have_a_row_for_each_later():
+    model, plan = Biased(), fimprobe.Plan()
+    for kept in (plan, None):
+        for rows in (1, 6, 1):
+            x, mask = torch.randn(6, T, WIDTH), torch.randn(rows, T, T)
+            samples = [(x[b : b + 1], mask[b % rows : b % rows + 1]) for b in range(6)]
+            check(model, (x, mask), samples, plan=kept)
+
+
+def test_an_argument_that_selects_a_way_has_a_plan_of_its_own():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, x, time_first=False):
+            y = self.a(x.transpose(0, 1)).transpose(0, 1) if time_first else self.a(x)
+            return self.out(y.tanh().mean(1))
+
+    model, x = Either(), torch.randn(T, T, WIDTH)
+    for flag in (False, True, False):
+        check(model, (x, flag), [(x[b : b + 1], flag) for b in range(T)])
+
+
+def test_a_use_that_only_a_later_sample_has_is_seen():
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, index):
+            y = self.table(index).tanh().sum(1)
+            rare = (index == 8).any(1, keepdim=True)
+            return self.out(torch.where(rare, y * self.table.weight.sum(0), y) if rare.any() else y)
+
+    model = Rare()
+    index = torch.randint(8, (7, T))
+    index[4:, 0] = 8
+    check(model, index, [(index[b : b + 1],) for b in range(7)])

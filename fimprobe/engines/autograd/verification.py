@@ -77,22 +77,25 @@ def measure_with_fallbacks(problem: Problem, plan: Plan) -> Measured:
     raise FimprobeError(NO_PLAN)
 
 
-def make_verified_plan(problem: Problem) -> Plan:
+def make_verified_plan(problem: Problem, plan: Plan | None = None) -> Plan:
     """Find a plan with which the engine reproduces single samples.
+
+    Args:
+        problem: The measurement, whose first samples are compared.
+        plan: A plan to begin with, which is changed where it disagrees; by default a new one.
 
     Raises:
         FimprobeError: If the model couples its samples, or no plan reproduces them.
     """
     problem = _verification_problem(problem, Request())
     if not _uses_half_precision(problem):
-        return _verify(problem)
-    plan = None
+        return _verify(problem, plan)
     try:
         with full_precision(problem) as full:
             if full is not None:
-                plan = _verify(full)
+                plan = _verify(full, plan)
     except RuntimeError:  # out of memory, or an operation for half precision only
-        plan = None
+        pass
     # kernels of half precision are others than those of float32
     return _verify(problem, plan)
 
@@ -107,7 +110,7 @@ def _verify(problem: Problem, plan: Plan | None = None) -> Plan:
     Raises:
         FimprobeError: If the model couples its samples, or no plan reproduces them.
     """
-    tolerance = _tolerance_of_dtype(problem)
+    tolerance = dtype_tolerance(problem)
     if plan is None:
         plan = Plan(layouts=trace_layouts(problem, tolerance / 2))
     plan.layouts.settled = False
@@ -195,7 +198,7 @@ def _disagreeing_curvature(small: Problem, measured: Measured) -> list[str]:
     if small.shards is not None or not has_custom_functions(small):
         try:
             expected = single_sample_curvature(small)
-            return _differing(measured, expected, 5 * _tolerance_of_dtype(small))
+            return _differing(measured, expected, 5 * dtype_tolerance(small))
         except (RuntimeError, NotImplementedError):
             if small.shards is not None:
                 return []
@@ -303,7 +306,7 @@ def _disagreeing(
     return disagreeing
 
 
-def _tolerance_of_dtype(problem: Problem) -> float:
+def dtype_tolerance(problem: Problem) -> float:
     """Relative difference allowed between gradients, by the coarsest type in the computation.
 
     Norms and softmaxes of language models compute in float32, whatever the type of the parameters.

@@ -27,7 +27,8 @@ class BatchLayouts:
             those that the shapes of its verified batch allow.
         of: Layout by module path; None where there is none.
         calls: For each module path, the calls that were seen: the indices of the tensors among the
-            leaves of their arguments, and of those that hold the batch in their first dimension.
+            leaves of their arguments, of those that hold the batch in their first dimension, and of
+            those that are broadcast over it from a first dimension of length 1.
         expand: Lookups whose index has no batch dimension, which is expanded to one. "leading": the
             index is [1, ...]; "missing": it is [...].
         unsure: Paths at which the order of the samples is compared in every measurement, because
@@ -73,8 +74,11 @@ class BatchLayouts:
         """
         tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
         if self.traced:
-            seen = [batched for indices, batched in self.calls.get(path, []) if indices == tensors]
-            batched = set(seen[0]) if seen else set()
+            seen = [kind[1:] for kind in self.calls.get(path, []) if kind[0] == tensors]
+            batched = set(seen[0][0]) if seen else set()
+            # what was broadcast over the samples may have a row for each of them in another batch
+            wide = [i for i in seen[0][1] if len(_tensor(leaves[i])) == size] if seen else []
+            batched |= set(wide) if size > 1 else set()
         else:
             batched = {i for i in tensors if has_batch(_tensor(leaves[i]), 0, size)}
         fits = all(has_batch(_tensor(leaves[i]), 0, size) for i in batched)

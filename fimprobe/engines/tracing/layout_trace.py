@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,7 @@ from fimprobe.engines.tracing.recording import expand_index, record_forward
 from fimprobe.engines.tracing.tape import Tape
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.runs import rounding_tolerance
 from fimprobe.model.twin import is_transformed
 
 _SHARED = "shared"
@@ -80,7 +82,8 @@ def check_order(problem: Problem, layouts: BatchLayouts, batch: Batch, tape: Tap
     """
     if batch.size == 1 or not layouts.unsure:
         return
-    order = torch.arange(batch.size).roll(1)
+    # a cyclic shift would not move tokens to other samples where the last one has the mean length
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
     with record_forward(problem.twin, batch.size, layouts, {}) as rolled_tape:
         problem.forward(batch[order])
     expected, rolled = _inputs_by_path(tape), _inputs_by_path(rolled_tape)
@@ -94,7 +97,7 @@ def check_order(problem: Problem, layouts: BatchLayouts, batch: Batch, tape: Tap
             and _agree(
                 batch_first(x, layout, batch.size)[order.to(x.device)],
                 batch_first(y, layout, batch.size),
-                _ORDER_TOLERANCE,
+                rounding_tolerance(x.dtype),
             )
             for x, y in pairs
         )
@@ -102,11 +105,6 @@ def check_order(problem: Problem, layouts: BatchLayouts, batch: Batch, tape: Tap
             failures[path] = "its inputs do not follow the order of the samples"
     if failures:
         raise PlanMismatch(failures)
-
-
-_ORDER_TOLERANCE = 0.02
-"""Relative difference of two orders of the same samples, in half precision too. Tokens of other
-samples differ by the size of the tokens themselves."""
 
 
 def _inputs_by_path(tape: Tape) -> dict[str, list[Tensor]]:
@@ -189,7 +187,8 @@ def _run(
 ) -> tuple[dict[str, list[_CallShapes]], Tensor, _DataDependence]:
     """One pass with autograd on, as when it is recorded: torch takes the same ways through layers."""
     operations = _DataDependence()
-    with _record_shapes(problem.twin, batch.size, expand) as calls, operations:
+    reads = _ValueReads(operations)
+    with _record_shapes(problem.twin, batch.size, expand) as calls, operations, reads:
         outputs = problem.forward(batch).detach()
     return calls, outputs, operations
 
@@ -244,6 +243,7 @@ class _DataDependence(TorchDispatchMode):
 
     _RAGGED = frozenset(
         ("nonzero", "nonzero_numpy", "masked_select", "bincount", "_pack_padded_sequence")
+        + ("sort", "argsort", "msort", "topk")  # samples may be put into another order
         + ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive")
     )
 
@@ -259,12 +259,30 @@ class _DataDependence(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation."""
         name = func._schema.name.removeprefix("aten::")
-        if name == "_local_scalar_dense":
-            self.reads_values = True
+        if name == "_local_scalar_dense" and args[0].dtype != torch.bool:
+            self.reads_values = True  # a length; a flag selects a way, the same for all samples
         by_mask = name == "index" and _has_mask(args[1])
         by_counts = name == "repeat_interleave" and isinstance(args[-1], Tensor)
         if name in self._RAGGED or by_mask or by_counts:
             self.has_ragged_shapes = True
+        return func(*args, **(kwargs or {}))
+
+
+class _ValueReads(TorchFunctionMode):
+    """Notes in ``noted`` that numbers were read from a tensor in ways that dispatch no operation."""
+
+    _READS = frozenset(
+        [Tensor.tolist, Tensor.numpy, Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__array__]
+    )
+
+    def __init__(self, noted: _DataDependence) -> None:
+        super().__init__()
+        self._noted = noted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function."""
+        if func in self._READS and args[0].dtype != torch.bool:
+            self._noted.reads_values = True
         return func(*args, **(kwargs or {}))
 
 
@@ -307,7 +325,7 @@ def _layouts(problem: Problem, trace: _Trace, expand: dict[str, str]) -> BatchLa
             layouts.of[path] = None
         layouts.calls[path] = _batched_arguments(trace, pairs)
         reads_values = trace.depends_on_values or _has_numbers(problem.batch)
-        depends_on_data = trace.has_ragged_shapes or (layouts.of[path] == "folded" and reads_values)
+        depends_on_data = trace.has_ragged_shapes or reads_values
         if depends_on_data and rules_for(module) and layouts.of[path] is not None:
             layouts.unsure.add(path)
     return layouts
@@ -347,10 +365,16 @@ def _batched_arguments(trace: _Trace, pairs: list[_Pair]) -> list[list[list[int]
         batched = tuple(i for i, layout in zip(tensors, inputs, strict=True) if layout == 0)
         kinds.setdefault(tuple(tensors), set()).add(batched if known else None)
     return [
-        [list(tensors), list(batched)]
+        [list(tensors), list(batched), _broadcast(tensors, pairs)]
         for tensors, (batched, *others) in ((t, list(b)) for t, b in kinds.items())
         if batched is not None and not others
     ]
+
+
+def _broadcast(tensors: tuple[int, ...], pairs: list[_Pair]) -> list[int]:
+    """Arguments whose first dimension has length 1 for any number of samples."""
+    calls = [call for call, _ in pairs if call.tensors == list(tensors)]
+    return [i for place, i in enumerate(tensors) if calls[0].inputs[place][:1] == (1,)]
 
 
 def _input_layouts(trace: _Trace, pair: _Pair) -> list[Layout | None]:

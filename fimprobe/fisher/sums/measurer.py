@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimprobe.engines.autograd.sample_checks import measure_and_check
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.problem.cotangents import masked
 from fimprobe.engines.problem.problem import Problem, Request
@@ -195,7 +196,7 @@ class Measurer:
         if mean_expected is not None:
             weighted: Any = TraceWeighted(self.likelihood, mean_expected)
             problem = replace(problem, likelihood=weighted)
-        return measure_with_fallbacks(problem, self.plan).moments["i1"]
+        return measure_and_check(problem, self.plan, 1).moments["i1"]
 
     def moments_of(
         self, batch: Batch, mask: Tensor | None, labels: Tensor, score: ScoreOfLabels

@@ -1,0 +1,126 @@
+"""Single samples of a measured batch against the numbers that the measurement gave them.
+
+A plan is verified on the first samples of the first batch. Later samples may take another way through
+the forward, and later batches may have another structure. A few samples of every batch therefore run
+alone, with the cotangents of their labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from fimprobe.engines.autograd.verification import (
+    check_curvature,
+    dtype_tolerance,
+    make_verified_plan,
+    measure_with_fallbacks,
+)
+from fimprobe.engines.primitives.products import vjp
+from fimprobe.engines.problem.label_cotangents import label_cotangents
+from fimprobe.engines.problem.problem import Problem
+from fimprobe.engines.tracing.plan import Plan
+from fimprobe.errors import FimprobeError
+from fimprobe.statistics import Measured
+
+_MAX_ATTEMPTS = 4
+
+_CHECKS_OF_A_CHANGED_PLAN = 6
+"""Samples that are checked where a batch showed a use that the plan did not cover: nothing else has
+verified the change."""
+
+
+def measure_and_check(problem: Problem, plan: Plan, count: int) -> Measured:
+    """Measure; where a single sample disagrees, verify the plan with that sample and measure again.
+
+    Args:
+        problem: The measurement.
+        plan: A verified plan; changed in place.
+        count: Number of samples to check.
+
+    Raises:
+        FimprobeError: If no plan agrees with single samples.
+    """
+    for attempt in range(_MAX_ATTEMPTS):
+        fallbacks = dict(plan.fallbacks)
+        measured = measure_with_fallbacks(problem, plan)
+        changed = plan.fallbacks != fallbacks
+        wrong = find_wrong_sample(problem, measured, _CHECKS_OF_A_CHANGED_PLAN if changed else count)
+        if wrong is None:
+            return measured
+        _verify_with(problem, plan, wrong, anew=attempt == 0)
+    raise FimprobeError(
+        "guard: per-sample gradients must agree with those of single samples, but those of sample "
+        f"{wrong} of the batch differ under every plan. Please report this, with the model."
+    )
+
+
+def _verify_with(problem: Problem, plan: Plan, sample: int, *, anew: bool) -> None:
+    """Verify the plan on a sample and those after it.
+
+    Args:
+        problem: The measurement; Î₂ is taken off its request if that cannot be verified.
+        plan: Changed in place.
+        sample: The place of the sample.
+        anew: Whether to begin with a new plan. Otherwise parameters that disagree fall back.
+    """
+    rows = torch.arange(sample, sample + problem.batch.size) % problem.batch.size
+    first = replace(problem, batch=problem.batch[rows])
+    verified = make_verified_plan(first, None if anew else plan)
+    verified.twin, verified.input_roles = plan.twin, plan.input_roles
+    for f in fields(Plan):
+        setattr(plan, f.name, getattr(verified, f.name))
+    if problem.request.i2:
+        check_curvature(first, plan)
+        if plan.curvature_failure:
+            problem.request = replace(problem.request, i2=False, exact=False)
+
+
+def find_wrong_sample(problem: Problem, measured: Measured, count: int) -> int | None:
+    """Compare ‖g_b‖² of a few samples, drawn at random, with those of the samples alone.
+
+    Args:
+        problem: The measurement; a sharded model is not checked.
+        measured: Its result.
+        count: Number of samples.
+
+    Returns:
+        The place of the first sample that differs in some parameter; None if all agree.
+    """
+    size = problem.batch.size
+    if problem.shards is not None or size < 2:
+        return None
+    generator = torch.Generator().manual_seed(problem.draws.seed)
+    tolerance = dtype_tolerance(problem)
+    for b in torch.randperm(size, generator=generator)[:count].tolist():
+        if not _agrees(problem, measured, b, tolerance):
+            return b
+    return None
+
+
+def _agrees(problem: Problem, measured: Measured, b: int, tolerance: float) -> bool:
+    h = problem.forward(problem.batch[b : b + 1])
+    if not h.requires_grad:
+        return True
+    cotangent = label_cotangents(problem, slice(b, b + 1), h.detach()).vectors[0]
+    parameters = list(problem.parameters.values())
+    gradients = vjp([h], [cotangent.to(h.dtype)], parameters, retain_graph=False)
+    moments = measured.moments["i1"].parameters
+    expected: dict[str, float] = {}
+    computed: dict[str, float] = {}
+    for name, g in zip(problem.parameters, gradients, strict=True):
+        expected[name] = 0.0 if g is None else float(_square(g))
+        known = moments.get(name)
+        computed[name] = 0.0 if known is None else float(known.squared_norms[b, 0])
+    largest = max(expected.values(), default=0.0)
+    slack = tolerance**2 * largest
+    return all(
+        abs(computed[name] - value) <= 2 * tolerance * value + slack
+        for name, value in expected.items()
+    )
+
+
+def _square(g: Tensor) -> Tensor:
+    return (g.coalesce().values() if g.is_sparse else g).double().square().sum()
