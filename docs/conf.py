@@ -36,6 +36,7 @@ nitpick_ignore = [  # internal types in the signatures of what adapters use
     ("py:class", "fimprobe.engines.tracing.batch_layout.BatchLayouts"),
     ("py:class", "fimprobe.fisher.records.FisherRecord"),
     ("py:class", "fimprobe.jacobian_bounds.layer_bound.LayerBound"),
+    ("py:class", "fimprobe.model.input_roles.InputRoles"),
     ("py:class", "fimprobe.model.twin.TwinSettings"),
     ("py:class", "fimprobe.statistics.Measured"),
 ]

@@ -186,7 +186,9 @@ def test_the_tables_of_the_reference_have_every_member():
         assert not names - words[f"fimprobe.{kind.__name__}"], kind
 
 
-@pytest.mark.parametrize("function", [fimprobe.measure, fimprobe.attach, fimprobe.estimate, fimprobe.audit])
+@pytest.mark.parametrize(
+    "function", [fimprobe.measure, fimprobe.attach, fimprobe.estimate, fimprobe.audit]
+)
 def test_the_reference_shows_arguments_and_defaults(function):
     text = read(documented()[f"fimprobe.{function.__name__}"])
     table = {}
