@@ -16,6 +16,8 @@ from fimprobe.errors import BatchError
 from tests.support.fake_gpu import GPU, FakeGpu, on_host
 
 ONE = {("fetch", "device_transfer.to_host < results.finish"): 1}
+CHECKED = ONE | {("fetch", "sample_checks._agrees < sample_checks.find_wrong_sample"): 1}
+"""One more after the measurement: a sample that ran alone."""
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_moments_wait_once(name, draws, options, gpu):
     if draws == "exact" and name == "tied language model":
         draws = 3  # labels × positions: too many passes
     gpu_calls = waited(model, inputs, draws=draws, estimators=["i1"], bounds=False, **options)
-    assert dict(gpu_calls.waits) == ONE
+    assert dict(gpu_calls.waits) == CHECKED
     parameters = len({id(p) for p in model.parameters()})
     most = 8 * (2 + 6 * parameters + 3 * 6 * 9 * (parameters + 2))  # sums and Gram matrices
     assert sum(gpu_calls.fetched) <= most
@@ -107,6 +109,7 @@ def test_the_rest_waits_for_known_reasons(gpu):
     gpu_calls = waited(*MODELS["tied language model"](), draws=2, estimators=["i1", "i2", "ih"])
     places = {where.split(" < ")[0] for _, where in gpu_calls.waits}
     assert places == {
+        "sample_checks._agrees",
         "device_transfer.to_host",
         "problem.forward",  # with bounds the outputs are looked at before LAPACK meets them
         "softmax_norms.softmax_norms",

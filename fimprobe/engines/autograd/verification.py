@@ -311,7 +311,11 @@ def dtype_tolerance(problem: Problem) -> float:
 
     Norms and softmaxes of language models compute in float32, whatever the type of the parameters.
     """
-    types = _gradient_types(problem)
+    return tolerance_of_types(_gradient_types(problem))
+
+
+def tolerance_of_types(types: set[torch.dtype]) -> float:
+    """The same, from the floating-point types of parameters and gradients."""
     if types & HALF_TYPES:
         return 0.2  # the plan was compared in float32 before, except where the model cannot run so
     return 2e-3 if torch.float32 in types else 1e-7
