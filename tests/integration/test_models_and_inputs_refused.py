@@ -147,7 +147,7 @@ def test_the_error_of_an_engine_is_not_hidden(monkeypatch):
     def fail(*args, **kwargs):
         raise KeyError("own fault")
 
-    monkeypatch.setattr("fimprobe.measurement.process_share.measure_with_fallbacks", fail)
+    monkeypatch.setattr("fimprobe.measurement.process_share.measure_and_check", fail)
     with pytest.raises(KeyError, match="own fault"):
         fimprobe.measure(mlp(), X, likelihood="categorical")
 

@@ -203,13 +203,13 @@ def fail(error, where, culprit):
             probe = fimprobe.attach(model, mask=mask if where == "mask" else None, **options)
             model = DistributedDataParallel(model) if where == "mask" else model
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            plain = measurement.measure_with_fallbacks
+            plain = measurement.measure_and_check
             for step in range(4):
                 if step == 1 and rank == culprit and where == "measurement":
-                    measurement.measure_with_fallbacks = broken
+                    measurement.measure_and_check = broken
                 probe._capture.model(data(3, 5)).sum().backward()
                 optimizer.step()
-                measurement.measure_with_fallbacks = plain
+                measurement.measure_and_check = plain
                 calls.append(step)
             probe.detach()
             return [r.step for r in probe.history], probe.active, calls

@@ -328,7 +328,7 @@ def test_other_lengths_draw_from_streams_of_their_own(monkeypatch):
     model, parts = Positions(), [torch.randn(3, 4, 4), torch.randn(3, 2, 4)]
     shared(model, parts, likelihood=Watched(), label_sampling="model", **options)
     numbers = [n for each in seen for n in each]
-    assert len(numbers) == 2 * (3 * 4 + 3 * 2) == len(set(numbers))
+    assert len(set(numbers)) == 2 * (3 * 4 + 3 * 2)  # a check of a sample draws its numbers again
     # size-biased labels have a further number for each input, the position
     original = Draws._uniforms
 
@@ -340,7 +340,9 @@ def test_other_lengths_draw_from_streams_of_their_own(monkeypatch):
     monkeypatch.setattr(Draws, "_uniforms", watched)
     shared(model, parts, likelihood="categorical", **options)
     numbers = [n for each in made for n in each.flatten().tolist()]
-    assert len(numbers) == 2 * (3 * 4 + 3 * 2) + 2 * (3 + 3) == len(set(numbers))
+    assert len(set(numbers)) == 2 * (3 * 4 + 3 * 2) + 2 * (
+        3 + 3
+    )  # a check of a sample draws its numbers again
 
 
 def test_a_layer_that_only_one_process_uses_twice():
