@@ -31,6 +31,11 @@ _CHECKS_OF_A_CHANGED_PLAN = 6
 """Samples that are checked where a batch showed a use that the plan did not cover: nothing else has
 verified the change."""
 
+_DIFFERS = (
+    "The gradient of sample {sample} of the batch alone differs from that in the batch under every "
+    "plan: by rounding, where its score is nearly zero; otherwise these numbers are wrong."
+)
+
 
 def measure_and_check(problem: Problem, plan: Plan, count: int) -> Measured:
     """Measure; where a single sample disagrees, verify the plan with that sample and measure again.
@@ -48,9 +53,12 @@ def measure_and_check(problem: Problem, plan: Plan, count: int) -> Measured:
         measured = measure_with_fallbacks(problem, plan)
         changed = plan.fallbacks != fallbacks
         wrong = find_wrong_sample(problem, measured, _CHECKS_OF_A_CHANGED_PLAN if changed else count)
-        if wrong is None or attempt == _MAX_ATTEMPTS - 1:
+        if wrong is None:
+            return measured
+        if attempt == _MAX_ATTEMPTS - 1:
             # scores near the rounding of float32 differ under any plan: the verification, whose
             # cotangents are large, agreed on this sample
+            measured.notes.append(_DIFFERS.format(sample=wrong))
             return measured
         _verify_with(problem, plan, wrong, anew=attempt == 0)
     raise AssertionError
