@@ -377,3 +377,24 @@ def test_a_use_that_only_a_later_sample_has_is_seen():
     index = torch.randint(8, (7, T))
     index[4:, 0] = 8
     check(model, index, [(index[b : b + 1],) for b in range(7)])
+
+
+def test_a_model_that_no_plan_reproduces_is_refused():
+    """A recurrent layer on samples sorted in the forward: refused, and no number is reported."""
+
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.out = nn.LSTM(WIDTH, 4, batch_first=True), nn.Linear(4, CLASSES)
+
+        def forward(self, x, key):
+            order = key.argsort()
+            y = self.enc(x[order])[1][0][0]
+            return self.out(y[order.argsort()] + self.enc(x)[1][0][0])
+
+    key = torch.tensor([0, 1, 2, 5, 3, 4])
+    x = torch.randn(6, T, WIDTH)
+    try:
+        check(Siamese(), (x, key), [(x[b : b + 1], key[b : b + 1]) for b in range(6)])
+    except fimprobe.FimprobeError as error:
+        assert "must agree with those of single samples" in str(error)
