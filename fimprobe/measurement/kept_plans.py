@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -118,16 +118,32 @@ def _plain_state(value: Any, known: dict[int, Hashable], depth: int = 0) -> Hash
     if isinstance(value, (Tensor, nn.Module)) or depth == _DEPTH:
         return kind
     if id(value) not in known:
-        entries: Any = value
-        if isinstance(value, Mapping) or hasattr(value, "__dict__"):
-            mapping = value if isinstance(value, Mapping) else vars(value)
-            entries = [x for key, item in mapping.items() for x in (key, item)]
-        plain: Hashable = ()
-        if isinstance(entries, (list, tuple, set, frozenset)):
-            plain = tuple(_plain_state(x, known, depth + 1) for x in entries)
+        plain = tuple(_plain_state(x, known, depth + 1) for x in _entries(value))
         known[id(value)] = kind, plain
     return known[id(value)]
 
+
+def _entries(value: Any) -> list[Any]:
+    """What an object holds, by built-in means only: its own methods may compute or load data.
+
+    Long containers hold data, not options; of them only the length counts.
+    """
+    if type(value) in (list, tuple, set, frozenset):
+        entries = value
+    else:
+        mapping = (
+            value
+            if type(value) is dict
+            else object.__getattribute__(value, "__dict__")
+            if (type(value).__dictoffset__)
+            else {}
+        )
+        entries = [x for item in list(mapping.items()) for x in item]
+    return list(entries) if len(entries) <= _MOST_ENTRIES else [len(entries)]
+
+
+_MOST_ENTRIES = 2_000
+"""Several times the entries of the options of transformers' models."""
 
 _DEPTH = 2
 

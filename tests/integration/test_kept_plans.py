@@ -125,3 +125,31 @@ def test_probes_and_explicit_plans_are_not_kept(verifications):
     measure(model, torch.randn(6, 4), plan=plan)
     measure(model, torch.randn(6, 4))
     assert len(verifications) == 2
+
+
+def test_reading_options_runs_no_code_of_the_user_and_no_data(verifications):
+    """A lazy table and a long buffer among the attributes."""
+    from collections.abc import Mapping
+
+    class Lazy(Mapping):
+        def __getitem__(self, key):
+            raise AssertionError("loaded")
+
+        def __iter__(self):
+            raise AssertionError("loaded")
+
+        __len__ = __iter__
+
+        def __getattr__(self, name):
+            raise AssertionError("asked")
+
+    model, x = Scaled(), torch.randn(6, 4)
+    model.lazy, model.buffer = Lazy(), [torch.zeros(1)] * 100_000
+    assert isinstance(kept_plans._fingerprint(model), int)
+    before = kept_plans._fingerprint(model)
+    model.buffer.append(torch.zeros(1))
+    assert kept_plans._fingerprint(model) != before
+    del model.lazy
+    measure(model, x)
+    measure(model, x)
+    assert len(verifications) == 1
