@@ -39,6 +39,7 @@ nitpick_ignore = [  # internal types in the signatures of what adapters use
     ("py:class", "fimprobe.model.input_roles.InputRoles"),
     ("py:class", "fimprobe.model.twin.TwinSettings"),
     ("py:class", "fimprobe.statistics.Measured"),
+    ("py:class", "fimprobe.training.schedule.Schedule"),
 ]
 
 TOP = Path(__file__).parents[1]

@@ -21,6 +21,10 @@ class BatchError(FimprobeError):
     """This batch cannot be measured (empty, outputs not finite, ...); another one may."""
 
 
+class CoupledSamplesError(FimprobeError):
+    """The outputs of a sample depend on which others are in the batch."""
+
+
 class ErrorHandler:
     """Treats errors as the option ``on_error`` requests, so that none of them stops a training.
 
@@ -83,14 +87,16 @@ class ErrorHandler:
             action()
         except Exception as error:
             if self.raises:
-                raise FimprobeError(f"{failure}: {error}") from error
-            self.warn_once(f"{failure}: {error}", key)
+                raise FimprobeError(f"{failure}: {describe_error(error)}") from error
+            self.warn_once(f"{failure}: {describe_error(error)}", key)
             return False
         return True
 
 
-def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a method that a hook or a loop enters: no error of it reaches the training.
+def guarded(
+    *, defers: bool = True, raises_mistakes: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a method that a hook, a callback or a loop enters: no error reaches the training.
 
     The object has the :class:`ErrorHandler` as its attribute ``errors``. The method does nothing
     inside of a graph that ``torch.compile`` or an export makes.
@@ -98,6 +104,8 @@ def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[.
     Args:
         defers: Whether the next step treats an error. Otherwise it is raised if errors are to be
             raised, or ends probing at once; with several processes the next step treats it in all.
+        raises_mistakes: Whether a FimprobeError is raised in any case, as where a training begins and
+            arguments are checked.
     """
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,6 +119,8 @@ def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[.
                 # nothing that may have failed itself is called here
                 errors = owner.errors
                 if errors.raises and not defers:
+                    raise
+                if raises_mistakes and isinstance(error, FimprobeError):
                     raise
                 if defers or errors.together:
                     errors.deferred = errors.deferred or error
@@ -129,9 +139,14 @@ def guarded(*, defers: bool = True) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def describe_error(error: Exception) -> str:
-    """Return the message of an error, with its type unless fimprobe raised it.
+    """Return the message of an error, with its type unless fimprobe or the file system raised it.
 
     >>> describe_error(ValueError("no number")), describe_error(FimprobeError("pass one"))
     ('ValueError: no number', 'pass one')
+    >>> describe_error(OSError("disk full")), describe_error(MemoryError())
+    ('disk full', 'MemoryError')
     """
-    return str(error) if isinstance(error, FimprobeError) else f"{type(error).__name__}: {error}"
+    message = str(error)
+    if isinstance(error, (FimprobeError, OSError)) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

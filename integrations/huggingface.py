@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import logging
 import os
 import socket
 import sys
@@ -41,8 +41,8 @@ from fimprobe import (  # noqa: E402
     Sink,
     load_config,
 )
-
-logger = logging.getLogger("fimprobe")
+from fimprobe.errors import ErrorHandler, guarded  # noqa: E402
+from fimprobe.probe.notices import print_command  # noqa: E402
 
 CHECKPOINT_NOTE = "fimprobe.json"
 """File in a checkpoint with the folder of the reports, for a training that resumes from it."""
@@ -112,7 +112,8 @@ class FimProbeCallback(TrainerCallback):
         self.config = load_config(config, **options)
         if log_dir is not None:
             self.config = self.config.with_log_dir(log_dir)
-        self.probe: Probe | None = None
+        self.probe: Probe | None
+        self.errors: ErrorHandler  # the probe's, once there is one
         self._attach_arguments: dict[str, Any] = {
             "mask": mask,
             "labels": labels,
@@ -123,7 +124,12 @@ class FimProbeCallback(TrainerCallback):
         self._state: Callable[[], TrainerState | None] = lambda: None
         self._trainer: Callable[[], Trainer | None] = lambda: None
         self._detach_probe: Callable[[], Any] = lambda: None
-        self._warned: set[str] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget the probe of an earlier training, and its errors."""
+        self.probe = None
+        self.errors = ErrorHandler(raises=self.config.on_error == "raise")
 
     def detach(self) -> None:
         """Remove the hooks and close the files. Calling it again does nothing."""
@@ -131,14 +137,16 @@ class FimProbeCallback(TrainerCallback):
 
     # -- events ------------------------------------------------------------------------------
 
+    @guarded(defers=False)
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach from an earlier training, which may have ended with an exception."""
         self.detach()
-        self.probe = None
+        self._begin()
         self._attach_pending = True
 
+    @guarded(defers=False)
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -146,8 +154,12 @@ class FimProbeCallback(TrainerCallback):
         if self._attach_pending:
             self._attach_pending = False
             failure = "nothing is probed, training continues"
-            self._run_safely(lambda: self._attach(args, state, kwargs["model"]), failure)
+            if not self.errors.run_safely(
+                lambda: self._attach(args, state, kwargs["model"]), failure
+            ):
+                self.detach()
 
+    @guarded(defers=False)
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -156,6 +168,7 @@ class FimProbeCallback(TrainerCallback):
         if probe is not None and not probe.detached:
             probe.steps = state.global_step
 
+    @guarded(defers=False)
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -170,8 +183,9 @@ class FimProbeCallback(TrainerCallback):
             if probe.overhead is not None:
                 values["fim_probe/overhead"] = probe.overhead
             failure = "the headline values could not be written to the Trainer's log"
-            self._run_safely(lambda: self._log(values, state, control), failure)
+            self.errors.run_safely(lambda: self._log(values, state, control), failure, key=failure)
 
+    @guarded(defers=False)
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -182,8 +196,10 @@ class FimProbeCallback(TrainerCallback):
             return
         note = json.dumps({"log_dir": os.path.relpath(probe.log_dir, folder)})
         failure = f"the folder of the reports could not be noted in {folder}"
-        self._run_safely(lambda: (folder / CHECKPOINT_NOTE).write_text(note + "\n"), failure)
+        write = functools.partial((folder / CHECKPOINT_NOTE).write_text, note + "\n")
+        self.errors.run_safely(write, failure)
 
+    @guarded(defers=False)
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -228,14 +244,14 @@ class FimProbeCallback(TrainerCallback):
             config, **{n: on for n, on in in_use.items() if n not in self.config.model_fields_set}
         )
         probe = Probe(called, config, first_step=state.global_step, **self._attach_arguments)
-        self.probe = probe
+        self.probe, self.errors = probe, probe.errors
         self._detach_probe = weakref.finalize(self, probe.detach)
         _callbacks[model] = weakref.ref(self)
         if probe.log_dir is not None:
             configured = self.config.tensorboard and self.config.tensorboard.log_dir
             run = probe.log_dir if configured else probe.log_dir.parent
             at = f" (continued at step {state.global_step})" if state.global_step else ""
-            print(f"fimprobe: tensorboard --logdir {run}{at}")
+            print_command(run, self.errors, at)
 
     def _folder(
         self,
@@ -290,23 +306,6 @@ class FimProbeCallback(TrainerCallback):
         assert probe is not None
         kinds = [kind for name, kind in _TRACKERS.items() if getattr(probe.config, name)]
         return (*kinds, *([TensorBoardCallback] if probe.log_dir is not None else []))
-
-    def _run_safely(self, action: Callable[[], Any], failure: str) -> None:
-        """Run ``action``; log an error once, because an exception in a callback ends the training.
-
-        Args:
-            action: Called without arguments.
-            failure: What an error means, the beginning of the message.
-        """
-        try:
-            action()
-        except Exception as error:
-            if self.config.on_error == "raise":
-                raise
-            if failure not in self._warned:
-                self._warned.add(failure)
-                error_type = "" if isinstance(error, FimprobeError) else f"{type(error).__name__}: "
-                logger.warning("fimprobe: %s: %s%s", failure, error_type, error)
 
 
 def _calling_trainer() -> tuple[Trainer | None, str | None]:

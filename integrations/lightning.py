@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fimprobe import Config, FimprobeError, Probe, Report, attach, load_config
+from fimprobe.errors import ErrorHandler, guarded
 from fimprobe.torchvision_compat import hide_broken_torchvision
 
 logger = logging.getLogger("fimprobe")
@@ -76,12 +77,16 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             name: options.pop(name) for name in _ATTACH_ARGUMENTS if name in options
         }
         self._config = load_config(config, **options)
+        self.errors = self._make_handler()  # the probe's, once there is one
         self._called_modules: list[str] = []
         self._num_batches = 0
         self._handles: list[Any] = []
 
+    @guarded(defers=False, raises_mistakes=True)
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the module, and observe which modules ``training_step`` calls."""
+        self._detach()
+        self.probe, self.errors = None, self._make_handler()
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             self._disable(
                 f"training_step of {type(pl_module).__name__} is compiled, which hides its calls; "
@@ -100,9 +105,9 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             arguments.pop("log_dir", None)
         elif log_dir and config.tensorboard and config.tensorboard.log_dir is None:
             arguments.setdefault("log_dir", log_dir)
-        self._detach()
         first_step = trainer.global_step // max(1, len(trainer.optimizers))
         self.probe = attach(target, config, first_step=first_step, **arguments)
+        self.errors = self.probe.errors
         if len(trainer.optimizers) > 1:
             logger.info(
                 "fimprobe: %d optimizers; steps are counted for those that hold parameters of %s",
@@ -118,12 +123,14 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             for name, module in observed.items()
         ]
 
+    @guarded(defers=False)
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch, and set the number of the step before its forward."""
         self._num_batches += 1
         if self.probe is not None and len(trainer.optimizers) == 1:
             self.probe.steps = trainer.global_step
 
+    @guarded(defers=False)
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Check at the first step that ``training_step`` called the probed module."""
         probe = self.probe
@@ -133,14 +140,17 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
             self._unhook()
             self._check_called(trainer, pl_module, probe)
 
+    @guarded(defers=False)
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach the probe; reports stay in ``probe.history``."""
         self._detach()
 
+    @guarded(defers=False)
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach the probe when an error or the user stops the training."""
         self._detach()
 
+    @guarded(defers=False)
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach the probe, however the training ended."""
         self._detach()
@@ -178,10 +188,13 @@ class FimProbeCallback(_lightning.Callback):  # type: ignore[misc]
         self._detach()
         self._disable(message)
 
+    def _make_handler(self) -> ErrorHandler:
+        return ErrorHandler(raises=self._config.on_error == "raise")
+
     def _disable(self, message: str) -> None:
-        if self._config.on_error == "raise":
+        if self.errors.raises:
             raise FimprobeError(message)
-        logger.warning("fimprobe: nothing is probed, training continues: %s", message)
+        self.errors.end(f"nothing is probed, training continues: {message}")
 
     def _describe_target(self) -> str:
         return "its own forward, self(...)" if self.module is None else f"self.{self.module}"

@@ -9,15 +9,23 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from fimprobe.config.error_messages import format_validation_errors
 from fimprobe.config.option import Option, OptionDescription
+from fimprobe.config.sections import (
+    SWITCH,
+    LayersConfig,
+    PathText,
+    ScheduleConfig,
+    SecondOrderConfig,
+    Section,
+    TensorboardConfig,
+)
 from fimprobe.config.yaml_source import YamlFile, read_yaml, shorten
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, EstimatorKey
 from fimprobe.likelihoods import LIKELIHOODS, get_likelihood
-from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Every, Schedule
 
 MAX_MISTAKES = 50
 """Mistakes that are listed; each entry of a long list may be one."""
@@ -25,134 +33,14 @@ MAX_MISTAKES = 50
 MAX_DRAWS = 10**6
 """Labels per input: their error falls as 1/√draws, and more are closer to a typing mistake."""
 
-MAX_PROBES = 10**4
-"""Random probes: each costs a pass, and their noise is below 1 % of that of a single one."""
-
 MAX_MEMORY_MB = 10**9
 """A petabyte, in MB: above the memory of any machine, and its bytes still fit an integer."""
 
 JSONL_NAME = "fimprobe.jsonl"
 """Name of the JSONL file in the folder of a run."""
 
-PathText = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""A path: no file system has null characters in names."""
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-
-class ScheduleConfig(_Section):
-    """When to measure: exactly one of the three keys."""
-
-    budget: Annotated[
-        float | None,
-        Option(
-            must_be="a number above 0 and below 1",
-            remedy="Use 0.02 to spend 2 % of the wall time.",
-        ),
-    ] = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="share of the wall time that the probe may take, besides "
-        f"{FREE_SECONDS:g} seconds of reports at the steps 1, 2, 5, 10, 20, 50, ...",
-    )
-    every: Annotated[
-        int | None,
-        Option(
-            must_be="a positive integer",
-            remedy="Use 100 to measure at every 100th optimizer step.",
-        ),
-    ] = Field(None, ge=1, description="measure at every n-th optimizer step")
-    at: Annotated[
-        list[Annotated[int, Field(ge=0)]] | None,
-        Option(
-            must_be="a list of at least one step, each an integer of at least 0",
-            remedy="Use [0, 10, 100] to measure at these optimizer steps.",
-        ),
-    ] = Field(None, min_length=1, description="measure at these optimizer steps, counted from 0")
-
-    @model_validator(mode="after")
-    def _has_one_key(self) -> ScheduleConfig:
-        given = [k for k in ("budget", "every", "at") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "`schedule` must have exactly one of the keys budget, every and at, got "
-                f"{' and '.join(given) or 'none'}. Use {{budget: 0.02}} for 2 % of the wall time."
-            )
-        return self
-
-    def build(self) -> Schedule:
-        """Return a new schedule."""
-        if self.every is not None:
-            return Every(self.every)
-        if self.at is not None:
-            return At(self.at)
-        assert self.budget is not None
-        return Budget(self.budget)
-
-
-_PATTERNS = Option(
-    must_be="a list of shell patterns",
-    remedy="Use ['encoder.*'] for all layers below `encoder`.",
-)
-
-
-class LayersConfig(_Section):
-    """Selection of the layers that TensorBoard shows; the JSONL file holds all layers."""
-
-    include: Annotated[list[str], _PATTERNS] = Field(
-        ["*"], description="names of layers that may have charts"
-    )
-    exclude: Annotated[list[str], _PATTERNS] = Field([], description="names of layers that have none")
-    top: Annotated[
-        int,
-        Option(must_be="an integer of at least 0", remedy="Use 12 to chart the first twelve layers."),
-    ] = Field(
-        0,
-        ge=0,
-        description="number of layers with charts of their own, those that need most pairs first; "
-        "pictures and histograms show all",
-    )
-
-
-class SecondOrderConfig(_Section):
-    """Random probes for the second derivatives of Î₂."""
-
-    probes: Annotated[
-        int,
-        Option(
-            must_be="an integer of at least 2",
-            remedy="Use 2 probes or more: the square of a single probe is biased.",
-        ),
-    ] = Field(
-        2,
-        ge=2,
-        le=MAX_PROBES,
-        description=f"number of random probes, at most {MAX_PROBES}; their noise falls as 1/√probes",
-    )
-
-
-_SWITCH = Option(must_be="true or false", remedy="Use one of the two.")
-
-
-class TensorboardConfig(_Section):
-    """The content and the folder of the files for TensorBoard."""
-
-    log_dir: Annotated[
-        PathText | None,
-        Option(must_be="a path or null", remedy="Use 'runs/mine', or null for the default folder."),
-    ] = Field(None, description="folder of the run; null is runs/fimprobe/TIME_HOST")
-    histograms: Annotated[bool, _SWITCH] = Field(
-        True, description="errors and sizes over all parameters"
-    )
-    figures: Annotated[bool, _SWITCH] = Field(
-        True, description="figures at reports 4, 8, 16, ..., with the extra `plots`"
-    )
-
-
-class Config(_Section):
+class Config(Section):
     """All options of :func:`fimprobe.attach`, each optional.
 
     >>> Config(draws=4).schedule.budget
@@ -220,7 +108,7 @@ class Config(_Section):
         description="how Î₂ is computed: random probes, spot checks of its label variance, BackPACK, "
         "or not at all",
     )
-    bounds: Annotated[bool, _SWITCH] = Field(
+    bounds: Annotated[bool, SWITCH] = Field(
         True,
         description="measure bounds, covariance norms and hidden layers; Soen & Sun (2021), "
         "eq. 17 to 22",
@@ -266,10 +154,10 @@ class Config(_Section):
         PathText | Literal[False] | None,
         Option(must_be="a path, false or null", remedy="Use null for the default file."),
     ] = Field(None, description="JSONL file; null is fimprobe.jsonl in log_dir")
-    wandb: Annotated[bool, _SWITCH] = Field(
+    wandb: Annotated[bool, SWITCH] = Field(
         False, description="log the numbers of the model to W&B: to its active run, or a new one"
     )
-    mlflow: Annotated[bool, _SWITCH] = Field(
+    mlflow: Annotated[bool, SWITCH] = Field(
         False,
         description="log the numbers of the model to MLflow: to its active run, or a new one",
     )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import queue
+import threading
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -11,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fimprobe.distributed.merge import (
+from fimprobe.distributed.merge import merge, merge_bounds
+from fimprobe.distributed.parameter_sums import (
     common_shapes,
     drop_sums,
     local_sums,
-    merge,
-    merge_bounds,
     sharded_sums,
     sum_shapes,
 )
@@ -42,6 +45,11 @@ WEIGHTS_TIMEOUT_SECONDS = 60.0
 
 It is shorter than that of a measurement, so that a process that waits in vain can still report it.
 """
+
+_HAS_LEFT = (
+    "this process left the measurements, after an interrupt or an error in one. Attach again on "
+    "every process."
+)
 
 _join_numbers = itertools.count()
 
@@ -72,6 +80,9 @@ class ProcessGroup(Protocol):
         A group of their own keeps their messages apart from those of :meth:`run_everywhere`.
         """
 
+    def leave(self) -> None:
+        """Send nothing from now on; processes that wait for this one learn it at once."""
+
 
 class SingleProcess:
     """The group of a single process."""
@@ -91,6 +102,9 @@ class SingleProcess:
 
     def weights_group(self) -> Any:
         """Return None: nothing is sent."""
+
+    def leave(self) -> None:
+        """Do nothing: nobody waits."""
 
 
 class GlooProcessGroup:
@@ -126,7 +140,10 @@ class GlooProcessGroup:
             kind = "" if isinstance(caught, FimprobeError) else f"{type(caught).__name__}: "
             error, failure = caught, (isinstance(caught, BatchError), f"{kind}{caught}")
         answers: list[Any] = [None] * self.size
-        self._bounded(lambda: dist.all_gather_object(answers, (result, failure), group=self.group))
+        if self.group is None and error is not None:
+            raise error
+        answer = result, failure
+        self._bounded(lambda group: dist.all_gather_object(answers, answer, group=group))
         failures = {rank: failed for rank, (_, failed) in enumerate(answers) if failed is not None}
         if not failures:
             return [result for result, _ in answers]
@@ -148,59 +165,110 @@ class GlooProcessGroup:
 
         rests, shapes, bounds = zip(*self.run_everywhere(measure_share), strict=True)
         sums = local_sums(local[0], common_shapes(shapes))
-        self._bounded(lambda: self._add(list(sums.values())))
+        self._bounded(lambda group: _add(list(sums.values()), group))
         return merge(rests, sums | sharded_sums(local[0])), merge_bounds(bounds)
 
     def add_tensors(self, tensors: list[Tensor]) -> None:
         """Replace each tensor, on the CPU, by its sum over the processes."""
-        self._bounded(lambda: self._add(tensors))
+        self._bounded(lambda group: _add(tensors, group))
 
     def weights_group(self) -> Any:
         """Return the group, made at the first call, which all processes make together."""
+        if self.group is None:
+            raise FimprobeError(_HAS_LEFT)
         if self._weights_group is None:
             timeout = timedelta(seconds=WEIGHTS_TIMEOUT_SECONDS)
             self._weights_group = dist.new_group(backend="gloo", timeout=timeout)
         return self._weights_group
 
-    def _add(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
-        for dtype in dict.fromkeys(x.dtype for x in tensors):
-            bucket: list[Tensor] = []
-            for x in (x for x in tensors if x.dtype == dtype):
-                if bucket and sum(y.numel() for y in [*bucket, x]) > MAX_REDUCED_NUMBERS:
-                    self._all_reduce(bucket)
-                    bucket = []
-                bucket.append(x)
-            self._all_reduce(bucket)
+    def leave(self) -> None:
+        """Close the connections of this process. Calling it again does nothing.
 
-    def _all_reduce(self, bucket: list[Tensor]) -> None:
-        flat = torch.cat([x.reshape(-1) for x in bucket])
-        dist.all_reduce(flat, group=self.group)
-        for x, total in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
-            x.copy_(total.view(x.shape))
+        A process that ends its measurements alone does so: messages of a later one would be read as
+        answers to an earlier one.
+        """
+        groups = self.group, self._weights_group
+        self.group = self._weights_group = None
+        for group in groups:
+            with contextlib.suppress(Exception):  # torch.distributed may have ended before
+                if group is not None:
+                    dist.destroy_process_group(group)
 
-    def _bounded(self, action: Callable[[], Any]) -> None:
-        """Run ``action``; gloo reports an exceeded timeout as a RuntimeError."""
+    def _bounded(self, action: Callable[[Any], Any]) -> None:
+        """Run ``action(group)``; gloo reports an exceeded timeout as a RuntimeError."""
+        group, started = self.group, time.monotonic()
+        if group is None:
+            raise FimprobeError(_HAS_LEFT)
         try:
-            action()
+            action(group)
         except RuntimeError as error:
+            cause = f"the other processes did not answer within {self.timeout_seconds:g} s"
+            if time.monotonic() - started < 0.9 * self.timeout_seconds:
+                cause = "another process left the measurements, as its probe or its training ended"
             raise FimprobeError(
-                f"the other processes did not answer within {self.timeout_seconds:g} s. Check "
-                f"whether they still run: {str(error).splitlines()[0]}"
+                f"{cause}. Check whether they still run: {str(error).splitlines()[0]}"
             ) from error
+
+
+def _add(tensors: list[Tensor], group: Any) -> None:
+    """Replace each tensor by its sum over the processes of a group."""
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        bucket: list[Tensor] = []
+        for x in (x for x in tensors if x.dtype == dtype):
+            if bucket and sum(y.numel() for y in [*bucket, x]) > MAX_REDUCED_NUMBERS:
+                _all_reduce(bucket, group)
+                bucket = []
+            bucket.append(x)
+        _all_reduce(bucket, group)
+
+
+def _all_reduce(bucket: list[Tensor], group: Any) -> None:
+    flat = torch.cat([x.reshape(-1) for x in bucket])
+    dist.all_reduce(flat, group=group)
+    for x, total in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+        x.copy_(total.view(x.shape))
 
 
 def join_processes() -> ProcessGroup:
     """Return the group of this training's processes; all of them must call this.
 
-    It waits up to ``JOIN_TIMEOUT_SECONDS`` for the others. Without ``torch.distributed``, or with one
-    process, it returns a :class:`SingleProcess` at once.
+    It waits up to ``JOIN_TIMEOUT_SECONDS`` for the others to call it, and as long again for the group
+    to form. Without ``torch.distributed``, or with one process, it returns a :class:`SingleProcess`
+    at once.
 
     Raises:
         FimprobeError: If not all processes call it in time.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return SingleProcess()
+    joined: queue.SimpleQueue[ProcessGroup | BaseException] = queue.SimpleQueue()
+
+    def join() -> None:
+        try:
+            joined.put(_join_all())
+        except BaseException as error:
+            joined.put(error)
+
+    # torch waits without end for a store whose process is stopped: that must not be this thread
+    threading.Thread(target=join, name="fimprobe join", daemon=True).start()
+    try:
+        group = joined.get(timeout=2 * JOIN_TIMEOUT_SECONDS)
+    except queue.Empty:
+        raise FimprobeError(
+            f"the group of processes was not formed within {2 * JOIN_TIMEOUT_SECONDS:g} s. Check "
+            "that the others run, above all the one that hosts the store of torch.distributed."
+        ) from None
+    if isinstance(group, BaseException):
+        raise group
+    return group
+
+
+def _join_all() -> ProcessGroup:
+    """Return the group of all processes.
+
+    Raises:
+        FimprobeError: If not all processes call it in time.
+    """
     store = dist.distributed_c10d._get_default_store()
     prefix = f"fimprobe/{next(_join_numbers)}"
     keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]

@@ -91,10 +91,14 @@ def diagonal_of(gram: Tensor) -> Tensor:
 
 
 def fisher_part(measured: Measured) -> MomentsBatch:
-    """Return the moments that F comes from: exact labels, exact factors of I(h), or Hutchinson's."""
-    if measured.moments["i1"].draws is None:
-        return measured.moments["i1"]
-    return measured.moments["ggn"] if "ggn" in measured.moments else measured.moments["ih"]
+    """Return the moments that F comes from.
+
+    Exact labels, exact factors of I(h), Hutchinson's vectors, or size-biased labels beside spot checks.
+    """
+    moments = measured.moments
+    if moments["i1"].draws is None:
+        return moments["i1"]
+    return moments["ggn"] if "ggn" in moments else moments.get("ih", moments["i1"])
 
 
 def estimate_groups(

@@ -112,12 +112,26 @@ def _mean_and_error(values: Tensor, num_pilot: int, relative: float) -> tuple[fl
 
 
 def _relative_variance(checks: SpotChecks, kind: str) -> float:
-    """The relative variance of single checks of a kind of layer."""
-    total, count = PRIOR_CHECKS * PRIOR_SPREAD**2, PRIOR_CHECKS
-    for stratum in checks.strata:
-        if stratum.kind == kind and len(stratum.values) > 1:
-            mean = float(stratum.values.mean())
-            if mean > 0:
-                total += float((stratum.values / mean - 1).square().sum())
-                count += len(stratum.values) - 1
-    return total / count
+    """The relative variance of single checks of a kind of layer.
+
+    Where the checks of all layers together spread more than is assumed, those of a kind with few
+    checks may do so unseen: its prior is the larger of the two.
+    """
+    spreads = [_spread(s.values) for s in checks.strata]
+    square, freedom = sum(s for s, _ in spreads), sum(n for _, n in spreads)
+    prior = PRIOR_SPREAD**2
+    if freedom > 0:
+        prior = max(prior, square / freedom)
+    of_kind = [
+        x for x, stratum in zip(spreads, checks.strata, strict=True) if stratum.kind == kind
+    ]
+    total = PRIOR_CHECKS * prior + sum(s for s, _ in of_kind)
+    return total / (PRIOR_CHECKS + sum(n for _, n in of_kind))
+
+
+def _spread(values: Tensor) -> tuple[float, int]:
+    """Sum of squared relative deviations of checks from their mean, and its degrees of freedom."""
+    mean = float(values.mean())
+    if len(values) < 2 or mean <= 0:
+        return 0.0, 0
+    return float((values / mean - 1).square().sum()), len(values) - 1

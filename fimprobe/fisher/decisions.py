@@ -5,7 +5,8 @@ Errors are those that the error of F causes, to first order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,18 +46,41 @@ def check_shapes(argument: str, known: Mapping[str, Tensor], wanted: Mapping[str
             )
 
 
+def check_values(
+    argument: str, values: Mapping[str, Tensor], measured: Mapping[str, Tensor], remedy: str
+) -> None:
+    """Check that parameters are those at which F was measured.
+
+    Args:
+        argument: Name of the argument, for the message.
+        values: The parameters; others than the measured ones are accepted.
+        measured: Those at which F was measured.
+        remedy: A sentence.
+
+    Raises:
+        FimprobeError: If one differs.
+    """
+    for name, x in measured.items():
+        value = values[name].detach().cpu()
+        if not torch.equal(value, x.to("cpu", value.dtype)):
+            raise FimprobeError(
+                f"`{argument}` must have the parameters at which F was measured, but {name!r} "
+                f"differs. {remedy}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EwcPenalty:
     """The penalty of elastic weight consolidation.
 
     Attributes:
         value: ½ Σ_i F_ii (θ_i − θ*_i)², a scalar with its graph.
-        std_error: Its standard error for this move θ − θ*.
-        rel_error: ``std_error`` / ``value``; None where the value is zero.
+        std_error: Its standard error for this move θ − θ*; None where that of F is not known.
+        rel_error: ``std_error`` / ``value``; None where the value is zero too.
     """
 
     value: Tensor
-    std_error: float
+    std_error: float | None
     rel_error: float | None
 
 
@@ -80,9 +104,8 @@ def ewc_penalty(fisher: FisherRecord, model: nn.Module, anchor: Mapping[str, Ten
         value = value + (f.to(theta.device) * move.square()).sum() / 2
     error = linear_error(fisher, squares)
     magnitude = float(value.detach())
-    return EwcPenalty(
-        value=value, std_error=error, rel_error=error / magnitude if magnitude > 0 else None
-    )
+    rel_error = error / magnitude if error is not None and magnitude > 0 else None
+    return EwcPenalty(value=value, std_error=error, rel_error=rel_error)
 
 
 LEAST_OVERLAP = 0.85
@@ -134,14 +157,18 @@ def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1).cpu() for x in tensors.values()])
 
 
-def expected_overlap(diagonal: Tensor, error: Tensor, kept: int) -> float:
+def expected_overlap(diagonal: Tensor, error: Tensor, kept: int) -> float | None:
     """Return the expected share of the ``kept`` largest estimates that are truly among the largest.
+
+    It is None where an error is not known.
 
     Args:
         diagonal: Estimates of some entries, one vector.
         error: Their standard errors.
         kept: Number of chosen entries.
     """
+    if not bool(torch.isfinite(error).all()):
+        return None
     threshold = _true_threshold(diagonal, error, kept)
     right = _exceeds(diagonal, error, threshold)[diagonal.topk(kept).indices]
     return min(1.0, float(right.mean()))
@@ -171,7 +198,8 @@ class Ratio:
 
     Attributes:
         values: F_ii / F'_ii by parameter; infinite where only F' is zero, 0 where both are.
-        std_error: Standard error of each ratio.
+        std_error: Standard error of each ratio; infinite where F' is zero, 0 where both are known to
+            be zero.
         numerator: F.
         denominator: F'.
     """
@@ -190,16 +218,17 @@ class Ratio:
             other: F'.
         """
         check_shapes("other", other.diagonal, one.diagonal)
+        remedy = "Measure both on one state of the model."
+        check_values("other", other.values, one.values, remedy)
         values, errors = {}, {}
         for name, f in one.diagonal.items():
             base = other.diagonal[name].to(f.device)
+            spread, base_spread = one.std_error[name], other.std_error[name].to(f.device)
             ratio = torch.where(f > 0, f / base, 0.0)
-            error_of_one = one.std_error[name] / f.clamp(min=1e-300)
-            error_of_other = other.std_error[name].to(f.device) / base.clamp(min=1e-300)
+            error = (spread.square() + (ratio * base_spread).square()).sqrt() / base
+            zeros = (f == 0) & (base == 0) & (spread == 0) & (base_spread == 0)
             values[name] = ratio
-            errors[name] = torch.where(
-                ratio > 0, ratio * (error_of_one.square() + error_of_other.square()).sqrt(), 0.0
-            )
+            errors[name] = torch.where(base > 0, error, torch.inf).where(~zeros, 0.0)
         return cls(values=values, std_error=errors, numerator=one, denominator=other)
 
     def above(self, factor: float) -> Mask:
@@ -222,75 +251,9 @@ class Ratio:
             sure += float(_exceeds(excess, error, 0.0)[masks[name]].sum())
             kept += int(masks[name].sum())
         overlap = sure / kept if kept else None
-        if overlap is not None and overlap < LEAST_OVERLAP:
+        if overlap is not None and not overlap >= LEAST_OVERLAP:
             overlap = None
         return Mask(masks=masks, overlap=overlap, kept=kept)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merged:
-    """Merged parameters.
-
-    Attributes:
-        state: Σ_k F_k θ_k / Σ_k F_k by name, in the types of the first model.
-        std_error: Standard error of each merged entry that has an F.
-        rel_error: √(Σ error²) over the length of the move away from the plain average; None where
-            there is no move.
-    """
-
-    state: dict[str, Tensor] = field(repr=False)
-    std_error: dict[str, Tensor] = field(repr=False)
-    rel_error: float | None
-
-
-def merge(fishers: Sequence[FisherRecord], states: Sequence[Mapping[str, Tensor]]) -> Merged:
-    """Return the merged parameters; see :meth:`Fisher.merge`.
-
-    Args:
-        fishers: F of each model.
-        states: State dictionaries.
-    """
-    if len(fishers) < 2 or len(fishers) != len(states):
-        raise FimprobeError(
-            "`fishers` must hold at least two, with one state each, got "
-            f"{len(fishers)} and {len(states)} states. Pass one Fisher for each model."
-        )
-    first = fishers[0]
-    for fisher, state in zip(fishers, states, strict=True):
-        check_shapes("fishers", fisher.diagonal, first.diagonal)
-        check_shapes("states", state, first.diagonal)
-    merged, errors = {}, {}
-    error_square = move_square = 0.0
-    for name, x in states[0].items():
-        if name not in first.diagonal:
-            merged[name] = _average([state[name] for state in states])
-            continue
-        device = x.device
-        theta = torch.stack([s[name].to(device, torch.float64) for s in states])
-        weight = torch.stack([f.diagonal[name].to(device) for f in fishers])
-        spread = torch.stack([f.std_error[name].to(device) for f in fishers])
-        total = weight.sum(0)
-        known = total > 0
-        safe = total.where(known, 1)
-        plain = theta.mean(0)
-        value = torch.where(known, (weight * theta).sum(0) / safe, plain)
-        error = (((theta - value) / safe).square() * spread.square()).sum(0).sqrt()
-        error = torch.where(known, error, torch.inf)
-        # a weighted mean stays in the range of the models, however uncertain the weights: its
-        # standard deviation is at most half of that (Popoviciu's inequality)
-        errors[name] = torch.minimum(error, (theta.amax(0) - theta.amin(0)) / 2)
-        error_square += float(errors[name].square().sum())
-        move_square += float((value - plain).square().sum())
-        merged[name] = value.to(x.dtype)
-    rel_error = (error_square / move_square) ** 0.5 if move_square > 0 else None
-    return Merged(state=merged, std_error=errors, rel_error=rel_error)
-
-
-def _average(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of entries without an F; the first model's where they are integers."""
-    if not tensors[0].is_floating_point():
-        return tensors[0].clone()
-    return torch.stack([x.to(tensors[0].device) for x in tensors]).mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,20 +263,21 @@ class LaplaceErrors:
     Attributes:
         variance: 1/(H + prior precision) of every parameter, as a vector in laplace-torch's order.
         std_error: Their standard errors.
-        rel_error: The largest ``std_error`` / ``variance``.
+        rel_error: The largest ``std_error`` / ``variance``; None where an error of F is not known.
     """
 
     variance: Tensor = field(repr=False)
     std_error: Tensor = field(repr=False)
-    rel_error: float
+    rel_error: float | None
 
 
-def set_laplace(fisher: FisherRecord, la: Any) -> LaplaceErrors:
+def set_laplace(fisher: FisherRecord, la: Any, num_inputs: int | None) -> LaplaceErrors:
     """Set the Hessian; see :meth:`Fisher.to_laplace`.
 
     Args:
         fisher: F.
         la: A ``DiagLaplace``.
+        num_inputs: N; None for the one that was counted.
     """
     if not any(base.__name__ == "DiagLaplace" for base in type(la).__mro__):
         raise FimprobeError(
@@ -322,7 +286,13 @@ def set_laplace(fisher: FisherRecord, la: Any) -> LaplaceErrors:
         )
     known = trainable(la.model)
     check_shapes("la.model", known, fisher.diagonal)
-    size = fisher.metadata["data_size"] or fisher.metadata["inputs"]
+    check_values("la.model", known, fisher.values, "Estimate F at the parameters of `la`.")
+    size = num_inputs or fisher.metadata["data_size"]
+    if not size:
+        raise FimprobeError(
+            "`num_inputs` must be the number of inputs of the data set, of which a part was read, "
+            f"got {num_inputs!r}. The Hessian is a sum over all of them."
+        )
     # laplace-torch leaves the noise of a regression out of H and divides by it itself
     sigma = fisher.metadata.get("sigma") or 1.0
     scale = size * (sigma**2 if getattr(la, "likelihood", "") == "regression" else 1.0)
@@ -341,4 +311,5 @@ def set_laplace(fisher: FisherRecord, la: Any) -> LaplaceErrors:
     variance = la.posterior_variance.detach().double()
     std_error = variance.square() * float(la._H_factor) * error
     ratio = float((std_error / variance).max())
-    return LaplaceErrors(variance=variance, std_error=std_error, rel_error=ratio)
+    rel_error = ratio if math.isfinite(ratio) else None
+    return LaplaceErrors(variance=variance, std_error=std_error, rel_error=rel_error)

@@ -14,18 +14,20 @@ from fimprobe.errors import FimprobeError
 from fimprobe.fisher.fisher import Fisher
 from fimprobe.fisher.options import check_options
 from fimprobe.fisher.result import assemble
-from fimprobe.fisher.streaming.batches import IndexedSource, InputReader, Source, make_source
+from fimprobe.fisher.streaming.batches import IndexedSource, Source, make_source
 from fimprobe.fisher.streaming.progress import ProgressLine
+from fimprobe.fisher.streaming.reading import InputReader
 from fimprobe.fisher.streaming.run import EstimateRun, Limits
 from fimprobe.fisher.streaming.state import StateFile, fingerprint
 from fimprobe.fisher.streaming.stopping import StoppingRule
 from fimprobe.fisher.sums.measurer import Measurer
-from fimprobe.likelihoods import Joint, get_likelihood
+from fimprobe.likelihoods import Categorical, Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
+from fimprobe.likelihoods.categorical import IGNORED
 from fimprobe.measurement.isolation import isolated_state
 from fimprobe.measurement.process_summary import check_models_agree, summarize
 from fimprobe.model.batch import Batch
-from fimprobe.training.model_family import infer_family
+from fimprobe.training.likelihood_inference.model_family import infer_family
 
 
 def estimate(
@@ -113,8 +115,8 @@ def estimate(
     limits = Limits(inputs=max_inputs, seconds=max_seconds)
     with isolated_state(model, seed):
         source = make_source(data, seed)
-        reader = InputReader(model=model, inputs=inputs, mask=mask)
         family, reason = find_likelihood(likelihood, model, source)
+        reader = make_reader(model, family, inputs, mask)
         measurer = Measurer(
             model=model, likelihood=family, output=output, memory_mb=memory_mb, seed=seed
         )
@@ -208,6 +210,24 @@ def find_likelihood(
     if source.repeatable:
         first = next((item.raw for item in source.batches(0, 1, 0)), None)
     return infer_family(model, (), dict(first) if isinstance(first, Mapping) else {})
+
+
+def make_reader(
+    model: nn.Module,
+    family: Likelihood,
+    inputs: Callable[[Any], Any] | None,
+    mask: Callable[[Any], Tensor | None] | None,
+) -> InputReader:
+    """Return what reads batches: of classes, positions whose label is ignored are left out.
+
+    Args:
+        model: The model.
+        family: The family of labels.
+        inputs: From a batch to the model's inputs; None for the usual places.
+        mask: From a batch to a boolean tensor of the labels' shape; None for all labels.
+    """
+    ignored = IGNORED if isinstance(family, Categorical) else None
+    return InputReader(model=model, inputs=inputs, mask=mask, ignored=ignored)
 
 
 def _describe(data: Any) -> str:

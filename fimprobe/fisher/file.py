@@ -5,14 +5,16 @@ The format is safetensors, so that the file is readable without fimprobe.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fimprobe.errors import FimprobeError
+from fimprobe.errors import FimprobeError, describe_error
 
 FORMAT = 1
 """Version of the file's layout."""
@@ -32,6 +34,9 @@ def write_file(
         path: The file.
         tensors: By prefix, then by the parameter's name.
         metadata: Plain values.
+
+    Raises:
+        FimprobeError: If the file cannot be written.
     """
     package = _safetensors(path)
     flat = {
@@ -41,8 +46,21 @@ def write_file(
     }
     temporary = f"{os.fspath(path)}.tmp"
     text = json.dumps({"format": FORMAT, **metadata})
-    package.save_file(flat, temporary, metadata={KEY: text})
-    os.replace(temporary, path)
+    if os.path.isdir(path) or not Path(path).absolute().parent.is_dir():
+        raise FimprobeError(
+            f"`path` must be a file in an existing folder, got {os.fspath(path)!r}. Pass another "
+            "path, or create the folder first."
+        )
+    try:
+        package.save_file(flat, temporary, metadata={KEY: text})
+        os.replace(temporary, path)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise FimprobeError(
+            f"`path` must be writable, but {os.fspath(path)!r} is not ({describe_error(error)}). "
+            "Pass another path."
+        ) from error
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

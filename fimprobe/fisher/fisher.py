@@ -13,14 +13,13 @@ from fimprobe.fisher.decisions import (
     EwcPenalty,
     LaplaceErrors,
     Mask,
-    Merged,
     Ratio,
     ewc_penalty,
-    merge,
     set_laplace,
     top_mask,
 )
 from fimprobe.fisher.file import write_file
+from fimprobe.fisher.merging import Merged, merge
 from fimprobe.fisher.records import FisherRecord, GroupFisher
 from fimprobe.report.format import Row, align, number, percent, quantity
 
@@ -157,7 +156,7 @@ class Fisher(FisherRecord):
             other: F' of the same model on other data.
 
         Raises:
-            FimprobeError: If the parameters differ.
+            FimprobeError: If the parameters differ, in name, shape or value.
         """
         return Ratio.of(self, other)
 
@@ -170,18 +169,21 @@ class Fisher(FisherRecord):
         Args:
             fishers: F of each model.
             states: State dictionaries of the models; by default the parameters at which the F were
-                measured. Entries without an F are averaged with equal weights.
+                measured. Entries without an F are averaged with equal weights; tied ones have
+                that of their other name.
 
         Raises:
-            FimprobeError: If the models differ in names or shapes.
+            FimprobeError: If the models differ in names or shapes, or states are in another order.
         """
         return merge(fishers, [f.values for f in fishers] if states is None else states)
 
-    def to_laplace(self, la: Any) -> LaplaceErrors:
+    def to_laplace(self, la: Any, *, num_inputs: int | None = None) -> LaplaceErrors:
         """Set the Hessian of a diagonal Laplace approximation of laplace-torch.
 
         Args:
             la: A ``DiagLaplace`` of the same model; a fit of it is not needed.
+            num_inputs: Number of inputs of the data set, over which the Hessian sums. It is needed
+                where a generator was read in part, whose size is not known.
 
         Returns:
             The posterior variances with their errors.
@@ -189,7 +191,7 @@ class Fisher(FisherRecord):
         Raises:
             FimprobeError: If the approximation is not diagonal, or of another model.
         """
-        return set_laplace(self, la)
+        return set_laplace(self, la, num_inputs)
 
 
 def _row(name: str, group: GroupFisher) -> Row:

@@ -15,13 +15,15 @@ from torch import Tensor
 from fimprobe.fisher.records import FisherRecord
 
 
-def linear_error(fisher: FisherRecord, weights: Mapping[str, Tensor]) -> float:
-    """Return the standard error of Σ_i c_i F̂_ii.
+def linear_error(fisher: FisherRecord, weights: Mapping[str, Tensor]) -> float | None:
+    """Return the standard error of Σ_i c_i F̂_ii; None where that of the trace is not known.
 
     Args:
         fisher: F̂ with its errors.
         weights: c by parameter, in its shape.
     """
+    if fisher.total.std_error is None:
+        return None
     layers: dict[str, list[str]] = {}
     for name in fisher.diagonal:
         layers.setdefault(name.rpartition(".")[0] or "(model)", []).append(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fimprobe.errors import FimprobeError
 from fimprobe.measurement.arguments import check_model
-from fimprobe.model.fsdp import is_sharded
+from fimprobe.model.fsdp.placement import is_sharded
 from fimprobe.model.twin import trainable
 
 

@@ -31,17 +31,7 @@ class GroupFisher:
 
 @dataclass(kw_only=True)
 class FisherRecord:
-    """The diagonal of F with its errors; :class:`fimprobe.Fisher` has the methods.
-
-    Attributes:
-        diagonal: F_ii by parameter, float64, in its shape.
-        std_error: Standard error of each entry, of the mean over this data set.
-        values: The parameters at which F was measured.
-        total: Numbers of the whole model.
-        layers: The same for every layer.
-        parameters: The same for every parameter.
-        metadata: What was measured, as plain values: see docs/reference/estimate.md.
-    """
+    """The attributes of :class:`fimprobe.Fisher`, which explains them and has the methods."""
 
     diagonal: dict[str, Tensor] = field(repr=False)
     std_error: dict[str, Tensor] = field(repr=False)

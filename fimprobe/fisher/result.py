@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import re
-import time
 from datetime import datetime
 from typing import Any
 
@@ -79,7 +78,7 @@ def _metadata(run: EstimateRun, sums: FisherSums, end: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "written": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - run.started, 3),
+        "seconds": round(run.seconds, 3),
         "model": type(model).__name__,
         "entries": sum(p.numel() for p in parameters.values()),
         "dtype": str(first.dtype).removeprefix("torch."),
@@ -123,7 +122,7 @@ def _estimator(run: EstimateRun, draws: int | None) -> str:
 
 def _notes(run: EstimateRun, sums: FisherSums, total: GroupFisher, end: str) -> list[str]:
     """What a reader of the numbers must know."""
-    notes = list(run.measurer.notes)
+    notes = [*run.measurer.notes, *run.reader.notes]
     seen, expected = sums.score_mass
     unseen = seen_mass_reason(seen / expected if expected > 0 else None, size_biased=True)
     if unseen:
@@ -135,7 +134,14 @@ def _notes(run: EstimateRun, sums: FisherSums, total: GroupFisher, end: str) -> 
             "are uncertain. Take more inputs."
         )
     drifts, ratio = drift(sums)
-    if run.design.ordered and not complete and drifts:
+    if run.design.is_no_sample(sums):
+        notes.append(
+            "The data are sorted: the beginning is no sample of them, so that no error is known. "
+            "Shuffle them, or pass a DataLoader over a Dataset, which is read in random order."
+        )
+    elif run.design.stream and not complete and not run.order.counts:
+        notes.append("The errors suppose that the data come in random order, which is not known.")
+    elif run.design.ordered and not complete and drifts:
         notes.append(
             "The batches are in no random order: they differ by more than their inputs explain "
             f"(variance × {ratio:.3g}), which the errors include. Shuffle the data."

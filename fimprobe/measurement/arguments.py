@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fimprobe.config.config import Config, SecondOrderConfig
+from fimprobe.config.config import Config
+from fimprobe.config.sections import SecondOrderConfig
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
@@ -34,6 +35,12 @@ def check_model(model: Any) -> None:
         raise FimprobeError(
             "`model` must have trainable parameters, got none with requires_grad=True. Unfreeze "
             "the parameters that are to be measured."
+        )
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise FimprobeError(
+            f"`model` must hold values, but {meta[0]!r} is on the device 'meta', which has none. "
+            "Load the weights onto a device first."
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from fimprobe.engines.tracing.plan import Plan
+from fimprobe.engines.tracing.spot_history import SpotHistory
 from fimprobe.model.batch import Batch
 from fimprobe.model.checked_twin import compute_fingerprint
 from fimprobe.model.twin import unwrap
@@ -61,7 +62,7 @@ def kept_plan(
         yield Plan()
         return
     code = None if output is None else getattr(output, "__code__", None)
-    key = (_fingerprint(model), str(structure), kinds, batch.batched, code)
+    key = (_fingerprint(model), str(structure), kinds, tuple(batch.batched.items()), code)
     sizes = (shapes, memory_mb)
     plan = _take(model, key, sizes)
     yield plan
@@ -161,6 +162,7 @@ def _take(model: nn.Module, key: Hashable, sizes: _Sizes) -> Plan:
     if of_sizes != sizes:
         plan.chunk_size = None
     plan.rescaled = set()
+    plan.spot_history = SpotHistory()  # the checks of a measurement follow from its seed
     return plan
 
 

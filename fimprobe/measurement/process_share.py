@@ -19,7 +19,7 @@ from fimprobe.engines.autograd.verification import (
 )
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.plan import Plan
-from fimprobe.errors import BatchError, FimprobeError
+from fimprobe.errors import BatchError, CoupledSamplesError, FimprobeError
 from fimprobe.jacobian_bounds.layer_bounds import bound_layer_jacobians
 from fimprobe.likelihoods import Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
@@ -42,16 +42,19 @@ from fimprobe.measurement.process_summary import (
     float_buffers,
     summarize,
 )
+from fimprobe.measurement.second_order_cost import announce_second_order
 from fimprobe.measurement.tensor_checks import check_dense, check_inputs, check_readable
 from fimprobe.model.batch import Batch
-from fimprobe.model.fsdp import Shards, check_sharded, is_sharded, make_sharded_twin
+from fimprobe.model.fsdp.placement import check_sharded, is_sharded
+from fimprobe.model.fsdp.sharded_twin import make_sharded_twin
+from fimprobe.model.fsdp.shards import Shards
 from fimprobe.model.input_roles import make_twin_for_batch
 from fimprobe.model.outputs import JoinedOutputs, select_outputs
 from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
 from fimprobe.statistics import Measured
-from fimprobe.training.model_family import infer_family
-from fimprobe.training.transformers_heads import label_mask
+from fimprobe.training.likelihood_inference.model_family import infer_family
+from fimprobe.training.likelihood_inference.transformers_heads import label_mask
 
 _RANK_STREAM = 15_485_863
 """Step between the seeds of processes with different inputs: a prime, unlike any user's step."""
@@ -195,6 +198,17 @@ class ProcessShare:
             FimprobeError: If the model or the labels do not allow the measurement.
             BatchError: If outputs are not finite.
         """
+        try:
+            return self._measure()
+        except CoupledSamplesError:
+            # an input that held no sample's data so far may be a table that these samples read
+            if self.processes.size > 1 or not self.plan.input_roles.forget_samples():
+                raise
+            self.plan.verified_samples = self.plan.curvature_verified_samples = 0
+            return self._measure()
+
+    def _measure(self) -> MeasuredShare:
+        """The statistics and bounds with the roles that inputs have by now."""
         with isolated_autograd(self.model), ExitStack() as stack:
             problem = self._make_problem(stack)
             check_labels(problem)
@@ -289,13 +303,15 @@ class ProcessShare:
         plan, several = self.plan, problem.batch.size > 1
         if not plan.verified_samples or (plan.verified_samples == 1 and several):
             verified = make_verified_plan(problem)
-            verified.twin, verified.input_roles = plan.twin, plan.input_roles
+            verified.keep_settings(plan)
             for f in fields(plan):  # in place: the caller keeps the plan for later measurements
                 setattr(plan, f.name, getattr(verified, f.name))
         curvature_samples = plan.curvature_verified_samples
         unverified = not curvature_samples or (curvature_samples == 1 and several)
-        if self.request.double_backward and unverified:
-            check_curvature(problem, plan)
+        if self.request.double_backward and unverified and not plan.curvature_failure:
+            plan.curvature_failure = announce_second_order(problem, plan)
+            if not plan.curvature_failure:
+                check_curvature(problem, plan)
         if self.request.double_backward and plan.curvature_failure:
             problem.request = replace(self.request, i2=False, exact=False, spot_checks=False)
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
-from fimprobe.model.fsdp import is_part
+from fimprobe.model.fsdp.placement import is_part
 from fimprobe.model.twin import trainable, unwrap
 
 COMPARED_ENTRIES = 1000

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fimprobe.errors import BatchError
+from fimprobe.model.sample_dimension import Layout, batch_first, from_batch_first
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,18 @@ class Batch:
         args: Positional inputs.
         kwargs: Keyword inputs.
         size: Number of samples B.
-        batched: Indices of the tensors [B, ...] among the leaves of ``(args, kwargs)``. They are cut
-            along their first dimension; anything else belongs to all samples and is passed whole.
+        batched: The layout of each tensor that holds the samples, by its index among the leaves of
+            ``(args, kwargs)``. Anything else belongs to all samples and is passed whole.
         origin: The batch from which these samples were selected; None for a batch as it came.
+        rows: Their places in it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     size: int
-    batched: frozenset[int] = frozenset()
+    batched: Mapping[int, Layout] = field(default_factory=dict)
     origin: Batch | None = field(default=None, compare=False, repr=False)
+    rows: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, inputs: Any) -> Batch:
@@ -74,17 +77,19 @@ class Batch:
         if size == 0:
             raise BatchError(f"inputs are an empty batch, shape {tuple(leaves[first].shape)}")
         args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-        return cls(args, kwargs, size, frozenset(i for i, n in lengths.items() if n == size))
+        return cls(args, kwargs, size, {i: 0 for i, n in lengths.items() if n == size})
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """The samples at ``rows``."""
         leaves, structure = tree_flatten((self.args, self.kwargs))
-        for i in self.batched:
-            x = leaves[i]
-            leaves[i] = x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
+        for i, layout in self.batched.items():
+            x = batch_first(leaves[i], layout, self.size)
+            x = x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
+            leaves[i] = from_batch_first(x, layout)
         args, kwargs = tree_unflatten(leaves, structure)
-        size = len(range(self.size)[rows]) if isinstance(rows, slice) else len(rows)
-        return Batch(args, kwargs, size, self.batched, self.origin or self)
+        places = torch.arange(self.size) if self.rows is None else self.rows
+        places = places[rows.cpu() if isinstance(rows, Tensor) else rows]
+        return Batch(args, kwargs, len(places), self.batched, self.origin or self, places)
 
     def with_shared(self, indices: Collection[int]) -> Batch:
         """Return the batch with some tensors as they came, because all samples share them.
@@ -92,7 +97,7 @@ class Batch:
         Args:
             indices: Indices of these tensors among the leaves of ``(args, kwargs)``.
         """
-        shared = self.batched & set(indices)
+        shared = set(self.batched) & set(indices)
         if not shared:
             return self
         origin = None if self.origin is None else self.origin.with_shared(shared)
@@ -102,7 +107,27 @@ class Batch:
             for i in shared:
                 leaves[i] = uncut[i].to(leaves[i].dtype)
         args, kwargs = tree_unflatten(leaves, structure)
-        return Batch(args, kwargs, self.size, self.batched - shared, origin)
+        batched = {i: layout for i, layout in self.batched.items() if i not in shared}
+        return Batch(args, kwargs, self.size, batched, origin, self.rows)
+
+    def with_folded(self, indices: Collection[int]) -> Batch:
+        """Return the batch with some tensors cut as [B·k, ...], k rows for each sample.
+
+        Args:
+            indices: Indices of these tensors among the leaves of ``(args, kwargs)``.
+        """
+        folded = dict.fromkeys(sorted(set(indices) - set(self.batched)), "folded")
+        if not folded:
+            return self
+        origin = None if self.origin is None else self.origin.with_folded(folded)
+        leaves, structure = tree_flatten((self.args, self.kwargs))
+        if origin is not None and self.rows is not None:
+            uncut = tree_leaves((origin.args, origin.kwargs))
+            for i in folded:
+                x = batch_first(uncut[i], "folded", origin.size)[self.rows.to(uncut[i].device)]
+                leaves[i] = from_batch_first(x, "folded").to(leaves[i].dtype)
+        args, kwargs = tree_unflatten(leaves, structure)
+        return Batch(args, kwargs, self.size, {**self.batched, **folded}, origin, self.rows)
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the inputs."""
@@ -116,4 +141,4 @@ class Batch:
             return x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x
 
         args, kwargs = tree_map(cast, (self.args, self.kwargs))
-        return Batch(args, kwargs, self.size, self.batched, self.origin)
+        return Batch(args, kwargs, self.size, self.batched, self.origin, self.rows)

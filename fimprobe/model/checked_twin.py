@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.compared_runs import ComparedRuns, derived_name
+from fimprobe.model.copies.model_copies import FORWARD_HOOKS, ModelCopier
+from fimprobe.model.copies.user_state import UserState, describe
 from fimprobe.model.mode_checks import ModeComparison, find_mode_paths, is_repeatable
-from fimprobe.model.model_copies import FORWARD_HOOKS, ModelCopier
 from fimprobe.model.outputs import MissingOutputError
 from fimprobe.model.randomness import HostStreams, undo_own_draws
 from fimprobe.model.runs import (
@@ -25,7 +27,6 @@ from fimprobe.model.runs import (
     almost_equal,
     describe_difference,
     find_leaves,
-    run_forward,
     run_model,
 )
 from fimprobe.model.storage_guard import (
@@ -33,14 +34,8 @@ from fimprobe.model.storage_guard import (
     StorageGuard,
     WithoutDropout,
     WritesSharedError,
-    addresses,
 )
 from fimprobe.model.twin import TwinSettings, copy_twin, unwrap
-from fimprobe.model.user_run import run_user_model
-from fimprobe.model.user_state import UserState, describe
-
-NUM_SAMPLES = 2
-"""Samples that are compared: the fewest that show whether samples are coupled."""
 
 _MOST_ATTEMPTS = 8
 """Each attempt changes one of the settings."""
@@ -106,12 +101,8 @@ class TwinChecks:
     """
 
     def __init__(self, model: nn.Module, batch: Batch, select_outputs: Selector) -> None:
-        self.model, self.select_outputs = model, select_outputs
-        is_larger = batch.size > NUM_SAMPLES
-        self.batch = batch[:NUM_SAMPLES] if is_larger else batch
-        self._whole_batch = batch if is_larger else None
-        self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.model = model
+        self._runs = ComparedRuns(model, batch, select_outputs)
         self._draws_random = False
 
     def find_settings(self) -> TwinSettings:
@@ -133,12 +124,12 @@ class TwinChecks:
     def _examine(self, settings: TwinSettings) -> TwinSettings | None:
         """Compare one twin; return None if it is right, else the settings to try next."""
         twin, copier = copy_twin(self.model, settings)
-        guard = self._make_guard(copier)
+        guard = self._runs.make_guard(copier)
         of_user = UserState(copier.originals)
         of_twin = UserState([copier.memo[id(x)] for x in copier.originals])
         streams = HostStreams.read()
         try:
-            run = self._run_twin(twin, copier, guard, host=settings.draws_from_host)
+            run = self._runs.run_twin(twin, copier, guard, host=settings.draws_from_host)
         except WritesSharedError:
             return replace(settings, shares_frozen=False)
         except ReachesUserError as error:
@@ -156,7 +147,9 @@ class TwinChecks:
             raise _NotFiniteError
         self._check_derived(copier, run)
         self._draws_random |= run.drew_from_torch
-        if not settings.draws_from_host and undo_own_draws(streams, lambda: self._run_again(twin)):
+        if not settings.draws_from_host and undo_own_draws(
+            streams, lambda: self._runs.run_again(twin)
+        ):
             return replace(settings, draws_from_host=True)
         if "inputs" in guard.written and not settings.copies_inputs:
             return replace(settings, copies_inputs=True)
@@ -170,41 +163,10 @@ class TwinChecks:
             raise FimprobeError(f"a copy of the model is not the model: {difference}")
         return self._compare_modes(settings, run, guard)
 
-    def _make_guard(self, copier: ModelCopier) -> StorageGuard:
-        copies = {name: copier.memo[id(x)] for name, x in self._tensors.items()}
-        user, own = addresses(self._tensors), addresses(copies)
-        return StorageGuard(user, shared=set(user) & set(own), own=own)
-
-    def _run_twin(
-        self, twin: nn.Module, copier: ModelCopier, guard: StorageGuard, *, host: bool
-    ) -> Run:
-        """Run the twin; gradients of tensors that earlier forwards computed are asked for as well.
-
-        Args:
-            twin: The twin.
-            copier: Made it.
-            guard: Watches the run.
-            host: Whether it draws from the streams of Python or numpy.
-        """
-        tensors = {name: copier.memo[id(p)] for name, p in self._trained.items()}
-        derived = [x.constant for x in copier.derived if x.constant.is_floating_point()]
-        tensors |= {_derived_name(x): x.requires_grad_() for x in derived}
-        try:
-            return run_model(twin, self.batch, self.select_outputs, tensors, guard, host=host)
-        finally:
-            for constant in derived:
-                constant.requires_grad_(False)
-
     def _drifts(self, settings: TwinSettings, twin: nn.Module, run: Run) -> bool:
         """Return whether a second pass gives other outputs."""
-        again = self._run_again(twin, host=settings.draws_from_host)
+        again = self._runs.run_again(twin, host=settings.draws_from_host)
         return not almost_equal(again, run.outputs)
-
-    def _run_again(self, twin: nn.Module, *, host: bool = False) -> Tensor:
-        """Return the outputs of a second pass."""
-        return run_forward(twin, self.batch, self.select_outputs, host=host)
-
-    # what a run shows
 
     def _check_untouched(self, touched: list[Any]) -> None:
         if touched:
@@ -218,7 +180,7 @@ class TwinChecks:
     def _check_derived(self, copier: ModelCopier, run: Run) -> None:
         """Raise where the outputs depend on a tensor that an earlier forward computed."""
         for tensor in copier.derived:
-            gradient = run.gradients.pop(_derived_name(tensor.constant), None)
+            gradient = run.gradients.pop(derived_name(tensor.constant), None)
             if (
                 gradient is not None
                 and bool(gradient.any())
@@ -234,7 +196,7 @@ class TwinChecks:
     def _leads_to_trained(self, tensor: Tensor) -> bool:
         """Return whether a tensor's graph leads to a trainable parameter."""
         leaves = find_leaves(tensor.grad_fn)
-        return any(id(p) in leaves for p in self._trained.values())
+        return any(id(p) in leaves for p in self._runs.trained.values())
 
     def _place_of(self, tensor: Tensor) -> str:
         for path, module in self.model.named_modules():
@@ -243,38 +205,15 @@ class TwinChecks:
                     return f"`{path + '.' if path else ''}{name}`"
         return "a tensor kept outside of the modules"
 
-    # comparisons
-
     def _compare_with_user(self, settings: TwinSettings, run: Run, copier: ModelCopier | None) -> str:
         """Return what differs from the user's own modules, in words; empty if nothing does."""
         try:
-            reference = self._run_user(settings, copier)
+            reference = self._runs.run_user(settings, copier)
         except (FimprobeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             return f"the model itself raises {type(error).__name__}: {error}"
         return "" if reference is None else describe_difference(run, reference)
-
-    def _run_user(self, settings: TwinSettings, copier: ModelCopier | None = None) -> Run | None:
-        """Run the user's own modules; None where they cannot run without being written.
-
-        ``copier`` made a twin whose tensors were not written; by default another one is made.
-        """
-        if copier is None:
-            _, copier = copy_twin(self.model, replace(settings, resets_state=False))
-        guard = self._make_guard(copier)
-        guard.allow_reading()
-        try:
-            return run_user_model(
-                self.model,
-                self.batch,
-                self.select_outputs,
-                copier=copier,
-                guard=guard,
-                settings=settings,
-            )
-        except (ReachesUserError, WritesSharedError):
-            return None
 
     def _compare_modes(
         self, settings: TwinSettings, run: Run | None, guard: StorageGuard | None
@@ -284,17 +223,22 @@ class TwinChecks:
         if settings.training_modules or not trial.training_modules:
             return None
         twin, copier = copy_twin(self.model, trial)
-        watch, dropout = self._make_guard(copier), WithoutDropout()
-        tensors = {name: copier.memo[id(p)] for name, p in self._trained.items()}
+        watch, dropout = self._runs.make_guard(copier), WithoutDropout()
+        tensors = self._runs.copies_of_trained(copier)
         streams = HostStreams.read()
         try:
             with dropout:
                 trained = run_model(
-                    twin, self.batch, self.select_outputs, tensors, watch, backward=False
+                    twin, self._runs.batch, self._runs.select_outputs, tensors, watch, backward=False
                 )
-            undo_own_draws(streams, lambda: self._run_again(twin))
+            undo_own_draws(streams, lambda: self._runs.run_again(twin))
             repeatable = is_repeatable(
-                twin, self.batch, self.select_outputs, run=trained, guard=watch, dropout=dropout
+                twin,
+                self._runs.batch,
+                self._runs.select_outputs,
+                run=trained,
+                guard=watch,
+                dropout=dropout,
             )
         except Exception:  # training mode may need labels, or reach what it must not
             return None
@@ -303,7 +247,7 @@ class TwinChecks:
             evaluated=run,
             trained=trained,
             is_repeatable=repeatable,
-            writes_trained=bool(written & set(self._trained)),
+            writes_trained=bool(written & set(self._runs.trained)),
         )
         reason = comparison.find_reason()
         if not reason:
@@ -323,8 +267,7 @@ class TwinChecks:
         Raises:
             FimprobeError: If the model itself fails, or only its copy.
         """
-        if self._whole_batch is not None:  # a few samples may be fewer than the model works with
-            self.batch, self._whole_batch = self._whole_batch, None
+        if self._runs.use_whole_batch():  # a few may be fewer than the model works with
             return settings
         if settings.adjusts_foreign_classes:
             return replace(settings, adjusts_foreign_classes=False)
@@ -335,7 +278,7 @@ class TwinChecks:
             raise error
         described = f"{type(error).__name__}: {error}"
         try:
-            self._run_user(settings)
+            self._runs.run_user(settings)
         except Exception:
             raise FimprobeError(self._explain_failing_model(settings, described)) from error
         raise FimprobeError(
@@ -350,11 +293,11 @@ class TwinChecks:
             settings: Those of the last attempt.
             described: The error.
         """
-        size, origin = self.batch.size, self.batch.origin
+        size, origin = self._runs.batch.size, self._runs.batch.origin
         if origin is not None:
-            self.batch = origin
+            self._runs.batch = origin
             try:
-                self._run_user(settings)
+                self._runs.run_user(settings)
             except Exception:  # the inputs do not fit
                 pass
             else:
@@ -368,10 +311,6 @@ class TwinChecks:
             f"the model raises {described} (in eval mode, on the inputs of the measurement). "
             "Pass inputs with the width, type and device that the model takes."
         )
-
-
-def _derived_name(constant: Tensor) -> str:
-    return f"derived {id(constant)}"
 
 
 def _with_resets(settings: TwinSettings) -> TwinSettings:

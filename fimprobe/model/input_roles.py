@@ -4,6 +4,9 @@ A table of class descriptions, a memory bank or a mask is passed with every batc
 batch has as many samples as the table has rows, the shapes do not show the difference. Two facts do.
 A tensor that once had another length than the batch is shared. And a sample alone gives the outputs
 that it has in a batch only if every input was read in its own role.
+
+A mask of B·heads rows holds k rows for each sample. Its length is a multiple of the batch, as that of
+a memory bank may be; samples alone show the difference again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -21,17 +25,20 @@ from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.runs import Selector, almost_equal, run_forward
 from fimprobe.model.twin import TwinSettings
 
+_COMPARED = 16
+"""About as many samples of a batch are compared."""
+
 
 @dataclass
 class InputRoles:
     """The roles of a model's inputs, learned over all batches.
 
     Attributes:
-        batched: For an input's place among the arguments, whether it holds the samples; inputs whose
-            role is not known are missing.
+        batched: For an input's place among the arguments, whether it holds the samples, or "folded"
+            where it holds several rows for each; inputs whose role is not known are missing.
     """
 
-    batched: dict[str, bool] = field(default_factory=dict)
+    batched: dict[str, bool | str] = field(default_factory=dict)
 
     def apply(self, batch: Batch) -> Batch:
         """Return the batch with the roles that are known, and learn from its shapes.
@@ -42,10 +49,14 @@ class InputRoles:
         whole = batch.origin or batch
         for i, (place, x) in places.items():
             length = x.shape[0] if batch.origin is None else _places(whole)[i][1].shape[0]
-            if length not in (1, whole.size):
+            may_be_folded = length % whole.size == 0 and self.batched.get(place) in (None, "folded")
+            if length not in (1, whole.size) and not may_be_folded:
                 self.batched[place] = False
-        shared = [i for i, (place, _) in places.items() if self.batched.get(place) is False]
-        return batch.with_shared(shared)
+        roles = {i: self.batched.get(place) for i, (place, _) in places.items()}
+        folded = [i for i, role in roles.items() if role == "folded"]
+        return batch.with_shared([i for i, role in roles.items() if role is False]).with_folded(
+            folded
+        )
 
     def undecided(self, batch: Batch) -> list[int]:
         """Return the leaves that may hold the samples or not.
@@ -56,10 +67,34 @@ class InputRoles:
         first = min(places)
         return [i for i in batch.batched if i != first and places[i][0] not in self.batched]
 
+    def foldable(self, batch: Batch) -> list[int]:
+        """Return the leaves of unknown role whose length is a multiple of the batch."""
+        whole = batch.origin or batch
+        return [
+            i
+            for i, (place, x) in _places(whole).items()
+            if whole.size > 1
+            and x.dim() > 1
+            and place not in self.batched
+            and len(x) > whole.size
+            and len(x) % whole.size == 0
+        ]
+
     def decide(self, batch: Batch, undecided: list[int]) -> None:
         """Keep the roles that a batch has."""
         places = _places(batch)
-        self.batched |= {places[i][0]: i in batch.batched for i in undecided}
+        for i in undecided:
+            self.batched[places[i][0]] = "folded" if batch.batched.get(i) else i in batch.batched
+
+    def forget_samples(self) -> bool:
+        """Forget which inputs were seen to hold samples; return whether there were any.
+
+        An input that no sample has read yet may be a table that later samples share.
+        """
+        known = {place: role for place, role in self.batched.items() if role is not False}
+        for place in known:
+            del self.batched[place]
+        return bool(known)
 
 
 def make_twin_for_batch(
@@ -88,13 +123,13 @@ def make_twin_for_batch(
         FimprobeError: If no copy can be the model; it names what differs.
     """
     batch = roles.apply(batch)
-    undecided = roles.undecided(batch)
-    if not undecided or batch.size == 1:
+    undecided, foldable = roles.undecided(batch), roles.foldable(batch)
+    if not (undecided or foldable) or batch.size == 1:
         return (*make_checked_twin(model, batch, select_outputs, settings), batch)
     first = None
     error: FimprobeError | None = None
-    for shared in _candidates(undecided):
-        trial = batch.with_shared(shared)
+    for shared, folded in _candidates(undecided, foldable):
+        trial = batch.with_shared(shared).with_folded(folded)
         try:
             twin, checked = make_checked_twin(model, trial, select_outputs, settings)
         except FimprobeError as failure:
@@ -105,7 +140,7 @@ def make_twin_for_batch(
         if first is None:
             first = twin, checked, batch
         if _samples_are_independent(twin, trial, select_outputs):
-            roles.decide(trial, undecided)
+            roles.decide(trial, [*undecided, *foldable])
             return twin, _add_note(checked, batch, shared), trial
     if first is None:
         assert error is not None
@@ -113,24 +148,34 @@ def make_twin_for_batch(
     return first  # the measurement reports that the samples are coupled
 
 
-def _candidates(undecided: list[int]) -> Iterator[tuple[int, ...]]:
-    """Sets of inputs that may be shared: none, each, all."""
-    yield ()
-    yield from ((i,) for i in undecided)
+def _candidates(
+    undecided: list[int], foldable: list[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Sets of inputs that are shared (none, each, all), and of those that are folded (none, all)."""
+    shared: list[tuple[int, ...]] = [(), *((i,) for i in undecided)]
     if len(undecided) > 1:
-        yield tuple(undecided)
+        shared.append(tuple(undecided))
+    for folded in [(), tuple(foldable)] if foldable else [()]:
+        yield from ((each, folded) for each in shared)
 
 
 def _samples_are_independent(twin: nn.Module, batch: Batch, select_outputs: Selector) -> bool:
-    """Whether two samples have the same outputs alone as together."""
+    """Whether samples have the same outputs in two halves of a batch, and two of them alone.
+
+    The halves show a table that only some of the samples read.
+    """
+    batch = batch[torch.arange(0, batch.size, max(1, batch.size // _COMPARED))]
+    half = batch.size // 2
     try:
-        together = run_forward(twin, batch[:2], select_outputs)
+        together = run_forward(twin, batch, select_outputs)
+        halves = [run_forward(twin, x, select_outputs) for x in (batch[:half], batch[half:])]
         alone = [run_forward(twin, batch[i : i + 1], select_outputs) for i in range(2)]
     except Exception:  # the model needs more samples, or the roles are wrong
         return False
-    if len(together) != 2 or any(len(x) != 1 for x in alone):
+    if len(together) != batch.size or any(len(x) != 1 for x in alone):
         return False
-    return all(almost_equal(x[0], y) for (x, y) in zip(alone, together, strict=True))
+    first = zip(alone, together[:2], strict=True)
+    return all(almost_equal(x[0], y) for x, y in first) and almost_equal(torch.cat(halves), together)
 
 
 def _add_note(settings: TwinSettings, batch: Batch, shared: tuple[int, ...]) -> TwinSettings:

@@ -15,7 +15,7 @@ Frozen parameters are shared only where they are larger than ``LARGE_FROZEN_BYTE
 once a write to one of them was seen.
 
 *What a copy must follow.* ``copy.deepcopy`` stops at functions, weak references and tensors with a
-graph. :class:`~fimprobe.model.model_copies.ModelCopier` rebuilds closures, methods, partial
+graph. :class:`~fimprobe.model.copies.model_copies.ModelCopier` rebuilds closures, methods, partial
 functions and weak references around the copied modules, keeps views of parameters as views, and
 shares what cannot be copied. Forward hooks belong to the model's function and run in the copy, as
 copies: lists and counters in their closures are not the user's. Backward hooks and hooks of tensors
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fimprobe.errors import FimprobeError
-from fimprobe.model.model_copies import ModelCopier
+from fimprobe.model.copies.model_copies import ModelCopier
 
 LARGE_FROZEN_BYTES = 512 * 2**20
 """Frozen parameters above this share the user's memory; the default of ``memory_mb``."""

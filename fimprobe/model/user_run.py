@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.model.batch import Batch
-from fimprobe.model.model_copies import (
+from fimprobe.model.copies.model_copies import (
     BACKWARD_HOOKS,
     FORWARD_HOOKS,
     ModelCopier,
     without_foreign_hooks,
 )
+from fimprobe.model.copies.user_state import UserState
 from fimprobe.model.runs import Run, Selector, run_model
 from fimprobe.model.storage_guard import StorageGuard, storage_address
 from fimprobe.model.twin import (
@@ -25,7 +26,6 @@ from fimprobe.model.twin import (
     switch_cache_off,
     take_autocast_off,
 )
-from fimprobe.model.user_state import UserState
 
 
 def run_user_model(

@@ -8,8 +8,8 @@ from typing import Any
 from fimprobe.config.config import Config
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.arguments import check_model
-from fimprobe.model.fsdp import check_sharded, is_sharded
-from fimprobe.training.criteria import Criterion, read_criterion
+from fimprobe.model.fsdp.placement import check_sharded, is_sharded
+from fimprobe.training.likelihood_inference.criteria import Criterion, read_criterion
 
 
 def warn_of_contradictions(config: Config, errors: ErrorHandler) -> None:

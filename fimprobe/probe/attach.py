@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fimprobe.config.config import Config, load_config
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LikelihoodOption
 from fimprobe.probe.arguments import check_sinks
+from fimprobe.probe.notices import print_command
 from fimprobe.probe.optimizers import holds_parameters
 from fimprobe.probe.probe import Probe
 from fimprobe.probe.registry import find_probe
@@ -104,11 +104,10 @@ def attach(
         replace=True,
     )
     trigger_by_optimizers(probe, optimizer)
-    if optimizer is None:
-        probe.notice_unseen_steps()
-    folder = probe.log_dir
-    if folder is not None:
-        probe.errors.run_safely(lambda: _announce(folder), "log_dir could not be printed")
+    # what other optimizers than the given one change is no step
+    probe.notice_unseen_steps(counts_changes=optimizer is None)
+    if probe.log_dir is not None:
+        print_command(probe.log_dir, probe.errors)
     return probe
 
 
@@ -140,10 +139,3 @@ def detach(model: nn.Module) -> Probe | None:
     if probe is not None:
         probe.detach()
     return probe
-
-
-def _announce(folder: Path) -> None:
-    """Print how to open the charts, in characters that standard output has."""
-    line = f"fimprobe: tensorboard --logdir {folder}"
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding))

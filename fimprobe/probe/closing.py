@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-
 from fimprobe.config.config import Config
+from fimprobe.errors import ErrorHandler
+from fimprobe.probe.notices import announce
+from fimprobe.probe.run_account import RunAccount
 from fimprobe.probe.step_measurement import PREVIEW_NOTE
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
+from fimprobe.sinks.sink_group import SinkGroup
+from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.schedule import At, Budget, Schedule, SharedBudget
-
-MIN_WALL_SECONDS = 30.0
-"""Wall time from which on the share of the probe in it is stated: before, it is that of a start."""
+from fimprobe.training.unseen_steps import NEVER_STEPPED, UNSEEN_STEPS, UnseenSteps
 
 
-@dataclass(kw_only=True)
-class RunAccount:
-    """The reports and the seconds of one run.
+def write_conclusion(
+    account: RunAccount,
+    sinks: SinkGroup,
+    errors: ErrorHandler,
+    *,
+    config: Config,
+    schedule: Schedule,
+    reader: BatchReader,
+    unseen: UnseenSteps | None,
+    steps: int,
+) -> None:
+    """State what was measured, or why nothing was; write why probing ended.
 
-    Attributes:
-        first_step: Number of the first step.
-        began: Time at which the probe was attached.
-        num_reports: Reports so far.
-        probe_seconds: Seconds that measurements and their files took.
-        why_skipped: Why the last step that was due has no report; "" where none was skipped.
+    Args:
+        account: The reports, batches and seconds of the run.
+        sinks: Hold the reports; those that record the end receive its reason.
+        errors: Knows why probing ended before the training, and logs why nothing was measured.
+        config: The options.
+        schedule: Decided which steps were due.
+        reader: Knows the likelihood, or why it is not known.
+        unseen: Knows the forward passes of a loop without steps; None for loops with steps.
+        steps: Number of the step after the last one.
     """
+    reports, reason = sinks.memory.reports, errors.end_reason
+    if reports:
+        announce(closing_paragraph(account, reports[-1], config, steps=steps, reason=reason))
+    else:
+        first_step = account.first_step
+        # these are as requested, or were logged as a warning when they occurred
+        reason = reason or account.why_skipped or why_nothing_was_due(schedule, first_step, steps)
+        if reason:
+            announce(f"no report in {count_steps(steps - first_step)}: {reason.rstrip('.')}.")
+        else:
+            reason = _why_nothing_was_measured(account, reader, unseen)
+            if reason:
+                errors.warn_once(reason)
+    if reason:
+        sinks.write_end(reason, steps)
 
-    first_step: int = 0
-    began: float = field(default_factory=time.perf_counter)
-    num_reports: int = 0
-    probe_seconds: float = 0.0
-    why_skipped: str = ""
 
-    @property
-    def wall_seconds(self) -> float:
-        """Seconds since the probe was attached."""
-        return max(time.perf_counter() - self.began, self.probe_seconds)
-
-    @property
-    def overhead(self) -> float | None:
-        """The share of the wall time that the probe took so far; None in the first 30 s."""
-        wall_seconds = self.wall_seconds
-        return self.probe_seconds / wall_seconds if wall_seconds >= MIN_WALL_SECONDS else None
+def _why_nothing_was_measured(
+    account: RunAccount, reader: BatchReader, unseen: UnseenSteps | None
+) -> str:
+    """Return the reason where no warning stated it; "" if nothing happened."""
+    if unseen is not None and unseen.forwards >= UNSEEN_STEPS:
+        return NEVER_STEPPED.format(forwards=unseen.forwards)
+    if reader.likelihood is None and account.num_batches and reader.undecided:
+        return (
+            f"nothing was measured: likelihood='auto' is not decided after {account.num_batches} "
+            f"training batches, because {reader.undecided}"
+        )
+    return ""
 
 
 def count_steps(steps: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
-from fimprobe.errors import logger
+from fimprobe.errors import ErrorHandler, logger
 
 
 def announce(paragraph: str) -> None:
@@ -13,6 +14,23 @@ def announce(paragraph: str) -> None:
     logger.info("fimprobe: %s", paragraph)
     if not _logs_to_terminal(logger):
         print(f"fimprobe: {paragraph}", file=sys.stderr)
+
+
+def print_command(folder: Path, errors: ErrorHandler, note: str = "") -> None:
+    """Print how to open the charts of a folder, in characters that standard output has.
+
+    Args:
+        folder: The folder.
+        errors: Treats the errors of standard output.
+        note: What follows the command.
+    """
+
+    def write() -> None:
+        line = f"fimprobe: tensorboard --logdir {folder}{note}"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+    errors.run_safely(write, "log_dir could not be printed")
 
 
 def _logs_to_terminal(log: logging.Logger | None) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fimprobe.config.config import Config, TensorboardConfig
+from fimprobe.config.config import Config
+from fimprobe.config.sections import TensorboardConfig
 from fimprobe.sinks.base import Sink
 from fimprobe.sinks.sink_group import SinkGroup
 from fimprobe.training.schedule import Schedule

@@ -3,6 +3,12 @@
 The global table has one hook of this process, which is registered once and stays: torch iterates
 over the table while a hook measures, and a change to it meanwhile would end the training of that
 thread. Without a probe the hook does nothing. It holds no probe.
+
+In a step that ``torch.compile`` compiles, hooks are compiled with it. They would measure at compile
+time only, or compile the measurement. Steps of torch's optimizers break the graph themselves: there,
+the hook is called between two graphs (:func:`_outside_of_graphs`). In steps of other optimizers it is
+left out, since a break is an error where a whole graph is requested; what they change is noticed by
+``training/unseen_steps.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ from fimprobe.probe.probe import Probe
 _listeners: dict[int, weakref.ref[StepListener]] = {}
 """The listeners that wait for optimizers of their model, by their identity."""
 
+_Hook = Callable[[torch.optim.Optimizer, tuple[Any, ...], dict[str, Any]], "Arguments | None"]
+
 _registered: list[Any] = []
 """The handle of the global hook, once it is registered."""
 
@@ -43,11 +51,12 @@ def trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> N
     listener = StepListener(probe)
     if only is not None:
         # torch holds the hook; while the optimizer steps its table must not change
-        handle = only.register_step_pre_hook(listener.before_step)
+        handle = only.register_step_pre_hook(_outside_of_graphs(listener.before_step))
         probe.on_detach(partial(_remove_unless_stepping, listener, handle))
         return
     if not _registered:
-        _registered.append(register_optimizer_step_pre_hook(_before_any_step))
+        hook = _outside_of_graphs(_before_any_step)
+        _registered.append(register_optimizer_step_pre_hook(hook))
     _listeners[id(listener)] = weakref.ref(listener)
     probe.on_detach(listener.stop)
 
@@ -55,6 +64,26 @@ def trigger_by_optimizers(probe: Probe, only: torch.optim.Optimizer | None) -> N
 def _remove_unless_stepping(listener: StepListener, handle: Any) -> None:
     if not listener.is_stepping:
         handle.remove()
+
+
+def _outside_of_graphs(hook: _Hook) -> _Hook:
+    """Return a hook that is not compiled with the step of an optimizer.
+
+    Args:
+        hook: Called with (optimizer, args, kwargs).
+    """
+    between_graphs = torch.compiler.disable(hook)
+
+    def before_step(
+        optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments | None:
+        if not torch.compiler.is_compiling():
+            return hook(optimizer, args, kwargs)
+        if type(optimizer).__module__.startswith("torch.optim."):
+            return between_graphs(optimizer, args, kwargs)
+        return None
+
+    return before_step
 
 
 def _before_any_step(
@@ -70,8 +99,6 @@ def _before_any_step(
     Returns:
         Arguments with an observed closure; None to leave them as they are.
     """
-    if torch.compiler.is_compiling():
-        return None  # the measurement would be compiled with the step
     replaced = None
     for reference in list(_listeners.values()):
         listener = reference()

@@ -19,7 +19,7 @@ from fimprobe.probe.second_order_choice import share_of_i2, why_i2_says_nothing
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
-from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.capture.captured_batch import CapturedBatch
 from fimprobe.training.probe_batch import ProbeBatch, select_samples
 from fimprobe.training.schedule import FREE_SECONDS, Budget, Schedule, SharedBudget
 
@@ -64,6 +64,11 @@ class StepMeasurement:
     def must_fail(self) -> bool:
         """Whether an error waits that this process can raise without the others."""
         return self.deferred_error is not None and self.processes.size == 1
+
+    @property
+    def _is_i2_asked(self) -> bool:
+        """Whether an option asks for Î₂, at any cost."""
+        return bool(self.config.model_fields_set & {"estimators", "second_order"})
 
     def infer_likelihood(self, captured: CapturedBatch | None, inputs: Any) -> None:
         """Infer the likelihood from the batch or, if None was captured, from given inputs.
@@ -126,6 +131,8 @@ class StepMeasurement:
         if captured is not None:
             captured.release()  # the measurement needs the memory
         preview = self._start(schedule, full=inputs is not None)
+        if not self._is_i2_asked:
+            self.plan.second_order_limit = schedule.affordable_steps()
         report = self._measure_batch(model, step, selected[0], preview=preview)
         if self.without_i2:
             notes.append(self.without_i2)
@@ -217,8 +224,7 @@ class StepMeasurement:
         """
         self._is_i2_judged = True
         reason = why_i2_says_nothing(report)
-        asked = self.config.model_fields_set & {"estimators", "second_order"}
-        if not reason or asked or not isinstance(schedule, (Budget, SharedBudget)):
+        if not reason or self._is_i2_asked or not isinstance(schedule, (Budget, SharedBudget)):
             return  # the advice of the report compares the estimators
         share = share_of_i2(report)
         schedule.expect(1 - share)

@@ -14,6 +14,7 @@ from typing import Any
 from fimprobe.config.config import JSONL_NAME
 from fimprobe.errors import FimprobeError
 from fimprobe.report.report import Report
+from fimprobe.sinks.appended_file import AppendedFile
 from fimprobe.sinks.folder_lock import FileLock
 
 FILE_NAME = JSONL_NAME
@@ -52,8 +53,7 @@ class JsonlSink:
                 self._purge(purge_step)
                 self._lock.release()  # the file is a new one
                 self._lock = FileLock(self.path, option="jsonl")
-            # without a buffer, what fails is not written again when the file is closed
-            self.file = self.path.open("ab", buffering=0)
+            self._file = AppendedFile(self.path)
         except BaseException:
             self._lock.release()
             raise
@@ -93,19 +93,15 @@ class JsonlSink:
         """
         if not self._lock.held:
             raise FimprobeError("another training or process writes to this file now")
-        if os.fstat(self.file.fileno()).st_nlink == 0:
-            raise FimprobeError("the file was removed")
         if self._is_torn:  # a line appended to a torn one would be lost with it
             text = "\n" + text
-        data = text.encode()
-        while data:
-            data = data[self.file.write(data) :]
+        self._file.append(text.encode())
         self._is_torn = False
 
     def close(self) -> None:
         """Close the file and release it."""
         try:
-            self.file.close()
+            self._file.close()
         finally:
             self._lock.release()
 

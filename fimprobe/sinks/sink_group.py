@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fimprobe.config.config import Config, TensorboardConfig
+from fimprobe.config.config import Config
+from fimprobe.config.sections import TensorboardConfig
 from fimprobe.errors import ErrorHandler
 from fimprobe.report.report import Report
 from fimprobe.sinks.base import Sink
@@ -98,12 +99,7 @@ class SinkGroup:
     def write(self, report: Report) -> None:
         """Write one report to all sinks."""
         for sink in list(self.sinks):
-            write = functools.partial(sink.write, report)
-            if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
-                self.sinks.remove(sink)
-                # it keeps no file, thread or lock; that it failed is already known
-                if not _closes(sink):
-                    _closes(sink)
+            self._run_or_drop(sink, functools.partial(sink.write, report))
 
     def write_end(self, reason: str, step: int) -> None:
         """Write why probing ended, or never began, to the sinks that record it.
@@ -112,12 +108,17 @@ class SinkGroup:
             reason: In words.
             step: Number of the step after the last one.
         """
-        for sink in self.sinks:
+        for sink in list(self.sinks):
             write_end = getattr(sink, "write_end", None)
             if write_end is not None:
-                self._errors.run_safely(
-                    functools.partial(write_end, reason, step), f"{type(sink).__name__} failed"
-                )
+                self._run_or_drop(sink, functools.partial(write_end, reason, step))
+
+    def _run_or_drop(self, sink: Sink, write: Callable[[], None]) -> None:
+        if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
+            self.sinks.remove(sink)
+            # it keeps no file, thread or lock; that it failed is already known
+            if not _closes(sink):
+                _closes(sink)
 
     def close(self) -> None:
         """Close all sinks and release the folder. Calling it again closes what was not closed.

@@ -15,25 +15,29 @@ from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.model.batch import Batch
 from fimprobe.model.outputs import NamedOutput
 from fimprobe.model.weak_model import WeakModel
-from fimprobe.training.capture import Watched
-from fimprobe.training.captured_batch import CapturedBatch
-from fimprobe.training.captured_output import CapturedOutput
-from fimprobe.training.criteria import Criterion
-from fimprobe.training.data_labels import LABELS_REMEDY, labels_from_gradient
-from fimprobe.training.fused_heads import (
+from fimprobe.training.capture.capture import Watched
+from fimprobe.training.capture.captured_batch import CapturedBatch
+from fimprobe.training.capture.captured_output import CapturedOutput
+from fimprobe.training.likelihood_inference.criteria import Criterion
+from fimprobe.training.likelihood_inference.data_labels import LABELS_REMEDY, labels_from_gradient
+from fimprobe.training.likelihood_inference.fused_heads import (
     FUSED_NOTE,
     TemperedOutputs,
     fused_temperature,
     is_fused,
     without_fused_head,
 )
-from fimprobe.training.heads import describe_unmeasured, infer_from_heads
-from fimprobe.training.loss_inference import (
+from fimprobe.training.likelihood_inference.heads import describe_unmeasured, infer_from_heads
+from fimprobe.training.likelihood_inference.loss_inference import (
     LIKELIHOOD_REMEDY,
     Decision,
     positions_with_gradient,
 )
-from fimprobe.training.transformers_heads import data_labels, infer_from_model, label_mask
+from fimprobe.training.likelihood_inference.transformers_heads import (
+    data_labels,
+    infer_from_model,
+    label_mask,
+)
 from fimprobe.training.watched_outputs import (
     CHANGED_OUTPUTS,
     joint_labels,

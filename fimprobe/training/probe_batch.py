@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fimprobe.errors import BatchError
 from fimprobe.model.batch import Batch
-from fimprobe.training.backward_reach import Reach
 from fimprobe.training.batch_reader import BatchReader
-from fimprobe.training.captured_batch import CapturedBatch
+from fimprobe.training.capture.backward_reach import Reach
+from fimprobe.training.capture.captured_batch import CapturedBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,10 @@ class Schedule:
         """Return whether figures may use so many seconds now; if not, reserve time for them."""
         return True
 
+    def affordable_steps(self) -> float | None:
+        """Return how many steps of the loop one report may cost; None for any number."""
+        return None
+
     def charge(self, seconds: float) -> None:
         """Record the seconds that figures used during the current step."""
 
@@ -225,6 +229,10 @@ class Budget(Schedule):
             self.reserved_since = self.elapsed
         self.reserved = 0.0 if fits else seconds
         return fits
+
+    def affordable_steps(self) -> float | None:
+        """Return how many of the shortest steps the allowance for early reports covers."""
+        return FREE_SECONDS / min(self.steps) if self.steps else None
 
     def charge(self, seconds: float) -> None:
         """Add seconds of figures, which are not part of the expected cost of a measurement."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fimprobe.model.fsdp import is_part
+from fimprobe.model.fsdp.placement import is_part
 
 UNSEEN_STEPS = 3
 """Changes of the parameters without a step of an optimizer after which such changes are steps."""
@@ -15,10 +15,11 @@ MAX_SAMPLED_ENTRIES = 64
 """Values that are compared: writes through ``p.data`` do not count in the version of ``p``."""
 
 UNSEEN_WARNING = (
-    "the parameters change, but no step of a torch optimizer was seen (a hand-written update, or an "
-    "optimizer of another library): from now on, every change between two training forwards counts "
-    "as one step, which is measured after it. Call probe.step() between backward and the change of "
-    "the parameters to have it measured before"
+    "the parameters change, but no step of a torch optimizer was seen (a hand-written update, an "
+    "optimizer of another library, or one whose step is compiled): from now on, every change between "
+    "two training forwards counts as one step, which is measured after it. Call probe.step() between "
+    "backward and the change of the parameters, outside of compiled functions, to have it measured "
+    "before"
 )
 LATE_NOTE = (
     "No step of a torch optimizer was seen. The batch was measured when the next forward began, at "
@@ -26,33 +27,60 @@ LATE_NOTE = (
 )
 NEVER_STEPPED = (
     "nothing was measured: {forwards} training batches went forward, but no step was seen. Steps are "
-    "those of the torch optimizers that hold the model's parameters. In other loops (updates written "
-    "by hand, optimizers of other libraries, functional ones) call probe.step() between backward and "
-    "the change of the parameters; where these are arguments of the forward (torch.func), call "
-    "fimprobe.measure with a model that holds them"
+    "those of the torch optimizers that hold the model's parameters, or of the one passed as "
+    "`optimizer`. In other loops (updates written by hand, optimizers of other libraries, compiled "
+    "or functional ones) call probe.step() between backward and the change of the parameters; where "
+    "these are arguments of the forward (torch.func), call fimprobe.measure with a model that holds "
+    "them"
 )
 
 
 class UnseenSteps:
     """Notices that parameters change without a step of an optimizer.
 
+    Args:
+        counts_changes: Whether such changes may be steps; otherwise only forwards are counted.
+
     Attributes:
-        forwards: Training forwards so far, as the caller counts them.
+        forwards: Training forwards so far.
         count: Changes of the parameters between two of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, counts_changes: bool = True) -> None:
         self.forwards = self.count = 0
+        self._counts_changes = counts_changes
         self._versions: dict[int, int] = {}
         self._values: dict[int, Tensor] = {}
 
-    def observe_change(self, model: nn.Module) -> bool:
+    def begin_forward(self, model: nn.Module, *, nested: bool) -> int:
+        """Count a training forward, and the steps before it that no optimizer made.
+
+        Args:
+            model: The model, at the beginning of the forward.
+            nested: Whether the forward is part of one that has not returned yet.
+
+        Returns:
+            The number of steps to count now: none before the third change of the parameters, three
+            at that one, and one at each later change.
+        """
+        self.forwards += 1
+        if nested or not self._observe_change(model) or self.count < UNSEEN_STEPS:
+            return 0
+        return UNSEEN_STEPS if self.count == UNSEEN_STEPS else 1
+
+    def record(self, model: nn.Module) -> None:
+        """Record the parameters; after a forward its own writes to them are no change."""
+        if self._counts_changes and not _are_arguments(model):
+            self._versions = {id(p): p._version for p in model.parameters() if p.requires_grad}
+            self._values = {key: x.clone() for key, x in _sample(model).items()}
+
+    def _observe_change(self, model: nn.Module) -> bool:
         """Return whether a parameter changed since the last record, and record them.
 
         Args:
             model: The model, at the beginning of a training forward.
         """
-        if _are_arguments(model):
+        if not self._counts_changes or _are_arguments(model):
             return False
         # what is frozen by now, or was so far, is no step's
         changed = any(
@@ -63,12 +91,6 @@ class UnseenSteps:
         self.count += changed
         self.record(model)
         return changed
-
-    def record(self, model: nn.Module) -> None:
-        """Record the parameters; after a forward its own writes to them are no change."""
-        if not _are_arguments(model):
-            self._versions = {id(p): p._version for p in model.parameters() if p.requires_grad}
-            self._values = {key: x.clone() for key, x in _sample(model).items()}
 
 
 def _are_arguments(model: nn.Module) -> bool:

@@ -12,12 +12,12 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods import Joint
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.model.outputs import JoinedOutputs, named_outputs, select_outputs
-from fimprobe.training.capture import Watched
-from fimprobe.training.captured_batch import CapturedBatch
-from fimprobe.training.captured_output import CapturedOutput
-from fimprobe.training.data_labels import labels_from_gradient
-from fimprobe.training.heads import find_feeds, find_heads, find_other_heads
-from fimprobe.training.loss_inference import positions_with_gradient
+from fimprobe.training.capture.capture import Watched
+from fimprobe.training.capture.captured_batch import CapturedBatch
+from fimprobe.training.capture.captured_output import CapturedOutput
+from fimprobe.training.likelihood_inference.data_labels import labels_from_gradient
+from fimprobe.training.likelihood_inference.heads import find_feeds, find_heads, find_other_heads
+from fimprobe.training.likelihood_inference.loss_inference import positions_with_gradient
 
 OTHER = "other: "
 """Start of the keys of outputs that are watched although they are not measured."""

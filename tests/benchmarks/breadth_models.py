@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,26 @@ def words(length: int = T) -> Tensor:
     return torch.randint(3, WORDS, (B, length))
 
 
-# torchvision, timm
+# torchvision, timm: their classes, mostly with fewer and narrower layers
+
+NARROW: dict[str, Any] = {"channels": (16, 24, 32, 48), "layers": [1, 1, 1, 1]}
+SMALL_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+SMALL_MLP = {
+    "num_classes": CLASSES,
+    "img_size": 32,
+    "patch_size": 16,
+    "num_blocks": 2,
+    "embed_dim": 24,
+}
+SMALL_SWIN = {
+    "patch_size": [4, 4],
+    "embed_dim": 12,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+    "window_size": [4, 4],
+    "num_classes": CLASSES,
+}
+DEPTHS, DIMS = (1, 1, 1, 1), (8, 16, 24, 32)
 
 
 def torchvision_model(name: str, side: int, **options: Any) -> Family:
@@ -79,6 +98,32 @@ def torchvision_model(name: str, side: int, **options: Any) -> Family:
         models = importlib.import_module("torchvision.models")
         model = models.get_model(name, weights=None, num_classes=CLASSES, **options)
         return model, (pictures(side),)
+
+    return Family(f"torchvision {name}", build)
+
+
+def narrow_classifier(name: str, side: int) -> Family:
+    """A model whose classifier has 64 hidden units in place of 4,096."""
+
+    def build() -> Built:
+        models = importlib.import_module("torchvision.models")
+        model = models.get_model(name, weights=None, num_classes=CLASSES)
+        for key, layer in model.classifier.named_children():
+            if isinstance(layer, nn.Linear):
+                wide = [
+                    min(n, 64) if n == 4096 else n for n in (layer.in_features, layer.out_features)
+                ]
+                setattr(model.classifier, key, nn.Linear(*wide))
+        return model, (pictures(side),)
+
+    return Family(f"torchvision {name}", build)
+
+
+def torchvision_class(name: str, side: int, make: Callable[[Any], nn.Module]) -> Family:
+    """``make`` gets ``torchvision.models``."""
+
+    def build() -> Built:
+        return make(importlib.import_module("torchvision.models")), (pictures(side),)
 
     return Family(f"torchvision {name}", build)
 
@@ -92,14 +137,93 @@ def timm_model(name: str, side: int = 32, **options: Any) -> Family:
     return Family(f"timm {name}", build)
 
 
-SMALL_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
+def timm_class(name: str, side: int, module: str, make: Callable[[Any], nn.Module]) -> Family:
+    """``make`` gets the module of ``timm.models``."""
+
+    def build() -> Built:
+        return make(importlib.import_module(f"timm.models.{module}")), (pictures(side),)
+
+    return Family(f"timm {name}", build)
+
+
+def small_swin(models: Any, **options: Any) -> nn.Module:
+    return models.swin_transformer.SwinTransformer(**SMALL_SWIN, **options)
+
+
+def small_maxvit(models: Any) -> nn.Module:
+    return models.MaxVit(
+        input_size=(64, 64),
+        stem_channels=8,
+        partition_size=2,
+        block_channels=[16, 16],
+        block_layers=[1, 1],
+        head_dim=8,
+        stochastic_depth_prob=0.2,
+        num_classes=CLASSES,
+    )
+
+
+def small_nfnet(module: Any, config: Any, stem: int) -> nn.Module:
+    small = replace(config, group_size=16, stem_chs=stem, num_features=64)
+    return module.NormFreeNet(small, num_classes=CLASSES)
+
+
+def small_poolformer(module: Any) -> nn.Module:
+    return module.MetaFormer(
+        depths=DEPTHS,
+        dims=DIMS,
+        downsample_norm=None,
+        mlp_act=nn.GELU,
+        mlp_bias=True,
+        norm_layers=module.GroupNorm1,
+        layer_scale_init_values=1e-5,
+        res_scale_init_values=None,
+        use_mlp_head=False,
+        num_classes=CLASSES,
+    )
+
+
+def small_caformer(module: Any) -> nn.Module:
+    return module.MetaFormer(
+        depths=DEPTHS,
+        dims=(8, 16, 32, 64),
+        token_mixers=[module.SepConv] * 2 + [module.Attention] * 2,
+        norm_layers=[module.LayerNorm2dNoBias] * 2 + [module.LayerNormNoBias] * 2,
+        num_classes=CLASSES,
+    )
+
+
+def small_gmlp(module: Any) -> nn.Module:
+    return module.MlpMixer(
+        **SMALL_MLP, mlp_ratio=6, block_layer=module.SpatialGatingBlock, mlp_layer=module.GatedMlp
+    )
+
+
+def small_byobnet(module: Any, blocks: Any, stem: str) -> nn.Module:
+    config = module.ByoModelCfg(blocks=blocks(d=DEPTHS, wf=(0.25,) * 4), stem_type=stem, stem_chs=16)
+    return module.ByobNet(config, num_classes=CLASSES)
+
 
 PICTURES = [
-    torchvision_model("alexnet", 64),
-    torchvision_model("vgg11_bn", 32),
+    narrow_classifier("alexnet", 64),
+    narrow_classifier("vgg11_bn", 32),
     torchvision_model("resnet18", 32),
-    torchvision_model("resnext50_32x4d", 32),
-    torchvision_model("densenet121", 32),
+    torchvision_class(
+        "resnext50_32x4d",
+        32,
+        lambda models: models.ResNet(
+            models.resnet.Bottleneck,
+            [1, 1, 1, 1],
+            groups=32,
+            width_per_group=1,
+            num_classes=CLASSES,
+        ),
+    ),
+    torchvision_class(
+        "densenet121",
+        32,
+        lambda models: models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=CLASSES),
+    ),
     torchvision_model("squeezenet1_1", 32),
     torchvision_model("googlenet", 64, init_weights=True, aux_logits=False),
     torchvision_model("mobilenet_v2", 32),
@@ -108,50 +232,126 @@ PICTURES = [
     torchvision_model("mnasnet0_5", 32),
     torchvision_model("efficientnet_b0", 32),
     torchvision_model("regnet_y_400mf", 32),
-    torchvision_model("swin_t", 32),
-    torchvision_model("swin_v2_t", 32),
-    torchvision_model("maxvit_t", 224),
-    timm_model("resnet10t"),
-    timm_model("skresnet18"),
-    timm_model("resnest14d"),
-    timm_model("seresnet18"),
-    timm_model("res2net50_26w_4s"),
-    timm_model("convnext_atto"),
-    timm_model("convnextv2_atto"),
+    torchvision_class("swin_t", 32, small_swin),
+    torchvision_class(
+        "swin_v2_t",
+        32,
+        lambda models: small_swin(
+            models,
+            block=models.swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=models.swin_transformer.PatchMergingV2,
+        ),
+    ),
+    torchvision_class("maxvit_t", 64, small_maxvit),
+    timm_model("resnet10t", **NARROW),
+    timm_model("skresnet18", **NARROW),
+    timm_model("resnest14d", **NARROW),
+    timm_model("seresnet18", **NARROW),
+    timm_model("res2net50_26w_4s", **NARROW),
+    timm_model("convnext_atto", depths=DEPTHS, dims=DIMS),
+    timm_model("convnextv2_atto", depths=DEPTHS, dims=DIMS),
     timm_model("mixnet_s"),
     timm_model("ghostnet_050"),
-    timm_model("mobileone_s0"),
-    timm_model("repvgg_a0"),
+    timm_class(
+        "mobileone_s0",
+        32,
+        "byobnet",
+        lambda module: small_byobnet(module, module._mobileone_bcfg, "one"),
+    ),
+    timm_class(
+        "repvgg_a0",
+        32,
+        "byobnet",
+        lambda module: small_byobnet(module, module._rep_vgg_bcfg, "rep"),
+    ),
     timm_model("hardcorenas_a"),
-    timm_model("nfnet_l0"),
-    timm_model("dm_nfnet_f0"),
+    timm_class(
+        "nfnet_l0",
+        64,
+        "nfnet",
+        lambda module: small_nfnet(
+            module,
+            module._nfnet_cfg(
+                depths=DEPTHS,
+                channels=(64, 64, 64, 128),
+                bottle_ratio=0.25,
+                attn_kwargs={"rd_ratio": 0.25, "rd_divisor": 8},
+                act_layer="silu",
+            ),
+            32,
+        ),
+    ),
+    timm_class(
+        "dm_nfnet_f0",
+        64,
+        "nfnet",
+        lambda module: small_nfnet(
+            module, module._dm_nfnet_cfg(depths=DEPTHS, channels=(32, 32, 64, 64)), 32
+        ),
+    ),
     timm_model("vit_tiny_patch16_224", **SMALL_VIT),
     timm_model("deit_tiny_distilled_patch16_224", **SMALL_VIT),
     timm_model("beit_base_patch16_224", **SMALL_VIT),
     timm_model("cait_xxs24_224", **SMALL_VIT),
     timm_model("eva02_tiny_patch14_224", **SMALL_VIT),
-    timm_model("crossvit_tiny_240", side=240),
-    timm_model("mixer_s32_224", img_size=32, patch_size=16, embed_dim=24, num_blocks=2),
-    timm_model("gmlp_s16_224", img_size=32, patch_size=16, embed_dim=24, num_blocks=2),
-    timm_model("resmlp_12_224", img_size=32, patch_size=16, embed_dim=24, num_blocks=2),
-    timm_model("poolformer_s12"),
-    timm_model("caformer_s18"),
-    timm_model("pvt_v2_b0"),
-    timm_model("twins_pcpvt_small"),
-    timm_model("coat_lite_tiny"),
-    timm_model("levit_128s", side=224),
-    timm_model("efficientformerv2_s0", side=224),
+    timm_model(
+        "crossvit_tiny_240", side=240, embed_dim=[24, 48], depth=[[1, 1, 0]], num_heads=[2, 2]
+    ),
+    timm_class("mixer_s32_224", 32, "mlp_mixer", lambda module: module.MlpMixer(**SMALL_MLP)),
+    timm_class("gmlp_s16_224", 32, "mlp_mixer", small_gmlp),
+    timm_class(
+        "resmlp_12_224",
+        32,
+        "mlp_mixer",
+        lambda module: module.MlpMixer(
+            **SMALL_MLP, mlp_ratio=4, block_layer=module.ResBlock, norm_layer=module.Affine
+        ),
+    ),
+    timm_class("poolformer_s12", 32, "metaformer", small_poolformer),
+    timm_class("caformer_s18", 32, "metaformer", small_caformer),
+    timm_model("pvt_v2_b0", embed_dims=(16, 16, 32, 32), depths=DEPTHS, num_heads=(1, 2, 2, 4)),
+    timm_model(
+        "twins_pcpvt_small", embed_dims=[16, 32, 32, 64], depths=DEPTHS, num_heads=[1, 2, 2, 4]
+    ),
+    timm_model("coat_lite_tiny", img_size=32, embed_dims=[16, 32, 32, 64], serial_depths=DEPTHS),
+    timm_model(
+        "levit_128s",
+        side=224,
+        embed_dim=(16, 24, 32),
+        key_dim=8,
+        num_heads=(2, 2, 2),
+        depth=(1, 1, 1),
+    ),
+    timm_model("efficientformerv2_s0", side=224, depths=DEPTHS, embed_dims=(16, 16, 24, 32)),
     timm_model("edgenext_xx_small", side=64),
     timm_model("mobilevit_xxs", side=64),
     timm_model("mobilevitv2_050", side=64),
-    timm_model("fastvit_t8", side=64),
-    timm_model("repvit_m0_9", side=64),
-    timm_model("inception_next_atto", side=64),
-    timm_model("focalnet_tiny_srf", side=64),
-    timm_model("davit_tiny", side=64),
-    timm_model("xcit_nano_12_p16_224", side=32),
-    timm_model("visformer_tiny", side=224),
-    timm_model("volo_d1_224", side=224),
+    timm_model("fastvit_t8", side=64, layers=DEPTHS, embed_dims=(48, 48, 48, 48)),
+    timm_model("repvit_m0_9", side=64, embed_dim=(16, 16, 24, 32), depth=DEPTHS),
+    timm_model("inception_next_atto", side=64, depths=DEPTHS, dims=(16, 16, 24, 32)),
+    timm_class(
+        "focalnet_tiny_srf",
+        64,
+        "focalnet",
+        lambda module: module.FocalNet(depths=DEPTHS, embed_dim=16, num_classes=CLASSES),
+    ),
+    timm_model(
+        "davit_tiny", side=64, depths=DEPTHS, embed_dims=(16, 16, 32, 32), num_heads=(1, 2, 2, 2)
+    ),
+    timm_model("xcit_nano_12_p16_224", side=32, embed_dim=24, depth=2, num_heads=2),
+    timm_model("visformer_tiny", side=64, img_size=64, embed_dim=32, depth=(1, 1, 1), num_heads=2),
+    timm_class(
+        "volo_d1_224",
+        64,
+        "volo",
+        lambda module: module.VOLO(
+            layers=DEPTHS,
+            img_size=64,
+            embed_dims=(16, 32, 32, 32),
+            num_heads=(1, 2, 2, 2),
+            num_classes=CLASSES,
+        ),
+    ),
 ]
 
 # transformers

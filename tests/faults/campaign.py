@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.faults import files, inputs, internal_errors, kills, soak
+from tests.faults import callbacks, files, inputs, internal_errors, kills, processes, soak
 from tests.faults.outcome import Outcome
 from tests.faults.training import cnn, mlp
 
@@ -19,6 +19,9 @@ FAULTS: dict[str, Fault] = {
     "writes": files.failing_files,
     "folders": files.folders_that_fail,
     "kills": kills.kills,
+    "processes": lambda: processes.two_processes(processes.cases()),
+    "callback, transformers": callbacks.huggingface,
+    "callback, Lightning": callbacks.lightning,
     "threads": soak.threads,
     "forks": soak.forks,
     "cycles": soak.cycles,
@@ -37,12 +40,18 @@ CHEAP: dict[str, Fault] = {
     "writes": lambda: files.failing_files(3),
     "folders": files.folders_that_fail,
     "kills": lambda: kills.kills(2),
+    "processes": lambda: processes.two_processes(
+        [
+            processes.Case(fault="exits", stage="ProcessShare.measure", victim=0),
+            processes.Case(fault="is interrupted", stage="merge", victim=1),
+        ]
+    ),
     "threads": lambda: soak.threads(1),
     "forks": lambda: soak.forks(1),
     "cycles": lambda: soak.cycles(10),
     "steps": lambda: soak.steps(20),
     "YAML": lambda: inputs.mutated_yaml(50),
-    "records": lambda: inputs.mutated_records(3),
+    "records": lambda: inputs.mutated_records(2),
     "wrong calls": inputs.wrong_calls,
 }
 """A small part of each, for every run of the tests."""

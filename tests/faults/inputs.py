@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli.commands import main
+from fimprobe.sinks.jsonl import JsonlSink
 from tests.faults.outcome import Outcome
 from tests.faults.training import Training, messages, mlp
 
@@ -47,6 +49,31 @@ def mutate(text: str, source: random.Random) -> str:
     return text
 
 
+VALUES = [None, True, 0, -1, 3, 2**70, 1e300, -0.5, float("nan"), float("inf"), "", "text", "[red]", "1e400", [], {}, [1, "x"],
+          {"a": {}}, [[[]]], "\x1b[2J", "\ud800"]  # fmt: skip
+
+
+def mutate_values(text: str, source: random.Random) -> str:
+    """The lines with one to four values replaced, dropped or moved to another name."""
+    records = [json.loads(line) for line in text.splitlines()]
+    for _ in range(source.randint(1, 4)):
+        parent: Any = records
+        while True:
+            keys = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
+            key = source.choice(keys)
+            child = parent[key]
+            if not (isinstance(child, (dict, list)) and child and source.random() < 0.8):
+                break
+            parent = child
+        change = source.choice(["replace", "replace", "drop", "move"])
+        value = parent.pop(key) if change != "replace" and len(parent) > 1 else None
+        if change == "move" and isinstance(parent, dict):
+            parent[source.choice(["", "step", "total", "i1", "layers", "x" * 300])] = value
+        elif change == "replace":
+            parent[key] = source.choice(VALUES)
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def mutated_yaml(times: int = 300) -> Outcome:
     """Mutated YAML files: a configuration, or one sentence that names the file."""
     outcome, source = Outcome("mutated YAML file"), random.Random(4)
@@ -70,37 +97,45 @@ def mutated_yaml(times: int = 300) -> Outcome:
 
 
 def mutated_records(times: int = 300) -> Outcome:
-    """Mutated JSONL files: read, shown in the terminal and as a page, or one sentence."""
+    """Mutated JSONL files: read, shown, compared, resumed; a value or one sentence of each."""
     outcome, source = Outcome("mutated record"), random.Random(5)
     with tempfile.TemporaryDirectory() as name, messages():
-        folder = Path(name) / "a"
+        good, path = Path(name) / "good", Path(name) / "mutated" / "fimprobe.jsonl"
         training = Training(mlp)
-        training.attach(folder)
+        training.attach(good)
         training.train()
         training.probe.detach()
-        text = (folder / "fimprobe.jsonl").read_text()
-        path = folder / "fimprobe.jsonl"
+        text = (good / "fimprobe.jsonl").read_text()
+        path.parent.mkdir()
+        page = ["--html", f"{name}/page.html"]
+        ways: dict[str, Callable[[], object]] = {
+            "read": lambda: list(fimprobe.read(path)),
+            "show": lambda: main(["show", str(path)]),
+            "show two": lambda: main(["show", str(good), str(path.parent)]),
+            "show --html": lambda: main(["show", str(path), *page]),
+            "resume": lambda: JsonlSink(path, purge_step=2).close(),
+        }
         for number in range(times):
-            path.write_bytes(mutate(text, source).encode("utf-8", "surrogatepass"))
-            faults = []
-            for arguments in (
-                ["show", str(path)],
-                ["show", str(path), "--html", f"{name}/page.html"],
-            ):
-                try:
-                    with (
-                        contextlib.redirect_stdout(io.StringIO()),
-                        contextlib.redirect_stderr(io.StringIO()) as errors,
-                    ):
-                        main(arguments)
-                except SystemExit:
-                    pass
-                except BaseException as error:
-                    faults.append(f"{arguments[0]}: {type(error).__name__}: {error}")
-                if "Traceback" in errors.getvalue():
-                    faults.append("a traceback")
+            change = mutate_values if number % 2 else mutate
+            path.write_bytes(change(text, source).encode("utf-8", "surrogatepass"))
+            faults = [f"{way}: {fault}" for way, do in ways.items() for fault in _faults_of(do)]
             outcome.count(f"record {number}", faults, told=not faults)
     return outcome
+
+
+def _faults_of(action: Callable[[], object]) -> list[str]:
+    """What reaches the user, other than a value or one sentence."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
+        try:
+            action()
+        except fimprobe.FimprobeError as error:
+            print(error, file=errors)
+        except BaseException as error:
+            return [f"{type(error).__name__}: {error}"]
+    return ["a traceback"] if "Traceback" in errors.getvalue() else []
 
 
 WRONG: dict[str, list[Any]] = {

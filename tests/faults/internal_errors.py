@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import tempfile
 import threading
@@ -31,12 +30,13 @@ from tests.faults.training import (
 ERRORS: Sequence[type[BaseException]] = (RuntimeError, MemoryError, torch.OutOfMemoryError)
 
 ENTRIES = {
-    ("errors.py", "guarded.<locals>.decorate.<locals>.call_guarded"),
-    ("training/capture.py", "BatchCapture._gradient_hook.<locals>.observe"),
-    ("training/hook_table.py", "_Hook.__call__"),
-    ("training/hook_table.py", "_HookTable.values"),
-    ("probe/step_hook.py", "_before_any_step"),
-    ("probe/step_hook.py", "_ObservedClosure.__call__"),
+    "guarded.<locals>.decorate.<locals>.call_guarded",
+    "_outside_of_graphs.<locals>.before_step",
+    "BatchCapture._gradient_hook.<locals>.observe",
+    "_Hook.__call__",
+    "_HookTable.values",
+    "_before_any_step",
+    "_ObservedClosure.__call__",
 }
 """The frames in which the training itself calls the probe: no guard is outside of them."""
 
@@ -56,8 +56,12 @@ def places_of(make_model: Callable[[], nn.Module]) -> dict[Place, int]:
     return {
         place: count
         for place, count in calls.items()
-        if (place[0].removeprefix(PACKAGE), place[2]) not in ENTRIES and place[2] != "<module>"
+        if place[2] not in ENTRIES and place[2] != "<module>"
     }
+
+
+def _evenly_spaced(places: dict[Place, int], share: float) -> list[Place]:
+    return sorted(places)[:: max(1, round(1 / share))]
 
 
 def errors_in_functions(
@@ -72,13 +76,11 @@ def errors_in_functions(
     Args:
         make_model: Makes the network that is trained.
         errors: The types of the errors.
-        share: Share of the functions, chosen at random.
+        share: Share of the functions, evenly spaced over the files.
         last: Whether the last call raises.
     """
     places = places_of(make_model)
-    chosen = sorted(places)
-    if share < 1:
-        chosen = random.Random(1).sample(chosen, max(1, round(share * len(chosen))))
+    chosen = _evenly_spaced(places, share)
     expected = plain_state(make_model)
     outcomes = []
     for error in errors:
@@ -130,11 +132,8 @@ def interruptions(make_model: Callable[[], nn.Module], *, share: float = 1.0) ->
     """Let KeyboardInterrupt come in each function: it passes, and the training can go on."""
     outcome = Outcome(f"KeyboardInterrupt in a function, {make_model.__name__}", told_once=None)
     places = places_of(make_model)
-    chosen = sorted(places)
-    if share < 1:
-        chosen = random.Random(2).sample(chosen, max(1, round(share * len(chosen))))
     expected = plain_state(make_model)
-    for place in chosen:
+    for place in _evenly_spaced(places, share):
         folder = Path(tempfile.mkdtemp())
         num_files, num_threads = open_files(), threading.active_count()
         training, faults, passed = Training(make_model), [], False

@@ -91,12 +91,21 @@ class Training:
         options = {**OPTIONS, "tensorboard": charts, **options}
         self.probe = fimprobe.attach(self.model, **options)
 
-    def train(self, steps: int = STEPS) -> None:
-        """Train up to ``steps``; begins where it was stopped."""
+    def train(
+        self, steps: int = STEPS, before_step: Callable[[Training], None] | None = None
+    ) -> None:
+        """Train up to ``steps``; begins where it was stopped.
+
+        Args:
+            steps: Number of the step after the last one.
+            before_step: Called with the training between its backward and the optimizer's step.
+        """
         while self.step < steps:
             x, y = batch(self.step)
             self.optimizer.zero_grad()
             F.cross_entropy(self.model(x), y).backward()
+            if before_step is not None:
+                before_step(self)
             self.optimizer.step()
             self.step += 1
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fimprobe
+from fimprobe.model.batch import Batch
+from tests.models.cases import Lambda
 
 T, WIDTH, CLASSES = 4, 3, 3
 SIZES = (2, 3, 4, 5, 8)  # also T, WIDTH, and multiples of them
@@ -268,6 +270,61 @@ def test_a_table_stays_shared_at_every_step():
             traces = {n: float(d.sum()) for n, d in expected.items()}
             assert probe.last.total.i1.trace == pytest.approx(sum(traces.values()), rel=1e-9)
         probe.detach()
+
+
+class ReadByFew(nn.Module):
+    """A table that only samples with a positive first entry read."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.out = nn.Parameter(torch.randn(4)), nn.Linear(4, CLASSES)
+
+    def forward(self, x, table):
+        y = x * self.scale
+        return self.out(torch.where(x[:, :1] > 0, torch.sin(y) + y @ table.T @ table, torch.sin(y)))
+
+
+@pytest.mark.parametrize("readers", [slice(3, None), slice(0, 0)], ids=["later", "none at first"])
+def test_a_table_as_long_as_the_batch_that_few_samples_read(readers, double):
+    x, table = -torch.randn(6, 4).abs(), torch.randn(6, 4)
+    x[readers] = -x[readers]
+    model = ReadByFew()
+    for inputs in (x, -x):
+        check(model, (inputs, table), [(inputs[b : b + 1], table) for b in range(6)])
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = (
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Linear(4, CLASSES),
+        )
+
+    def forward(self, x, mask):
+        return self.out(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1))
+
+
+def test_a_mask_with_a_row_for_each_head_of_each_sample(double):
+    model, plan = Masked(), fimprobe.Plan()
+    for size in (1, 3, 4):
+        x, mask = torch.randn(size, 5, 4), torch.randn(2 * size, 5, 5)
+        samples = [(x[b : b + 1], mask[2 * b : 2 * b + 2]) for b in range(size)]
+        check(model, (x, mask), samples, plan=plan)
+
+
+def test_a_bank_with_twice_as_many_rows_as_the_batch_is_shared(double):
+    model = Lambda(lambda self, x, k: self.parts[0]((x @ k.T).softmax(-1) @ k), nn.Linear(4, CLASSES))
+    x, bank = torch.randn(3, 4), torch.randn(6, 4)
+    check(model, (x, bank), [(x[b : b + 1], bank) for b in range(3)])
+
+
+def test_rows_of_a_folded_mask_are_those_of_the_selected_samples(double):
+    x, mask = torch.randn(5, 4), torch.randn(10, 3)
+    rows = torch.tensor([4, 1, 3])
+    chosen = Batch.of((x, mask))[torch.tensor([0, 4, 1, 3])][1:].with_folded([1])
+    assert torch.equal(chosen.args[0], x[rows])
+    assert torch.equal(chosen.args[1].view(3, 2, 3), mask.view(5, 2, 3)[rows])
 
 
 def test_samples_that_influence_each_other_are_still_refused():

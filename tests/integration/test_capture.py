@@ -105,7 +105,7 @@ def test_a_kept_loss_keeps_no_batch():
     probe = fimprobe.attach(model, **OPTIONS, likelihood="categorical")
     x, y = batch(5, 1)
     kept = F.cross_entropy(model(x), y)
-    captured = weakref.ref(probe._capture.last)
+    captured = weakref.ref(probe._cycle.capture.last)
     kept.backward(retain_graph=True)
     probe.step()
     gc.collect()

@@ -115,7 +115,7 @@ def test_why_probing_ended_stands_below_the_reports_until_it_resumes(capsys, tmp
     net, options = mlp(), {**KNOWN, "on_error": "warn"}
     with fimprobe.attach(net, options, log_dir=tmp_path) as probe:
         train(net, 2)
-        monkeypatch.setattr(probe._measurement, "measure", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr(probe._cycle.measurement, "measure", lambda *args, **kwargs: 1 / 0)
         train(net, 3, first=2)
     (line,) = closing_lines(capsys)
     reason = "probing ended at step 2, training continues: ZeroDivisionError: division by zero"

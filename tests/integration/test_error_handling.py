@@ -82,7 +82,7 @@ def test_an_error_while_capturing(module, part, monkeypatch, caplog):
 
     net, plain = mlp(), mlp()
     plain.load_state_dict(net.state_dict())
-    monkeypatch.setattr(sys.modules[f"fimprobe.training.{module}"], part, fail)
+    monkeypatch.setattr(sys.modules[f"fimprobe.training.capture.{module}"], part, fail)
     x, y = data(6, 4)
     with fimprobe.attach(net, likelihood="categorical", **LEAN):
         train(net, 4, x, y)

@@ -143,11 +143,25 @@ def test_errors_of_layers_names_and_entries_are_reached():
     assert f.reached and float((estimated - true).norm() / true.norm()) < 0.4
 
 
-def test_sorted_data_are_not_taken_for_a_sample():
+def test_the_beginning_of_sorted_data_has_no_known_error():
+    """By their labels the first class alone is found, by F the classes after it."""
     x, y = digits()
-    batches = iter(x[y.argsort()].split(32))
-    f = fimprobe.estimate(confident_mlp(0.9), batches, rel_error=0.15, max_inputs=512, **CATEGORICAL)
-    assert not f.reached and any("no random order" in note for note in f.metadata["notes"])
+    order = y.argsort(stable=True)
+    images = x[order].split(32)
+    labelled = zip(images, y[order].split(32), strict=True)
+    for data, confidence, limit in ((labelled, 0.3, 160), (iter(images), 0.9, 512)):
+        model = confident_mlp(confidence)
+        f = fimprobe.estimate(model, data, rel_error=0.15, max_inputs=limit, **CATEGORICAL)
+        assert f.metadata["inputs"] == limit and not f.reached
+        assert f.rel_error is None and f.trace_error is None
+        assert all(bool(x.isinf().all()) for x in f.std_error.values())
+        assert any("no error is known" in note for note in f.metadata["notes"])
+        assert f.ewc_penalty(model).std_error is None and f.mask().overlap is None
+    mixed = zip(x.split(32), y.split(32), strict=True)
+    f = fimprobe.estimate(confident_mlp(0.3), mixed, rel_error=0.15, **CATEGORICAL)
+    assert f.reached and f.metadata["inputs"] < 500 and not f.metadata["notes"]
+    f = fimprobe.estimate(confident_mlp(0.3), iter(x.split(32)), rel_error=0.15, **CATEGORICAL)
+    assert "suppose that the data come in random order" in str(f)
 
 
 # -- interruptions ---------------------------------------------------------------------------

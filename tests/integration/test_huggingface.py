@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from transformers.integrations import TensorBoardCallback, WandbCallback  # noqa: E402
 
 from fimprobe.integrations.huggingface import FimProbeCallback, _headlines  # noqa: E402
+from tests.faults import callbacks  # noqa: E402
 from tests.support.fresh_process import run_fresh  # noqa: E402
 from tests.support.huggingface import LENGTH, TOKENS, arguments, gpt2, text, trainer_of  # noqa: E402
 from tests.support.warnings import warnings_of  # noqa: E402
@@ -313,7 +314,9 @@ class Log(TrainerCallback):
 
 @pytest.mark.parametrize("where", ["report_to", "after ours", "own writer", "environment", "none"])
 def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch, capsys):
-    monkeypatch.setattr("fimprobe.probe.closing.MIN_WALL_SECONDS", 0.0 if where == "none" else 1e9)
+    monkeypatch.setattr(
+        "fimprobe.probe.run_account.MIN_WALL_SECONDS", 0.0 if where == "none" else 1e9
+    )
     probing, log = FimProbeCallback(schedule={"every": 2}), Log()
     callbacks = [log, probing]
     if where == "after ours":
@@ -754,3 +757,8 @@ def test_the_numbers_go_where_report_to_says(tmp_path, monkeypatch, off):
     assert len(headlines) == (len(history) if off else 0)
     assert not run.finished  # it is the Trainer's
     assert len([x for x in trainer.state.log_history if "fim/i1/trace" in x]) == len(history) > 0
+
+
+def test_no_error_of_the_callback_reaches_the_training():
+    outcome = callbacks.huggingface([RuntimeError], share=0.12)
+    assert outcome.injected == outcome.survived == outcome.told_once > 2, outcome.problems

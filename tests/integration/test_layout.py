@@ -60,10 +60,11 @@ def test_no_circle_of_files():
         uses = {name: used for name, used in uses.items() if name not in free}
 
 
-def test_integrations_use_the_public_api_only():
+def test_integrations_use_the_public_api_and_the_guards_of_entry_points():
     for path in (ROOT / "integrations").glob("*.py"):
         # fimprobe.torchvision_compat: called before the other package is imported
-        assert set(imports(path)) <= {"fimprobe", "fimprobe.torchvision_compat"}, path
+        guards = {"fimprobe.errors", "fimprobe.probe.notices"}
+        assert set(imports(path)) <= {"fimprobe", "fimprobe.torchvision_compat"} | guards, path
 
 
 def test_it_is_imported_from_a_checkout_that_is_not_installed(tmp_path):
@@ -75,14 +76,15 @@ def test_it_is_imported_from_a_checkout_that_is_not_installed(tmp_path):
 
 
 def test_an_optional_package_is_imported_in_one_place():
+    """A file, or a room: that of the package's name, and of the options for pydantic."""
     packages = ("tensorboard", "pydantic", "sklearn", "tqdm", "backpack", "pandas", "rich",
                 "matplotlib", "triton")  # fmt: skip
     places = {package: set() for package in packages}
     for path in FILES.values():
         for package, users in places.items():
             if re.search(rf"^\s*(from|import) {package}\b", path.read_text(), re.MULTILINE):
-                # a sub-package of that name is one place
-                users.add(path.parent if path.parent.name == package else path)
+                room_of_package = {"pydantic": "config"}.get(package, package)
+                users.add(path.parent if path.parent.name == room_of_package else path)
     for package, users in places.items():
         assert len(users) == 1, (package, users)
     assert places["backpack"] == {ROOT / "fimprobe" / "engines" / "backpack"}

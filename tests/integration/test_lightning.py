@@ -14,6 +14,7 @@ from torch import nn
 import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.integrations.lightning import FimProbeCallback  # first: it hides a broken torchvision
+from tests.faults import callbacks
 
 pl = pytest.importorskip("lightning.pytorch")
 
@@ -318,3 +319,8 @@ def test_a_wrapper_that_passes_training_step_through_forward(tmp_path):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def test_no_error_of_the_callback_reaches_the_training():
+    outcome = callbacks.lightning([RuntimeError])
+    assert outcome.injected == outcome.survived == outcome.told_once > 10, outcome.problems

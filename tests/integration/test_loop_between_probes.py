@@ -85,7 +85,7 @@ def test_a_step_between_probes_adds_no_tensor_operation(mode, schedule, estimato
             tagger_step(net, ours)
         reports = len(probe.history)
         assert calls_of(mode, net, ours) == want and len(probe.history) == reports > 0
-        probe.schedule = fimprobe.training.schedule.Every(1)
+        probe._cycle.schedule = fimprobe.training.schedule.Every(1)
         probed = calls_of(mode, net, ours)  # the comparison sees a probe
         assert len(probe.history) == reports + 1 and len(probed) > 2 * len(want)
     assert probe.steps == 5
@@ -201,7 +201,7 @@ def test_nothing_of_a_step_outlives_it(when, estimators):
         if when in ("due", "between"):
             tagger_step(net, optimizer)
         if when in ("undecided", "between"):
-            probe.schedule = fimprobe.training.schedule.At([])
+            probe._cycle.schedule = fimprobe.training.schedule.At([])
         Recorded.arrived = []
         tokens = torch.randint(11, (6, 7))
         out = net(tokens)
@@ -230,7 +230,7 @@ def test_no_large_copy_is_made_of_outputs_with_positions():
         targets = tokens % 5
         targets[:, 4:] = -100
         F.cross_entropy(out.transpose(1, 2), targets).backward()
-        captured = probe._capture.last.heads[""]
+        captured = probe._cycle.capture.last.heads[""]
         assert captured.outputs is None and captured.gradient is None
         assert torch.equal(captured.label_positions, targets != -100)
 
@@ -243,7 +243,7 @@ def test_a_gradient_written_to_after_it_was_seen_is_not_read():
             x, y = data(step, count=32)
             out = net(x)
             F.cross_entropy(out, y).backward()
-            captured = probe._capture.last.heads[""]
+            captured = probe._cycle.capture.last.heads[""]
             assert captured.gradient is not None
             if spoiled:
                 captured._gradient[0].mul_(3).add_(1)

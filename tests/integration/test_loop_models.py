@@ -144,6 +144,46 @@ def test_ways_to_call(takes, returns, likelihood):
             equal(probe.last, expected(plain, 2 * x[rows.sort()[0]], step))
 
 
+class WholeGraph(torch.optim.Optimizer):
+    """Its step has no break of the graph, other than those of torch's optimizers."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, WholeGraph])
+def test_compiled_steps(make_optimizer, given, caplog):
+    torch._dynamo.reset()
+    net = mlp()
+    plain = copy.deepcopy(net)
+    optimizer = make_optimizer(net.parameters(), lr=0.1)
+    probe = fimprobe.attach(net, **KNOWN, optimizer=optimizer if given else None)
+    whole = make_optimizer is WholeGraph  # a break would end the training
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=whole)
+    for number in range(5):
+        optimizer.zero_grad()
+        backward(net, number)
+        step()
+    probe.detach()
+    train(plain, 5)
+    assert torch.equal(net[0].weight, plain[0].weight)
+    told = [line for line in warnings_of(caplog) if "Profiler record function" not in line]
+    if not whole:
+        assert [report.step for report in probe.history] == list(range(5)) and not told
+        return
+    # changes of the parameters count as steps, each measured after it, unless others may make them
+    assert [report.step for report in probe.history] == ([] if given else [2, 3])
+    (line,) = told
+    assert "compiled" in line and "probe.step()" in line
+
+
 @pytest.mark.parametrize("first", ["attach", "compile"])
 def test_a_wrapper_called_in_the_models_place_is_told(first, caplog):
     torch._dynamo.reset()

@@ -22,7 +22,7 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.twin import make_twin
-from fimprobe.training.transformers_heads import label_mask
+from fimprobe.training.likelihood_inference.transformers_heads import label_mask
 from tests.models.cases import Lambda
 from tests.models.transformers_cases import (
     CLASSES,

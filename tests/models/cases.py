@@ -412,6 +412,58 @@ def layer_as_argument() -> Case:
     return Case(Lambda(f, Reading(), nn.Linear(4, 4), nn.Linear(4, 3)), (torch.randn(4, 4),))
 
 
+class Gate(nn.Module):
+    """Two parameters that no rule covers, whatever dimension holds the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.a) * self.b
+
+
+def folded_gate() -> Case:
+    def f(self: Any, x: Tensor) -> Tensor:  # as answers of multiple choice
+        y = self.parts[0](x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.parts[1](y.sum(1))
+
+    return Case(
+        Lambda(f, Gate(), nn.Linear(4, 3)), (torch.randn(3, 2, 4),), covered_by="replay of parts.0"
+    )
+
+
+def time_major_gate() -> Case:
+    def f(self: Any, x: Tensor) -> Tensor:  # as in XLNet
+        return self.parts[1](self.parts[0](x.transpose(0, 1)).sum(0))
+
+    return Case(
+        Lambda(f, Gate(), nn.Linear(4, 3)), (torch.randn(3, 3, 4),), covered_by="replay of parts.0"
+    )
+
+
+class Biased(nn.Module):
+    """Hands a table without batch on to the next layer, as T5's first attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.places = nn.Linear(4, 4), nn.Embedding(3, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bias = self.places(torch.arange(9).view(3, 3) % 3)[..., 0]
+        return torch.tanh(self.linear(bias @ x)), bias
+
+
+def handed_on_table() -> Case:
+    def f(self: Any, x: Tensor) -> Tensor:
+        y, bias = self.parts[0](x)
+        return self.parts[1]((bias @ y).sum(1))
+
+    return Case(
+        Lambda(f, Biased(), nn.Linear(4, 3)), (torch.randn(4, 3, 4),), covered_by="Linear rule"
+    )
+
+
 def scalar_parameter() -> Case:
     def f(self: Any, x: Tensor) -> Tensor:
         return self.parts[0](x) * self.temperature.exp()
@@ -420,6 +472,18 @@ def scalar_parameter() -> Case:
         Lambda(f, nn.Linear(4, 3), temperature=nn.Parameter(torch.tensor(0.3))),
         (torch.randn(4, 4),),
     )
+
+
+def module_with_two_paths() -> Case:
+    """As CoaT's position encodings: one module in two places, inside a module without rules."""
+
+    def f(self: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(self.parts[0](x) * self.scale)
+        return self.parts[2](torch.tanh(self.parts[1](y) * self.scale))
+
+    shared = nn.Linear(4, 4)
+    model = Lambda(f, shared, shared, nn.Linear(4, 3), scale=nn.Parameter(torch.rand(4)))
+    return Case(model, (torch.randn(4, 4),), covered_by="whole model")
 
 
 def parameter_list() -> Case:
@@ -534,6 +598,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "input without a batch": input_without_batch,
     "input without a batch, as long": lambda: input_without_batch(4),
     "layer as argument": layer_as_argument,
+    "raw parameters, folded": folded_gate,
+    "raw parameters, time first, T = B": time_major_gate,
+    "table handed on": handed_on_table,
+    "module with two paths": module_with_two_paths,
     "scalar parameter": scalar_parameter,
     "tied to a raw parameter": tied_to_raw,
     "parameter list": parameter_list,

@@ -64,5 +64,14 @@ def same(have, want, fields=FIELDS):
                 close(a, b)
 
 
+def flat(tree, path=""):
+    """The leaves of nested mappings and lists by their paths, such as "/layers/0/i1/trace"."""
+    if isinstance(tree, dict):
+        return {k: v for key, x in tree.items() for k, v in flat(x, f"{path}/{key}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {k: v for i, x in enumerate(tree) for k, v in flat(x, f"{path}/{i}").items()}
+    return {path: tree}
+
+
 def by_autograd(problem):
     return measure_with_fallbacks(problem, make_verified_plan(problem)).moments["i1"]

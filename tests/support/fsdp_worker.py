@@ -18,7 +18,7 @@ import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.distributed import processes as ranks
 from fimprobe.estimators import reliability
-from fimprobe.model import fsdp as sharded
+from fimprobe.model.fsdp.shards import Shards
 
 SIZE, STEPS = 12, 3
 OPTIONS = {"estimators": ("i1",), "bounds": False, "tensorboard": False}
@@ -274,7 +274,7 @@ def fails_alone(rank):
         return probe, [p.to_local() for p in model.parameters()]
 
     _, without = train(None)
-    scatter, calls = sharded.Shards.scatter, []
+    scatter, calls = Shards.scatter, []
 
     def scattered(self, *args):
         calls.append(None)
@@ -282,9 +282,9 @@ def fails_alone(rank):
             raise MemoryError("no room")
         return scatter(self, *args)
 
-    sharded.Shards.scatter = scattered
+    Shards.scatter = scattered
     probe, with_probe = train({**OPTIONS, "likelihood": "categorical", "schedule": {"every": 1}})
-    sharded.Shards.scatter = scatter
+    Shards.scatter = scatter
     return same(with_probe, without), probe.active, list(probe.history), sorted(probe.errors.warned)
 
 
@@ -294,7 +294,7 @@ def main(rank, port, out):
     dist.init_process_group("gloo", rank=rank, world_size=2)
     results = {}
     held, most = [], [0]
-    gather = sharded.Shards.gather
+    gather = Shards.gather
 
     def gathered(self, name):
         weight = gather(self, name)
@@ -302,7 +302,7 @@ def main(rank, port, out):
         most.append(sum(size for storage, size in held if not storage.expired()))
         return weight
 
-    sharded.Shards.gather = gathered
+    Shards.gather = gathered
     without, _, _ = train(rank, None)
     for name, options in {
         "auto": {"schedule": {"every": 1}},
@@ -313,7 +313,7 @@ def main(rank, port, out):
         results[name, "identical"] = all(same(a, b) for a, b in zip(with_probe, without, strict=True))
         results[name, "mine"] = [values(r) for r in probe.history]
         results[name, "coverage"] = probe.coverage
-        results[name, "chunk"] = probe._measurement.plan.chunk_size
+        results[name, "chunk"] = probe._cycle.measurement.plan.chunk_size
         with raw():
             results[name, "want"] = [
                 values(

@@ -3,7 +3,7 @@
 import pytest
 
 from fimprobe import FimprobeError
-from fimprobe.errors import ErrorHandler
+from fimprobe.errors import ErrorHandler, guarded
 
 
 def fail():
@@ -22,3 +22,28 @@ def test_errors_are_raised_on_request(caplog):
     with pytest.raises(FimprobeError, match="no file: disk full") as error:
         ErrorHandler(raises=True).run_safely(fail, "no file")
     assert isinstance(error.value.__cause__, OSError) and not caplog.records
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_guard_raises_mistakes_where_it_is_to(raises, caplog):
+    class Callback:
+        def __init__(self):
+            self.errors = ErrorHandler(raises=raises)
+
+        @guarded(defers=False, raises_mistakes=True)
+        def begin(self, error):
+            raise error
+
+    callback = Callback()
+    with pytest.raises(FimprobeError, match="an argument"):
+        callback.begin(FimprobeError("an argument"))
+    assert not callback.errors.ended
+    if raises:
+        with pytest.raises(RuntimeError, match="a bug"):
+            callback.begin(RuntimeError("a bug"))
+    else:
+        assert callback.begin(RuntimeError("a bug")) is None
+        assert callback.errors.end_reason == (
+            "probing ended, training continues: RuntimeError: a bug"
+        )
+        assert len(caplog.records) == 1

@@ -24,7 +24,7 @@ from fimprobe.engines.tracing.graph import (
     nodes_behind,
     saved_tensors,
 )
-from fimprobe.engines.tracing.layout_trace import check_order
+from fimprobe.engines.tracing.order_check import check_order
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.recording import record_forward
 from fimprobe.engines.tracing.tape import Tape

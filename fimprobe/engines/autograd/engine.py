@@ -143,6 +143,9 @@ def _first_order_passes(
     sampled_labels = problem.draws.count is not None
     num_labels = len(labels.vectors)
     exact_fisher = request.exact and sampled_labels
+    if run.fisher_by_labels is None:  # size-biased labels miss no part of F
+        run.fisher_by_labels = request.spot_checks and labels.are_size_biased
+    needs_vectors = request.i2 and not exact_fisher and not run.fisher_by_labels
     return [
         _FirstOrderPass(
             kind="i1", cotangents=lambda: labels, needed=True, shared=slice(0, num_labels)
@@ -150,7 +153,7 @@ def _first_order_passes(
         _FirstOrderPass(
             kind="ih",
             cotangents=lambda: hutchinson_cotangents(problem, rows, h),
-            needed=request.ih or (request.i2 and not exact_fisher),
+            needed=request.ih or needs_vectors,
         ),
         _FirstOrderPass(
             kind="ggn",
@@ -238,7 +241,10 @@ def _accumulate_curvature(
 def _failure_note(error: Exception) -> str:
     message = str(error).strip()
     first_line = message.splitlines()[0] if message else type(error).__name__
-    return f"Î₂ was not measured: the model has no second derivative here ({first_line})"
+    return (
+        f"Î₂ was not measured: the model has no second derivative in torch ({first_line}). "
+        "second_order='spot_checks' needs none."
+    )
 
 
 class _Clock:

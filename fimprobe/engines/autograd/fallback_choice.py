@@ -23,9 +23,7 @@ def fall_back_to_parent(problem: Problem, plan: Plan, reasons: dict[str, str]) -
         if key in problem.parameters:
             names.add(key)
             continue
-        ids = {id(p) for p in problem.twin.get_submodule(key).parameters()}
-        inside = {n for n, p in problem.parameters.items() if id(p) in ids}
-        at_module = {n for n in inside if plan.fallbacks.get(n, key) == key}
+        at_module = _measured_at(problem, plan, key)
         if not at_module:
             raise FimprobeError(
                 f"module {key!r} must be recorded, but it cannot be ({reason}). Please report this, "
@@ -36,6 +34,21 @@ def fall_back_to_parent(problem: Problem, plan: Plan, reasons: dict[str, str]) -
         names |= at_module
     for name in names:
         plan.fallbacks[name] = _parent_module(problem, plan, name)
+
+
+def _measured_at(problem: Problem, plan: Plan, path: str) -> set[str]:
+    """Names of the parameters that a module is recorded for: not those that its submodules hold.
+
+    A decomposed layer is recorded for all its parameters.
+    """
+    module = problem.twin.get_submodule(path)
+    held = {id(p) for p in module.parameters(recurse=type(module) in UNROLLED)}
+    return {
+        name
+        for name, parameter in problem.parameters.items()
+        if (plan.fallbacks.get(name) == path)
+        or (name not in plan.fallbacks and id(parameter) in held)
+    }
 
 
 def _parent_module(problem: Problem, plan: Plan, name: str) -> str:

@@ -26,9 +26,9 @@ from fimprobe.engines.moments.fallback import accumulate_fallback_moments
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.tracing.batch_layout import batch_first
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.tape import Tape, check_inputs_unchanged
+from fimprobe.model.sample_dimension import batch_first
 
 EdgeCotangents = list[list[Tensor] | None]
 """For each edge, one cotangent [b, ...] for each vector; None at edges that none reaches."""

@@ -34,6 +34,7 @@ class RunningResults:
         curvature: Second derivatives by parameter.
         curvature_weights: Weights of R² [b, labels].
         interacting: Parameters with interacting uses, and what they interact with.
+        fisher_by_labels: Whether F of Î₂ comes from the labels of Î₁; None before that is known.
         first_order_notes: What spot checks need of the passes of Î₁.
         spot_checks: V2 by spot checks; None if it is not measured so.
         norms: Norms of I(h) and M.
@@ -52,6 +53,7 @@ class RunningResults:
     curvature: dict[str, CurvatureAccumulator] = field(default_factory=dict)
     curvature_weights: list[Tensor] = field(default_factory=list)
     interacting: dict[str, set[str]] = field(default_factory=dict)
+    fisher_by_labels: bool | None = None
     first_order_notes: FirstOrderNotes = field(default_factory=FirstOrderNotes)
     spot_checks: SpotChecks | None = None
     norms: list[OutputNorms] = field(default_factory=list)

@@ -94,7 +94,7 @@ def _verify_with(problem: Problem, plan: Plan, sample: int, *, anew: bool) -> No
     rows = torch.arange(sample, sample + problem.batch.size) % problem.batch.size
     first = replace(problem, batch=problem.batch[rows])
     verified = make_verified_plan(first, None if anew else plan)
-    verified.twin, verified.input_roles = plan.twin, plan.input_roles
+    verified.keep_settings(plan)
     for f in fields(Plan):
         setattr(plan, f.name, getattr(verified, f.name))
     if problem.request.i2:

@@ -26,10 +26,10 @@ from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.tracing.graph import gradient_types
 from fimprobe.engines.tracing.layout_trace import trace_layouts
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
-from fimprobe.errors import FimprobeError
+from fimprobe.errors import CoupledSamplesError, FimprobeError
 from fimprobe.likelihoods import Gaussian
 from fimprobe.likelihoods.draws import Draws
-from fimprobe.model.fsdp import is_part
+from fimprobe.model.fsdp.placement import is_part
 from fimprobe.statistics import Measured, MomentsBatch
 
 FLOAT64_OUTPUT_COPIES = 4.5
@@ -263,11 +263,12 @@ def _check_samples_independent(problem: Problem, outputs: Tensor, tolerance: flo
     if torch.allclose(in_batch, outputs, **_output_tolerance(outputs, tolerance)):
         return
     difference = float((in_batch - outputs).abs().max())
-    raise FimprobeError(
+    raise CoupledSamplesError(
         "the model must not couple its samples, but one sample alone gives other outputs than in the "
         f"batch (they differ by up to {difference:.2g}), so that its Fisher information is no mean "
         "over samples. Replace layers that use statistics of the batch in eval mode (BatchNorm with "
-        "track_running_stats=False) or draw random numbers in eval mode."
+        "track_running_stats=False) or draw random numbers in eval mode. Make inputs that all "
+        "samples read, such as a memory bank, buffers of the model."
     )
 
 

@@ -13,10 +13,15 @@ from torch import Tensor
 
 from fimprobe.engines.curvature.directions import ParameterDirection
 from fimprobe.engines.curvature.double_backward import EdgeTangents, PulledBackVector
-from fimprobe.engines.curvature.fallback_derivatives import FallbackDerivatives, Motion
+from fimprobe.engines.curvature.fallback_derivatives import (
+    COTANGENTS_ONLY,
+    TWICE_THE_INPUTS,
+    WITHIN_CALL,
+    FallbackDerivatives,
+)
 from fimprobe.engines.curvature.inner_products import in_float32_range, unbiased_square
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
-from fimprobe.engines.layers.rules import embedding_tokens
+from fimprobe.engines.layers.lookups import embedding_tokens
 from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.moments.power_sums import power_of_two_scale
 from fimprobe.engines.primitives.random_signs import rademacher
@@ -136,7 +141,7 @@ class DiagonalAccumulator:
         """Products of per-sample gradients, for any parameter."""
         count = len(probes.directions)
         # a reused weight moves its own later inputs x(W): the second derivative of W x has 2 Ẇ ẋ
-        motion = Motion(inputs=2.0 if self.self_interacting else 0.0)
+        motion = TWICE_THE_INPUTS if self.self_interacting else COTANGENTS_ONLY
         bytes_per_sample = 4 * count * self.parameter.numel() * 8
         step = max(1, int(self.workspace_bytes / bytes_per_sample))
         for start in range(0, self.size, step):
@@ -180,9 +185,8 @@ class DiagonalAccumulator:
         direction = ParameterDirection(values={derivatives.name: u}, flips={})
         along_u = FallbackDerivatives(chunk=derivatives.chunk, direction=direction)
         fixed = EdgeTangents([None] * len(probes.vector.edges), [])
-        motion = Motion(assigned_parameters=True)
         for local_call in derivatives.uses.fallback_calls:
-            g = along_u.tangents(local_call, fixed, probes.vector, samples, motion)
+            g = along_u.tangents(local_call, fixed, probes.vector, samples, WITHIN_CALL)
             if g is not None:
                 g = u * g[:, 0]
                 r = g if r is None else r + g

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fimprobe.engines.layers.per_sample import module_jvp
+from fimprobe.engines.layers.module_tangents import module_jvp
 from fimprobe.engines.primitives.random_signs import rademacher, random_direction
-from fimprobe.engines.tracing.batch_layout import batch_first, broadcast_over_batch, from_batch_first
+from fimprobe.engines.tracing.batch_layout import broadcast_over_batch
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.parameter_uses import ParameterUses
+from fimprobe.model.sample_dimension import batch_first, from_batch_first
 
 OptionalTensors = list[Tensor | None]
 
@@ -150,7 +151,7 @@ class EdgeDirections:
                 tangents = module_jvp(call.module, u, call.inputs)
                 for edge, tangent in zip(call.output_edges, tangents, strict=True):
                     if edge is not None and tangent is not None:
-                        self._add(edges, edge, tangent, 0, name if flipped else None)
+                        self._add(edges, edge, tangent, call.output_layout, name if flipped else None)
 
     def _add(
         self,

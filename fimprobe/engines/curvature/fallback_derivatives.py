@@ -5,9 +5,9 @@ Symbols as in :mod:`fimprobe.engines.curvature.parameter_derivatives`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from fimprobe.engines.curvature.directions import ParameterDirection
 from fimprobe.engines.curvature.double_backward import EdgeTangents, PulledBackVector
-from fimprobe.engines.layers.per_sample import (
-    CallDirection,
-    per_sample_vjp,
-    per_sample_vjp_tangent,
-)
+from fimprobe.engines.curvature.shared_evaluations import SharedEvaluations
+from fimprobe.engines.layers.module_tangents import CallDirection, per_sample_vjp_tangent
+from fimprobe.engines.layers.per_sample import per_sample_vjp
 from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.tape import FallbackCall
 from fimprobe.model.batch import Batch
+from fimprobe.model.sample_dimension import Layout, batch_first
 
 OptionalTensors = Sequence[Tensor | None]
 
@@ -49,6 +48,7 @@ class Motion:
 
 
 COTANGENTS_ONLY = Motion()
+TWICE_THE_INPUTS = Motion(inputs=2.0)
 WITHIN_CALL = Motion(assigned_parameters=True)
 WITHIN_CALL_FLIPPED = Motion(assigned_parameters=True, flipped=True)
 EVERYTHING = Motion(inputs=1.0, all_parameters=True)
@@ -62,10 +62,12 @@ class FallbackDerivatives:
     Attributes:
         chunk: The recorded forward pass.
         direction: The direction in which parameters move; None if they do not.
+        shared: Evaluations that all parameters of a call share; None to evaluate for one alone.
     """
 
     chunk: Chunk
     direction: ParameterDirection | None = None
+    shared: SharedEvaluations | None = None
 
     def gradients(
         self, local_call: LocalCall, cotangents: Sequence[OptionalTensors], samples: slice
@@ -85,27 +87,31 @@ class FallbackDerivatives:
             return None
         at_call: list[Tensor | None] = []
         for edge in call.output_edges:
-            filled = fill([None if edge is None else edges[edge] for edges in cotangents])
-            at_call.append(None if filled is None else torch.stack([d[samples] for d in filled], 1))
+            filled = fill(
+                [self._rows(edges, edge, call.output_layout, samples) for edges in cotangents]
+            )
+            at_call.append(None if filled is None else torch.stack(filled, 1))
         if all(d is None for d in at_call):
             return None
 
-        def evaluate(batch: Batch, vectorize: bool) -> dict[str, Tensor]:
+        def evaluate(names: list[str], batch: Batch, vectorize: bool) -> dict[str, Tensor]:
             """Gradients [b, n, *shape] by local name, of a batch of b samples.
 
             Args:
+                names: The parameters' names inside the module.
                 batch: The call's arguments for the b samples.
                 vectorize: Whether to use ``vmap``.
             """
             return per_sample_vjp(
                 call.module,
-                {local_name: _parameter(call, local_name)},
+                _parameters(call, names),
                 batch,
                 at_call,
+                output_layout=call.output_layout,
                 vectorize=vectorize,
             )
 
-        return at_least_float32(self._evaluate_samples(call, evaluate, samples)[local_name])
+        return at_least_float32(self._evaluate(local_call, evaluate, samples, (cotangents,)))
 
     def tangents(
         self,
@@ -138,7 +144,10 @@ class FallbackDerivatives:
             cotangents = [
                 torch.zeros_like(t) if d is None and t is not None else d
                 for d, t in zip(
-                    (_rows(vector.edges, e, samples) for e in call.output_edges),
+                    (
+                        self._rows(vector.edges, e, call.output_layout, samples)
+                        for e in call.output_edges
+                    ),
                     direction.cotangents,
                     strict=True,
                 )
@@ -151,25 +160,27 @@ class FallbackDerivatives:
         problem = self.chunk.problem
         select: Any = (lambda out: [problem.select_outputs(out)]) if call.path == "" else None
 
-        def evaluate(batch: Batch, vectorize: bool) -> dict[str, Tensor]:
+        def evaluate(names: list[str], batch: Batch, vectorize: bool) -> dict[str, Tensor]:
             """Tangents [b, *shape] by local name, of a batch of b samples.
 
             Args:
+                names: The parameters' names inside the module.
                 batch: The call's arguments for the b samples.
                 vectorize: Whether to use ``vmap``.
             """
             return per_sample_vjp_tangent(
                 call.module,
-                {local_name: _parameter(call, local_name)},
+                _parameters(call, names),
                 batch,
                 cotangents,
                 direction,
                 select=select,
+                output_layout=call.output_layout,
                 vectorize=vectorize,
             )
 
-        result = self._evaluate_samples(call, evaluate, samples)
-        return at_least_float32(result[local_name]).unsqueeze(1)
+        question = (tangents, vector, self.direction, motion)
+        return at_least_float32(self._evaluate(local_call, evaluate, samples, question)).unsqueeze(1)
 
     def _call_direction(
         self, call: FallbackCall, tangents: EdgeTangents, samples: slice, motion: Motion
@@ -190,20 +201,56 @@ class FallbackDerivatives:
         if call.path == "":
             return CallDirection(parameters=values, scales=scales, cotangents=[None])
         steps: list[Tensor | None] = [
-            _rows(tangents.inputs, i, samples if has_samples else ...) if motion.inputs else None
-            for i, has_samples in zip(call.input_edges, call.has_samples, strict=True)
+            self._rows(tangents.inputs, i, layout, samples) if motion.inputs else None
+            for i, layout in zip(call.input_edges, call.input_layouts, strict=True)
         ]
         return CallDirection(
             parameters=values,
             scales=scales,
             inputs=[None if x is None else motion.inputs * x for x in steps],
-            cotangents=[_rows(tangents.cotangents, e, samples) for e in call.output_edges],
+            cotangents=[
+                self._rows(tangents.cotangents, e, call.output_layout, samples)
+                for e in call.output_edges
+            ],
         )
+
+    def _rows(
+        self, tensors: OptionalTensors, index: int | None, layout: Layout | None, samples: slice
+    ) -> Tensor | None:
+        """Some samples of the indexed tensor, batch first; all of it where it holds no batch."""
+        x = None if index is None else tensors[index]
+        if x is None or layout is None:
+            return x
+        return batch_first(x, layout, self.chunk.size)[samples]
 
     def _is_assigned(self, call: FallbackCall, name: str) -> bool:
         """Whether the call, if it contains the named parameter, provides its gradient."""
         planned = self.chunk.plan.fallbacks.get(name)
         return planned == call.path if planned is not None else True
+
+    def _evaluate(
+        self,
+        local_call: LocalCall,
+        evaluate: Callable[[list[str], Batch, bool], dict[str, Tensor]],
+        samples: slice,
+        question: tuple[Any, ...],
+    ) -> Tensor:
+        """Evaluate a call for one parameter, or hand out what was evaluated for several.
+
+        Args:
+            local_call: The call, and the parameter's name inside its module.
+            evaluate: Maps names, a batch and whether to use ``vmap`` to results by name.
+            samples: The samples.
+            question: The objects that determine the result.
+        """
+        call, local_name = local_call
+
+        def evaluate_names(names: list[str]) -> dict[str, Tensor]:
+            return self._evaluate_samples(call, functools.partial(evaluate, names), samples)
+
+        if self.shared is None:
+            return evaluate_names([local_name])[local_name]
+        return self.shared.get(call, local_name, samples, question, evaluate_names)
 
     def _evaluate_samples(
         self,
@@ -234,14 +281,7 @@ def fill(tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
     return [torch.zeros_like(present) if x is None else x for x in tensors]
 
 
-def _rows(
-    tensors: OptionalTensors, index: int | None, samples: slice | EllipsisType
-) -> Tensor | None:
-    """Some samples of the indexed tensor; all of it for ``...``."""
-    x = None if index is None else tensors[index]
-    return None if x is None else x[samples]
-
-
-def _parameter(call: FallbackCall, local_name: str) -> Tensor:
-    """A parameter of the call's module, detached."""
-    return dict(call.module.named_parameters())[local_name].detach()
+def _parameters(call: FallbackCall, names: list[str]) -> dict[str, Tensor]:
+    """Parameters of the call's module by name, detached."""
+    parameters = dict(call.module.named_parameters())
+    return {name: parameters[name].detach() for name in names}

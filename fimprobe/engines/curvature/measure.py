@@ -36,6 +36,7 @@ from fimprobe.engines.curvature.double_backward import (
 )
 from fimprobe.engines.curvature.norm_accumulator import DirectionTangents
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
+from fimprobe.engines.curvature.shared_evaluations import SharedEvaluations
 from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.parameter_uses import (
@@ -95,6 +96,7 @@ def measure_curvature(
         uses=uses,
         interacting=interacting,
         piecewise_linear=piecewise_linear,
+        shared=SharedEvaluations(chunk, max(4 * chunk.problem.request.probes, 2 * count)),
     )
     num_labels = weights.shape[1]
     # with exact labels the bounds use the diagonals of the other vectors, too
@@ -121,6 +123,7 @@ class _ChunkCurvature:
         uses: Uses of each parameter.
         interacting: Parameters with interacting uses, and what they interact with.
         piecewise_linear: Whether no second derivative exists between calls.
+        shared: Evaluations of fallback calls that their parameters share.
     """
 
     chunk: Chunk
@@ -130,6 +133,7 @@ class _ChunkCurvature:
     uses: dict[str, ParameterUses]
     interacting: dict[str, set[str]]
     piecewise_linear: bool
+    shared: SharedEvaluations
 
     def add_diagonals(self, count: int) -> None:
         """Add the diagonals of R for the first ``count`` vectors."""
@@ -171,8 +175,11 @@ class _ChunkCurvature:
             seed=problem.draws.seed,
         )
         for name, accumulator in self.accumulators.items():
-            derivatives = ParameterDerivatives(chunk=self.chunk, uses=self.uses[name], name=name)
+            derivatives = ParameterDerivatives(
+                chunk=self.chunk, uses=self.uses[name], name=name, shared=self.shared
+            )
             accumulator.diagonal.add_probes(derivatives, probes)
+        self.shared.clear()
 
     def _some_cotangents(self) -> OptionalTensors:
         """The cotangents at all output edges, each of the first vector that reaches the edge."""
@@ -242,6 +249,7 @@ class _ChunkCurvature:
         for name, accumulator in self.accumulators.items():
             derivatives = self._derivatives(name, direction)
             accumulator.norms.add_block(derivatives, tangents, direction.flips[name])
+        self.shared.clear()
         return tangents
 
     def _add_whole(
@@ -276,6 +284,7 @@ class _ChunkCurvature:
                 flipped=flipped if name in interacting else None,
             )
             accumulator.norms.add_whole(self._derivatives(name, direction), completed)
+        self.shared.clear()
 
     def _complete(
         self, tangents: list[EdgeTangents], live: OptionalTensors, values: dict[str, Tensor]
@@ -304,5 +313,9 @@ class _ChunkCurvature:
 
     def _derivatives(self, name: str, direction: ParameterDirection) -> ParameterDerivatives:
         return ParameterDerivatives(
-            chunk=self.chunk, uses=self.uses[name], name=name, direction=direction
+            chunk=self.chunk,
+            uses=self.uses[name],
+            name=name,
+            direction=direction,
+            shared=self.shared,
         )

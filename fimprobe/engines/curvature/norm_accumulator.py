@@ -21,7 +21,7 @@ from fimprobe.engines.curvature.fallback_derivatives import (
 )
 from fimprobe.engines.curvature.inner_products import dot, flatten_positions, row_products
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
-from fimprobe.engines.layers.rules import embedding_tokens
+from fimprobe.engines.layers.lookups import embedding_tokens
 from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.problem.weights import GRAM_LIMIT
 from fimprobe.engines.tracing.tape import ParameterUse

@@ -22,14 +22,15 @@ from fimprobe.engines.curvature.fallback_derivatives import (
     OptionalTensors,
     fill,
 )
+from fimprobe.engines.curvature.shared_evaluations import SharedEvaluations
 from fimprobe.engines.layers.layer_call import LayerCall
 from fimprobe.engines.layers.rules import LINEAR, GradientRule
 from fimprobe.engines.moments.contraction import at_least_float32, sum_uses
 from fimprobe.engines.primitives.products import jvp
-from fimprobe.engines.tracing.batch_layout import batch_first
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.parameter_uses import ParameterUses
 from fimprobe.engines.tracing.tape import ParameterUse
+from fimprobe.model.sample_dimension import batch_first
 
 
 @dataclass(kw_only=True)
@@ -41,12 +42,14 @@ class ParameterDerivatives:
         uses: The parameter's uses in it.
         name: The parameter's name.
         direction: The direction in which parameters move; None if they do not.
+        shared: Evaluations of fallback calls that their parameters share.
     """
 
     chunk: Chunk
     uses: ParameterUses
     name: str
     direction: ParameterDirection | None = None
+    shared: SharedEvaluations | None = None
     shape: torch.Size = field(init=False)
     """The parameter's shape."""
 
@@ -113,7 +116,7 @@ class ParameterDerivatives:
             [b, n, *shape]; None if no vector reaches the parameter.
         """
         total = self._rule_gradients(cotangents, samples)
-        fallbacks = FallbackDerivatives(chunk=self.chunk)
+        fallbacks = FallbackDerivatives(chunk=self.chunk, shared=self.shared)
         for local_call in self.uses.fallback_calls:
             total = _add(total, fallbacks.gradients(local_call, cotangents, samples))
         return total
@@ -141,7 +144,9 @@ class ParameterDerivatives:
             g = self._input_contribution(tangents, vector.edges, samples)
             if g is not None:
                 total = _add(total, motion.inputs * g)
-        fallbacks = FallbackDerivatives(chunk=self.chunk, direction=self.direction)
+        fallbacks = FallbackDerivatives(
+            chunk=self.chunk, direction=self.direction, shared=self.shared
+        )
         for local_call in self.uses.fallback_calls:
             total = _add(total, fallbacks.tangents(local_call, tangents, vector, samples, motion))
         return total

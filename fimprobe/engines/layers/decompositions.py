@@ -14,20 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Affine = Callable[..., Tensor]
-"""``affine(x, weight, bias, rows, bias_rows, layout)`` returns x Wᵀ + b and records the use.
-
-``weight`` and ``bias`` are names of the module's parameters, ``rows`` and ``bias_rows`` slice packed
-ones, ``layout`` is the batch dimension of x.
-``affine.steps(weight, bias, x)`` returns the same map for one time step after the other.
-"""
+from fimprobe.engines.layers.affine_maps import AffineMaps
 
 
 class NotUnrolled(Exception):
     """A call that cannot be decomposed: packed or unbatched inputs, or extra parameters."""
 
 
-def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Tensor, *args, **kw):
+def attention(
+    module: Any, affine: AffineMaps, query: Tensor, key: Tensor, value: Tensor, *args, **kw
+):
     """Decompose ``nn.MultiheadAttention``: recorded projections around torch's attention function.
 
     Args:
@@ -85,7 +81,7 @@ def attention(module: Any, affine: Affine, query: Tensor, key: Tensor, value: Te
     return affine(out, "out_proj.weight", bias), weights
 
 
-def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
+def recurrent(module: Any, affine: AffineMaps, x: Tensor, hx: Any = None):
     """Decompose ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU``, in all their options.
 
     Args:
@@ -134,7 +130,7 @@ def recurrent(module: Any, affine: Affine, x: Tensor, hx: Any = None):
     return out, torch.stack(finals)
 
 
-def _run_direction(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Any, suffix: str):
+def _run_direction(module: Any, affine: AffineMaps, x: Tensor, h: Tensor, c: Any, suffix: str):
     """Run one layer in one direction over x [T, B, I] from the state (h, c).
 
     ``suffix`` ends the names of its parameters. Returns the outputs [T, B, H] and the final state.
@@ -142,10 +138,10 @@ def _run_direction(module: Any, affine: Affine, x: Tensor, h: Tensor, c: Any, su
     biases = ("bias_ih" + suffix, "bias_hh" + suffix) if module.bias else (None, None)
     # unbind: indexing would cost T² in the backward pass
     ih = affine(x, "weight_ih" + suffix, biases[0], layout=1).unbind(0)
-    step = affine.steps("weight_hh" + suffix, biases[1], x)  # type: ignore[attr-defined]
+    step = affine.steps("weight_hh" + suffix, biases[1], x)
     project = None
     if getattr(module, "proj_size", 0):
-        project = affine.steps("weight_hr" + suffix, None, x)  # type: ignore[attr-defined]
+        project = affine.steps("weight_hr" + suffix, None, x)
     outputs = []
     for t in range(x.shape[0]):
         hh = step(t, h)

@@ -1,4 +1,4 @@
-"""Per-sample parameter gradients of the layer classes of torch and transformers.
+"""Rules: which function computes the per-sample gradient of each parameter of a layer class.
 
 A rule maps a recorded call and δ [B, S, ...], the cotangents of S draws at the call's output, to the
 per-sample gradients g [B, S, *parameter.shape]. Only layers of exactly a listed class have rules: a
@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fimprobe.engines.layers.convolutions import conv_weight
 from fimprobe.engines.layers.layer_call import LayerCall
+from fimprobe.engines.layers.lookups import embedding_weight
+from fimprobe.engines.layers.normalisations import (
+    channel_sum,
+    group_norm_weight,
+    layer_norm_bias,
+    layer_norm_weight,
+    prelu_weight,
+    rms_norm_weight,
+    running_norm_weight,
+)
 from fimprobe.model.twin import has_altered_call
 
 Gradient = Callable[[LayerCall, Tensor], Tensor]
@@ -117,182 +126,6 @@ def bilinear_weight(call: LayerCall, delta: Tensor) -> Tensor:
     x, other = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in call.inputs)
     delta = delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
     return torch.einsum("bnto,bti,btj->bnoij", delta, x, other)
-
-
-def channel_sum(call: LayerCall, product: Tensor) -> Tensor:
-    """Sum over all dimensions except those of the samples, the draws and the channels.
-
-    Args:
-        call: The call; of a folded one, ``product`` has the k parts of each sample.
-        product: A product with δ, or δ itself: [B, S, C, ...], folded [B, S, k, C, ...].
-
-    Returns:
-        The sums [B, S, C].
-    """
-    axis = 3 if call.folded else 2
-    others = [d for d in range(2, product.dim()) if d != axis]
-    return product.sum(others) if others else product
-
-
-def _normalised(call: LayerCall, normalise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a normalisation to the input as the module saw it: [B, 1, (k,) C, ...]."""
-    (x,) = call.inputs
-    if call.folded:
-        return normalise(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unsqueeze(1)
-    return normalise(x).unsqueeze(1)
-
-
-def _trailing(call: LayerCall, product: Tensor) -> Tensor:
-    """Sum [B, S, ..., *normalized_shape] over the dimensions in the middle."""
-    keep = len(call.module.normalized_shape)  # type: ignore[arg-type]
-    middle = list(range(2, product.dim() - keep))
-    return product.sum(middle) if middle else product
-
-
-def layer_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of a LayerNorm: g = Σ_t δ_t x̂_t, with the normalised input x̂.
-
-    Args:
-        call: The call, with the input [B, ..., *normalized_shape].
-        delta: Cotangents [B, S, ..., *normalized_shape].
-
-    Returns:
-        g [B, S, *normalized_shape].
-    """
-    m: Any = call.module
-    x = call.inputs[0].unsqueeze(1)
-    return _trailing(call, delta * F.layer_norm(x, m.normalized_shape, eps=m.eps))
-
-
-def layer_norm_bias(call: LayerCall, delta: Tensor) -> Tensor:
-    """Bias gradients of a LayerNorm: g = Σ_t δ_t.
-
-    Args:
-        call: The call; only the layer's ``normalized_shape`` is read.
-        delta: Cotangents [B, S, ..., *normalized_shape].
-
-    Returns:
-        g [B, S, *normalized_shape].
-    """
-    return _trailing(call, delta)
-
-
-def rms_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of an RMSNorm: g = Σ_t δ_t x_t / rms(x_t).
-
-    Args:
-        call: The call, with the input x [B, ..., *normalized_shape].
-        delta: Cotangents [B, S, ..., *normalized_shape].
-
-    Returns:
-        g [B, S, *normalized_shape].
-    """
-    m: Any = call.module
-    x = call.inputs[0].unsqueeze(1)
-    return _trailing(call, delta * F.rms_norm(x, m.normalized_shape, eps=m.eps))
-
-
-def group_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of a GroupNorm: g_c = Σ_t δ_tc x̂_tc, with the normalised input x̂.
-
-    Args:
-        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
-        delta: Cotangents [B, S, C, ...], folded [B, S, k, C, ...].
-
-    Returns:
-        g [B, S, C].
-    """
-    m: Any = call.module
-    xhat = _normalised(call, lambda x: F.group_norm(x, m.num_groups, eps=m.eps))
-    return channel_sum(call, delta * xhat)
-
-
-def running_norm_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of BatchNorm and InstanceNorm: g_c = Σ_t δ_tc x̂_tc.
-
-    The input x̂ is normalised by running statistics, as in eval mode. An InstanceNorm without them
-    uses those of each sample.
-
-    Args:
-        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
-        delta: Cotangents [B, S, C, ...], folded [B, S, k, C, ...].
-
-    Returns:
-        g [B, S, C].
-    """
-    m: Any = call.module
-
-    def normalise(x: Tensor) -> Tensor:
-        if m.running_mean is None:  # InstanceNorm
-            return F.instance_norm(x, eps=m.eps)
-        return F.batch_norm(x, m.running_mean, m.running_var, eps=m.eps)
-
-    return channel_sum(call, delta * _normalised(call, normalise))
-
-
-def prelu_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of a PReLU: g_c = Σ_t δ_tc min(x_tc, 0).
-
-    Args:
-        call: The call, with the input [B, C, ...], folded [B, k, C, ...].
-        delta: Cotangents of the input's shape, with the S draws after the samples.
-
-    Returns:
-        g [B, S, C], or [B, S, 1] if one weight serves all channels.
-    """
-    product = delta * call.inputs[0].unsqueeze(1).clamp(max=0)
-    if call.module.weight.numel() == 1:  # type: ignore[union-attr,operator]
-        return product.flatten(2).sum(2, keepdim=True)
-    return channel_sum(call, product)
-
-
-def embedding_tokens(call: LayerCall, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The non-zero rows of a lookup's gradient, one for each (sample, token) pair that occurs.
-
-    Args:
-        call: A call of an Embedding or EmbeddingBag.
-        delta: Cotangents [B, S, ..., D].
-
-    Returns:
-        Sample [U], token [U] and gradient of the token's row [U, S, D] of each pair.
-    """
-    module: Any = call.module
-    tokens = call.inputs[0].reshape(call.inputs[0].shape[0], -1)
-    samples, length = tokens.shape
-    if isinstance(module, nn.EmbeddingBag):  # δ [B, S, D] goes to every token of the bag
-        share = call.inputs[1] if len(call.inputs) > 1 else torch.ones_like(tokens, dtype=delta.dtype)
-        if module.padding_idx is not None:
-            share = share * (tokens != module.padding_idx)
-        if module.mode == "mean":
-            share = share / share.sum(1, keepdim=True).clamp(min=1)
-        delta = delta.unsqueeze(2) * share.to(delta.dtype)[:, None, :, None]
-    delta = delta.reshape(samples, delta.shape[1], length, -1)
-    if module.padding_idx is not None:
-        delta = delta * (tokens != module.padding_idx)[:, None, :, None]
-    # one integer for each pair, so that one sort finds those that occur
-    key = tokens + torch.arange(samples, device=tokens.device)[:, None] * module.num_embeddings
-    pairs, inverse = key.flatten().unique(return_inverse=True)
-    rows = delta.new_zeros(len(pairs), delta.shape[1], delta.shape[3])
-    rows.index_add_(0, inverse, delta.transpose(1, 2).flatten(0, 1))
-    return pairs // module.num_embeddings, pairs % module.num_embeddings, rows
-
-
-def embedding_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """The gradient of a lookup as a dense tensor, for weights that are also used elsewhere.
-
-    Args:
-        call: A call of an Embedding or EmbeddingBag with V rows of width D.
-        delta: Cotangents [B, S, ..., D].
-
-    Returns:
-        g [B, S, V, D].
-    """
-    module: Any = call.module
-    sample, token, rows = embedding_tokens(call, delta)
-    shape = (delta.shape[0], delta.shape[1], *module.weight.shape)
-    dense = delta.new_zeros(shape)
-    dense[sample, :, token] = rows
-    return dense
 
 
 LINEAR = {

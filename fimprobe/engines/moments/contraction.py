@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.layers.layer_call import LayerCall
-from fimprobe.engines.layers.rules import LINEAR, embedding_tokens
+from fimprobe.engines.layers.lookups import embedding_tokens
+from fimprobe.engines.layers.rules import LINEAR
 from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.moments.fused import ReachedUses, add_fused, find_operands
 from fimprobe.engines.moments.power_sums import OuterProductPowers, is_one, power_of_two_scale
 from fimprobe.engines.problem.weights import PassWeights
-from fimprobe.engines.tracing.batch_layout import batch_first
 from fimprobe.engines.tracing.tape import ParameterUse
+from fimprobe.model.sample_dimension import batch_first
 
 MAX_FLOAT64_GPU_ELEMENTS = 2**19
 """Gradients of up to so many entries are formed in float64 on a GPU.

@@ -17,6 +17,7 @@ from fimprobe.engines.tracing.chunk import AssignedCall, Chunk
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.engines.tracing.tape import FallbackCall, Tape
 from fimprobe.model.batch import Batch
+from fimprobe.model.sample_dimension import batch_first
 
 
 def assign_fallbacks(problem: Problem, plan: Plan, tape: Tape, batch: Batch) -> list[AssignedCall]:
@@ -168,7 +169,10 @@ def _per_sample_gradients(
         cotangents = []
         for edge in call.output_edges:
             delta = None if edge is None else deltas[edge]
-            stacked = None if delta is None else torch.stack([d[samples] for d in delta], 1)
+            stacked = None
+            if delta is not None:
+                rows = [batch_first(d, call.output_layout, chunk.size)[samples] for d in delta]
+                stacked = torch.stack(rows, 1)
             cotangents.append(stacked)
         if all(d is None for d in cotangents):
             return {}
@@ -181,6 +185,7 @@ def _per_sample_gradients(
                 batch,
                 cotangents,
                 select=select,
+                output_layout=call.output_layout,
                 vectorize=vectorize,
             )
         except torch.OutOfMemoryError:

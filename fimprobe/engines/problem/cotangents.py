@@ -48,6 +48,11 @@ class Cotangents:
     combinations: Tensor | None = None
     score_mass: Tensor | None = None
 
+    @property
+    def are_size_biased(self) -> bool:
+        """Whether these are scores √w δ of size-biased labels."""
+        return self.weights is not None and self.weights.square is None
+
 
 def hutchinson_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
     """L ξ with L Lᵀ = I(h) and Rademacher ξ; for exact labels the columns of L, with weights.

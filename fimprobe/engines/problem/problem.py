@@ -15,7 +15,7 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
-from fimprobe.model.fsdp import Shards
+from fimprobe.model.fsdp.shards import Shards
 
 Outputs = Callable[[Any], Tensor]
 

@@ -1,75 +1,112 @@
-"""How many spot checks each layer has: few in a pilot, then where the noise is."""
+"""How many spot checks each layer has, and how a layer's checks are shared by its parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import torch
+
+from fimprobe.engines.spot_checks.proposals import EVEN_PARAMETERS, mixed_with_even, normalised
+from fimprobe.engines.tracing.spot_history import SpotHistory
 
 PILOT = 2
 """Checks of each layer in the pilot: the least that show a spread."""
 
 SLOTS_PER_INPUT = 6
-"""Checks for each input of the batch, the pilot included; see docs/performance.md for their error."""
+"""Most checks for each input of the batch, the pilot included; see docs/performance.md."""
 
 SLOTS_PER_LAYER = 4
-"""Least number of checks for each layer, on average."""
+"""Checks for each layer on average that are allowed in any case."""
 
-LARGE_SHARE = 0.005
-"""Share of V2, by the pilot, from which a layer's error counts for itself."""
+SLOTS_OF_SMALL_MODELS, SMALL_ENTRIES = 256, 2**23
+"""Checks that are made in any case, if they times the number of parameters are at most the latter.
+
+A pass of a small model costs its calls, whatever the number of rows. Its inputs and entries differ
+more than those of a large one: in a network of 5 layers with weights of size 1/2 one of 12 inputs
+held 73 % of V2 of a layer, and 30 checks often missed it.
+"""
+
+LARGE_SHARE = 0.008
+"""Share of V2, as far as it is known, from which a layer's error counts for itself."""
 
 TOTAL_ERROR, LAYER_ERROR = 0.1, 0.2
-"""Relative errors of the total and of each large layer that are aimed at; their ratio matters."""
+"""Relative errors of the total and of each large layer that are aimed at."""
+
+MARGIN = 1.5
+"""Factor on the number of checks, since the stated error is wider than the spread."""
 
 PRIOR_SPREAD, PRIOR_WEIGHT = 0.9, 4.0
 """Relative standard deviation of a single check that is assumed, and its weight in checks."""
 
+GUESS_WEIGHT = 2.0
+"""Weight of the first guess of a layer's shares, in checks."""
 
-def relative_variances(
-    values: Mapping[str, Sequence[float]], kinds: Mapping[str, str]
-) -> dict[str, float]:
+
+def relative_variances(history: SpotHistory, kinds: Mapping[str, str]) -> dict[str, float]:
     """Return the relative variance of single checks of each layer, shared by layers of a kind.
 
     Args:
-        values: Values of the pilot's checks by layer.
+        history: The spreads that are known.
         kinds: Kind of each layer.
     """
-    totals: dict[str, list[float]] = {}
-    for layer, of_layer in values.items():
-        mean, count = sum(of_layer) / len(of_layer), len(of_layer)
-        square, freedom = totals.setdefault(kinds[layer], [0.0, 0.0])
-        if mean > 0 and count > 1:
-            spread = sum((x / mean - 1) ** 2 for x in of_layer)
-            # two values differ from their mean at most by it: the ratio is too small by about this
-            square, freedom = square + spread * count / (count - 1), freedom + count - 1
-        totals[kinds[layer]] = [square, freedom]
-    prior = PRIOR_SPREAD**2
-    return {
-        layer: (totals[kind][0] + PRIOR_WEIGHT * prior) / (totals[kind][1] + PRIOR_WEIGHT)
-        for layer, kind in kinds.items()
-    }
+    variances = {}
+    for layer, kind in kinds.items():
+        square, freedom = history.spreads.get(kind, (0.0, 0.0))
+        square += PRIOR_WEIGHT * PRIOR_SPREAD**2
+        variances[layer] = square / (freedom + PRIOR_WEIGHT)
+    return variances
 
 
-def allot(means: Mapping[str, float], variances: Mapping[str, float], total: int) -> dict[str, int]:
-    """Return the number of checks of each layer after the pilot.
+def num_checks_at_least(num_parameters: int) -> int:
+    """Return the number of checks that a model of so many parameters has in any case."""
+    return min(SLOTS_OF_SMALL_MODELS, SMALL_ENTRIES // max(num_parameters, 1))
+
+
+def allot(
+    means: Mapping[str, float], variances: Mapping[str, float], limit: int, least: int = 0
+) -> dict[str, int]:
+    """Return the number of checks of each layer.
 
     The sum's error is least if checks are in proportion to V2 times their spread (Neyman's rule). A
-    large layer needs a number of its own. The larger of the two demands is scaled to the total.
+    large layer needs a number of its own. Each layer has the larger of the two demands; together they
+    are cut to the limit.
 
     Args:
-        means: V2 of each layer by the pilot.
+        means: V2 of each layer, as far as it is known.
         variances: Relative variance of single checks.
-        total: Number of checks to distribute; each layer has at least one.
+        limit: Largest number of checks; each layer has at least one.
+        least: Smallest number of checks, if more are not needed.
     """
     whole = sum(means.values())
     if whole <= 0:
-        even = max(1, total // max(1, len(means)))
+        even = max(1, limit // max(1, len(means)))
         return dict.fromkeys(means, even)
     noise = {layer: means[layer] / whole * math.sqrt(variances[layer]) for layer in means}
-    scale = sum(noise.values()) / TOTAL_ERROR**2
+    scale = MARGIN * sum(noise.values()) / TOTAL_ERROR**2
     demands = {}
     for layer, share in noise.items():
         large = means[layer] >= LARGE_SHARE * whole
-        demand = variances[layer] / LAYER_ERROR**2 if large else 0.0
+        demand = MARGIN * variances[layer] / LAYER_ERROR**2 if large else 0.0
         demands[layer] = max(share * scale, demand)
-    room = max(total - len(means), 0) / max(sum(demands.values()), 1e-300)
+    needed = max(sum(demands.values()), 1e-300)
+    room = max(min(max(needed, least), limit) - len(means), 0) / needed
     return {layer: 1 + round(room * demand) for layer, demand in demands.items()}
+
+
+def learned_shares(
+    guess: Mapping[str, float], values: Mapping[str, float], num_checks: float
+) -> dict[str, float]:
+    """Return the probability of each parameter of a layer.
+
+    Args:
+        guess: Probabilities from first derivatives.
+        values: V2 of the parameters, as far as it is known.
+        num_checks: Number of checks behind these values.
+    """
+    guessed = torch.tensor(list(guess.values()), dtype=torch.float64)
+    known = torch.tensor([values.get(name, 0.0) for name in guess], dtype=torch.float64)
+    if not bool(known.sum() > 0):
+        return dict(guess)
+    shares = GUESS_WEIGHT * normalised(guessed) + num_checks * normalised(known)
+    return dict(zip(guess, mixed_with_even(shares, EVEN_PARAMETERS).tolist(), strict=True))

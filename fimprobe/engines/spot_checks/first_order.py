@@ -24,12 +24,12 @@ from fimprobe.engines.spot_checks.proposals import (
     mixed_with_even,
     normalised,
 )
-from fimprobe.engines.tracing.batch_layout import batch_first
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.graph import gradient_types
 from fimprobe.engines.tracing.parameter_uses import find_interacting_uses, find_uses
 from fimprobe.engines.tracing.smoothness import straight_edges
 from fimprobe.engines.tracing.tape import ParameterUse
+from fimprobe.model.sample_dimension import batch_first
 
 
 @dataclass(kw_only=True)
@@ -164,7 +164,7 @@ class FirstOrderNotes:
                 inputs=mixed_with_even(total, EVEN_INPUTS),
                 parameters=self._parameter_shares(names, squares),
                 entries={name: self._entries(name, squares[name]) for name in names},
-                kind=f"{owners[names[0]]} {kinds[-1] if kinds else ''}",
+                kind=f"{owners[names[0]]} {'.'.join(kinds[-2:])}",
             )
         return layers
 

@@ -21,17 +21,21 @@ ROUNDINGS = 200
 
 @dataclass(kw_only=True)
 class ShiftGuard:
-    """One check of each kind of parameter in every measurement.
+    """One check of each kind of parameter that is new to the plan, and of one other kind.
 
     Attributes:
+        known: Kinds that were compared in earlier measurements.
+        again: The kind among them that is compared again.
         noted: For each kind the check, its step, the outputs and their change.
     """
 
+    known: set[str] = field(default_factory=set)
+    again: str = ""
     noted: dict[str, tuple[Slot, float, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def wants(self, kind: str) -> bool:
-        """Whether no check of this kind was noted yet."""
-        return kind not in self.noted
+        """Whether a check of this kind is to be noted."""
+        return kind not in self.noted and (kind not in self.known or kind == self.again)
 
     def note(self, kind: str, slot: Slot, step: float, outputs: tuple[Tensor, Tensor]) -> None:
         """Keep a check for the comparison.

@@ -8,6 +8,8 @@ docs/theory.md, "Second derivatives by spot checks".
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +22,8 @@ from fimprobe.engines.spot_checks.allocation import (
     SLOTS_PER_INPUT,
     SLOTS_PER_LAYER,
     allot,
+    learned_shares,
+    num_checks_at_least,
     relative_variances,
 )
 from fimprobe.engines.spot_checks.guard import ShiftGuard
@@ -32,6 +36,7 @@ from fimprobe.engines.spot_checks.shifted_forward import ShiftedForward
 from fimprobe.engines.spot_checks.slots import Slot
 from fimprobe.engines.spot_checks.step_sizes import TARGET, StepSizes
 from fimprobe.engines.tracing.plan import Plan
+from fimprobe.engines.tracing.spot_history import SpotHistory
 from fimprobe.statistics import SpotChecks, SpotStratum
 
 PILOT_REPEATS, MAIN_REPEATS = 2, 1
@@ -39,6 +44,9 @@ PILOT_REPEATS, MAIN_REPEATS = 2, 1
 
 MAX_ROWS = 64
 """Rows of a pass, where a batch of fewer inputs was not cut into chunks."""
+
+HISTORY_CHECKS = 8.0
+"""Number of checks for which V2 from earlier measurements counts."""
 
 CACHE_SHARE = 0.25
 """Share of the memory limit for outputs that are kept between passes."""
@@ -67,10 +75,16 @@ def measure_spot_checks(
     checker = SpotChecker(problem=problem, plan=plan, layers=layers, dtype=dtype)
     with checker.forward.exact_kernels():
         checker.record_baseline()
-        checker.run_pilot()
-        total = max(SLOTS_PER_INPUT * problem.batch.size, SLOTS_PER_LAYER * len(layers))
-        checker.run_main(total - PILOT * len(layers))
+        limit = max(
+            SLOTS_PER_INPUT * problem.batch.size, SLOTS_PER_LAYER * len(layers), checker.least
+        )
+        known = plan.spot_history.covers(n for p in layers.values() for n in p.parameters)
+        if not known:
+            checker.run_pilot()
+            limit -= PILOT * len(layers)
+        checker.run_main(limit)
         checker.guard.compare(problem, checker.forward)
+    checker.note_history()
     return checker.result()
 
 
@@ -98,14 +112,21 @@ class SpotChecker:
     pilot: dict[str, list[CheckedEntry]] = field(default_factory=dict)
     main: dict[str, list[CheckedEntry]] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
-    guard: ShiftGuard = field(default_factory=ShiftGuard)
+    guard: ShiftGuard = field(init=False)
 
     def __post_init__(self) -> None:
         """Prepare the forward passes."""
         self.forward = ShiftedForward(self.problem, self.plan)
         self.prefix = Prefix(twin=self.problem.twin)
-        self.steps = StepSizes(self.dtype)
+        self.history = self.plan.spot_history
+        self.least = num_checks_at_least(sum(p.numel() for p in self.problem.parameters.values()))
+        self.steps = StepSizes(self.dtype, self.history.etas)
         self.generator = torch.Generator().manual_seed(self.problem.draws.seed ^ _STREAM)
+        known = sorted(self.history.guarded)
+        self.guard = ShiftGuard(known=set(known))
+        if known:
+            place = int(torch.randint(len(known), (1,), generator=self.generator))
+            self.guard.again = known[place]
         size = self.problem.batch.size
         chunked = self.plan.chunk_size is not None and self.plan.chunk_size < size
         # without a graph a row takes a fraction of the memory that it takes in other passes
@@ -144,24 +165,71 @@ class SpotChecker:
         """Run a few checks of each layer, which show the step sizes and where V2 is."""
         slots = [slot for layer in self.layers for slot in self._draw(layer, PILOT)]
         values = self.check(slots)
-        largest: dict[str, float] = {}
-        for value in values:
-            name = value.slot.parameter
-            largest[name] = max(largest.get(name, 0.0), value.difference)
-        for name, difference in largest.items():
-            self.steps.adapt(name, difference)
+        self._adapt_steps(values)
         for value in self.settle(values, PILOT_REPEATS):
             self.pilot.setdefault(value.slot.layer, []).append(value)
 
-    def run_main(self, total: int) -> None:
-        """Run further checks where the noise is."""
-        values = {layer: [v.value for v in of_layer] for layer, of_layer in self.pilot.items()}
+    def run_main(self, limit: int) -> None:
+        """Run checks where the noise is, by what the pilot or earlier measurements have shown.
+
+        Args:
+            limit: Largest number of checks.
+        """
+        steering = self.history
+        if self.pilot:
+            steering = SpotHistory()
+            _note_checks(steering, self.layers, self.pilot)
+            self._share_by_kind(steering)
+        else:
+            self._share_by_layer(steering)
         kinds = {layer: proposal.kind for layer, proposal in self.layers.items()}
-        means = {layer: sum(x) / len(x) for layer, x in values.items()}
-        counts = allot(means, relative_variances(values, kinds), total)
+        means = {
+            layer: sum(steering.values.get(n, 0.0) for n in proposal.parameters)
+            for layer, proposal in self.layers.items()
+        }
+        counts = allot(means, relative_variances(steering, kinds), limit, self.least)
         slots = [slot for layer in self.layers for slot in self._draw(layer, counts[layer])]
         for value in self.settle(self.check(slots), MAIN_REPEATS):
             self.main.setdefault(value.slot.layer, []).append(value)
+
+    def _share_by_kind(self, pilot: SpotHistory) -> None:
+        """Learn from the pilot how V2 is shared by the parameters of all layers of a kind."""
+        shares: dict[str, Counter[str]] = {}
+        for proposal in self.layers.values():
+            whole = sum(pilot.values[name] for name in proposal.parameters)
+            for name in proposal.parameters:
+                share = pilot.values[name] / whole if whole > 0 else 0.0
+                shares.setdefault(proposal.kind, Counter())[_local(name)] += share
+        for proposal in self.layers.values():
+            of_kind = shares[proposal.kind]
+            values = {name: of_kind[_local(name)] for name in proposal.parameters}
+            num_checks = PILOT * sum(of_kind.values())
+            proposal.parameters = learned_shares(proposal.parameters, values, num_checks)
+
+    def _share_by_layer(self, history: SpotHistory) -> None:
+        """Share checks by the parameters of each layer as earlier measurements have shown."""
+        for proposal in self.layers.values():
+            proposal.parameters = learned_shares(
+                proposal.parameters, history.values, HISTORY_CHECKS
+            )
+
+    def _adapt_steps(self, values: Sequence[CheckedEntry]) -> None:
+        """Adapt η of every parameter to the median of its second differences."""
+        better: dict[str, list[float]] = {}
+        for value in values:
+            eta = self.steps.better(value.eta, value.difference)
+            better.setdefault(value.slot.parameter, []).append(eta)
+        for name, etas in better.items():
+            self.steps.etas[name] = statistics.median(etas)
+
+    def note_history(self) -> None:
+        """Keep what this measurement has shown for later ones."""
+        values = {name: self.pilot.get(name, []) + self.main.get(name, []) for name in self.layers}
+        self.history.fade()
+        _note_checks(self.history, self.layers, values)
+        self._adapt_steps([value for of_layer in self.main.values() for value in of_layer])
+        self.history.etas = self.steps.etas
+        self.history.guarded |= set(self.guard.noted)
 
     def settle(self, values: list[CheckedEntry], repeats: int) -> list[CheckedEntry]:
         """Repeat checks whose differences are near rounding, or large, with better steps.
@@ -186,22 +254,17 @@ class SpotChecker:
 
     def _draw(self, layer: str, count: int) -> list[Slot]:
         """Draw checks of one layer."""
-        proposal, size = self.layers[layer], self.problem.batch.size
-        slots = []
-        for row in proposal.draw_inputs(count, self.generator).tolist():
-            name, of_parameter = proposal.draw_parameter(self.generator)
-            entry, of_entry = proposal.entries[name].draw(row, self.generator)
-            probability = float(proposal.inputs[row]) * of_parameter * of_entry
-            slots.append(
-                Slot(
-                    layer=layer,
-                    parameter=name,
-                    row=row,
-                    entry=entry,
-                    weight=1 / (size * probability),
-                )
+        size = self.problem.batch.size
+        return [
+            Slot(
+                layer=layer,
+                parameter=drawn.parameter,
+                row=drawn.row,
+                entry=drawn.entry,
+                weight=1 / (size * drawn.probability),
             )
-        return slots
+            for drawn in self.layers[layer].draw(count, self.generator)
+        ]
 
     def check(self, slots: Sequence[Slot], eta: Sequence[float] | None = None) -> list[CheckedEntry]:
         """Run checks in passes; those whose shifts begin late share passes with a long prefix.
@@ -306,7 +369,7 @@ class SpotChecker:
         strata = []
         for layer, proposal in self.layers.items():
             names = list(proposal.parameters)
-            pilot, main = self.pilot[layer], self.main.get(layer, [])
+            pilot, main = self.pilot.get(layer, []), self.main.get(layer, [])
             both = [*pilot, *main]
             rounding = [self.steps.rounding_share(v.difference) for v in both]
             strata.append(
@@ -338,6 +401,31 @@ class CheckedEntry:
     value: float
     difference: float
     eta: float
+
+
+def _note_checks(
+    history: SpotHistory,
+    layers: Mapping[str, LayerProposal],
+    checks: Mapping[str, Sequence[CheckedEntry]],
+) -> None:
+    """Add the values of checks to a history.
+
+    Args:
+        history: Receives them.
+        layers: The proposal of each layer.
+        checks: The checks of each layer.
+    """
+    for layer, proposal in layers.items():
+        of_layer = checks[layer]
+        sums = dict.fromkeys(proposal.parameters, 0.0)
+        for check in of_layer:
+            sums[check.slot.parameter] += check.value / len(of_layer)
+        history.note_values(sums)
+        history.note_spread(proposal.kind, [check.value for check in of_layer])
+
+
+def _local(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 _STREAM = 0x2545F491

@@ -8,8 +8,8 @@ spread evenly bounds the weights of entries that seem unimportant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,23 +17,45 @@ from torch import Tensor
 EVEN_ENTRIES = 0.2
 """Share of the probability that is spread evenly over entries, units or columns."""
 
-EVEN_INPUTS = 0.3
+EVEN_INPUTS = 0.5
 """Share of the probability that is spread evenly over inputs."""
+
+EVEN_DRAWS = 0.15
+"""Share of the draws that are even over all entries of all inputs of a layer."""
 
 EVEN_PARAMETERS = 0.1
 """Share of the probability that is spread evenly over the parameters of a layer."""
 
 
 class EntryProposal(Protocol):
-    """Draws entries of one parameter."""
+    """Maps random numbers to entries of one parameter."""
 
-    def draw(self, row: int, generator: torch.Generator) -> tuple[int, float]:
-        """Return an entry's index in the flattened parameter, and its probability.
+    def draw(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry's index in the flattened parameter.
 
         Args:
             row: Place of the input in the batch.
-            generator: Source of the random numbers.
+            uniform: Two random numbers, each uniform between 0 and 1.
         """
+
+    def probability(self, row: int, entry: int) -> float:
+        """Return the probability of an entry.
+
+        Args:
+            row: Place of the input in the batch.
+            entry: The entry.
+        """
+
+    def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry; all that may have curvature for this input are equally likely.
+
+        Args:
+            row: Place of the input in the batch.
+            uniform: Two random numbers, each uniform between 0 and 1.
+        """
+
+    def num_entries(self, row: int) -> int:
+        """Return the number of entries that may have curvature for an input."""
 
 
 @dataclass(kw_only=True)
@@ -45,13 +67,29 @@ class FlatProposal:
     """
 
     squares: Tensor
-    _probabilities: Tensor | None = None
+    _probabilities: Ranked | None = None
 
-    def draw(self, row: int, generator: torch.Generator) -> tuple[int, float]:
-        """Return an entry and its probability; ``row`` is not read."""
+    def draw(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry; ``row`` and the second number are not read."""
+        return self._ranked().draw(uniform[0])
+
+    def probability(self, row: int, entry: int) -> float:
+        """Return the probability of an entry; ``row`` is not read."""
+        return float(self._ranked().probabilities[entry])
+
+    def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry, all equally likely; ``row`` is not read."""
+        return _place(uniform[0], self.squares.numel())
+
+    def num_entries(self, row: int) -> int:
+        """Return the number of entries of the parameter; ``row`` is not read."""
+        return self.squares.numel()
+
+    def _ranked(self) -> Ranked:
         if self._probabilities is None:
-            self._probabilities = mixed_with_even(self.squares.flatten().double(), EVEN_ENTRIES)
-        return draw_index(self._probabilities, generator)
+            even = mixed_with_even(self.squares.flatten().double(), EVEN_ENTRIES)
+            self._probabilities = Ranked.of(even)
+        return self._probabilities
 
 
 @dataclass(kw_only=True)
@@ -67,14 +105,34 @@ class OuterProposal:
     units: Tensor
     columns: Tensor
     unit_first: bool
+    _units: Ranked | None = None
 
-    def draw(self, row: int, generator: torch.Generator) -> tuple[int, float]:
-        """Return an entry and its probability, for the input at ``row``."""
-        o, unit_probability = draw_index(self.units, generator)
-        i, column_probability = draw_index(self.columns[row], generator)
-        units, columns = len(self.units), self.columns.shape[1]
-        entry = o * columns + i if self.unit_first else i * units + o
-        return entry, unit_probability * column_probability
+    def draw(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry, for the input at ``row``."""
+        if self._units is None:
+            self._units = Ranked.of(self.units)
+        unit, column = self._units.draw(uniform[0]), Ranked.of(self.columns[row]).draw(uniform[1])
+        return self._entry(unit, column)
+
+    def probability(self, row: int, entry: int) -> float:
+        """Return the probability of an entry, for the input at ``row``."""
+        first, second = divmod(entry, self.columns.shape[1] if self.unit_first else len(self.units))
+        unit, column = (first, second) if self.unit_first else (second, first)
+        return float(self.units[unit] * self.columns[row, column])
+
+    def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry, all equally likely; ``row`` is not read."""
+        columns = self.columns.shape[1]
+        return self._entry(_place(uniform[0], len(self.units)), _place(uniform[1], columns))
+
+    def num_entries(self, row: int) -> int:
+        """Return the number of entries of the parameter; ``row`` is not read."""
+        return len(self.units) * self.columns.shape[1]
+
+    def _entry(self, unit: int, column: int) -> int:
+        if self.unit_first:
+            return unit * self.columns.shape[1] + column
+        return column * len(self.units) + unit
 
 
 @dataclass(kw_only=True)
@@ -90,13 +148,32 @@ class LookupProposal:
     units: Tensor
     tokens: list[Tensor]
     probabilities: list[Tensor]
+    _units: Ranked | None = None
 
-    def draw(self, row: int, generator: torch.Generator) -> tuple[int, float]:
-        """Return an entry and its probability, for the input at ``row``."""
-        o, unit_probability = draw_index(self.units, generator)
-        t, token_probability = draw_index(self.probabilities[row], generator)
-        token = int(self.tokens[row][t])
-        return token * len(self.units) + o, unit_probability * token_probability
+    def draw(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry, for the input at ``row``."""
+        if self._units is None:
+            self._units = Ranked.of(self.units)
+        unit = self._units.draw(uniform[0])
+        return self._entry(row, Ranked.of(self.probabilities[row]).draw(uniform[1]), unit)
+
+    def probability(self, row: int, entry: int) -> float:
+        """Return the probability of an entry, for the input at ``row``."""
+        token, unit = divmod(entry, len(self.units))
+        of_token = self.probabilities[row][self.tokens[row] == token]
+        return float(self.units[unit] * of_token.sum())
+
+    def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
+        """Return an entry of a token of the input at ``row``, all equally likely."""
+        place = _place(uniform[1], len(self.tokens[row]))
+        return self._entry(row, place, _place(uniform[0], len(self.units)))
+
+    def num_entries(self, row: int) -> int:
+        """Return the number of entries of the tokens of the input at ``row``."""
+        return len(self.tokens[row]) * len(self.units)
+
+    def _entry(self, row: int, place: int, unit: int) -> int:
+        return int(self.tokens[row][place]) * len(self.units) + unit
 
 
 @dataclass(kw_only=True)
@@ -114,52 +191,117 @@ class LayerProposal:
     parameters: dict[str, float]
     entries: dict[str, EntryProposal]
     kind: str
-    _cumulative: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Sum the probabilities of the inputs up."""
-        self._cumulative = self.inputs.cumsum(0)
+    def draw(self, count: int, generator: torch.Generator) -> list[DrawnEntry]:
+        """Draw entries whose inputs, parameters, units and columns are spread evenly.
 
-    def draw_inputs(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw inputs systematically: an input of probability π occurs π · count times, rounded.
+        Each n-th part of the probability of an input has one of n draws: with enough of them, every
+        input has some. A share of the draws is even over all entries, so that one that first
+        derivatives underrate has a bounded weight. Units and columns of one parameter are a Latin
+        hypercube. What values owe to one of these alone is then no noise.
 
         Args:
             count: Number of draws.
             generator: Source of the random numbers.
-
-        Returns:
-            Their places in the batch [count].
         """
-        start = torch.rand(1, generator=generator, dtype=torch.float64)
-        places = (torch.arange(count, dtype=torch.float64) + start) / count
-        rows = torch.searchsorted(self._cumulative, places * float(self._cumulative[-1]), right=True)
-        return rows.clamp_(max=len(self.inputs) - 1)
-
-    def draw_parameter(self, generator: torch.Generator) -> tuple[str, float]:
-        """Return the name of a parameter and its probability."""
         names = list(self.parameters)
-        index, probability = draw_index(
-            torch.tensor(list(self.parameters.values()), dtype=torch.float64), generator
-        )
-        return names[index], probability
+        shares = torch.tensor([self.parameters[n] for n in names], dtype=torch.float64)
+        sizes = torch.tensor([self.entries[n].num_entries(0) for n in names], dtype=torch.float64)
+        even = sizes / sizes.sum()
+        cells = torch.cat([(1 - EVEN_DRAWS) * shares, EVEN_DRAWS * even])
+        rows = _indices(self.inputs, evenly_spaced(count, generator))
+        rows = rows[torch.randperm(count, generator=generator)]
+        cell_of = _indices(cells, evenly_spaced(count, generator))
+        drawn = []
+        for cell in cell_of.unique().tolist():
+            of_even, number = divmod(cell, len(names))
+            name, entries = names[number], self.entries[names[number]]
+            of_cell = rows[cell_of == cell].tolist()
+            uniforms = [
+                evenly_spaced(len(of_cell), generator, mixed=True).tolist() for _ in range(2)
+            ]
+            for row, first, second in zip(of_cell, *uniforms, strict=True):
+                draw = entries.draw_evenly if of_even else entries.draw
+                entry = draw(row, (first, second))
+                probability = (1 - EVEN_DRAWS) * float(shares[number])
+                probability *= entries.probability(row, entry)
+                probability += EVEN_DRAWS * float(even[number]) / entries.num_entries(row)
+                drawn.append(DrawnEntry(name, row, entry, float(self.inputs[row]) * probability))
+        return drawn
 
 
-def draw_index(probabilities: Tensor, generator: torch.Generator) -> tuple[int, float]:
-    """Draw one index.
+class DrawnEntry(NamedTuple):
+    """An entry of a parameter, and the input for which it was drawn.
+
+    Attributes:
+        parameter: The parameter's name.
+        row: Place of the input in the batch.
+        entry: Index of the entry in the flattened parameter.
+        probability: Of both in one draw.
+    """
+
+    parameter: str
+    row: int
+    entry: int
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Probabilities from the largest to the smallest, so that similar ones are neighbours.
+
+    Attributes:
+        probabilities: Of each index [n], float64 on the CPU; their sum is 1.
+        order: The indices by falling probability.
+        cumulative: Sums of probabilities in this order.
+    """
+
+    probabilities: Tensor
+    order: Tensor
+    cumulative: Tensor
+
+    @classmethod
+    def of(cls, probabilities: Tensor) -> Ranked:
+        """Rank probabilities [n]."""
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        return cls(probabilities=probabilities, order=order, cumulative=ranked.cumsum(0))
+
+    def draw(self, uniform: float) -> int:
+        """The index at a random number between 0 and 1."""
+        target = self.cumulative.new_tensor(uniform) * self.cumulative[-1]
+        place = int(torch.searchsorted(self.cumulative, target, right=True))
+        return int(self.order[min(place, len(self.order) - 1)])
+
+
+def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False) -> Tensor:
+    """Return random numbers, one in each of ``count`` equal parts of the interval from 0 to 1.
 
     Args:
-        probabilities: Of each index, float64 [n] on the CPU; their sum is 1.
+        count: How many.
         generator: Source of the random numbers.
+        mixed: Whether the parts come in random order, and each number has a place of its own in its
+            part; otherwise all have the same place.
 
     Returns:
-        The index and its probability.
+        Float64 [count]; each number alone is uniform.
     """
-    if len(probabilities) == 1:
-        return 0, 1.0
+    if not mixed:
+        places = torch.arange(count, dtype=torch.float64)
+        return (places + torch.rand(1, generator=generator, dtype=torch.float64)) / max(count, 1)
+    places = torch.randperm(count, generator=generator).double()
+    return (places + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
+
+
+def _place(uniform: float, count: int) -> int:
+    """The part of the interval from 0 to 1, cut into ``count``, in which a number lies."""
+    return min(int(uniform * count), count - 1)
+
+
+def _indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Indices of probabilities [n] at random numbers between 0 and 1, in their order."""
     cumulative = probabilities.cumsum(0)
-    target = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, target, right=True).clamp_(max=len(cumulative) - 1))
-    return index, float(probabilities[index])
+    places = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
+    return places.clamp_(max=len(probabilities) - 1)
 
 
 def normalised(weights: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from fimprobe.engines.spot_checks.held_kinks import CannotHold, HeldKinks
 from fimprobe.engines.spot_checks.prefix import Prefix
 from fimprobe.engines.spot_checks.shifted_calls import EntryGroup, Steps, add_shift, is_direct
 from fimprobe.engines.spot_checks.slots import Slot
-from fimprobe.engines.tracing.batch_layout import batch_first, from_batch_first
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.recording import expand_index
 from fimprobe.model.batch import Batch
+from fimprobe.model.sample_dimension import batch_first, from_batch_first
 from fimprobe.model.twin import has_altered_call
 
 
@@ -239,18 +239,18 @@ class ShiftedForward:
         layout = self.plan.layouts.of.get(path)
         leaves, structure = tree_flatten(arguments)
         if path in self.plan.fallbacks.values() or not rules_for(module) or layout is None:
-            layout = 0
-            batched = self.plan.layouts.batched_arguments(path, leaves, size)
-            if batched is None:
+            located = self.plan.layouts.batched_arguments(path, leaves, size)
+            if located is None:
                 raise CannotHold(f"the samples cannot be located in the arguments of {path!r}")
+            batched, layout = located
         else:
-            batched = {i for i, x in enumerate(leaves) if isinstance(x, Tensor)}
+            batched = {i: layout for i, x in enumerate(leaves) if isinstance(x, Tensor)}
         outputs, out_structure = tree_flatten(out)
         outputs = [x.clone() if isinstance(x, Tensor) else x for x in outputs]
 
         def evaluate(row: int) -> list[Any]:
             alone = [
-                _row_of(x, layout, size, row) if i in batched else x for i, x in enumerate(leaves)
+                _row_of(x, batched[i], size, row) if i in batched else x for i, x in enumerate(leaves)
             ]
             args, kwargs = tree_unflatten(alone, structure)
             return tree_leaves(module(*args, **kwargs))

@@ -8,6 +8,8 @@ some ``FLOOR`` of the machine precision to it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 START = 0.1
@@ -31,30 +33,21 @@ class StepSizes:
 
     Attributes:
         dtype: The coarsest floating-point type of the computation.
+        etas: η of the parameters that were adapted.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, etas: Mapping[str, float]) -> None:
+        self.dtype, self.etas = dtype, dict(etas)
         self._start = START if dtype == torch.float32 else START / 30
-        self._eta: dict[str, float] = {}
 
     def __getitem__(self, parameter: str) -> float:
         """η of a parameter."""
-        return self._eta.get(parameter, self._start)
+        return self.etas.get(parameter, self._start)
 
     def rounding_share(self, difference: float) -> float:
         """The share of a squared difference of size ρ that may be rounding, from 0 to 1."""
         floor = FLOOR * torch.finfo(self.dtype).eps
         return 1.0 if difference <= floor else (floor / difference) ** 2
-
-    def adapt(self, parameter: str, largest: float) -> None:
-        """Adapt η of a parameter to its second differences.
-
-        Args:
-            parameter: The parameter's name.
-            largest: The largest ρ of its checks.
-        """
-        self._eta[parameter] = self.better(self[parameter], largest)
 
     def better(self, eta: float, difference: float) -> float:
         """Return η that brings a second difference closer to its target.

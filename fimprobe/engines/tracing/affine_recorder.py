@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fimprobe.engines.layers.affine_maps import AffineMap, AffineMaps
 from fimprobe.engines.layers.decompositions import NotUnrolled
 from fimprobe.engines.layers.layer_call import LayerCall
 from fimprobe.engines.layers.rules import LINEAR
-from fimprobe.engines.tracing.batch_layout import batch_first, has_batch
 from fimprobe.engines.tracing.tape import ParameterUse, Tape
+from fimprobe.model.sample_dimension import batch_first, has_batch
 
 
-@dataclass(frozen=True, kw_only=True)
-class _AffineMap:
-    """One map x ↦ x Wᵀ + b by the names of its parameters, and the rows it has of packed ones."""
-
-    weight: str
-    bias: str | None
-    rows: slice | None = None
-    bias_rows: slice | None = None
-
-    def parameters(self) -> list[tuple[str, slice | None, str]]:
-        """Each parameter's name, its rows, and the name of its rule."""
-        weight = (self.weight, self.rows, "weight")
-        return [weight] if self.bias is None else [weight, (self.bias, self.bias_rows, "bias")]
-
-
-class AffineRecorder:
-    """Computes and records the affine maps of one call of a decomposed layer.
+class AffineRecorder(AffineMaps):
+    """Computes the affine maps, and records each as a use of its parameters.
 
     The parameters enter the graph detached. Instead, each map adds ε = 0, a tensor that requires a
     gradient: the gradient at ε is the cotangent δ of the map's output, and no parameter gradient of
     the whole batch is computed.
     """
 
-    def __init__(self, tape: Tape, path: str, module: nn.Module) -> None:
-        self.tape, self.path, self.module = tape, path, module
+    def __init__(self, tape: Tape, module: nn.Module) -> None:
+        super().__init__(module)
+        self.tape = tape
         self._pending: list[tuple[int, ParameterUse]] = []
 
-    def __call__(
-        self,
-        x: Tensor,
-        weight: str,
-        bias: str | None,
-        rows: slice | None = None,
-        bias_rows: slice | None = None,
-        *,
-        layout: int | None = None,
-    ) -> Tensor:
-        """Compute x Wᵀ + b.
-
-        Args:
-            x: The input.
-            weight: Name of the weight in the layer.
-            bias: Name of the bias; None for no bias.
-            rows: The rows that the map has of a packed weight.
-            bias_rows: The rows that it has of a packed bias.
-            layout: The batch dimension of ``x``; None for the layer's own setting.
-
-        Raises:
-            NotUnrolled: If ``x`` does not hold the batch there.
-        """
-        if layout is None:
-            layout = 0 if self.module.batch_first else 1
+    def compute(self, affine: AffineMap, x: Tensor, layout: int) -> Tensor:
+        """Compute one map x Wᵀ + b, and record it."""
         if not has_batch(x, layout, self.tape.batch_size):
             raise NotUnrolled
-        out = F.linear(x, self._data(weight, rows), self._data(bias, bias_rows))
+        weight = self._data(affine.weight, affine.rows)
+        out = F.linear(x, weight, self._data(affine.bias, affine.bias_rows))
         epsilon = torch.zeros_like(out).requires_grad_()
-        affine = _AffineMap(weight=weight, bias=bias, rows=rows, bias_rows=bias_rows)
         call = LayerCall(self.module, (batch_first(x.detach(), layout, self.tape.batch_size),))
         self._add_uses(affine, call, epsilon, layout, [x], [self.tape.add_input_edge(x)])
         return out + epsilon
@@ -98,7 +60,7 @@ class AffineRecorder:
         states = like.new_empty(*like.shape[:2], w.shape[1])
         live_states: list[Tensor] = []
         input_edges: list[int | None] = []
-        affine = _AffineMap(weight=weight, bias=bias)
+        affine = AffineMap(weight=weight, bias=bias)
         call = LayerCall(self.module, (batch_first(states, 1, self.tape.batch_size),))
         self._add_uses(affine, call, epsilon, 1, live_states, input_edges, per_step=True)
         epsilons = epsilon.unbind(0)
@@ -128,7 +90,7 @@ class AffineRecorder:
 
     def _add_uses(
         self,
-        affine: _AffineMap,
+        affine: AffineMap,
         call: LayerCall,
         epsilon: Tensor,
         layout: int,
@@ -140,7 +102,7 @@ class AffineRecorder:
         """Note the uses of a map's weight and bias; ``inputs`` may still fill up."""
         edge = self.tape.add_output_edge(epsilon, layout)
         for name, rows, rule in affine.parameters():
-            if not self._parameter(name).requires_grad:
+            if not self.parameter(name).requires_grad:
                 continue
 
             def output_tangent(
@@ -169,13 +131,10 @@ class AffineRecorder:
                 output_tangent=output_tangent,
                 per_step=per_step,
             )
-            self._pending.append((id(self._parameter(name)), use))
+            self._pending.append((id(self.parameter(name)), use))
 
     def _data(self, name: str | None, rows: slice | None) -> Any:
         if name is None:
             return None
-        data = self._parameter(name).detach()
+        data = self.parameter(name).detach()
         return data if rows is None else data[rows]
-
-    def _parameter(self, name: str) -> Any:
-        return functools.reduce(getattr, name.split("."), self.module)

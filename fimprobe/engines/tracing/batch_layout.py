@@ -1,18 +1,17 @@
-"""The place of the batch in a tensor: its first dimension, its second, or folded into the first.
+"""The place of the batch in the tensors of each module; see :mod:`fimprobe.model.sample_dimension`.
 
-A layout is 0 or 1, the batch dimension, or "folded" for [B·k, ...], where a module sees the k parts
-of each sample as separate samples. None: the batch cannot be located.
+Rules read 0, 1 and "folded". None: the batch cannot be located.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-Layout = int | str
-"""0 or 1, the batch dimension, or "folded"."""
+from fimprobe.model.sample_dimension import Layout, has_batch
 
 
 @dataclass(kw_only=True)
@@ -26,9 +25,10 @@ class BatchLayouts:
         traced: Whether two passes have shown the layouts. A model that runs with one size only has
             those that the shapes of its verified batch allow.
         of: Layout by module path; None where there is none.
-        calls: For each module path, the calls that were seen: the indices of the tensors among the
-            leaves of their arguments, of those that hold the batch in their first dimension, and of
-            those that are broadcast over it from a first dimension of length 1.
+        calls: For each module path, the calls that were seen, as plain values: the indices of the
+            tensors among the leaves of their arguments; index and layout of those that hold the
+            batch; the indices of those that are broadcast over it from a first dimension of length
+            1; the layout of the outputs.
         expand: Lookups whose index has no batch dimension, which is expanded to one. "leading": the
             index is [1, ...]; "missing": it is [...].
         unsure: Paths at which the order of the samples is compared in every measurement, because
@@ -38,7 +38,7 @@ class BatchLayouts:
 
     traced: bool = False
     of: dict[str, Layout | None] = field(default_factory=dict)
-    calls: dict[str, list[list[list[int]]]] = field(default_factory=dict)
+    calls: dict[str, list[list[Any]]] = field(default_factory=dict)
     expand: dict[str, str] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
     settled: bool = False
@@ -61,8 +61,10 @@ class BatchLayouts:
                 return layout
         return None
 
-    def batched_arguments(self, path: str, leaves: Sequence[object], size: int) -> set[int] | None:
-        """Return which arguments of a call hold the batch in their first dimension.
+    def batched_arguments(
+        self, path: str, leaves: Sequence[object], size: int
+    ) -> tuple[dict[int, Layout], Layout] | None:
+        """Return where the arguments of a call hold the batch, and where its outputs do.
 
         Args:
             path: The path of the module that is called.
@@ -70,69 +72,28 @@ class BatchLayouts:
             size: Number of samples B.
 
         Returns:
-            Indices among ``leaves``; None if the batch lies elsewhere, or nowhere.
+            The layouts of the arguments by their indices among ``leaves``, and that of all outputs;
+            None if the batch cannot be located.
         """
         tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        batched: dict[int, Layout] = {}
+        of_outputs: Layout = 0
         if self.traced:
-            seen = [kind[1:] for kind in self.calls.get(path, []) if kind[0] == tensors]
-            batched = set(seen[0][0]) if seen else set()
-            # what was broadcast over the samples may have a row for each of them in another batch
-            wide = [i for i in seen[0][1] if len(_tensor(leaves[i])) == size] if seen else []
-            batched |= set(wide) if size > 1 else set()
+            seen = next((kind[1:] for kind in self.calls.get(path, []) if kind[0] == tensors), None)
+            if seen is not None:
+                pairs, broadcast, of_outputs = seen
+                # what was broadcast over the samples may have a row for each of them in another batch
+                wide = [i for i in broadcast if len(_tensor(leaves[i])) == size and size > 1]
+                batched = dict(pairs) | dict.fromkeys(wide, 0)
         else:
-            batched = {i for i in tensors if has_batch(_tensor(leaves[i]), 0, size)}
-        fits = all(has_batch(_tensor(leaves[i]), 0, size) for i in batched)
-        return batched if batched and fits else None
+            batched = {i: 0 for i in tensors if has_batch(_tensor(leaves[i]), 0, size)}
+        fits = all(has_batch(_tensor(leaves[i]), layout, size) for i, layout in batched.items())
+        return (batched, of_outputs) if batched and fits else None
 
 
 def _tensor(x: object) -> Tensor:
     assert isinstance(x, Tensor)
     return x
-
-
-def has_batch(x: Tensor, layout: int | str | None, size: int) -> bool:
-    """Whether ``x`` can hold a batch in this layout.
-
-    Args:
-        x: A tensor of any shape.
-        layout: 0, 1, "folded" or None.
-        size: Number of samples B.
-
-    Returns:
-        For 0 and 1, whether that dimension has B entries. For "folded", whether the size of the
-        first of at least two dimensions is a positive multiple of B. Always False for None.
-    """
-    if layout == "folded":
-        return x.dim() > 1 and x.shape[0] % size == 0 and x.shape[0] > 0
-    return isinstance(layout, int) and x.dim() > layout and x.shape[layout] == size
-
-
-def batch_first(x: Tensor, layout: int | str, size: int) -> Tensor:
-    """Return ``x`` with the batch as its first dimension.
-
-    Args:
-        x: A tensor that holds the batch in this layout.
-        layout: 0, 1 or "folded".
-        size: Number of samples B.
-
-    Returns:
-        A view [B, ...]; [B, k, ...] of a folded tensor [B·k, ...].
-    """
-    if layout == "folded":
-        return x.unflatten(0, (size, -1))
-    return x.transpose(0, 1) if layout == 1 else x
-
-
-def from_batch_first(x: Tensor, layout: int | str) -> Tensor:
-    """Invert :func:`batch_first`.
-
-    Args:
-        x: A tensor [B, ...]; [B, k, ...] if folded.
-        layout: The layout of the result: 0, 1 or "folded".
-    """
-    if layout == "folded":
-        return x.flatten(0, 1)
-    return x.transpose(0, 1) if layout == 1 else x
 
 
 def broadcast_over_batch(factors: Tensor, x: Tensor, layout: int | str) -> Tensor:

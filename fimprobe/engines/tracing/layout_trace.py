@@ -6,7 +6,7 @@ a batch of T samples.
 
 Where shapes depend on data (the tokens that are no padding, say), two passes show the layout of their
 own samples only. The order of the samples is then compared in every measurement; see
-:func:`check_order`.
+:mod:`fimprobe.engines.tracing.order_check`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.tracing.batch_layout import BatchLayouts, Layout, batch_first
-from fimprobe.engines.tracing.plan import PlanMismatch
-from fimprobe.engines.tracing.recording import expand_index, record_forward
-from fimprobe.engines.tracing.tape import Tape
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.engines.tracing.data_dependence import DataDependence, ValueReads
+from fimprobe.engines.tracing.recording import expand_index
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
-from fimprobe.model.runs import rounding_tolerance
+from fimprobe.model.sample_dimension import Layout
 from fimprobe.model.twin import is_transformed
 
 _SHARED = "shared"
@@ -60,62 +57,19 @@ def trace_layouts(problem: Problem, tolerance: float) -> BatchLayouts:
             expanded = _trace(problem, expand)
         except (RuntimeError, FimprobeError, ValueError, IndexError):
             expanded = None
-        if expanded is not None and _agree(plain.outputs, expanded.outputs, tolerance):
+        if expanded is not None and is_close(plain.outputs, expanded.outputs, tolerance):
             return _layouts(problem, expanded, expand)
     return _layouts(problem, plain, {})
 
 
-def check_order(problem: Problem, layouts: BatchLayouts, batch: Batch, tape: Tape) -> None:
-    """Compare the inputs of layers with those of the same samples in another order.
-
-    Only modules whose layout may depend on data are compared. Tokens that are dealt out to the wrong
-    samples do not follow the samples when these move.
+def is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors of one shape agree.
 
     Args:
-        problem: The measurement.
-        layouts: The layouts.
-        batch: The samples [b, ...].
-        tape: Their recorded forward pass.
-
-    Raises:
-        PlanMismatch: With the modules whose inputs do not follow the samples.
+        x: A tensor, whose largest entry the tolerance is relative to.
+        y: The other one.
+        tolerance: The largest relative difference; integers must be equal.
     """
-    if batch.size == 1 or not layouts.unsure:
-        return
-    # a cyclic shift would not move tokens to other samples where the last one has the mean length
-    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(batch.size))
-    with record_forward(problem.twin, batch.size, layouts, {}) as rolled_tape:
-        problem.forward(batch[order])
-    expected, rolled = _inputs_by_path(tape), _inputs_by_path(rolled_tape)
-    failures = {}
-    for path in layouts.unsure & set(expected):
-        layout = layouts.of[path]
-        assert layout is not None
-        pairs = list(zip(expected[path], rolled.get(path, []), strict=False))
-        follows = len(pairs) == len(expected[path]) == len(rolled.get(path, [])) and all(
-            y.shape == x.shape
-            and _agree(
-                batch_first(x, layout, batch.size)[order.to(x.device)],
-                batch_first(y, layout, batch.size),
-                rounding_tolerance(x.dtype),
-            )
-            for x, y in pairs
-        )
-        if not follows:
-            failures[path] = "its inputs do not follow the order of the samples"
-    if failures:
-        raise PlanMismatch(failures)
-
-
-def _inputs_by_path(tape: Tape) -> dict[str, list[Tensor]]:
-    inputs: dict[str, list[Tensor]] = {}
-    for x, _, path in tape.versions:
-        inputs.setdefault(path, []).append(x.detach())
-    return inputs
-
-
-def _agree(x: Tensor, y: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are equal within a tolerance, relative to the largest entry."""
     if not x.is_floating_point():
         return torch.equal(x, y)
     largest = float(x.abs().amax()) if x.numel() else 0.0
@@ -184,10 +138,10 @@ def _trace(problem: Problem, expand: dict[str, str]) -> _Trace | None:
 
 def _run(
     problem: Problem, batch: Batch, expand: dict[str, str]
-) -> tuple[dict[str, list[_CallShapes]], Tensor, _DataDependence]:
+) -> tuple[dict[str, list[_CallShapes]], Tensor, DataDependence]:
     """One pass with autograd on, as when it is recorded: torch takes the same ways through layers."""
-    operations = _DataDependence()
-    reads = _ValueReads(operations)
+    operations = DataDependence()
+    reads = ValueReads(operations)
     with _record_shapes(problem.twin, batch.size, expand) as calls, operations, reads:
         outputs = problem.forward(batch).detach()
     return calls, outputs, operations
@@ -233,64 +187,6 @@ def _record_shapes(
             handle.remove()
 
 
-class _DataDependence(TorchDispatchMode):
-    """Notes operations through which shapes may depend on values.
-
-    Attributes:
-        reads_values: Whether a number was read from a tensor (``item``, ``tolist``, ``if``).
-        has_ragged_shapes: Whether an output's shape depends on values.
-    """
-
-    _RAGGED = frozenset(
-        ("nonzero", "nonzero_numpy", "masked_select", "bincount", "_pack_padded_sequence")
-        + ("sort", "argsort", "msort", "topk")  # samples may be put into another order
-        + ("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive")
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads_values = self.has_ragged_shapes = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Do not let torch wrap the mode for its compiler, which would import TorchDynamo."""
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation."""
-        name = func._schema.name.removeprefix("aten::")
-        if name == "_local_scalar_dense" and args[0].dtype != torch.bool:
-            self.reads_values = True  # a length; a flag selects a way, the same for all samples
-        by_mask = name == "index" and _has_mask(args[1])
-        by_counts = name == "repeat_interleave" and isinstance(args[-1], Tensor)
-        if name in self._RAGGED or by_mask or by_counts:
-            self.has_ragged_shapes = True
-        return func(*args, **(kwargs or {}))
-
-
-class _ValueReads(TorchFunctionMode):
-    """Notes in ``noted`` that numbers were read from a tensor in ways that dispatch no operation."""
-
-    _READS = frozenset(
-        [Tensor.tolist, Tensor.numpy, Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__array__]
-    )
-
-    def __init__(self, noted: _DataDependence) -> None:
-        super().__init__()
-        self._noted = noted
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function."""
-        if func in self._READS and args[0].dtype != torch.bool:
-            self._noted.reads_values = True
-        return func(*args, **(kwargs or {}))
-
-
-def _has_mask(indices: Any) -> bool:
-    masks = (torch.bool, torch.uint8)
-    return any(isinstance(x, Tensor) and x.dtype in masks for x in indices)
-
-
 def _lookups_without_batch(twin: nn.Module, trace: _Trace) -> dict[str, str]:
     """How to expand the index of each trainable lookup whose index all samples share."""
     expand = {}
@@ -321,11 +217,11 @@ def _layouts(problem: Problem, trace: _Trace, expand: dict[str, str]) -> BatchLa
             layout for pair in pairs for layout in (*_input_layouts(trace, pair), *_out(trace, pair))
         }
         layouts.of[path] = of_tensors.pop() if len(of_tensors) == 1 else None  # type: ignore[assignment]
-        if layouts.of[path] == _SHARED:
+        if layouts.of[path] not in (0, 1, "folded"):  # no rule reads another layout
             layouts.of[path] = None
-        layouts.calls[path] = _batched_arguments(trace, pairs)
         reads_values = trace.depends_on_values or _has_numbers(problem.batch)
         depends_on_data = trace.has_ragged_shapes or reads_values
+        layouts.calls[path] = _batched_arguments(trace, pairs, depends_on_data=depends_on_data)
         if depends_on_data and rules_for(module) and layouts.of[path] is not None:
             layouts.unsure.add(path)
     return layouts
@@ -350,24 +246,28 @@ def _paired_calls(trace: _Trace, path: str) -> list[_Pair]:
     return list(zip(first, second, strict=True)) if alike else []
 
 
-def _batched_arguments(trace: _Trace, pairs: list[_Pair]) -> list[list[list[int]]]:
+def _batched_arguments(
+    trace: _Trace, pairs: list[_Pair], *, depends_on_data: bool
+) -> list[list[Any]]:
     """The distinct kinds of calls, with the arguments that hold the batch.
 
-    A kind is left out if an argument holds the batch in another than the first dimension, or if two
-    calls of the same kind differ.
+    A kind is left out if the batch cannot be located in an argument, or if two calls of the same kind
+    differ. Where shapes depend on data, only a first dimension is trusted.
     """
-    kinds: dict[tuple[int, ...], set[tuple[int, ...] | None]] = {}
+    kinds: dict[tuple[int, ...], list[list[Any] | None]] = {}
     for pair in pairs:
         tensors = pair[0].tensors
         inputs = _input_layouts(trace, pair)
-        known = all(layout in (0, _SHARED) for layout in inputs)
-        known &= all(layout == 0 for layout in _out(trace, pair))
-        batched = tuple(i for i, layout in zip(tensors, inputs, strict=True) if layout == 0)
-        kinds.setdefault(tuple(tensors), set()).add(batched if known else None)
+        outputs = set(_out(trace, pair)) or {0}
+        known = {*inputs, *outputs} <= {0, _SHARED} or not depends_on_data
+        known &= None not in inputs and len(outputs) == 1 and not outputs & {None, _SHARED}
+        batched = [[i, x] for i, x in zip(tensors, inputs, strict=True) if x != _SHARED]
+        kind = [batched, _broadcast(tuple(tensors), pairs), *outputs] if known else None
+        kinds.setdefault(tuple(tensors), []).append(kind)
     return [
-        [list(tensors), list(batched), _broadcast(tensors, pairs)]
-        for tensors, (batched, *others) in ((t, list(b)) for t, b in kinds.items())
-        if batched is not None and not others
+        [list(tensors), *first]
+        for tensors, (first, *others) in kinds.items()
+        if first is not None and all(other == first for other in others)
     ]
 
 
@@ -394,7 +294,7 @@ def _layout(shape: torch.Size, other: torch.Size, sizes: tuple[int, int]) -> Lay
         sizes: The numbers of samples.
 
     Returns:
-        0, 1, "folded", "shared", or None where it is none of them.
+        The dimension, "folded", "shared", or None where it is none of them.
     """
     if shape == other:
         return _SHARED
@@ -405,7 +305,7 @@ def _layout(shape: torch.Size, other: torch.Size, sizes: tuple[int, int]) -> Lay
         return None
     place = grown[0]
     lengths = shape[place], other[place]
-    if lengths == sizes and place <= 1:
+    if lengths == sizes:
         return place
     is_multiple = lengths[0] * sizes[1] == lengths[1] * sizes[0] and lengths[0] % sizes[0] == 0
     return "folded" if place == 0 and is_multiple and len(shape) > 1 else None

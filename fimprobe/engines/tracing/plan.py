@@ -8,6 +8,7 @@ from fimprobe.engines.layers.decompositions import UNROLLED
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
+from fimprobe.engines.tracing.spot_history import SpotHistory
 from fimprobe.model.input_roles import InputRoles
 from fimprobe.model.twin import TwinSettings
 
@@ -28,6 +29,8 @@ class Plan:
         verified_samples: Samples that were compared with single evaluations; 0 before verification.
         curvature_verified_samples: The same for second derivatives.
         curvature_failure: Why there are no second derivatives; empty if there are.
+        second_order_limit: Forward and backward passes that evaluations of modules may cost for
+            second derivatives; None for any number.
         takes_derivatives: Whether the forward itself takes derivatives. Memory is then counted after
             it, and activations keep torch's backward.
         kinks: Modules that are not twice differentiable; None before they were searched for.
@@ -35,6 +38,7 @@ class Plan:
             (True); None before it was checked.
         twin: How the model is copied; None before it was checked.
         input_roles: Which inputs hold the samples.
+        spot_history: What spot checks of earlier measurements have shown.
     """
 
     layouts: BatchLayouts = field(default_factory=BatchLayouts)
@@ -46,11 +50,18 @@ class Plan:
     verified_samples: int = 0
     curvature_verified_samples: int = 0
     curvature_failure: str = ""
+    second_order_limit: float | None = None
     takes_derivatives: bool = False
     kinks: list[str] | None = None
     backpack: dict[bool, dict[str, str]] | None = None
     twin: TwinSettings | None = None
     input_roles: InputRoles = field(default_factory=InputRoles)
+    spot_history: SpotHistory = field(default_factory=SpotHistory)
+
+    def keep_settings(self, earlier: Plan) -> None:
+        """Take over what does not depend on how parameters are reached."""
+        self.twin, self.input_roles = earlier.twin, earlier.input_roles
+        self.second_order_limit = earlier.second_order_limit
 
 
 class PlanMismatch(Exception):

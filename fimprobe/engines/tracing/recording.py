@@ -204,7 +204,7 @@ def _decompose(tape: Tape, path: str, module: nn.Module) -> None:
         if is_transformed():
             tape.failures[path] = _TRANSFORMED
             return original(*args, **kwargs)
-        affine = AffineRecorder(tape, path, module)
+        affine = AffineRecorder(tape, module)
         try:
             out = decomposition(module, affine, *args, **kwargs)
         except NotUnrolled:

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from fimprobe.engines.layers.layer_call import LayerCall
 from fimprobe.engines.layers.rules import GradientRule, parameter_jvp
-from fimprobe.engines.tracing.batch_layout import BatchLayouts, batch_first, has_batch
+from fimprobe.engines.tracing.batch_layout import BatchLayouts
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.sample_dimension import Layout, batch_first, has_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class FallbackCall:
         path: The module's path; "" for the whole model.
         module: The module.
         inputs: Its arguments, and which of them hold the batch.
+        output_layout: The place of the batch in the outputs with an edge.
         output_edges: Index of the output edge of each tensor among the outputs; None where no
             cotangent arrives.
         input_edges: Index of the input edge of each tensor among the inputs.
@@ -66,14 +68,15 @@ class FallbackCall:
     path: str
     module: nn.Module
     inputs: Batch
+    output_layout: Layout = 0
     output_edges: tuple[int | None, ...] = ()
     input_edges: tuple[int | None, ...] = ()
 
     @property
-    def has_samples(self) -> list[bool]:
-        """For each tensor among the inputs, whether it holds the batch."""
+    def input_layouts(self) -> list[Layout | None]:
+        """For each tensor among the inputs, the place of the batch; None where there is none."""
         leaves = tree_leaves((self.inputs.args, self.inputs.kwargs))
-        return [i in self.inputs.batched for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        return [self.inputs.batched.get(i) for i, x in enumerate(leaves) if isinstance(x, Tensor)]
 
 
 class Tape:
@@ -218,18 +221,20 @@ class Tape:
         outputs = [x for x, is_computed in zip(leaves, computed, strict=True) if is_computed]
         if not outputs:
             return
-        batched = self.layouts.batched_arguments(path, arguments, self.batch_size)
-        if batched is None or not all(has_batch(x, 0, self.batch_size) for x in outputs):
+        located = self.layouts.batched_arguments(path, arguments, self.batch_size)
+        if located is None or not all(has_batch(x, located[1], self.batch_size) for x in outputs):
             self.failures[path] = "no batch dimension at its inputs and outputs"
             return
+        batched, layout = located
         output_edges = tuple(
-            self.add_output_edge(x) if is_computed else None
+            self.add_output_edge(x, layout) if is_computed else None
             for x, is_computed in zip(leaves, computed, strict=True)
         )
         call = FallbackCall(
             path=path,
             module=module,
-            inputs=Batch(args, kwargs, self.batch_size, frozenset(batched)),
+            inputs=Batch(args, kwargs, self.batch_size, batched),
+            output_layout=layout,
             output_edges=output_edges,
             input_edges=tuple(self.add_input_edge(x) for x in inputs),
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fimprobe.errors import FimprobeError
@@ -16,9 +17,9 @@ from fimprobe.fisher.audit.labelled_data import LabelledData
 from fimprobe.fisher.audit.result import Audit
 from fimprobe.fisher.audit.theirs import read_theirs
 from fimprobe.fisher.decisions import flatten
-from fimprobe.fisher.estimate import estimate, find_likelihood
+from fimprobe.fisher.estimate import estimate, find_likelihood, make_reader
 from fimprobe.fisher.fisher import Fisher
-from fimprobe.fisher.streaming.batches import InputReader, make_source
+from fimprobe.fisher.streaming.batches import make_source
 from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.arguments import check_model
@@ -79,6 +80,8 @@ def audit(
     Raises:
         FimprobeError: With the argument, its value and the remedy.
 
+    A single process reads the data: of several ones, each audits what is passed to it.
+
     >>> import torch
     >>> net, x = torch.nn.Linear(3, 2), torch.randn(64, 3)
     >>> fisher = estimate(net, x, likelihood="categorical", draws="exact", rel_error=1e-9)
@@ -90,7 +93,8 @@ def audit(
     with isolated_state(model, seed):
         diagonal, notes = read_theirs(theirs, model)
         source = make_source(data, seed)
-        reader = InputReader(model=model, inputs=inputs, mask=mask)
+        family, _ = find_likelihood(likelihood, model, source)
+        reader = make_reader(model, family, inputs, mask)
         labelled = LabelledData(
             model=model,
             data=data,
@@ -113,7 +117,6 @@ def audit(
             progress=progress,
         )
         source.size = reference.metadata["data_size"] or source.size
-        family, _ = find_likelihood(likelihood, model, source)
         measurer = Measurer(
             model=model, likelihood=family, output=output, memory_mb=memory_mb, seed=seed
         )
@@ -128,8 +131,18 @@ def audit(
         candidates=diagnosis.candidates,
         reference=reference,
         top=top,
-        notes=[*notes, *diagnosis.notes, *reference.metadata["notes"]],
+        notes=[*notes, *_process_notes(), *diagnosis.notes, *reference.metadata["notes"]],
     )
+
+
+def _process_notes() -> list[str]:
+    """What a reader must know where several processes run."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    return [
+        f"Only the data of process {dist.get_rank()} of {dist.get_world_size()} were read: a "
+        "diagonal that several processes computed together needs the data of all."
+    ]
 
 
 def _check_options(model: nn.Module, top: float, labels: Callable[[Any], Any] | None) -> None:

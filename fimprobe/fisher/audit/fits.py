@@ -33,6 +33,8 @@ class CandidateFit:
         error: Relative error after the best rescaling.
         noise_error: The error that noise explains.
         fits: Whether the two agree.
+        deviation: Largest deviation along the functions by which candidates differ, in standard
+            deviations of simulations; 0 where there are none.
     """
 
     labels: str
@@ -44,6 +46,7 @@ class CandidateFit:
     error: float
     noise_error: float
     fits: bool
+    deviation: float = 0.0
 
     @property
     def excess(self) -> float:

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from fimprobe.errors import FimprobeError
 from fimprobe.fisher.streaming.batches import (
     IndexedSource,
-    InputReader,
     ListSource,
     Source,
     empty_data_error,
 )
+from fimprobe.fisher.streaming.reading import InputReader
 from fimprobe.model.batch import Batch
-from fimprobe.training.transformers_heads import data_labels
+from fimprobe.training.likelihood_inference.transformers_heads import data_labels
 
 Labelled = tuple[Batch, Tensor | None, Tensor | None]
 """Inputs, mask and labels of the data of a batch."""
@@ -51,8 +52,14 @@ class LabelledData:
         """Check that the data can be read again.
 
         Raises:
-            FimprobeError: If they cannot.
+            FimprobeError: If they cannot, or are the share of one of several processes.
         """
+        sampler = getattr(self.data, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+            raise FimprobeError(
+                "`data` must be the whole data for an audit, got a DataLoader whose sampler leaves "
+                f"each of {sampler.num_replicas} processes a share. Pass one without it."
+            )
         if not self.source.repeatable:
             raise FimprobeError(
                 f"`data` must be readable more than once for an audit, got a "

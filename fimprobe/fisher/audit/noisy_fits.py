@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fimprobe.fisher.audit.discriminants import (
+    Discriminants,
+    covariance_of_batches,
+    deviation,
+)
 from fimprobe.fisher.audit.fits import (
     CONVENTIONS,
     TOLERANCE,
@@ -41,8 +46,15 @@ DRAWN_MARGIN = 12.0
 LEAST_DEVIATION = 0.01
 """Least standard deviation of the logarithm of a distance."""
 
-STEP = math.sqrt(2)
+STEP = 2**0.25
 """Factor between the batch sizes that are tried."""
+
+NEAR = 1.0
+"""Logarithm of a trace over its expectation up to which a convention is simulated."""
+
+LEAST_LIMIT, RATIO = 3.5, 2.0
+"""A candidate is not likely if its deviation exceeds both the first number and the second times that
+of the best one: unlikely batches deviate from all candidates, and rule none of them out."""
 
 
 @dataclass(kw_only=True)
@@ -66,29 +78,73 @@ class NoisyCandidates:
     def fits(self) -> Iterator[CandidateFit]:
         """Yield the best fit of every labelling and convention that has one."""
         largest = max(2, self.stored.inputs // 4)
+        by_convention: dict[tuple[str, bool, Convention], list[CandidateFit]] = {}
+        sizes = _sizes(largest, self.size.batch_size)
         for key in self.expected:
-            by_convention: dict[Convention, list[CandidateFit]] = {}
-            sizes = _sizes(largest, self.size.batch_size)
             for size in [1, *sizes] if key == MODEL else sizes:
                 for convention, fit in self._fits_at(key, size):
-                    by_convention.setdefault(convention, []).append(fit)
-            for fits in by_convention.values():
-                yield _joined(fits, self.size.batch_size)
+                    by_convention.setdefault((key, size == 1, convention), []).append(fit)
+        for key, fits, limit in self._limits(by_convention):
+            yield _joined(fits, limit, None if key == MODEL else self.size.batch_size)
+
+    def _limits(
+        self, by_convention: Mapping[tuple[str, bool, Convention], list[CandidateFit]]
+    ) -> Iterator[tuple[str, list[CandidateFit], float]]:
+        """Yield labelling and fits of each convention, with the deviation up to which one is likely."""
+        ranked: dict[str, list[float]] = {}
+        for (key, _, _), fits in by_convention.items():
+            ranked.setdefault(key, []).extend(f.deviation for f in fits if _is_usual(f))
+        least = min((x for values in ranked.values() for x in values), default=math.inf)
+        limit = max(LEAST_LIMIT, RATIO * least) if math.isfinite(least) else math.inf
+        for (key, single, _), fits in by_convention.items():
+            if single and math.isfinite(limit):  # batches explain an unusual scale too
+                fits = [f if f.scale_words else replace(f, fits=False) for f in fits]
+            # simulations do not know rare labels well enough to separate conventions
+            wide = key == MODEL and min(ranked[key], default=math.inf) <= limit
+            yield key, fits, RATIO * limit if wide else limit
 
     def _fits_at(self, key: str, size: int) -> Iterator[tuple[Convention, CandidateFit]]:
-        sums = None
-        for convention in CONVENTIONS:
-            if size == 1 and convention is not CONVENTIONS[0]:
-                continue
-            sums = sums or self.stored.simulate(key, size, SIMULATIONS)
+        conventions = CONVENTIONS[:1] if size == 1 else self._near_conventions(key, size)
+        if not conventions:
+            return
+        sums = self.stored.simulate(key, size, SIMULATIONS)
+        discriminants = self._discriminants(key, size)
+        for convention in conventions:
             batches = -(-self.stored.inputs // size)
             simulated = sums[convention.weighted] / convention.divide(batches, self.stored.inputs)
             scales = (simulated.sum(1) / simulated.sum()).log()
             offset = math.log(float(self.theirs.sum() / simulated.sum(1).mean()))
-            allowed = DEVIATIONS * float(scales.std()) + TOLERANCE
-            if size > 1 and abs(offset) > allowed:
+            spread = float(scales.std()) + TOLERANCE
+            if size > 1 and abs(offset) > DEVIATIONS * spread:
                 continue
-            yield convention, self._fit(key, size, convention, simulated)
+            fit = self._fit(key, size, convention, simulated)
+            if fit.fits and discriminants is not None:
+                off = deviation(discriminants, self.theirs, simulated, shapes_only=key == MODEL)
+                off = max(abs(offset) / spread, off)
+                fit = replace(fit, deviation=off)
+            yield convention, fit
+
+    def _near_conventions(self, key: str, size: int) -> list[Convention]:
+        """The conventions whose trace is near, by its expectation over random batches."""
+        rows = self.stored.rows[key].flatten(0, 1)
+        mean = rows.mean(0).square().sum()
+        of_batch = float((rows.square().mean(0).sum() - mean) / size + mean)
+        inputs, trace = self.stored.inputs, float(self.theirs.sum())
+        batches = -(-inputs // size)
+        near = []
+        for convention in CONVENTIONS:
+            total = of_batch * batches * (size**2 if convention.weighted else 1)
+            ratio = trace / max(total, 1e-300) * convention.divide(batches, inputs)
+            if abs(math.log(max(ratio, 1e-300))) <= NEAR:
+                near.append(convention)
+        return near
+
+    def _discriminants(self, key: str, size: int) -> Discriminants | None:
+        """Those of a candidate; None where expectations or labels are those of a sample."""
+        rows = self.stored.rows[key]
+        if size == 1 or rows.shape[1] != self.stored.inputs:
+            return None
+        return Discriminants(self.expected, key, covariance_of_batches(rows, size))
 
     def _fit(self, key: str, size: int, convention: Convention, simulated: Tensor) -> CandidateFit:
         centre = simulated.mean(0)
@@ -170,16 +226,27 @@ def _slopes(x: Tensor, shape: Tensor) -> Tensor:
     return (logs @ centre) / centre.square().sum().clamp(min=1e-300)
 
 
-def _joined(fits: list[CandidateFit], batch_size: int | None) -> CandidateFit:
-    """One fit of a convention, with the range of batch sizes that fit; the nearest if none does."""
-    fitting = [fit for fit in fits if fit.fits]
+def _is_usual(fit: CandidateFit) -> bool:
+    """Whether batches with a usual scale fit."""
+    return fit.fits and fit.batch_size > 1 and bool(fit.scale_words)
+
+
+def _joined(fits: list[CandidateFit], limit: float, given: int | None) -> CandidateFit:
+    """One fit of a convention, with the range of batch sizes that are likely; or the nearest.
+
+    Args:
+        fits: One for each batch size.
+        limit: The deviation up to which a fit is likely.
+        given: The batch size of the data, which is preferred.
+    """
+    fitting = [fit for fit in fits if fit.fits and fit.deviation <= limit]
     if not fitting:
-        return min(fits, key=lambda fit: abs(math.log(fit.error / fit.noise_error)))
+        nearest = min(fits, key=lambda fit: abs(math.log(fit.error / fit.noise_error)))
+        return replace(nearest, fits=False)
     sizes = [fit.batch_size for fit in fitting]
-    given = [fit for fit in fitting if fit.batch_size == batch_size]
-    chosen = given[0] if given else min(fitting, key=lambda fit: abs(math.log(fit.scale)))
-    values = vars(chosen) | {"batch_range": (min(sizes), max(sizes))}
-    return CandidateFit(**values)
+    of_data = [fit for fit in fitting if fit.batch_size == given]
+    chosen = min(of_data or fitting, key=lambda fit: (fit.deviation, abs(math.log(fit.scale))))
+    return replace(chosen, batch_range=(min(sizes), max(sizes)))
 
 
 def _sizes(largest: int, given: int | None) -> list[int]:

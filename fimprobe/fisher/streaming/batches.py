@@ -1,4 +1,4 @@
-"""From the batches of a data set to inputs of the model, with a number for each input.
+"""How data are read: batch after batch, with a number for each input.
 
 Data with random access (a tensor, a ``Dataset``, a ``DataLoader`` over one) are read in an order that
 the seed determines, whatever the loader's sampler. Other iterables are read as they come.
@@ -6,14 +6,13 @@ the seed determines, whatever the loader's sampler. Other iterables are read as 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -21,14 +20,14 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import BatchError, FimprobeError
-from fimprobe.fisher.streaming.family import positions_of_labels
-from fimprobe.model.batch import Batch
-from fimprobe.model.twin import unwrap
+from fimprobe.fisher.streaming.reading import InputReader
 
 DEFAULT_BATCH_SIZE = 64
 """Inputs per batch where the data have no batches."""
@@ -42,89 +41,6 @@ class NumberedBatch:
     indices: Tensor | None
 
 
-@dataclass(kw_only=True)
-class InputReader:
-    """Turns batches into inputs of the model and masks of labels.
-
-    Attributes:
-        model: The model, for the names of its arguments and its device.
-        inputs: From a batch to the model's inputs; None for the rules of :meth:`read`.
-        mask: From a batch to a boolean tensor of the labels' shape; None for all labels.
-    """
-
-    model: nn.Module
-    inputs: Callable[[Any], Any] | None
-    mask: Callable[[Any], Tensor | None] | None
-
-    def read(self, raw: Any) -> tuple[Batch, Tensor | None] | None:
-        """Return inputs and mask on the model's device; None for an empty batch.
-
-        A tensor is the input, the first of a pair is, and a mapping holds keyword arguments, of which
-        those that the forward does not accept are left out.
-
-        Raises:
-            FimprobeError: If the batch has another form.
-        """
-        selected = self.inputs(raw) if self.inputs is not None else self._select(raw)
-        leaves = [x for x in tree_leaves(_plain(selected)) if isinstance(x, Tensor) and x.dim() > 0]
-        if leaves and leaves[0].shape[0] == 0:
-            return None
-        parameter = next(unwrap(self.model).parameters())
-        moved = _to(_plain(selected), parameter.device)
-        mask = None if self.mask is None else self.mask(raw)
-        if isinstance(moved, dict):
-            moved, positions = positions_of_labels(self.model, moved)
-            mask = positions if self.mask is None else mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-            raise FimprobeError(
-                "`mask` must return a boolean tensor with an entry for each label, got "
-                f"{mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}. Return "
-                "attention_mask.bool() or the like."
-            )
-        return Batch.of(moved), None if mask is None else mask.to(parameter.device)
-
-    def _select(self, raw: Any) -> Any:
-        if isinstance(raw, Mapping):
-            accepted = _keywords(unwrap(self.model))
-            chosen = {k: v for k, v in raw.items() if accepted is None or k in accepted}
-            if not chosen:
-                raise FimprobeError(
-                    f"`data` must yield mappings with arguments of the model, got keys "
-                    f"{sorted(map(str, raw))}. Pass `inputs`, a function from a batch to the model's "
-                    "inputs."
-                )
-            return chosen
-        if isinstance(raw, (tuple, list)):
-            if not 1 <= len(raw) <= 2:
-                raise FimprobeError(
-                    f"`data` must yield tensors, pairs (inputs, labels) or mappings, got a "
-                    f"{type(raw).__name__} of {len(raw)}. Pass `inputs`, a function from a batch to "
-                    "the model's inputs, such as lambda batch: batch[:2]."
-                )
-            return raw[0]
-        return raw
-
-
-def _plain(inputs: Any) -> Any:
-    """A mapping of any class as a dictionary, so that its tensors are found."""
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs
-
-
-def _to(inputs: Any, device: torch.device) -> Any:
-    def moved(x: Any) -> Any:
-        return x.detach().to(device) if isinstance(x, Tensor) else x
-
-    return tree_map(moved, inputs)
-
-
-def _keywords(model: nn.Module) -> set[str] | None:
-    """Names of the forward's arguments; None where it accepts any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters}
-
-
 class IndexedSource:
     """Data with random access.
 
@@ -132,24 +48,39 @@ class IndexedSource:
         dataset: With ``__len__`` and ``__getitem__``.
         batch_size: Inputs per batch.
         collate: From a list of items to a batch; None for slices of a tensor.
-        workers: Number of processes that load.
+        loading: Further options of the ``DataLoader`` that loads.
         seed: Determines the order.
     """
 
     ordered = False
-    """Whether batches come in the order of the data."""
+    """Whether batches are those of the data, not of single inputs in random order."""
     repeatable = True
     """Whether the data can be read again."""
 
     def __init__(
-        self, dataset: Any, batch_size: int, *, collate: Any, workers: int = 0, seed: int
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        collate: Any,
+        seed: int,
+        loading: Mapping[str, Any] | None = None,
     ) -> None:
         self.dataset, self.batch_size, self.collate = dataset, batch_size, collate
-        self.workers, self.seed = workers, seed
+        self.loading, self.seed = dict(loading or {}), seed
         self.size: int | None = len(dataset)
 
     def count_inputs(self, reader: InputReader, processes: ProcessGroup) -> None:
         """Leave the number of inputs: it is that of the items."""
+
+    def is_stream(self, processes: int) -> bool:
+        """Return False: inputs are read in random order."""
+        return False
+
+    def first(self, rank: int, processes: int) -> Any:
+        """Return this process's first batch; None if it has none."""
+        item = next(self.batches(rank, processes, 0), None)
+        return None if item is None else item.raw
 
     def batches(self, rank: int, processes: int, skip: int) -> Iterator[NumberedBatch]:
         """Yield this process's batches in random order.
@@ -178,8 +109,8 @@ class IndexedSource:
             self.dataset,
             batch_sampler=[part.tolist() for part in parts],
             collate_fn=self.collate,
-            num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),
+            **self.loading,
         )
 
 
@@ -188,14 +119,28 @@ class IterableSource:
 
     Args:
         data: Any iterable of batches.
+        shuffled: Whether their order is known to be random.
     """
 
     ordered = True
 
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
+    def __init__(self, data: Iterable[Any], *, shuffled: bool = False) -> None:
+        self.data, self.shuffled = data, shuffled
         self.repeatable = iter(data) is not data
         self.size: int | None = None
+
+    def is_stream(self, processes: int) -> bool:
+        """Return whether batches are read in the order of the data, which may not be random."""
+        return not self.shuffled
+
+    def first(self, rank: int, processes: int) -> Any:
+        """Return the first batch; None if there is none. An iterator yields it again."""
+        if self.repeatable:
+            return next(iter(self.data), None)
+        for first in self.data:
+            self.data = itertools.chain([first], self.data)
+            return first
+        return None
 
     def count_inputs(self, reader: InputReader, processes: ProcessGroup) -> None:
         """Leave the number of inputs unknown until the end."""
@@ -238,6 +183,10 @@ class ListSource(IterableSource):
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.sizes = sizes
 
+    def is_stream(self, processes: int) -> bool:
+        """Return whether batches are read in the order of the list."""
+        return processes > 1
+
     def batches(self, rank: int, processes: int, skip: int) -> Iterator[NumberedBatch]:
         """Yield the batches; the numbers of their inputs are those in the order of the list."""
         if processes > 1 or not self.starts:
@@ -269,23 +218,54 @@ def make_source(data: Any, seed: int) -> Source:
             data.dataset,
             data.batch_size or 1,
             collate=data.collate_fn,
-            workers=data.num_workers,
+            loading={option: getattr(data, option) for option in _LOADING},
             seed=seed,
         )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         loader: DataLoader[Any] = DataLoader(data)
         return IndexedSource(data, DEFAULT_BATCH_SIZE, collate=loader.collate_fn, seed=seed)
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, tuple) and _is_pair(data):
+        raise FimprobeError(
+            "`data` must be batches, got a tuple of two tensors, which may be one batch of inputs "
+            "and labels. Pass [(x, y)] for one batch, or a list [x, y] for two batches of inputs."
+        )
+    if isinstance(data, (Mapping, str, bytes)) or not isinstance(data, Iterable):
         raise FimprobeError(
             f"`data` must be an iterable of batches, got {type(data).__name__}. Pass a DataLoader, a "
             "list of batches or a tensor of inputs; one batch is [batch]."
         )
-    return ListSource(data, seed) if isinstance(data, (list, tuple)) else IterableSource(data)
+    if isinstance(data, (list, tuple)):
+        return ListSource(data, seed)
+    return IterableSource(data, shuffled=isinstance(data, DataLoader) and _is_shuffled(data))
+
+
+_LOADING = ("num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+"""Options of a ``DataLoader`` that loading its items needs."""
+
+
+def _is_pair(data: tuple[Any, ...]) -> bool:
+    """Whether a tuple holds two tensors of the same number of rows."""
+    tensors = [x for x in data if isinstance(x, Tensor) and x.dim() > 0]
+    return len(data) == len(tensors) == 2 and len(tensors[0]) == len(tensors[1])
+
+
+def _batches_by_torch(loader: DataLoader[Any]) -> bool:
+    """Whether the batches of a loader are the collated items that its samplers name."""
+    iterates = type(loader).__iter__ is DataLoader.__iter__
+    # accelerate's loaders only move batches to a device
+    iterates = iterates or type(loader).__module__.startswith("accelerate.")
+    return iterates and type(loader.batch_sampler) is BatchSampler
+
+
+def _is_shuffled(loader: DataLoader[Any]) -> bool:
+    """Whether a loader draws items at random."""
+    random = (RandomSampler, WeightedRandomSampler, SubsetRandomSampler)
+    return _batches_by_torch(loader) and isinstance(loader.sampler, random)
 
 
 def _is_whole(loader: DataLoader[Any]) -> bool:
     """Whether a loader yields every item of a data set with random access once."""
-    if isinstance(loader.dataset, IterableDataset) or type(loader.batch_sampler) is not BatchSampler:
+    if isinstance(loader.dataset, IterableDataset) or not _batches_by_torch(loader):
         return False
     sampler: Any = loader.sampler
     if isinstance(sampler, RandomSampler):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fimprobe.model.twin import unwrap
-from fimprobe.training.transformers_heads import find_head, label_mask
+from fimprobe.training.likelihood_inference.transformers_heads import find_head, label_mask
 
 
 def positions_of_labels(

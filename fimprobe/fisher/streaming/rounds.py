@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError, describe_error
-from fimprobe.fisher.streaming.batches import InputReader, NumberedBatch
+from fimprobe.fisher.streaming.batches import NumberedBatch
+from fimprobe.fisher.streaming.label_order import LabelOrder
+from fimprobe.fisher.streaming.reading import InputReader, class_labels
 from fimprobe.fisher.streaming.stopping import next_decision
 from fimprobe.model.batch import Batch
 
@@ -97,11 +99,13 @@ class RoundReader:
         reader: From batches to inputs.
         processes: The processes that read together.
         limits: Where reading ends.
+        order: The labels of this process's data in the order in which they come.
     """
 
     reader: InputReader
     processes: ProcessGroup
     limits: Limits
+    order: LabelOrder = field(default_factory=LabelOrder)
 
     def next(
         self, batches: Iterator[NumberedBatch], position: Position, started: float | None
@@ -123,6 +127,7 @@ class RoundReader:
             if item is None:
                 return None, False
             read = self.reader.read(item.raw)
+            self.order.add(class_labels(item.raw))
             late = self._is_late(started)
             if read is None:
                 return 0, late
@@ -169,9 +174,15 @@ def _next_item(batches: Iterator[NumberedBatch], number: int) -> NumberedBatch |
         raise
     except Exception as error:
         raise FimprobeError(
-            f"`data` must be readable, but batch {number} is not ({describe_error(error)}). What was "
+            f"`data` must be readable, but batch {number} is not ({_one_line(error)}). What was "
             "measured before it is kept."
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error; that of a loader's worker ends with the original one."""
+    lines = describe_error(error).strip().splitlines()
+    return lines[-1] if "in DataLoader worker process" in lines[0] else lines[0]
 
 
 def _cut(content: Content, allowed: int) -> Content | None:
@@ -193,14 +204,26 @@ def _limited(sizes: list[int | None], left: int) -> list[int | None]:
     return limited
 
 
-def failed_forward(number: int, batch: Batch, error: Exception) -> str:
-    """Return the message about inputs on which the model fails.
+FAILED_MODEL = "the model raises"
+"""The beginning of the message of a twin that cannot be compared because the model fails."""
+
+
+def with_batch(number: int, batch: Batch, error: Exception) -> Exception:
+    """Return the error to raise for a batch: one of the model's forward names the batch.
 
     Args:
         number: Number of the batch.
         batch: Its inputs.
         error: The error.
     """
+    own = isinstance(error, FimprobeError) and not str(error).startswith(FAILED_MODEL)
+    if own or isinstance(error, torch.OutOfMemoryError):
+        return error
+    return FimprobeError(_failed_forward(number, batch, error))
+
+
+def _failed_forward(number: int, batch: Batch, error: Exception) -> str:
+    """The message about inputs on which the model fails."""
     shapes = ", ".join(
         f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
         for x in (*batch.args, *batch.kwargs.values())

@@ -7,38 +7,51 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fimprobe.distributed.processes import ProcessGroup
-from fimprobe.errors import FimprobeError
 from fimprobe.fisher.streaming.batches import (
     IndexedSource,
-    InputReader,
     NumberedBatch,
     Source,
     empty_data_error,
 )
+from fimprobe.fisher.streaming.expected_scores import (
+    ExpectedScores,
+    is_same_input,
+    note_varying_inputs,
+)
+from fimprobe.fisher.streaming.label_order import LabelOrder
+from fimprobe.fisher.streaming.output_checks import probabilities_note
 from fimprobe.fisher.streaming.progress import ProgressLine
+from fimprobe.fisher.streaming.reading import InputReader
 from fimprobe.fisher.streaming.rounds import (
     Content,
     Limits,
     Position,
     Round,
     RoundReader,
-    failed_forward,
+    with_batch,
 )
-from fimprobe.fisher.streaming.sampling import PILOT_INPUTS, Pilot, TraceSampler
-from fimprobe.fisher.streaming.state import StateFile
+from fimprobe.fisher.streaming.sampling import (
+    LABEL_STREAM,
+    PILOT_INPUTS,
+    Pilot,
+    TraceSampler,
+    choose_passes,
+)
+from fimprobe.fisher.streaming.state import StateFile, check_content, content_checksum
 from fimprobe.fisher.streaming.stopping import StoppingRule, next_decision
 from fimprobe.fisher.sums.accumulation import FisherSums
 from fimprobe.fisher.sums.errors_of_sums import SampleDesign, group_errors
-from fimprobe.fisher.sums.measurer import DEFAULT_LABELS, Measurer, plan_from_state, plan_to_state
-from fimprobe.measurement.arguments import MAX_AUTO_PASSES
+from fimprobe.fisher.sums.measurer import Measurer, plan_from_state, plan_to_state
 from fimprobe.model.batch import Batch
 
 SWITCH = "switch"
 """The end of the first batches where the others are drawn in proportion to τ."""
+
+VARIES = "varies"
+"""The end of drawing where the data yield other inputs each time they are read."""
 
 
 @dataclass(kw_only=True)
@@ -71,10 +84,14 @@ class EstimateRun:
     sums: FisherSums = field(init=False)
     position: Position = field(default_factory=Position)
     pilot: Pilot = field(default_factory=Pilot)
-    expected: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    expected: ExpectedScores = field(default_factory=ExpectedScores)
     sampler: TraceSampler | None = None
-    started: float = field(default_factory=time.monotonic)
-    notes: list[str] = field(default_factory=list)
+    order: LabelOrder = field(default_factory=LabelOrder)
+    checksum: int = 0
+    began: float = field(default_factory=time.monotonic)
+    """When this call began, which limits its time."""
+    earlier_seconds: float = 0.0
+    _drawn_inputs_checked: bool = False
 
     def __post_init__(self) -> None:
         """Begin with empty sums."""
@@ -89,7 +106,14 @@ class EstimateRun:
         """How the inputs were chosen."""
         replaced = self.position.phase != "uniform"
         ordered = self.source.ordered and not replaced
-        return SampleDesign(size=self.source.size, replaced=replaced, ordered=ordered)
+        stream = ordered and self.source.is_stream(self.processes.size)
+        size = self.source.size
+        return SampleDesign(size=size, replaced=replaced, ordered=ordered, stream=stream)
+
+    @property
+    def seconds(self) -> float:
+        """Time of this call and of those that it continues."""
+        return self.earlier_seconds + time.monotonic() - self.began
 
     def run(self) -> str:
         """Measure until an end, and return which.
@@ -103,11 +127,15 @@ class EstimateRun:
                 self._measure_expected()
                 self._change_phase("draws")
             if self.position.phase == "draws":
-                self.sampler = TraceSampler(expected=self._all_expected(), seed=self.measurer.seed)
+                assert self.source.size is not None
+                expected = self.expected.total(self.source.size, self.processes)
+                self.sampler = TraceSampler(expected=expected, seed=self.measurer.seed)
             end = self._stream(self.source)
             if end == SWITCH:
                 self._change_phase("trace")
-            if end == "repeats" and self.input_sampling == "auto":
+            if end == VARIES:
+                note_varying_inputs(self.reader, self.input_sampling)
+            if end in ("repeats", VARIES) and self.input_sampling == "auto":
                 # what the errors depend on is not where τ is large: measure all inputs
                 end, self.sampler, self.pilot.decided = SWITCH, None, True
                 self._change_phase("uniform")
@@ -144,10 +172,11 @@ class EstimateRun:
             end = self._decide()
             if end:
                 return end
-            read = reader.next(batches, self.position, self.started)
+            read = reader.next(batches, self.position, self.began)
             if read.ended:
                 return self._end_of_data()
-            self.processes.run_everywhere(lambda: self._measure(read.content))  # noqa: B023
+            if not all(self.processes.run_everywhere(lambda: self._measure(read.content))):  # noqa: B023
+                return VARIES
             self._advance(read)
             self.line.update(self.position.inputs, None, None)
             if self.processes.size == 1 and self.file.is_due():
@@ -155,37 +184,44 @@ class EstimateRun:
             if read.late:
                 return "seconds"
 
-    def _measure(self, content: Content | None) -> None:
-        """Add one batch to the sums of this process."""
+    def _measure(self, content: Content | None) -> bool:
+        """Add one batch to the sums of this process; return whether its inputs are those of τ."""
         if content is None:
-            return
+            return True
         batch, mask, indices = content
         mean = None if self.sampler is None else self.sampler.mean
         position = self.position
         number = position.batches
         try:
+            if not self._is_drawn_input(content):
+                return False
             if not position.passes:
-                passes, position.exact = self._choose_passes(batch)
+                passes, position.exact = choose_passes(
+                    self.measurer, batch, self.draws, drawn_inputs=self.sampler is not None
+                )
                 position.passes = passes
+                outputs = self.measurer.outputs(batch, mask)
+                self.reader.note(probabilities_note(self.measurer.likelihood.name, outputs))
             moments = self.measurer.moments(batch, mask, indices, position.labels, mean)
             if not self.pilot.decided and self._may_draw_inputs(batch, mask):
                 expected = self.measurer.expected(batch, mask)
                 if expected is not None and moments.parameters:
                     self.pilot.add(moments, expected)
         except Exception as error:
-            raise _with_batch(number, batch, error) from error
+            raise with_batch(number, batch, error) from error
         self.sums.add(moments)
+        self.sums.sorted_labels = self.order.is_sorted()
+        return True
 
-    def _choose_passes(self, batch: Batch) -> tuple[int, bool]:
-        """Backward passes per input, and whether they are exact labels."""
-        exact = self.measurer.count_passes(batch)
-        if self.draws == "exact":
-            return exact, True
-        if self.draws != "auto":
-            return int(self.draws), False
-        if self.sampler is not None:  # other inputs are of more use than further labels
-            return 1, False
-        return (exact, True) if exact <= MAX_AUTO_PASSES else (DEFAULT_LABELS, False)
+    def _is_drawn_input(self, content: Content) -> bool:
+        """Whether the first drawn inputs have the τ with which they were drawn."""
+        batch, mask, indices = content
+        if self.sampler is None or self._drawn_inputs_checked:
+            return True
+        self._drawn_inputs_checked = True
+        measured = self.measurer.expected(batch, mask)
+        stored = self.sampler.expected[self.sampler.draw(indices - LABEL_STREAM)]
+        return measured is None or is_same_input(stored, measured)
 
     def _may_draw_inputs(self, batch: Batch, mask: Tensor | None) -> bool:
         """Whether inputs can be drawn; decides against it otherwise."""
@@ -195,7 +231,9 @@ class EstimateRun:
         return possible
 
     def _round_reader(self) -> RoundReader:
-        return RoundReader(reader=self.reader, processes=self.processes, limits=self.limits)
+        return RoundReader(
+            reader=self.reader, processes=self.processes, limits=self.limits, order=self.order
+        )
 
     def _advance(self, read: Round) -> None:
         self.position.batches += 1
@@ -232,10 +270,7 @@ class EstimateRun:
         undecided = not self.pilot.decided
         if not any(self.processes.run_everywhere(lambda: undecided)):
             return False
-        names = ("inputs", "expected", "square", "single", "label")
-        sums = torch.tensor([getattr(self.pilot, n) for n in names], dtype=torch.float64)
-        self.processes.add_tensors([sums])
-        pilot = Pilot(**dict(zip(names, sums.tolist(), strict=True)))
+        pilot = self.pilot.merged(self.processes)
         norm = float(group_errors(total, SampleDesign(size=None)).norm[-1])
         target = min(self.rule.targets.values())
         assert size is not None
@@ -270,78 +305,50 @@ class EstimateRun:
     def _add_expected(self, content: Content | None) -> None:
         if content is None:
             return
-        batch, mask, indices = content
         try:
-            expected = self.measurer.expected(batch, mask)
-            possible = expected is not None and self.measurer.can_draw_inputs(batch, mask)
+            self.expected.add(self.measurer, content)
         except Exception as error:
-            raise _with_batch(self.position.batches, batch, error) from error
-        if not possible:
-            raise FimprobeError(
-                "`input_sampling='trace'` must have a likelihood with rare labels, got "
-                f"{self.measurer.likelihood.name!r}. Use 'auto' or 'uniform'."
-            )
-        assert expected is not None
-        self.expected.append((indices, expected))
-
-    def _all_expected(self) -> Tensor:
-        """τ of every input of the data set [N]."""
-        assert self.source.size is not None
-        total = torch.zeros(self.source.size, dtype=torch.float64)
-        for indices, expected in self.expected:
-            total[indices] = expected
-        self.processes.add_tensors([total])
-        return total
+            raise with_batch(self.position.batches, content[0], error) from error
 
     def save(self) -> None:
         """Write the state."""
-        indices = [i for i, _ in self.expected]
         self.file.write(
             {
                 "position": asdict(self.position),
                 "pilot": asdict(self.pilot),
                 "sums": self.sums.tensors(),
-                "indices": torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64),
-                "expected": torch.cat([e for _, e in self.expected])
-                if indices
-                else torch.zeros(0, dtype=torch.float64),
+                "expected": self.expected.to_state(),
+                "order": asdict(self.order),
+                "checksum": self.checksum,
+                "notes": self.reader.notes,
                 "plan": plan_to_state(self.measurer.plan),
-                "seconds": time.monotonic() - self.started,
+                "seconds": self.seconds,
             }
         )
 
     def resume(self) -> None:
         """Continue from the newest state that every process has, if there is one."""
-        stored = self.file.candidates()
-        rounds = [state["position"]["rounds"] for state in stored]
-        everywhere = self.processes.run_everywhere(lambda: rounds)
-        common = set(everywhere[0]).intersection(*everywhere[1:])
-        if not common:
-            if any(everywhere):
-                raise FimprobeError(
-                    "`state` must hold the same moment for every process, but the files differ. "
-                    "Delete them to start again."
-                )
+        if self.file.path is None:
             return
-        self._restore(stored[rounds.index(max(common))])
+        self.checksum = self._checksum()
+        state = self.file.newest(self.processes)
+        if state is not None:
+            self._restore(state)
+
+    def _checksum(self) -> int:
+        """The checksum of this process's first batch."""
+        raw = self.source.first(self.processes.rank, self.processes.size)
+        return 0 if raw is None else content_checksum(self.reader.read(raw))
 
     def _restore(self, state: Mapping[str, Any]) -> None:
+        if state["checksum"] != self.checksum:
+            again = self._checksum() if self.source.repeatable else self.checksum
+            check_content(self.source.ordered, varies=again != self.checksum)
         self.position = Position(**state["position"])
         self.pilot = Pilot(**state["pilot"])
         self.sums = self.sums.with_tensors(state["sums"])
-        if len(state["indices"]):
-            self.expected = [(state["indices"], state["expected"])]
+        self.expected = ExpectedScores.from_state(state["expected"])
+        self.order = LabelOrder(**state["order"])
+        self.reader.notes[:] = state["notes"]
         self.measurer.plan = plan_from_state(state["plan"])
-        self.started -= state["seconds"]
-
-
-def _with_batch(number: int, batch: Batch, error: Exception) -> Exception:
-    """The error to raise for a batch: one of the model's own forward names the batch."""
-    own = isinstance(error, FimprobeError) and not str(error).startswith(FAILED_MODEL)
-    if own or isinstance(error, torch.OutOfMemoryError):
-        return error
-    return FimprobeError(failed_forward(number, batch, error))
-
-
-FAILED_MODEL = "the model raises"
-"""The beginning of the message of a twin that cannot be compared because the model fails."""
+        self.earlier_seconds = state["seconds"]

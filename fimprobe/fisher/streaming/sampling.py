@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError
 from fimprobe.fisher.streaming.batches import IndexedSource, NumberedBatch
 from fimprobe.fisher.sums.indexed_draws import indexed_uniforms
+from fimprobe.fisher.sums.measurer import DEFAULT_LABELS, Measurer
+from fimprobe.measurement.arguments import MAX_AUTO_PASSES
+from fimprobe.model.batch import Batch
 from fimprobe.statistics import MomentsBatch
 
 PILOT_INPUTS = 64
@@ -38,6 +42,27 @@ _INPUT_STREAM = 0x2545F491
 
 LABEL_STREAM = 2**40
 """Number of the first draw: labels of drawn inputs are independent of those of the pilot."""
+
+
+def choose_passes(
+    measurer: Measurer, batch: Batch, draws: int | str, *, drawn_inputs: bool
+) -> tuple[int, bool]:
+    """Return backward passes per input, and whether they are exact labels.
+
+    Args:
+        measurer: For the number of passes of exact labels.
+        batch: The first batch.
+        draws: The option: labels per input, "exact" or "auto".
+        drawn_inputs: Whether inputs are drawn in proportion to τ.
+    """
+    exact = measurer.count_passes(batch)
+    if draws == "exact":
+        return exact, True
+    if draws != "auto":
+        return int(draws), False
+    if drawn_inputs:  # other inputs are of more use than further labels
+        return 1, False
+    return (exact, True) if exact <= MAX_AUTO_PASSES else (DEFAULT_LABELS, False)
 
 
 @dataclass(kw_only=True)
@@ -80,6 +105,13 @@ class Pilot:
         self.label += float(label.sum())
         single = square + (draws - 1) * label
         self.single += float((single[known] / expected[known]).sum())
+
+    def merged(self, processes: ProcessGroup) -> Pilot:
+        """Return the sums of all processes."""
+        names = ("inputs", "expected", "square", "single", "label")
+        sums = torch.tensor([getattr(self, n) for n in names], dtype=torch.float64)
+        processes.add_tensors([sums])
+        return Pilot(**dict(zip(names, sums.tolist(), strict=True)))
 
     def pays(self, norm_square: float, target: float, size: int, labels: int) -> bool:
         """Return whether a pass of forwards over the data and draws of inputs cost less.

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fimprobe._version import __version__
+from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError
+from fimprobe.model.batch import Batch
+
+FORMAT = 2
+"""Version of the file's layout."""
 
 WRITING_SHARE = 0.05
 """Largest share of the time that is spent on writing."""
@@ -31,7 +37,45 @@ def fingerprint(parameters: Mapping[str, Tensor], options: Mapping[str, Any]) ->
         norm = float(p.double().norm())
         checksum = zlib.crc32(f"{name}{tuple(p.shape)}{norm!r}".encode(), checksum)
     described = ", ".join(f"{k}={v!r}" for k, v in options.items())
-    return f"fimprobe {__version__}, model {checksum:08x}, {described}"
+    return f"fimprobe {__version__}, layout {FORMAT}, model {checksum:08x}, {described}"
+
+
+def content_checksum(content: tuple[Batch, Tensor | None] | None) -> int:
+    """Return a number that differs for other inputs.
+
+    Args:
+        content: A batch with its mask; None for an empty one.
+    """
+    checksum = 0
+    for x in tree_leaves(content and (content[0].args, content[0].kwargs, content[1])):
+        if isinstance(x, Tensor):
+            plain = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            shape = f"{tuple(x.shape)}{x.dtype}".encode()
+            checksum = zlib.crc32(plain.numpy().tobytes(), zlib.crc32(shape, checksum))
+    return checksum
+
+
+def check_content(ordered: bool, *, varies: bool) -> None:
+    """Refuse to continue with data whose first batch differs.
+
+    Args:
+        ordered: Whether batches are those of the data.
+        varies: Whether the first batch differs each time it is read.
+
+    Raises:
+        FimprobeError: Unless single inputs are read, which are augmented at random.
+    """
+    if varies and not ordered:
+        return
+    if varies:
+        raise FimprobeError(
+            "`data` must yield the same batches in the same order each time for `state`, but the "
+            "first batch differs. Pass a Dataset, a DataLoader over one, or a list of batches."
+        )
+    raise FimprobeError(
+        "`state` must belong to this estimate, but it holds one of other data: the first batch "
+        "differs. Pass another path, or delete it to start again."
+    )
 
 
 class StateFile:
@@ -49,6 +93,11 @@ class StateFile:
     ) -> None:
         suffix = f".{rank}" if processes > 1 else ""
         self.path = None if path is None else Path(f"{os.fspath(path)}{suffix}")
+        if self.path is not None and not self.path.absolute().parent.is_dir():
+            raise FimprobeError(
+                f"`state` must be a file in an existing folder, got {os.fspath(path)!r}. "  # type: ignore[arg-type]
+                f"Create {str(self.path.absolute().parent)!r} first."
+            )
         self.several, self.identity = processes > 1, f"{identity}, processes={processes}"
         self._seconds, self._written = 0.0, time.monotonic()
 
@@ -61,6 +110,25 @@ class StateFile:
         if self.path is None:
             return []
         return [self._read(p) for p in (self.path, self._previous) if p.exists()]
+
+    def newest(self, processes: ProcessGroup) -> dict[str, Any] | None:
+        """Return the newest state that every process has; None if there is none.
+
+        Raises:
+            FimprobeError: If the files do not fit each other or this estimate.
+        """
+        stored = self.candidates()
+        rounds = [state["position"]["rounds"] for state in stored]
+        everywhere = processes.run_everywhere(lambda: rounds)
+        common = set(everywhere[0]).intersection(*everywhere[1:])
+        if common:
+            return stored[rounds.index(max(common))]
+        if any(everywhere):
+            raise FimprobeError(
+                "`state` must hold the same moment for every process, but the files differ. Delete "
+                "them to start again."
+            )
+        return None
 
     @property
     def _previous(self) -> Path:

@@ -112,7 +112,7 @@ class StoppingRule:
                     certain &= ratio * (1 + _spread(errors, row)) <= 1 and (complete or not few)
         worst = max((math.inf if r != r else r for r in ratios), default=math.inf)
         enough = sums.inputs >= MIN_INPUTS and sums.batches >= MIN_BATCHES
-        ordered = design.ordered and drift(sums)[0]
+        ordered = design.is_no_sample(sums) or (design.ordered and drift(sums)[0])
         needed = sums.inputs * worst**2 if math.isfinite(worst) else None
         return Progress(
             rel_error=worst * first,

@@ -102,6 +102,7 @@ class FisherSums:
         batches: Number of batches.
         knows_labels: Whether the label variance is known for all inputs.
         score_mass: Σ‖δ‖² of the drawn labels, and its expectation; zeros where it is not known.
+        sorted_labels: Whether the labels of the data came in an order that is not random.
     """
 
     groups: Groups
@@ -112,6 +113,7 @@ class FisherSums:
     batches: int = 0
     knows_labels: bool = True
     score_mass: tuple[float, float] = (0.0, 0.0)
+    sorted_labels: bool = False
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> FisherSums:
@@ -148,7 +150,8 @@ class FisherSums:
 
         Those of several processes add up.
         """
-        counts = [self.inputs, self.labels, self.batches, not self.knows_labels, *self.score_mass]
+        flags = not self.knows_labels, self.sorted_labels
+        counts = [self.inputs, self.labels, self.batches, *flags, *self.score_mass]
         tensors = {
             "columns": self.columns.clone(),
             "counts": torch.tensor(counts, dtype=torch.float64),
@@ -177,7 +180,8 @@ class FisherSums:
             labels=round(counts[1]),
             batches=round(counts[2]),
             knows_labels=counts[3] == 0,  # a sum over processes
-            score_mass=(counts[4], counts[5]),
+            sorted_labels=counts[4] > 0,
+            score_mass=(counts[5], counts[6]),
         )
 
 

@@ -30,16 +30,24 @@ class SampleDesign:
     Attributes:
         size: N, the number of inputs of the data set; None while it is not known.
         replaced: Whether inputs were drawn with replacement, in proportion to τ.
-        ordered: Whether batches were read in the order of the data, which may not be random.
+        ordered: Whether the batches are those of the data, which may be alike inside.
+        stream: Whether they were read in the order of the data, which may not be random.
     """
 
     size: int | None
     replaced: bool = False
     ordered: bool = False
+    stream: bool = False
 
     def fraction(self, inputs: int) -> float:
         """Return the share of the data set that was seen; 0 where it does not reduce the error."""
         return 0.0 if self.replaced or not self.size else min(1.0, inputs / self.size)
+
+    def is_no_sample(self, sums: FisherSums) -> bool:
+        """Return whether the inputs are the beginning of sorted data, whose error is not known."""
+        if not self.stream or self.fraction(sums.inputs) == 1:
+            return False
+        return sums.sorted_labels or drift(sums)[0]
 
 
 @dataclass(kw_only=True)
@@ -93,6 +101,10 @@ def group_errors(sums: FisherSums, design: SampleDesign) -> GroupErrors:
     norm_square = biased - variance
     in_population = between / n
     widening = _widening(trace_between, trace_variance, sums, design)
+    if design.is_no_sample(sums):
+        variance, trace_variance, in_population = (
+            torch.full_like(x, math.nan) for x in (variance, trace_variance, in_population)
+        )
     return GroupErrors(
         trace=column("trace") / n,
         trace_error=trace_variance.sqrt() * widening,
@@ -115,7 +127,7 @@ def entry_estimates(
 
     Args:
         sums: Sums over the inputs of all processes.
-        design: How the inputs were chosen.
+        design: How the inputs were chosen. Errors are infinite where none is known.
     """
     n = max(sums.inputs, 1)
     unseen = 1 - design.fraction(n)
@@ -132,6 +144,8 @@ def entry_estimates(
         effective = _effective(entry.total, entry.square).clamp(min=1)
         factor = _student(1 / effective)
         errors[name] = (variance * factor.square() + unreached**2).sqrt()
+        if design.is_no_sample(sums):
+            errors[name].fill_(math.inf)
     return diagonal, errors
 
 
@@ -150,6 +164,8 @@ def entries_rel_error(sums: FisherSums, design: SampleDesign, chosen: Mapping[st
         variance += float(_entry_variance(entry, sums, design)[keep].sum())
         square += float((entry.total[keep] / max(sums.inputs, 1)).square().sum())
     norm_square = square - variance
+    if design.is_no_sample(sums):
+        return math.nan
     return math.sqrt(variance / norm_square) if norm_square > 0 else math.nan
 
 

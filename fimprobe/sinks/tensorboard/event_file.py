@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +20,15 @@ from tensorboard.plugins.histogram import metadata as histogram
 from tensorboard.plugins.image import metadata as image
 from tensorboard.plugins.scalar import metadata as scalar
 from tensorboard.plugins.text import metadata as text
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
+
+from fimprobe.sinks.appended_file import AppendedFile
+
+FILE_VERSION = "brain.Event:2"
+"""Version of the format, which the first record of each event file states."""
+
+_file_numbers = itertools.count()
 
 
 class EventFile:
@@ -34,18 +45,20 @@ class EventFile:
     ) -> None:
         if purge_step is not None:
             _wait_for_new_second(log_dir)
-        self._writer = EventFileWriter(str(log_dir))
-        worker = getattr(getattr(self._writer, "_async_writer", None), "_worker", None)
-        if worker is not None:
-            # what its thread fails with is raised by the next write, and not printed as well
-            worker._invoke_excepthook = lambda thread: None
+        log_dir.mkdir(parents=True, exist_ok=True)
+        # not TensorBoard's EventFileWriter: its thread prints the traceback of a write that fails
+        self._file = AppendedFile(log_dir / _new_name(), new=True)
         self._describe = describe
         self._described: set[str] = set()
         self._record = Summary()
-        if purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(step=purge_step, file_version="brain.Event:2"))
-            self._writer.add_event(Event(step=purge_step, session_log=start))
+        try:
+            self._append(Event(step=purge_step, file_version=FILE_VERSION))
+            if purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._append(Event(step=purge_step, session_log=start))
+        except BaseException:
+            self._file.close()
+            raise
 
     def add_scalar(self, tag: str, value: float) -> None:
         """Add a finite number.
@@ -96,14 +109,19 @@ class EventFile:
         self._record.value.add(tag=tag, image=picture, metadata=metadata)
 
     def write(self, step: int) -> None:
-        """Write the added values as one record and flush the file."""
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=self._record))
-        self._writer.flush()
+        """Write the added values as one record, which is on disk when this returns."""
+        self._append(Event(step=step, summary=self._record))
         self._record = Summary()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
 
     def _metadata(self, tag: str, make: Callable[..., SummaryMetadata]) -> Any:
         """Return the metadata of a tag with its description; None after its first value."""
@@ -114,6 +132,12 @@ class EventFile:
         # TensorBoard's fast reader drops descriptions of scalars and images without a class
         metadata.data_class = {"scalars": 1, "images": 3}.get(metadata.plugin_data.plugin_name, 2)
         return metadata
+
+
+def _new_name() -> str:
+    """Return a name that no other file of this process has, and that sorts by time."""
+    writer = f"{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+    return f"events.out.tfevents.{int(time.time()):010d}.{writer}"
 
 
 def _wait_for_new_second(log_dir: Path) -> None:

@@ -10,20 +10,15 @@ from torch import Tensor, nn
 
 import fimprobe
 from fimprobe import FimprobeError
-from fimprobe.distributed.merge import (
-    common_shapes,
-    drop_sums,
-    local_sums,
-    merge,
-    merge_bounds,
-    sum_shapes,
-)
+from fimprobe.distributed.merge import merge, merge_bounds
+from fimprobe.distributed.parameter_sums import common_shapes, drop_sums, local_sums, sum_shapes
 from fimprobe.estimators import reliability
 from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
 from fimprobe.estimators.variance_bounds import hessian_norm_squares
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
 from tests.models.cases import CASES
+from tests.support.agreement import flat
 
 pytestmark = pytest.mark.usefixtures("double", "raw_numbers")
 WITHHOLD = reliability.withhold
@@ -77,14 +72,6 @@ def shared(models, parts, labels=None, mask=None, seen=None, **options):
                 turn = Turn(rank, told, found, seen if seen is not None else [], first)
                 report = fimprobe.measure(model, part, ranks=turn, **options | own)
     return report
-
-
-def flat(tree, path=""):
-    if isinstance(tree, dict):
-        return {k: v for key, x in tree.items() for k, v in flat(x, f"{path}/{key}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {k: v for i, x in enumerate(tree) for k, v in flat(x, f"{path}/{i}").items()}
-    return {path: tree}
 
 
 def assert_same(report, whole, rel=1e-9, without=("seconds", "advice")):

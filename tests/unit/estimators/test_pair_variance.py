@@ -200,12 +200,9 @@ def pool_of(family, bias):
     return model, x, Pool(model, x, family)
 
 
-@pytest.mark.parametrize("bias", [0.0, 3.0])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_exact_labels_tell_the_errors_of_every_estimator(family, bias, double, raw_numbers):
-    """Closed formulas; the sample variance over inputs and the norm without its bias."""
-    model, x, pool = pool_of(family, bias)
-    report = fimprobe.measure(
+def exact_report(model, x, family):
+    """The report of exact labels and exact second derivatives."""
+    return fimprobe.measure(
         model,
         x,
         likelihood=FAMILIES[family][0],
@@ -214,6 +211,14 @@ def test_exact_labels_tell_the_errors_of_every_estimator(family, bias, double, r
         second_order="exact",
         bounds=False,
     )
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_labels_tell_the_errors_of_every_estimator(family, bias, double, raw_numbers):
+    """Closed formulas; the sample variance over inputs and the norm without its bias."""
+    model, x, pool = pool_of(family, bias)
+    report = exact_report(model, x, family)
     told = 0
     for key, index in brute_force.groups(model).items():
         f = pool.fisher[:, index]
@@ -257,15 +262,7 @@ def test_simulated_estimators_err_as_told(family, inputs, labels, double, raw_nu
     """Inputs from the pool, labels from the model, over and over."""
     model, x, pool = pool_of(family, 0.0)
     torch.manual_seed(2)  # the same inputs and labels whether or not the pool was made just now
-    report = fimprobe.measure(
-        model,
-        x,
-        likelihood=FAMILIES[family][0],
-        draws="exact",
-        estimators=KINDS,
-        second_order="exact",
-        bounds=False,
-    )
+    report = exact_report(model, x, family)
     for kind in KINDS:
         squares = pool.simulate(kind, inputs, labels, 2000).square()
         off, error = float(squares.mean()), float(squares.std()) / 2000**0.5

@@ -17,8 +17,8 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.model import checked_twin
 from fimprobe.model.batch import Batch
 from fimprobe.model.checked_twin import compute_fingerprint, make_checked_twin
-from fimprobe.model.copy_traits import is_plain_data
-from fimprobe.model.object_copies import ObjectCopier
+from fimprobe.model.copies.copy_traits import is_plain_data
+from fimprobe.model.copies.object_copies import ObjectCopier
 from fimprobe.model.outputs import select_outputs
 from fimprobe.model.runs import same_randomness
 from fimprobe.model.twin import make_twin

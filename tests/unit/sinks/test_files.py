@@ -2,6 +2,10 @@
 
 import json
 import os
+import re
+import resource
+import sys
+import threading
 
 import pytest
 import torch
@@ -207,8 +211,23 @@ def test_a_folder_is_free_after_its_files_failed(tmp_path, monkeypatch, caplog):
 
     with monkeypatch.context() as patch:
         patch.setattr("fimprobe.sinks.tensorboard.event_file.EventFile.write", fail)
-        patch.setattr("fimprobe.sinks.tensorboard.event_file.EventFileWriter.close", fail)
+        patch.setattr("fimprobe.sinks.tensorboard.event_file.EventFile.close", fail)
         train()
         assert caplog.text.count("TensorboardSink failed: disk full") == 1
     assert train() == tmp_path
     assert "another probe" not in caplog.text
+
+
+def test_a_full_disk_is_one_sentence_from_the_first_byte_on(tmp_path, caplog):
+    def train():
+        sys.stderr = (tmp_path / "stderr").open("w", buffering=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+        num_threads, net = threading.active_count(), nn.Linear(3, 2)
+        with fimprobe.attach(net, likelihood="gaussian", log_dir=tmp_path / "a") as probe:
+            assert probe.step(torch.randn(4, 3)) is not None
+            assert threading.active_count() == num_threads  # whose error Python would print
+        return "; ".join(record.getMessage() for record in caplog.records)
+
+    told = in_a_fork(train)
+    assert re.fullmatch(r"fimprobe: tensorboard log_dir=\S+ cannot be written .*File too large", told)
+    assert "Traceback" not in (tmp_path / "stderr").read_text()

@@ -17,6 +17,7 @@ import fimprobe
 from fimprobe.errors import FimprobeError
 from fimprobe.report.layer_names import label_layers
 from fimprobe.report.run_info import collect_run_info
+from fimprobe.sinks.tensorboard import event_file
 from fimprobe.sinks.tensorboard.sink import FIRST_DRAWING_SECONDS, TensorboardSink, is_written
 from fimprobe.training.schedule import Schedule
 from tests.support.fresh_process import run_fresh
@@ -266,10 +267,8 @@ def test_layers_are_those_of_the_first_report_also_when_resumed(tmp_path):
 
 def test_a_run_resumed_within_a_second_is_read_in_order(tmp_path, monkeypatch):
     """TensorBoard's names end in a counter, and "10" sorts before "9"."""
-    from tensorboard.summary.writer import event_file_writer
-
     counter = itertools.count(9)
-    monkeypatch.setattr(event_file_writer._global_uid, "get", lambda: next(counter))
+    monkeypatch.setattr(event_file, "_file_numbers", counter)
     write(tmp_path, [build_report(3, n) for n in (0, 1, 2)], figures=False)
     write(tmp_path, [build_report(3, n) for n in (2, 3)], figures=False, purge_step=2)
     assert next(counter) == 15

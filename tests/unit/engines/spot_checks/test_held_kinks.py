@@ -47,6 +47,19 @@ FUNCTIONS = {
 }
 
 
+def held_values(f, x, step):
+    """f(x), and [f(x + step), f(x − step)] of the branch at x."""
+    held = HeldKinks()
+    with held:
+        middle = f(x)
+    moved = []
+    for sign in (1, -1):
+        held.follow()
+        with held:
+            moved.append(f(x + sign * step))
+    return middle, moved
+
+
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "hardsigmoid"])  # torch has no R of it
 @pytest.mark.parametrize("scale", [SMALL, WIDE])
 def test_a_held_difference_is_that_of_the_smooth_branch(double, name, scale):
@@ -55,14 +68,7 @@ def test_a_held_difference_is_that_of_the_smooth_branch(double, name, scale):
     direction = torch.randn(6)
     far, near = 0.3 * scale, 1e-4
     for step in (near, far):
-        held = HeldKinks()
-        with held:
-            middle = f(x)
-        moved = []
-        for sign in (1, -1):
-            held.follow()
-            with held:
-                moved.append(f(x + sign * step * direction))
+        middle, moved = held_values(f, x, step * direction)
         if step == near:
             with torch.no_grad():
                 assert torch.allclose(middle, f(x))
@@ -75,14 +81,8 @@ def test_a_held_difference_is_that_of_the_smooth_branch(double, name, scale):
 @pytest.mark.parametrize("name", ["relu", "hardtanh", "hardsigmoid", "abs", "clamp"])
 def test_a_piecewise_linear_function_has_no_second_difference(double, name):
     f = FUNCTIONS[name]
-    x, direction, held = torch.randn(6), torch.randn(6), HeldKinks()
-    with held:
-        middle = f(x)
-    moved = []
-    for sign in (1, -1):
-        held.follow()
-        with held:
-            moved.append(f(x + sign * 3 * direction))
+    x, direction = torch.randn(6), torch.randn(6)
+    middle, moved = held_values(f, x, 3 * direction)
     assert (sum(moved) - 2 * middle).abs().max() < 1e-12
 
 

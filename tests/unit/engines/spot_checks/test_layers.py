@@ -1,5 +1,7 @@
 """V2 of layers, parameters and the model from spot checks: unbiased, with an error that is true."""
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,12 @@ from torch import nn
 
 from fimprobe.engines.autograd.verification import make_verified_plan
 from fimprobe.engines.spot_checks import measure, shifted_forward
-from fimprobe.engines.spot_checks.proposals import FlatProposal, LookupProposal, OuterProposal
+from fimprobe.engines.spot_checks.proposals import (
+    FlatProposal,
+    LayerProposal,
+    LookupProposal,
+    OuterProposal,
+)
 from fimprobe.estimators.spot_checks import estimate_v2
 from tests.models import cases
 from tests.oracles.diagonal_curvature import label_variances
@@ -185,10 +192,39 @@ def test_the_twin_is_as_before(double):
 )
 def test_entries_are_drawn_with_their_probability(proposal):
     generator = torch.Generator().manual_seed(0)
-    count, drawn, stated = 4000, {}, {}
-    for _ in range(count):
-        entry, probability = proposal.draw(0, generator)
-        drawn[entry], stated[entry] = drawn.get(entry, 0) + 1, probability
+    layer = LayerProposal(
+        inputs=torch.ones(1).double(), parameters={"w": 1.0}, entries={"w": proposal}, kind=""
+    )
+    drawn, stated = Counter(), {}
+    count, repeats = 40, 100
+    for _ in range(repeats):
+        for draw in layer.draw(count, generator):
+            drawn[draw.entry] += 1
+            stated[draw.entry] = draw.probability
     assert sum(stated.values()) == pytest.approx(1)
     for entry, p in stated.items():
-        assert abs(drawn[entry] - count * p) < 4 * (count * p * (1 - p)) ** 0.5
+        # spread evenly, they vary less than independent draws
+        expected = count * repeats * p
+        assert abs(drawn[entry] - expected) < 4 * (expected * (1 - p)) ** 0.5
+
+
+def test_with_enough_draws_every_input_has_some():
+    inputs = torch.tensor([0.05, 0.15, 0.8]).double()
+    squares = torch.ones(4)
+    entries = {n: FlatProposal(squares=squares) for n in ("weight", "bias")}
+    shares = {"weight": 0.7, "bias": 0.3}
+    layer = LayerProposal(inputs=inputs, parameters=shares, entries=entries, kind="")
+    for seed in range(20):
+        drawn = layer.draw(20, torch.Generator().manual_seed(seed))
+        counts = [sum(d.row == row for d in drawn) for row in range(3)]
+        assert counts == [1, 3, 16]
+
+
+def test_later_measurements_need_no_pilot(double):
+    model, x = net()
+    problem = spot_problem(model, x)
+    plan = make_verified_plan(problem)
+    first = spot_checks(problem, plan)
+    second = spot_checks(spot_problem(model, x, seed=1), plan)
+    assert all(s.pilot == measure.PILOT for s in first.strata)
+    assert all(s.pilot == 0 for s in second.strata)

@@ -1,0 +1,1 @@
+"""Models whose parameters FSDP2 shards over the processes."""
