@@ -30,7 +30,7 @@ def subsample_entries(x: Tensor) -> Tensor:
     >>> len(subsample_entries(torch.ones(3, 5))), len(subsample_entries(torch.ones(300, 50)))
     (15, 1024)
     """
-    entries = x.detach().reshape(-1)
+    entries = x.reshape(-1) if x.dim() != 1 else x
     return entries if len(entries) <= MAX_ENTRIES else entries[_indices(len(entries), entries.device)]
 
 

@@ -93,7 +93,7 @@ def diagonal_of(gram: Tensor) -> Tensor:
 def fisher_part(measured: Measured) -> MomentsBatch:
     """Return the moments that F comes from.
 
-    Exact labels, exact factors of I(h), Hutchinson's vectors, or size-biased labels beside spot checks.
+    Exact labels, exact factors of I(h), Hutchinson's vectors, or size-biased labels.
     """
     moments = measured.moments
     if moments["i1"].draws is None:

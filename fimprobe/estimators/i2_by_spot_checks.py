@@ -25,7 +25,7 @@ from fimprobe.estimators.i1 import (
 )
 from fimprobe.estimators.i2 import diagonal_of, fisher_part, total_label_variance_error
 from fimprobe.estimators.pair_variance import PairVariance, pair_variances
-from fimprobe.estimators.spot_checks import CheckedVariance, estimate_v2
+from fimprobe.estimators.spot_checks import CheckedVariance, estimate_v2, spreads_of_kinds
 from fimprobe.statistics import Measured
 
 NO_BLOCKS = "spot checks measure diagonals; pass bounds=True for whole blocks"
@@ -63,7 +63,9 @@ def estimate_groups(
     fisher = fisher_part(measured)
     size = fisher.batch_size
     sums = InputSums.of(fisher, groups)
-    checked = [estimate_v2(measured.spot_checks, names) for names in groups.values()]
+    checks = measured.spot_checks
+    spreads = spreads_of_kinds(checks)
+    checked = [estimate_v2(checks, names, spreads) for names in groups.values()]
     unsplit = common.square is None or size < 2
     columns: dict[str, Tensor | None] = {
         "trace": sums.trace.mean(-1),

@@ -8,10 +8,8 @@ because the number of later checks depends on its values: weights by numbers wou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from fimprobe.statistics import SpotChecks
 
@@ -54,37 +52,64 @@ class CheckedVariance:
     reason: str = ""
 
 
-def estimate_v2(checks: SpotChecks, names: Sequence[str]) -> CheckedVariance:
+def spreads_of_kinds(checks: SpotChecks) -> dict[str, float]:
+    """Return the relative variance of single checks by kind of layer.
+
+    Where the checks of all layers together spread more than is assumed, those of a kind with few
+    checks may do so unseen: its prior is the larger of the two.
+    """
+    sums: dict[str, tuple[float, int]] = {}
+    for stratum in checks.strata:
+        square, freedom = _spread(stratum.values.tolist())
+        before = sums.get(stratum.kind, (0.0, 0))
+        sums[stratum.kind] = before[0] + square, before[1] + freedom
+    prior = PRIOR_SPREAD**2
+    freedom = sum(n for _, n in sums.values())
+    if freedom > 0:
+        prior = max(prior, sum(s for s, _ in sums.values()) / freedom)
+    return {
+        kind: (PRIOR_CHECKS * prior + square) / (PRIOR_CHECKS + freedom)
+        for kind, (square, freedom) in sums.items()
+    }
+
+
+def estimate_v2(
+    checks: SpotChecks, names: Sequence[str], spreads: Mapping[str, float] | None = None
+) -> CheckedVariance:
     """Return V2 of a group of parameters.
 
     Args:
         checks: The spot checks of all layers.
         names: The parameters of the group.
+        spreads: What :func:`spreads_of_kinds` returns for these checks; None to compute it.
     """
     if checks.failure:
         return CheckedVariance(value=None, reason=checks.failure)
+    spreads = spreads_of_kinds(checks) if spreads is None else spreads
     group = set(names)
     value = variance = rounding = 0.0
     for stratum in checks.strata:
         inside = [name in group for name in stratum.parameters]
         if not any(inside):
             continue
-        values, share = stratum.values, 1.0
+        values, share = stratum.values.tolist(), 1.0
         if not all(inside):
-            owned = stratum.owners.new_tensor(inside).bool()[stratum.owners]
-            if not bool(owned.any()):
+            owned = [inside[owner] for owner in stratum.owners.tolist()]
+            if not any(owned):
                 return CheckedVariance(value=None, reason=NONE_DRAWN)
-            values, share = values.where(owned, 0), float(owned.double().mean())
-        relative = (_relative_variance(checks, stratum.kind) + 1) / share - 1
+            values = [x if own else 0.0 for x, own in zip(values, owned, strict=True)]
+            share = sum(owned) / len(owned)
+        relative = (spreads[stratum.kind] + 1) / share - 1
         mean, square = _mean_and_error(values, stratum.pilot, relative)
         value, variance = value + mean, variance + square
-        rounding += float((values * stratum.rounding).mean())
+        rounded = zip(values, stratum.rounding.tolist(), strict=True)
+        rounding += sum(x * of_value for x, of_value in rounded) / len(values)
     if value > 0 and rounding > ROUNDING_LIMIT * value:
         return CheckedVariance(value=None, reason=ROUNDED)
     return CheckedVariance(value=value, error=math.sqrt(variance + rounding**2))
 
 
-def _mean_and_error(values: Tensor, num_pilot: int, relative: float) -> tuple[float, float]:
+def _mean_and_error(values: Sequence[float], num_pilot: int, relative: float) -> tuple[float, float]:
     """The estimate of a layer, or of a part of it, and the square of its standard error.
 
     Args:
@@ -93,45 +118,28 @@ def _mean_and_error(values: Tensor, num_pilot: int, relative: float) -> tuple[fl
         relative: Relative variance of a single check, as it is shared by layers of the kind.
     """
     pilot, main = values[:num_pilot], values[num_pilot:]
-    if len(main) == 0:
-        mean, share = float(pilot.mean()), 1 / len(pilot)
-    elif len(pilot) == 0:
-        mean, share = float(main.mean()), 1 / len(main)
+    if not main:
+        mean, share = sum(pilot) / len(pilot), 1 / len(pilot)
+    elif not pilot:
+        mean, share = sum(main) / len(main), 1 / len(main)
     else:
-        mean = PILOT_WEIGHT * float(pilot.mean()) + (1 - PILOT_WEIGHT) * float(main.mean())
+        mean = PILOT_WEIGHT * sum(pilot) / len(pilot)
+        mean += (1 - PILOT_WEIGHT) * sum(main) / len(main)
         share = PILOT_WEIGHT**2 / len(pilot) + (1 - PILOT_WEIGHT) ** 2 / len(main)
     if mean == 0:
         return mean, 0.0
     shared = relative * mean**2
     freedom = len(values) - 1
-    own = float((values - mean).square().sum()) / max(freedom, 1)
+    own = sum((x - mean) ** 2 for x in values) / max(freedom, 1)
     variance = (freedom * own + SHARED_CHECKS * shared) / (freedom + SHARED_CHECKS)
     # few skewed values miss what is rare, and the spread seen is small where the mean is
     widening = 1 + WIDENING * math.sqrt(variance * share) / mean
     return mean, variance * share * widening**2
 
 
-def _relative_variance(checks: SpotChecks, kind: str) -> float:
-    """The relative variance of single checks of a kind of layer.
-
-    Where the checks of all layers together spread more than is assumed, those of a kind with few
-    checks may do so unseen: its prior is the larger of the two.
-    """
-    spreads = [_spread(s.values) for s in checks.strata]
-    square, freedom = sum(s for s, _ in spreads), sum(n for _, n in spreads)
-    prior = PRIOR_SPREAD**2
-    if freedom > 0:
-        prior = max(prior, square / freedom)
-    of_kind = [
-        x for x, stratum in zip(spreads, checks.strata, strict=True) if stratum.kind == kind
-    ]
-    total = PRIOR_CHECKS * prior + sum(s for s, _ in of_kind)
-    return total / (PRIOR_CHECKS + sum(n for _, n in of_kind))
-
-
-def _spread(values: Tensor) -> tuple[float, int]:
+def _spread(values: Sequence[float]) -> tuple[float, int]:
     """Sum of squared relative deviations of checks from their mean, and its degrees of freedom."""
-    mean = float(values.mean())
+    mean = sum(values) / len(values)
     if len(values) < 2 or mean <= 0:
         return 0.0, 0
-    return float((values / mean - 1).square().sum()), len(values) - 1
+    return sum((x / mean - 1) ** 2 for x in values), len(values) - 1

@@ -217,6 +217,10 @@ class Ratio:
             one: F.
             other: F'.
         """
+        if not isinstance(other, FisherRecord):
+            raise FimprobeError(
+                f"`other` must be a Fisher, got {type(other).__name__}. Estimate it on other data."
+            )
         check_shapes("other", other.diagonal, one.diagonal)
         remedy = "Measure both on one state of the model."
         check_values("other", other.values, one.values, remedy)

@@ -109,6 +109,9 @@ def estimate(
         draws=draws,
         input_sampling=input_sampling,
         memory_mb=memory_mb,
+        seed=seed,
+        state=state,
+        ranks=ranks,
     )
     processes = ranks or SingleProcess()
     rule = StoppingRule(rel_error=rel_error, each_layer=each_layer, entries=entries)
@@ -120,11 +123,7 @@ def estimate(
         measurer = Measurer(
             model=model, likelihood=family, output=output, memory_mb=memory_mb, seed=seed
         )
-        if input_sampling == "trace" and not isinstance(source, IndexedSource):
-            raise FimprobeError(
-                "`input_sampling='trace'` must have data with random access, got "
-                f"{type(data).__name__}. Pass a tensor, a Dataset or a DataLoader over one."
-            )
+        _check_access(source, data, input_sampling)
         _agree_on_model(measurer, processes)
         source.count_inputs(reader, processes)
         line = ProgressLine(
@@ -156,6 +155,15 @@ def estimate(
         run.resume()
         description = {"likelihood_from": reason, "data": _describe(data), "draws_option": draws}
         return _finish(run, description)
+
+
+def _check_access(source: Source, data: Any, input_sampling: str) -> None:
+    """Check that inputs can be drawn if that is requested."""
+    if input_sampling == "trace" and not isinstance(source, IndexedSource):
+        raise FimprobeError(
+            "`input_sampling='trace'` must have data with random access, got "
+            f"{type(data).__name__}. Pass a tensor, a Dataset or a DataLoader over one."
+        )
 
 
 def _agree_on_model(measurer: Measurer, processes: ProcessGroup) -> None:

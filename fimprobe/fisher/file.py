@@ -95,6 +95,8 @@ def read_tensors(
     Raises:
         FimprobeError: If the file is missing, or cannot be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise FimprobeError(f"`{argument}` must be the path of a file, got {type(path).__name__}.")
     package = _safetensors(path)
     try:
         with package.safe_open(os.fspath(path), framework="pt") as file:

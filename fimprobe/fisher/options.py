@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ def check_options(
     draws: int | str,
     input_sampling: str,
     memory_mb: float,
+    seed: int,
+    state: Any,
+    ranks: Any,
 ) -> None:
     """Check types and ranges.
 
@@ -38,6 +42,9 @@ def check_options(
         draws: Labels per input.
         input_sampling: How inputs are chosen.
         memory_mb: The memory limit.
+        seed: The random seed.
+        state: The file, or None.
+        ranks: The processes, or None.
 
     Raises:
         FimprobeError: With the argument, its value and the remedy.
@@ -81,17 +88,47 @@ def check_options(
                 f"`{name}` must be a function, got {type(function).__name__}. Pass one of the batch, "
                 "or of what the model returns for `output`."
             )
+    check_run_options(seed, state, ranks)
     _check_entries(model, entries)
+
+
+def check_run_options(seed: Any, state: Any, ranks: Any) -> None:
+    """Check the types of what a run uses.
+
+    Args:
+        seed: The random seed.
+        state: The file, or None.
+        ranks: The processes, or None.
+
+    Raises:
+        FimprobeError: With the argument, its value and the remedy.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise FimprobeError(f"`seed` must be an integer, got {seed!r}. Use 0.")
+    if state is not None and not isinstance(state, (str, os.PathLike)):
+        raise FimprobeError(f"`state` must be the path of a file, got {state!r}. Use 'f.state'.")
+    if ranks is not None and not hasattr(ranks, "run_everywhere"):
+        raise FimprobeError(
+            f"`ranks` must be a group of processes, got {type(ranks).__name__}. Use "
+            "fimprobe.join_processes()."
+        )
 
 
 def _check_entries(model: nn.Module, entries: Mapping[str, Tensor] | None) -> None:
     known = trainable(model)
     for name, mask in (entries or {}).items():
-        if name not in known or mask.dtype != torch.bool or mask.shape != known[name].shape:
+        fits = name in known and isinstance(mask, Tensor) and mask.dtype == torch.bool
+        if not fits or mask.shape != known[name].shape:
+            is_tensor = isinstance(mask, Tensor)
+            form = f"{mask.dtype} {tuple(mask.shape)}" if is_tensor else type(mask).__name__
             raise FimprobeError(
                 f"`entries` must map parameters to boolean tensors of their shapes, got {name!r} "
-                f"with {mask.dtype} {tuple(mask.shape)}. Use names of model.named_parameters()."
+                f"with {form}. Use names of model.named_parameters()."
             )
+    if entries is not None and not any(bool(mask.any()) for mask in entries.values()):
+        raise FimprobeError(
+            "`entries` must choose some entries, got none that is True. Leave it out for all entries."
+        )
 
 
 def _is_positive(x: Any) -> bool:

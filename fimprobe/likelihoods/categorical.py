@@ -255,8 +255,8 @@ class Categorical:
         h = self._classes_last(outputs)
         p = torch.softmax(h, -1, dtype=softmax_dtype(h))
         v = self._classes_last(vectors).to(p.dtype)
-        centred = v - (p * v).sum(-1, keepdim=True)
-        at_positions = p.mul_(centred.square_()).sum(-1).double().reshape(len(v), -1)
+        centred = v - torch.linalg.vecdot(p, v).unsqueeze(-1)
+        at_positions = torch.linalg.vecdot(p.mul_(centred), centred).double().reshape(len(v), -1)
         return at_positions.where(position_mask(mask, at_positions), 0).sum(1)
 
     def count_passes(self, outputs: Tensor) -> int:

@@ -53,9 +53,9 @@ def explain_failure(problem: Problem) -> FimprobeError | None:
         return FimprobeError(
             f"`model` must run on one sample alone, got {type(error).__name__} for the first of "
             f"{problem.batch.size}: {_first_line(error)}. A sample is an entry of the first "
-            "dimension of every tensor in `inputs`. Pass padded tensors in place of nodes of joined "
-            "graphs, packed sequences or lists. Let the forward make masks of B·heads rows. Export "
-            "models with a dynamic batch."
+            "dimension of every tensor in `inputs`. Pass padded tensors, a row for each sample, in "
+            "place of nodes of joined graphs, packed sequences or lists, and join them in the "
+            "forward. Export models with a dynamic batch."
         )
     return None
 

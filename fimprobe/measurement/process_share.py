@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fimprobe.config.config import Config, load_config
 from fimprobe.distributed.processes import MeasuredShare, ProcessGroup
-from fimprobe.engines.autograd.sample_checks import measure_and_check
+from fimprobe.engines.autograd.sample_checks import measure_and_check, samples_to_check
 from fimprobe.engines.autograd.verification import (
     check_curvature,
     make_verified_plan,
@@ -90,7 +90,6 @@ class ProcessShare:
     _batch: Batch = field(init=False)
     _draws: Draws = field(init=False)
     _chooses_draws: bool = field(init=False)
-    _num_checks: int = field(init=False)
     _buffers: Mapping[str, Tensor] = field(init=False)
 
     def check(self) -> ProcessSummary:
@@ -183,7 +182,6 @@ class ProcessShare:
 
         Processes that measure together keep none: all verify a plan, or none does.
         """
-        self._num_checks = 2 if plan is None else 1  # a probe draws another sample at each step
         if plan is not None or self.processes.size > 1:
             self.plan = plan or Plan()
             yield
@@ -239,7 +237,7 @@ class ProcessShare:
                 check_backpack(problem, self.plan, second_order=False)
             if self.request.exact:
                 check_backpack(problem, self.plan, second_order=True)
-            return measure_and_check(problem, self.plan, self._num_checks)
+            return measure_and_check(problem, self.plan, samples_to_check(problem, self.plan))
         except (FimprobeError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

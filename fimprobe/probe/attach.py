@@ -103,11 +103,15 @@ def attach(
         first_step=first_step,
         replace=True,
     )
-    trigger_by_optimizers(probe, optimizer)
-    # what other optimizers than the given one change is no step
-    probe.notice_unseen_steps(counts_changes=optimizer is None)
-    if probe.log_dir is not None:
-        print_command(probe.log_dir, probe.errors)
+    try:
+        trigger_by_optimizers(probe, optimizer)
+        # what other optimizers than the given one change is no step
+        probe.notice_unseen_steps(counts_changes=optimizer is None)
+        if probe.log_dir is not None:
+            print_command(probe.log_dir, probe.errors)
+    except BaseException:
+        probe.detach()
+        raise
     return probe
 
 

@@ -84,22 +84,25 @@ class Probe:
         self._closers: list[Callable[[], None]] = []
         self.processes = join_training(self.errors)
         schedule = make_schedule(self.config, shared=self.processes.size > 1)
-        self._reader.set_likelihood(self.config.likelihood)
-        self._cycle = StepCycle(
-            model,
-            self.config,
-            schedule=schedule,
-            reader=self._reader,
-            processes=self.processes,
-            errors=self.errors,
-            account=self._account,
-            sinks=self._sinks,
-            finish=self._finish,
-        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.processes.leave)
+            self._reader.set_likelihood(self.config.likelihood)
+            self._cycle = StepCycle(
+                model,
+                self.config,
+                schedule=schedule,
+                reader=self._reader,
+                processes=self.processes,
+                errors=self.errors,
+                account=self._account,
+                sinks=self._sinks,
+                finish=self._finish,
+            )
+            stack.pop_all()
         self._freed = weakref.finalize(model, self.detach)
         self._freed.atexit = False
-        register(self._key, self)
         try:
+            register(self._key, self)
             self._open_files(first_step)
         except BaseException:
             self.detach()

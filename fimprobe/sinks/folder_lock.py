@@ -122,8 +122,12 @@ class FolderLock(FileLock):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         super().__init__(self._folder / FILE_NAME, option="log_dir", take_over=take_over)
-        with contextlib.suppress(OSError):  # a full disk; the lock holds nevertheless
-            self._write_owner()
+        try:
+            with contextlib.suppress(OSError):  # a full disk; the lock holds nevertheless
+                self._write_owner()
+        except BaseException:
+            self.release()
+            raise
 
     def _write_owner(self) -> None:
         """Write the number of the process, for messages."""

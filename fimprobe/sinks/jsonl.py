@@ -53,11 +53,11 @@ class JsonlSink:
                 self._purge(purge_step)
                 self._lock.release()  # the file is a new one
                 self._lock = FileLock(self.path, option="jsonl")
+            self._is_torn = _is_torn(self.path)
             self._file = AppendedFile(self.path)
         except BaseException:
             self._lock.release()
             raise
-        self._is_torn = _is_torn(self.path)
 
     def write(self, report: Report) -> None:
         """Append one report.
@@ -148,7 +148,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
                 _step(record)
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 continue
             records += 1
             yield record

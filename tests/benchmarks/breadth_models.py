@@ -102,21 +102,21 @@ def torchvision_model(name: str, side: int, **options: Any) -> Family:
     return Family(f"torchvision {name}", build)
 
 
-def narrow_classifier(name: str, side: int) -> Family:
-    """A model whose classifier has 64 hidden units in place of 4,096."""
+def narrow_classifier(model: nn.Module) -> nn.Module:
+    """64 hidden units in place of 4,096."""
+    classifier: Any = model.classifier
+    for key, layer in classifier.named_children():
+        if isinstance(layer, nn.Linear):
+            widths = [64 if n == 4096 else n for n in (layer.in_features, layer.out_features)]
+            setattr(classifier, key, nn.Linear(*widths))
+    return model
 
-    def build() -> Built:
-        models = importlib.import_module("torchvision.models")
-        model = models.get_model(name, weights=None, num_classes=CLASSES)
-        for key, layer in model.classifier.named_children():
-            if isinstance(layer, nn.Linear):
-                wide = [
-                    min(n, 64) if n == 4096 else n for n in (layer.in_features, layer.out_features)
-                ]
-                setattr(model.classifier, key, nn.Linear(*wide))
-        return model, (pictures(side),)
 
-    return Family(f"torchvision {name}", build)
+def small_vgg(models: Any) -> nn.Module:
+    places = [16, "M", 16, "M", 32, 32, "M", 32, 32, "M", 64, 64, "M"]
+    model = models.VGG(models.vgg.make_layers(places, batch_norm=True), num_classes=CLASSES)
+    model.classifier[0] = nn.Linear(64 * 49, 4096)
+    return narrow_classifier(model)
 
 
 def torchvision_class(name: str, side: int, make: Callable[[Any], nn.Module]) -> Family:
@@ -205,9 +205,15 @@ def small_byobnet(module: Any, blocks: Any, stem: str) -> nn.Module:
 
 
 PICTURES = [
-    narrow_classifier("alexnet", 64),
-    narrow_classifier("vgg11_bn", 32),
-    torchvision_model("resnet18", 32),
+    torchvision_class(
+        "alexnet", 64, lambda models: narrow_classifier(models.AlexNet(num_classes=CLASSES))
+    ),
+    torchvision_class("vgg11_bn", 32, small_vgg),
+    torchvision_class(
+        "resnet18",
+        32,
+        lambda models: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES),
+    ),
     torchvision_class(
         "resnext50_32x4d",
         32,
@@ -316,13 +322,16 @@ PICTURES = [
     timm_model("coat_lite_tiny", img_size=32, embed_dims=[16, 32, 32, 64], serial_depths=DEPTHS),
     timm_model(
         "levit_128s",
-        side=224,
+        side=64,
+        img_size=64,
         embed_dim=(16, 24, 32),
         key_dim=8,
         num_heads=(2, 2, 2),
         depth=(1, 1, 1),
     ),
-    timm_model("efficientformerv2_s0", side=224, depths=DEPTHS, embed_dims=(16, 16, 24, 32)),
+    timm_model(
+        "efficientformerv2_s0", side=64, img_size=64, depths=DEPTHS, embed_dims=(16, 16, 24, 32)
+    ),
     timm_model("edgenext_xx_small", side=64),
     timm_model("mobilevit_xxs", side=64),
     timm_model("mobilevitv2_050", side=64),
@@ -645,7 +654,7 @@ def diffusers_transformer() -> Built:
 
 def segmentation(name: str) -> Built:
     package = importlib.import_module("segmentation_models_pytorch")
-    model = getattr(package, name)("resnet18", encoder_weights=None, classes=CLASSES)
+    model = getattr(package, name)("mobilenet_v2", encoder_weights=None, classes=CLASSES)
     return model, (pictures(64),)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.faults import callbacks, files, inputs, internal_errors, kills, processes, soak
+from tests.faults import attaching, callbacks, files, inputs, internal_errors, kills, processes, soak
 from tests.faults.outcome import Outcome
 from tests.faults.training import cnn, mlp
 
 Fault = Callable[[], "Outcome | list[Outcome]"]
 
 FAULTS: dict[str, Fault] = {
+    "attaching": attaching.errors_in_attach,
     "errors, MLP": lambda: internal_errors.errors_in_functions(mlp),
     "errors, CNN": lambda: internal_errors.errors_in_functions(cnn),
     "late errors, MLP": lambda: internal_errors.errors_in_functions(mlp, last=True),
     "late errors, CNN": lambda: internal_errors.errors_in_functions(cnn, last=True),
-    "interruptions": lambda: internal_errors.interruptions(mlp),
+    "interruptions, MLP": lambda: internal_errors.interruptions(mlp),
+    "interruptions, CNN": lambda: internal_errors.interruptions(cnn),
     "writes": files.failing_files,
     "folders": files.folders_that_fail,
     "kills": kills.kills,
@@ -32,6 +34,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 CHEAP: dict[str, Fault] = {
+    "attaching": lambda: attaching.errors_in_attach([KeyboardInterrupt]),
     "errors": lambda: internal_errors.errors_in_functions(mlp, [MemoryError], share=0.02),
     "late errors": lambda: internal_errors.errors_in_functions(
         cnn, [RuntimeError], share=0.02, last=True

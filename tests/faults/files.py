@@ -62,7 +62,7 @@ def failing_writes(number: int, code: int) -> Iterator[list[int]]:
 
     def open_failing(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = open_path(self, mode, *args, **kwargs)
-        return _Failing(file, counter, number, code) if "a" in mode or "w" in mode else file
+        return _Failing(file, counter, number, code) if set(mode) & set("awx") else file
 
     open_plain = builtins.open
 

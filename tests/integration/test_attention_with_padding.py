@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import fimprobe
 from tests.models.cases import Lambda
 from tests.support.single_samples import assert_first_order, assert_second_order
 
@@ -120,12 +119,3 @@ def test_whole_transformer():
     transformer = nn.Transformer(4, HEADS, 1, 1, 4, batch_first=True)
     model = Lambda(lambda s, x, y: s.parts[1](s.parts[0](x, y).mean(1)), transformer, nn.Linear(4, 2))
     assert_first_order(model, (sequences(5), sequences()))
-
-
-def test_a_mask_of_all_heads_among_the_inputs_is_refused():
-    def forward(self, x, mask):
-        return self.parts[1](self.parts[0](x, x, x, attn_mask=mask)[0].mean(1))
-
-    model = Lambda(forward, attention(), nn.Linear(4, 2))
-    with pytest.raises(fimprobe.FimprobeError, match="Let the forward make masks of B·heads rows"):
-        fimprobe.measure(model, (sequences(), masks_of_heads(PADDING)), likelihood="categorical")

@@ -45,7 +45,9 @@ def test_positions_with_ignored_labels_are_left_out():
     f = estimate_exactly(model, [(x, y)])
     torch.testing.assert_close(flat(f.diagonal), flat(expected.diagonal))
     assert f.trace < 0.9 * estimate_exactly(model, [x]).trace
-    assert "label is -100 are left out" in str(f)
+    assert "label is -100 are left out" in str(f) and "count in its mean" not in str(f)
+    y[4:] = -100
+    assert "Inputs without a label add nothing to F" in str(estimate_exactly(model, [(x, y)]))
     # of other families -100 is a number
     regression = estimate_exactly(mlp(outputs=1), [(inputs(), -100 * torch.ones(64, 1))],
                                   likelihood="gaussian")  # fmt: skip
@@ -194,17 +196,23 @@ BAD = {
     "two tensors": (lambda x: (x, x), {}, r"\[\(x, y\)\] for one batch"),
     "arrays": (lambda x: [x.numpy()], {}, "got ndarray without a tensor of a batch"),
     "text": (lambda x: "x", {}, "an iterable of batches, got str"),
+    "a seed": (lambda x: x, {"seed": "a"}, "`seed` must be an integer, got 'a'"),
+    "a state": (lambda x: x, {"state": 3}, "`state` must be the path of a file, got 3"),
+    "ranks": (lambda x: x, {"ranks": 3}, "`ranks` must be a group of processes, got int"),
+    "a list": (lambda x: x, {"entries": {"0.bias": [True]}}, "got '0.bias' with list"),
+    "no entry": (lambda x: x, {"entries": {}}, "`entries` must choose some entries"),
     "no folder": (lambda x: x, {"state": "none/s"}, "`state` must be a file in an existing folder"),
     "a worker": (lambda x: Failing(), {}, r"batch 0 is not \(OSError: disk\)"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(name):
+def test_bad_input_is_one_sentence(name, tmp_path):
     data, options, match = BAD[name]
-    with refused(match) as caught:
-        fimprobe.estimate(net(), data(inputs()), **OPTIONS, **options)
-    assert "\n" not in str(caught.value)
+    for more in ({}, {"state": tmp_path / "s"} | options):
+        with refused(match) as caught:
+            fimprobe.estimate(net(), data(inputs()), **OPTIONS, **options | more)
+        assert "\n" not in str(caught.value)
 
 
 def test_models_and_files_without_a_place_are_refused(tmp_path):

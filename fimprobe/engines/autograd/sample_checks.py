@@ -1,8 +1,9 @@
 """Single samples of a measured batch against the numbers that the measurement gave them.
 
 A plan is verified on the first samples of the first batch. Later samples may take another way through
-the forward, and later batches may have another structure. A few samples of every batch therefore run
-alone, with the cotangents of their labels.
+the forward, and later batches may have another structure. Samples at random therefore run alone, with
+the cotangents of their labels: in every measurement where shapes or ways may depend on data, else in
+the first ones, for each new shape of the inputs, after a change of the model, and now and then.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fimprobe.engines.autograd.verification import (
     measure_with_fallbacks,
     tolerance_of_types,
 )
+from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.problem.label_cotangents import label_cotangents
 from fimprobe.engines.problem.problem import Problem, Request
@@ -34,6 +36,33 @@ _MAX_ATTEMPTS = 3
 _CHECKS_OF_A_CHANGED_PLAN = 6
 """Samples that are checked where a batch showed a use that the plan did not cover: nothing else has
 verified the change."""
+
+
+_FIRST_MEASUREMENTS, _MEASUREMENTS_PER_CHECK = 3, 8
+"""Measurements of a plan that are all checked, and one in how many later ones."""
+
+_MAX_STATES = 1000
+"""Fingerprints of the model, with shapes of inputs, that are remembered."""
+
+
+def samples_to_check(problem: Problem, plan: Plan) -> int:
+    """Return how many samples this measurement compares, and count it.
+
+    Args:
+        problem: The measurement.
+        plan: A verified plan, which counts measurements and remembers what was compared.
+    """
+    number, fingerprint = plan.measurements, plan.twin and plan.twin.fingerprint
+    plan.measurements += 1
+    state = str([fingerprint, *(tuple(x.shape) for x in problem.batch.tensors())])
+    is_new = state not in plan.checked_states
+    if is_new and len(plan.checked_states) < _MAX_STATES:
+        plan.checked_states.add(state)
+    depends_on_data = bool(plan.layouts.unsure) or not plan.layouts.traced
+    if number == 0:
+        return 2
+    is_due = number < _FIRST_MEASUREMENTS or number % _MEASUREMENTS_PER_CHECK == 0
+    return int(is_new or depends_on_data or is_due)
 
 
 def measure_and_check(problem: Problem, plan: Plan, count: int) -> Measured:
@@ -151,4 +180,6 @@ def _agrees(problem: Problem, measured: Measured, b: int) -> bool:
 
 def _square(g: Tensor) -> Tensor:
     """‖g‖², a float64 scalar."""
-    return (g.coalesce().values() if g.is_sparse else g).double().square().sum()
+    values = g.coalesce().values() if g.is_sparse else g
+    # without a float64 copy of the gradient, which would cost as much as the gradient itself
+    return torch.linalg.vector_norm(at_least_float32(values)).double().square()

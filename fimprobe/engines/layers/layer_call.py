@@ -24,4 +24,6 @@ class LayerCall:
 
     def rows(self, samples: slice) -> LayerCall:
         """The call on some samples only."""
+        if all(samples == slice(0, len(x)) for x in self.inputs):
+            return self
         return LayerCall(self.module, tuple(x[samples] for x in self.inputs), self.folded)

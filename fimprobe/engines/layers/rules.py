@@ -72,6 +72,9 @@ def linear_weight(call: LayerCall, delta: Tensor) -> Tensor:
     (x,) = call.inputs
     if x.dim() == 2:
         return delta.unsqueeze(-1) * x[:, None, None, :]
+    if delta.shape[1] == 1:  # without broadcasting, which takes more operations
+        x, delta = _flat_positions(x), _flat_positions(delta.squeeze(1))
+        return torch.bmm(delta.transpose(1, 2), x).unsqueeze(1)
     x, delta = _positions(x.unsqueeze(1)), _positions(delta)
     return torch.matmul(delta.transpose(2, 3), x)
 
@@ -79,6 +82,11 @@ def linear_weight(call: LayerCall, delta: Tensor) -> Tensor:
 def _positions(x: Tensor) -> Tensor:
     """Reshape [B, S, ..., width] to [B, S, T, width]."""
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _flat_positions(x: Tensor) -> Tensor:
+    """Reshape [B, ..., width] to [B, T, width]."""
+    return x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1])
 
 
 def last_bias(call: LayerCall, delta: Tensor) -> Tensor:
@@ -109,6 +117,9 @@ def conv1d_weight(call: LayerCall, delta: Tensor) -> Tensor:
     (x,) = call.inputs
     if x.dim() == 2:
         return x[:, None, :, None] * delta.unsqueeze(-2)
+    if delta.shape[1] == 1:  # without broadcasting, which takes more operations
+        x, delta = _flat_positions(x), _flat_positions(delta.squeeze(1))
+        return torch.bmm(x.transpose(1, 2), delta).unsqueeze(1)
     x, delta = _positions(x.unsqueeze(1)), _positions(delta)
     return torch.matmul(x.transpose(2, 3), delta)
 

@@ -11,7 +11,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fimprobe.model.batch import Batch
+from fimprobe.model.batch_of_one import correct_gradient_of_one
 from fimprobe.model.sample_dimension import Layout, batch_first
+from fimprobe.model.twin import is_transformed
 
 Select = Callable[[Any], list[Tensor]]
 OptionalTensors = list[Tensor | None]
@@ -80,8 +82,12 @@ class SampleCall:
             leaves[i] = x
         args, kwargs = tree_unflatten(leaves, self._structure)
         if all(parameters[n] is p for n, p in self.module.named_parameters() if n in parameters):
-            return self._select(self.module(*args, **kwargs))
-        return self._select(call_with_parameters(self.module, parameters, args, kwargs))
+            out = self._select(self.module(*args, **kwargs))
+        else:
+            out = self._select(call_with_parameters(self.module, parameters, args, kwargs))
+        if not is_transformed():
+            correct_gradient_of_one(out)
+        return out
 
 
 def call_with_parameters(

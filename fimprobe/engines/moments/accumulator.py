@@ -17,7 +17,6 @@ from torch import Tensor
 from fimprobe.engines.moments.power_sums import (
     OuterProductPowers,
     broadcast_samples,
-    dot,
     in_float32_range,
     inner_products,
     is_one,
@@ -26,9 +25,6 @@ from fimprobe.engines.moments.power_sums import (
     undo_scale,
 )
 from fimprobe.engines.problem.weights import PassWeights
-
-MAX_FLOAT64_ELEMENTS = 2**24
-"""Entries that are converted to float64 at once to be summed: 128 MB, whatever the tensor's size."""
 
 
 @dataclass(kw_only=True)
@@ -71,7 +67,9 @@ class MomentAccumulator:
             sharded: Whether A2 is only allocated inside :meth:`sharded_sums`.
             sums_only: Whether A2 is not kept at all.
         """
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        dtype = parameter.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
         if sharded or sums_only:
             # one element, expanded: the shape is needed, the memory is not
             zero = torch.zeros((), dtype=dtype, device=parameter.device)
@@ -145,10 +143,15 @@ class MomentAccumulator:
         self._add_powers(powers.sums, scale, samples)
         if gram is None:
             gram = square.sum(-1)
-        self.gram[samples] += gram if scale is None else gram.double() * scale**2
+        # x[i] += y would copy the sum onto itself
+        self.gram[samples].add_(gram if scale is None else gram.double() * scale**2)
         if not self.sums_only:
-            self._zero_if_empty()
-            self.a2[where] += undo_scale(powers.f.sum(0), scale).view(tile)
+            f = undo_scale(powers.f.sum(0), scale)
+            if self.empty and f.shape[0] == self.a2.numel() and f.dtype == self.a2.dtype:
+                self.add_squares(f)
+            else:
+                self._zero_if_empty()
+                self.a2[where].add_(f.view(tile))
         if self.a4 is not None and self.q is not None and self.r is not None:
             power = 1.0 if scale is None else scale**4
             quartic, q, r = powers.entries(square, weights)
@@ -263,7 +266,10 @@ class MomentAccumulator:
         """Add Σ_b Σ_s w g² of every entry, computed elsewhere."""
         if self.sums_only:
             return
-        a2 = a2.to(self.a2.dtype).view(self.a2.shape)
+        if a2.dtype != self.a2.dtype:
+            a2 = a2.to(self.a2.dtype)
+        if a2.shape != self.a2.shape:
+            a2 = a2.view(self.a2.shape)
         self.a2, self.empty = (a2, False) if self.empty else (self.a2 + a2, False)
 
     def add_entry_sums(self, a4: Tensor, q: Tensor, r: Tensor) -> None:
@@ -309,21 +315,12 @@ class MomentAccumulator:
             return self.a2.new_empty(0)
         return self.a2 if self.local_shard is None else self.local_shard
 
-    def square_norm(self) -> Tensor:
-        """Σ_i A2_i² as a scalar; in float64 where the tensor is small or float32 overflows."""
-        if self.sums_only:
-            return torch.zeros((), dtype=torch.float64, device=self.a2.device)
-        if self.local_shard is None:
-            self._zero_if_empty()
-        a2 = self.a2 if self.local_shard is None else self.local_shard.to_local()
-        flat = a2.reshape(-1)
-        if flat.device.type == "cpu" and flat.dtype == torch.float32 and flat.numel() > 4096:
-            square = torch.dot(flat, flat)
-            if 1e-25 < float(square) < 1e30:
-                return square.double()
-        chunks = map(Tensor.double, flat.split(MAX_FLOAT64_ELEMENTS))
-        squares = [dot(chunk, chunk) for chunk in chunks]
-        return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    def squared(self) -> Tensor:
+        """A2 of this process's rows, initialised, for :func:`square_norms`."""
+        if self.local_shard is not None:
+            return self.local_shard.to_local()
+        self._zero_if_empty()
+        return self.a2
 
     def _zero_if_empty(self) -> None:
         """Initialise A2 before the first addition in place."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.moments.accumulator import MomentAccumulator
+from fimprobe.engines.moments.power_sums import square_norms
 from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 from fimprobe.statistics import Moments, subsample_entries
@@ -129,7 +130,8 @@ class MomentAccumulators:
         step = max(1, int(room / (8 * draws * width * len(names))))
         for start in range(0, size, step):
             samples = slice(start, min(start + step, size))
-            g = torch.stack([x[samples] for x in gradients]).double()
+            whole = step >= size
+            g = torch.stack(list(gradients) if whole else [x[samples] for x in gradients]).double()
             sample_weights = None if weights is None else weights.rows(samples)
             self._add_stack(names, g.view(len(names), -1, draws, width), samples, sample_weights)
 
@@ -164,7 +166,8 @@ class MomentAccumulators:
         powers[rows, :3, samples] += torch.stack([quartic.sum((2, 3)), q.sum(2), r.sum(2)], 1)
         if unweighted_quartic is None and len(blocks) == 1:
             powers[rows, 3, samples] += (f * square.amax(2)).sum(2)
-        for name, a2 in zip(names, f.sum(1).unbind(0), strict=True):
+        sums = f.sum(1).to(self.accumulators[names[0]].a2.dtype)
+        for name, a2 in zip(names, sums.unbind(0), strict=True):
             self.accumulators[name].add_squares(a2)
         if self.diagonals:
             entries = zip(names, quartic.sum((1, 2)), q.sum(1), r.sum(1), strict=True)
@@ -183,7 +186,10 @@ class MomentAccumulators:
     def totals(self) -> Totals:
         """All sums, still on the device; entries of A2 unless a parameter is sharded."""
         accumulators = self.accumulators.values()
-        squares = torch.stack([a.square_norm() for a in accumulators])
+        if self.sums_only:
+            squares = torch.zeros(len(accumulators), dtype=torch.float64, device=self.device)
+        else:
+            squares = square_norms([a.squared() for a in accumulators])
         has_entries = self.with_entries and all(a.local_shard is None for a in accumulators)
         entries = [subsample_entries(a.a2) for a in accumulators] if has_entries else None
         powers = torch.cat([_padded(p, len(squares)) for p in self.powers], 2)
@@ -205,17 +211,24 @@ class MomentAccumulators:
         weighted = norms if square_weights is None else norms * square_weights.double()
         a2_sums = weighted.sum((1, 2)).tolist()
         a2_squares = squares.tolist()
+        rows = zip(
+            powers.unbind(0),
+            norms.unbind(0),
+            grams.unbind(0) if grams.dim() == 4 else [None] * len(norms),
+            strict=True,
+        )
         moments = {}
-        for i, (name, accumulator) in enumerate(self.accumulators.items()):
+        pairs = zip(self.accumulators.items(), rows, strict=True)
+        for i, ((name, accumulator), (own_powers, own_norms, gram)) in enumerate(pairs):
             if name in exclude:
                 continue
             moments[name] = Moments(
                 a2=accumulator.result(),
                 a2_sum=a2_sums[i],
                 a2_square=a2_squares[i],
-                powers=powers[i],
-                squared_norms=norms[i],
-                gram=grams[i] if grams.dim() == 4 else None,
+                powers=own_powers,
+                squared_norms=own_norms,
+                gram=gram,
                 a4=accumulator.a4,
                 q=accumulator.q,
                 r=accumulator.r,

@@ -250,7 +250,11 @@ def _stack(
     use: ParameterUse, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
 ) -> Tensor:
     """δ [b, S, ...] of some samples and some rows of the parameter, divided by ``scale``."""
-    draws = [d[samples] if where is None else d[samples][..., where] for d in delta]
+    draws = delta
+    if samples != slice(0, len(delta[0])):
+        draws = [d[samples] for d in draws]
+    if where is not None and where != slice(0, draws[0].shape[-1]):
+        draws = [d[..., where] for d in draws]
     stacked = draws[0].unsqueeze(1) if len(draws) == 1 else torch.stack(draws, 1)
     if scale is None or stacked.dtype == torch.float64 or is_one(scale):
         return stacked

@@ -6,6 +6,7 @@ R and top are defined at :class:`fimprobe.statistics.Moments`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
+
+LARGE_ELEMENTS = 4096
+"""Entries from which sums of squares are computed in float32 on a CPU, if they stay in its range."""
 
 SMALLEST_SCALE = 2.0**-126
 """Gradients are not divided by less: the smallest power of two whose reciprocal float32 holds.
@@ -239,6 +243,36 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
         The inner product, a scalar in float64.
     """
     return torch.dot(x.reshape(-1), y.reshape(-1)).double()
+
+
+def square_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ x² of each tensor [n], float64; in few operations, whatever the number of tensors.
+
+    Args:
+        tensors: At least one, on one device.
+    """
+    flat = [x.reshape(-1) if x.dim() != 1 else x for x in tensors]
+    fast = [
+        i
+        for i, x in enumerate(flat)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > LARGE_ELEMENTS
+    ]
+    result = torch.zeros(len(flat), dtype=torch.float64, device=flat[0].device)
+    if fast:
+        squares = torch.stack([torch.dot(flat[i], flat[i]) for i in fast]).tolist()
+        # sums in float32 are several times faster on a CPU, where they stay in range
+        known = {i: square for i, square in zip(fast, squares, strict=True) if 1e-25 < square < 1e30}
+        if known:
+            result[list(known)] = result.new_tensor(list(known.values()))
+        fast = list(known)
+    others = sorted(set(range(len(flat))) - set(fast))
+    if others:
+        norms = torch._foreach_norm([flat[i] for i in others], 2, dtype=torch.float64)
+        squares_of_others = torch.stack(list(norms)).square()
+        if len(others) == len(flat):
+            return squares_of_others
+        result[others] = squares_of_others
+    return result
 
 
 def inner_products(rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
+from fimprobe.model.batch_of_one import correct_gradient_of_one
 from fimprobe.model.fsdp.shards import Shards
 
 Outputs = Callable[[Any], Tensor]
@@ -150,6 +151,8 @@ class Problem:
                 f"{tuple(h.shape)}. Let the batch be the first dimension of inputs and outputs, or "
                 "pass `output`, a function that returns the outputs [B, ...]."
             )
+        if batch.size == 1:
+            correct_gradient_of_one([h])
         self.likelihood.check_outputs(h)
         if unchecked is not None and h.device.type != "cpu" and self.shards is None:
             non_finite = h.numel() - torch.isfinite(h).sum()

@@ -81,7 +81,7 @@ def limit_saved_bytes(problem: Problem, size: int) -> Iterator[Callable[[], int]
         if total > problem.memory_mb * 2**19 and size > 1:
             raise MemoryLimitExceeded(size // 2)
         # a saved output would keep its own graph alive: a reference cycle that is never freed
-        return x.detach()
+        return x if x.grad_fn is None else x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         # the hooks of sharded models run inside these and count their own bytes

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
-
-from fimprobe.engines.spot_checks.proposals import EVEN_PARAMETERS, mixed_with_even, normalised
+from fimprobe.engines.spot_checks.proposals import EVEN_PARAMETERS
 from fimprobe.engines.tracing.spot_history import SpotHistory
 
 PILOT = 2
@@ -27,16 +25,16 @@ more than those of a large one: in a network of 5 layers with weights of size 1/
 held 73 % of V2 of a layer, and 30 checks often missed it.
 """
 
-LARGE_SHARE = 0.008
+LARGE_SHARE = 0.01
 """Share of V2, as far as it is known, from which a layer's error counts for itself."""
 
 TOTAL_ERROR, LAYER_ERROR = 0.1, 0.2
 """Relative errors of the total and of each large layer that are aimed at."""
 
-MARGIN = 1.5
+MARGIN = 1.2
 """Factor on the number of checks, since the stated error is wider than the spread."""
 
-PRIOR_SPREAD, PRIOR_WEIGHT = 0.9, 4.0
+PRIOR_SPREAD, PRIOR_WEIGHT = 0.9, 2.0
 """Relative standard deviation of a single check that is assumed, and its weight in checks."""
 
 GUESS_WEIGHT = 2.0
@@ -104,9 +102,13 @@ def learned_shares(
         values: V2 of the parameters, as far as it is known.
         num_checks: Number of checks behind these values.
     """
-    guessed = torch.tensor(list(guess.values()), dtype=torch.float64)
-    known = torch.tensor([values.get(name, 0.0) for name in guess], dtype=torch.float64)
-    if not bool(known.sum() > 0):
+    known = [max(values.get(name, 0.0), 0.0) for name in guess]
+    whole = sum(known)
+    if not 0 < whole < math.inf:
         return dict(guess)
-    shares = GUESS_WEIGHT * normalised(guessed) + num_checks * normalised(known)
-    return dict(zip(guess, mixed_with_even(shares, EVEN_PARAMETERS).tolist(), strict=True))
+    weight = GUESS_WEIGHT + num_checks
+    shares = {}
+    for (name, guessed), value in zip(guess.items(), known, strict=True):
+        share = (GUESS_WEIGHT * guessed + num_checks * value / whole) / weight
+        shares[name] = (1 - EVEN_PARAMETERS) * share + EVEN_PARAMETERS / len(guess)
+    return shares

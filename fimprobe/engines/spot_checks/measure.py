@@ -9,7 +9,6 @@ docs/theory.md, "Second derivatives by spot checks".
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +21,6 @@ from fimprobe.engines.spot_checks.allocation import (
     SLOTS_PER_INPUT,
     SLOTS_PER_LAYER,
     allot,
-    learned_shares,
     num_checks_at_least,
     relative_variances,
 )
@@ -33,7 +31,8 @@ from fimprobe.engines.spot_checks.proposals import LayerProposal
 from fimprobe.engines.spot_checks.quadratic import fisher_quadratic
 from fimprobe.engines.spot_checks.shifted_calls import Steps
 from fimprobe.engines.spot_checks.shifted_forward import ShiftedForward
-from fimprobe.engines.spot_checks.slots import Slot
+from fimprobe.engines.spot_checks.slots import CheckedEntry, Slot
+from fimprobe.engines.spot_checks.steering import note_checks, share_by_kind, share_by_layer
 from fimprobe.engines.spot_checks.step_sizes import TARGET, StepSizes
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.spot_history import SpotHistory
@@ -44,9 +43,6 @@ PILOT_REPEATS, MAIN_REPEATS = 2, 1
 
 MAX_ROWS = 64
 """Rows of a pass, where a batch of fewer inputs was not cut into chunks."""
-
-HISTORY_CHECKS = 8.0
-"""Number of checks for which V2 from earlier measurements counts."""
 
 CACHE_SHARE = 0.25
 """Share of the memory limit for outputs that are kept between passes."""
@@ -178,10 +174,10 @@ class SpotChecker:
         steering = self.history
         if self.pilot:
             steering = SpotHistory()
-            _note_checks(steering, self.layers, self.pilot)
-            self._share_by_kind(steering)
+            note_checks(steering, self.layers, self.pilot)
+            share_by_kind(self.layers, steering)
         else:
-            self._share_by_layer(steering)
+            share_by_layer(self.layers, steering)
         kinds = {layer: proposal.kind for layer, proposal in self.layers.items()}
         means = {
             layer: sum(steering.values.get(n, 0.0) for n in proposal.parameters)
@@ -191,27 +187,6 @@ class SpotChecker:
         slots = [slot for layer in self.layers for slot in self._draw(layer, counts[layer])]
         for value in self.settle(self.check(slots), MAIN_REPEATS):
             self.main.setdefault(value.slot.layer, []).append(value)
-
-    def _share_by_kind(self, pilot: SpotHistory) -> None:
-        """Learn from the pilot how V2 is shared by the parameters of all layers of a kind."""
-        shares: dict[str, Counter[str]] = {}
-        for proposal in self.layers.values():
-            whole = sum(pilot.values[name] for name in proposal.parameters)
-            for name in proposal.parameters:
-                share = pilot.values[name] / whole if whole > 0 else 0.0
-                shares.setdefault(proposal.kind, Counter())[_local(name)] += share
-        for proposal in self.layers.values():
-            of_kind = shares[proposal.kind]
-            values = {name: of_kind[_local(name)] for name in proposal.parameters}
-            num_checks = PILOT * sum(of_kind.values())
-            proposal.parameters = learned_shares(proposal.parameters, values, num_checks)
-
-    def _share_by_layer(self, history: SpotHistory) -> None:
-        """Share checks by the parameters of each layer as earlier measurements have shown."""
-        for proposal in self.layers.values():
-            proposal.parameters = learned_shares(
-                proposal.parameters, history.values, HISTORY_CHECKS
-            )
 
     def _adapt_steps(self, values: Sequence[CheckedEntry]) -> None:
         """Adapt η of every parameter to the median of its second differences."""
@@ -226,7 +201,7 @@ class SpotChecker:
         """Keep what this measurement has shown for later ones."""
         values = {name: self.pilot.get(name, []) + self.main.get(name, []) for name in self.layers}
         self.history.fade()
-        _note_checks(self.history, self.layers, values)
+        note_checks(self.history, self.layers, values)
         self._adapt_steps([value for of_layer in self.main.values() for value in of_layer])
         self.history.etas = self.steps.etas
         self.history.guarded |= set(self.guard.noted)
@@ -300,17 +275,15 @@ class SpotChecker:
             steps.sign = 0.0
             h = self.forward.run(rows, slots, steps, self.prefix)
             steps.deciding = False
-        difference = torch.zeros_like(h)
+        changes = []
         for sign in (1.0, -1.0):
             if kinks is not None:
                 kinks.follow()
             steps.sign = sign
-            moved = self.forward.run(rows, slots, steps, self.prefix).sub_(h)
+            changes.append(self.forward.run(rows, slots, steps, self.prefix).sub_(h))
             steps.deciding = False
-            if sign > 0:
-                self._note_for_guard(slots, h, moved, steps)
-            difference += moved
-        return self._values(slots, rows, h, difference, steps)
+        self._note_for_guard(slots, h, changes[0], steps)
+        return self._values(slots, rows, h, changes[0].add_(changes[1]), steps)
 
     def _note_for_guard(self, slots: Sequence[Slot], h: Tensor, moved: Tensor, steps: Steps) -> None:
         """Note one check of each kind of parameter, with what its shift has changed."""
@@ -384,48 +357,6 @@ class SpotChecker:
                 )
             )
         return SpotChecks(strata=strata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckedEntry:
-    """The result of one check.
-
-    Attributes:
-        slot: The check.
-        value: Its estimate of V2 of the layer.
-        difference: ρ, the size of the second difference over that of the outputs.
-        eta: η of its step.
-    """
-
-    slot: Slot
-    value: float
-    difference: float
-    eta: float
-
-
-def _note_checks(
-    history: SpotHistory,
-    layers: Mapping[str, LayerProposal],
-    checks: Mapping[str, Sequence[CheckedEntry]],
-) -> None:
-    """Add the values of checks to a history.
-
-    Args:
-        history: Receives them.
-        layers: The proposal of each layer.
-        checks: The checks of each layer.
-    """
-    for layer, proposal in layers.items():
-        of_layer = checks[layer]
-        sums = dict.fromkeys(proposal.parameters, 0.0)
-        for check in of_layer:
-            sums[check.slot.parameter] += check.value / len(of_layer)
-        history.note_values(sums)
-        history.note_spread(proposal.kind, [check.value for check in of_layer])
-
-
-def _local(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 _STREAM = 0x2545F491

@@ -8,7 +8,8 @@ spread evenly bounds the weights of entries that seem unimportant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -75,7 +76,7 @@ class FlatProposal:
 
     def probability(self, row: int, entry: int) -> float:
         """Return the probability of an entry; ``row`` is not read."""
-        return float(self._ranked().probabilities[entry])
+        return self._ranked().probabilities[entry]
 
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, all equally likely; ``row`` is not read."""
@@ -105,20 +106,19 @@ class OuterProposal:
     units: Tensor
     columns: Tensor
     unit_first: bool
-    _units: Ranked | None = None
+    _ranked_units: Ranked | None = None
+    _ranked_columns: dict[int, Ranked] = field(default_factory=dict)
 
     def draw(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, for the input at ``row``."""
-        if self._units is None:
-            self._units = Ranked.of(self.units)
-        unit, column = self._units.draw(uniform[0]), Ranked.of(self.columns[row]).draw(uniform[1])
-        return self._entry(unit, column)
+        unit = self._ranked().draw(uniform[0])
+        return self._entry(unit, self._ranked_at(row).draw(uniform[1]))
 
     def probability(self, row: int, entry: int) -> float:
         """Return the probability of an entry, for the input at ``row``."""
         first, second = divmod(entry, self.columns.shape[1] if self.unit_first else len(self.units))
         unit, column = (first, second) if self.unit_first else (second, first)
-        return float(self.units[unit] * self.columns[row, column])
+        return self._ranked().probabilities[unit] * self._ranked_at(row).probabilities[column]
 
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, all equally likely; ``row`` is not read."""
@@ -128,6 +128,16 @@ class OuterProposal:
     def num_entries(self, row: int) -> int:
         """Return the number of entries of the parameter; ``row`` is not read."""
         return len(self.units) * self.columns.shape[1]
+
+    def _ranked(self) -> Ranked:
+        if self._ranked_units is None:
+            self._ranked_units = Ranked.of(self.units)
+        return self._ranked_units
+
+    def _ranked_at(self, row: int) -> Ranked:
+        if row not in self._ranked_columns:
+            self._ranked_columns[row] = Ranked.of(self.columns[row])
+        return self._ranked_columns[row]
 
     def _entry(self, unit: int, column: int) -> int:
         if self.unit_first:
@@ -148,20 +158,21 @@ class LookupProposal:
     units: Tensor
     tokens: list[Tensor]
     probabilities: list[Tensor]
-    _units: Ranked | None = None
+    _ranked_units: Ranked | None = None
+    _ranked_tokens: dict[int, tuple[Ranked, list[int]]] = field(default_factory=dict)
 
     def draw(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, for the input at ``row``."""
-        if self._units is None:
-            self._units = Ranked.of(self.units)
-        unit = self._units.draw(uniform[0])
-        return self._entry(row, Ranked.of(self.probabilities[row]).draw(uniform[1]), unit)
+        unit = self._ranked().draw(uniform[0])
+        return self._entry(row, self._ranked_at(row)[0].draw(uniform[1]), unit)
 
     def probability(self, row: int, entry: int) -> float:
         """Return the probability of an entry, for the input at ``row``."""
         token, unit = divmod(entry, len(self.units))
-        of_token = self.probabilities[row][self.tokens[row] == token]
-        return float(self.units[unit] * of_token.sum())
+        ranked, tokens = self._ranked_at(row)
+        if token not in tokens:
+            return 0.0
+        return self._ranked().probabilities[unit] * ranked.probabilities[tokens.index(token)]
 
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry of a token of the input at ``row``, all equally likely."""
@@ -172,8 +183,19 @@ class LookupProposal:
         """Return the number of entries of the tokens of the input at ``row``."""
         return len(self.tokens[row]) * len(self.units)
 
+    def _ranked(self) -> Ranked:
+        if self._ranked_units is None:
+            self._ranked_units = Ranked.of(self.units)
+        return self._ranked_units
+
+    def _ranked_at(self, row: int) -> tuple[Ranked, list[int]]:
+        if row not in self._ranked_tokens:
+            ranked = Ranked.of(self.probabilities[row])
+            self._ranked_tokens[row] = ranked, self.tokens[row].tolist()
+        return self._ranked_tokens[row]
+
     def _entry(self, row: int, place: int, unit: int) -> int:
-        return int(self.tokens[row][place]) * len(self.units) + unit
+        return self._ranked_at(row)[1][place] * len(self.units) + unit
 
 
 @dataclass(kw_only=True)
@@ -204,29 +226,29 @@ class LayerProposal:
             count: Number of draws.
             generator: Source of the random numbers.
         """
-        names = list(self.parameters)
+        names, inputs = list(self.parameters), self.inputs.tolist()
         shares = torch.tensor([self.parameters[n] for n in names], dtype=torch.float64)
-        sizes = torch.tensor([self.entries[n].num_entries(0) for n in names], dtype=torch.float64)
-        even = sizes / sizes.sum()
-        cells = torch.cat([(1 - EVEN_DRAWS) * shares, EVEN_DRAWS * even])
+        sizes = [self.entries[n].num_entries(0) for n in names]
+        even = [size / sum(sizes) for size in sizes]
+        guided = torch.cat([(1 - EVEN_DRAWS) * shares, EVEN_DRAWS * shares.new_tensor(even)])
         rows = _indices(self.inputs, evenly_spaced(count, generator))
         rows = rows[torch.randperm(count, generator=generator)]
-        cell_of = _indices(cells, evenly_spaced(count, generator))
+        of_cells: dict[int, list[int]] = {}
+        cells = _indices(guided, evenly_spaced(count, generator)).tolist()
+        for cell, row in zip(cells, rows.tolist(), strict=True):
+            of_cells.setdefault(cell, []).append(row)
         drawn = []
-        for cell in cell_of.unique().tolist():
+        for cell, of_cell in of_cells.items():
             of_even, number = divmod(cell, len(names))
             name, entries = names[number], self.entries[names[number]]
-            of_cell = rows[cell_of == cell].tolist()
-            uniforms = [
-                evenly_spaced(len(of_cell), generator, mixed=True).tolist() for _ in range(2)
-            ]
+            uniforms = [evenly_spaced(len(of_cell), generator, mixed=True).tolist() for _ in range(2)]
+            draw = entries.draw_evenly if of_even else entries.draw
             for row, first, second in zip(of_cell, *uniforms, strict=True):
-                draw = entries.draw_evenly if of_even else entries.draw
                 entry = draw(row, (first, second))
-                probability = (1 - EVEN_DRAWS) * float(shares[number])
+                probability = (1 - EVEN_DRAWS) * self.parameters[name]
                 probability *= entries.probability(row, entry)
-                probability += EVEN_DRAWS * float(even[number]) / entries.num_entries(row)
-                drawn.append(DrawnEntry(name, row, entry, float(self.inputs[row]) * probability))
+                probability += EVEN_DRAWS * even[number] / entries.num_entries(row)
+                drawn.append(DrawnEntry(name, row, entry, inputs[row] * probability))
         return drawn
 
 
@@ -251,26 +273,29 @@ class Ranked:
     """Probabilities from the largest to the smallest, so that similar ones are neighbours.
 
     Attributes:
-        probabilities: Of each index [n], float64 on the CPU; their sum is 1.
+        probabilities: Of each index; their sum is 1.
         order: The indices by falling probability.
         cumulative: Sums of probabilities in this order.
     """
 
-    probabilities: Tensor
-    order: Tensor
-    cumulative: Tensor
+    probabilities: list[float]
+    order: list[int]
+    cumulative: list[float]
 
     @classmethod
     def of(cls, probabilities: Tensor) -> Ranked:
-        """Rank probabilities [n]."""
+        """Rank probabilities [n], float64 on the CPU."""
         ranked, order = probabilities.sort(descending=True, stable=True)
-        return cls(probabilities=probabilities, order=order, cumulative=ranked.cumsum(0))
+        return cls(
+            probabilities=probabilities.tolist(),
+            order=order.tolist(),
+            cumulative=ranked.cumsum(0).tolist(),
+        )
 
     def draw(self, uniform: float) -> int:
         """The index at a random number between 0 and 1."""
-        target = self.cumulative.new_tensor(uniform) * self.cumulative[-1]
-        place = int(torch.searchsorted(self.cumulative, target, right=True))
-        return int(self.order[min(place, len(self.order) - 1)])
+        place = bisect.bisect_right(self.cumulative, uniform * self.cumulative[-1])
+        return self.order[min(place, len(self.order) - 1)]
 
 
 def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False) -> Tensor:
@@ -306,10 +331,9 @@ def _indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 def normalised(weights: Tensor) -> Tensor:
     """Return weights divided by their sum along the last dimension; even ones where all are zero."""
-    weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
-    total = weights.sum(-1, keepdim=True)
-    even = torch.full_like(weights, 1 / weights.shape[-1])
-    return torch.where(total > 0, weights / total.where(total > 0, 1), even)
+    weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_(min=0)
+    shares = weights / weights.sum(-1, keepdim=True)
+    return shares.nan_to_num(1 / weights.shape[-1])  # 0/0 where all are zero
 
 
 def mixed_with_even(weights: Tensor, share: float) -> Tensor:

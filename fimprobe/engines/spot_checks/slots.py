@@ -1,4 +1,4 @@
-"""One spot check: an input, an entry of a parameter, and the weight of what is measured there."""
+"""One spot check: an input, an entry, the weight of what is measured there, and its result."""
 
 from __future__ import annotations
 
@@ -22,3 +22,20 @@ class Slot:
     row: int
     entry: int
     weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedEntry:
+    """The result of one check.
+
+    Attributes:
+        slot: The check.
+        value: Its estimate of V2 of the layer.
+        difference: ρ, the size of the second difference over that of the outputs.
+        eta: η of its step.
+    """
+
+    slot: Slot
+    value: float
+    difference: float
+    eta: float

@@ -39,6 +39,9 @@ class Plan:
         twin: How the model is copied; None before it was checked.
         input_roles: Which inputs hold the samples.
         spot_history: What spot checks of earlier measurements have shown.
+        measurements: Number of measurements with this plan since it was verified.
+        checked_states: Fingerprints of the model, with shapes of inputs, for which a sample was
+            compared.
     """
 
     layouts: BatchLayouts = field(default_factory=BatchLayouts)
@@ -57,6 +60,8 @@ class Plan:
     twin: TwinSettings | None = None
     input_roles: InputRoles = field(default_factory=InputRoles)
     spot_history: SpotHistory = field(default_factory=SpotHistory)
+    measurements: int = 0
+    checked_states: set[str] = field(default_factory=set)
 
     def keep_settings(self, earlier: Plan) -> None:
         """Take over what does not depend on how parameters are reached."""

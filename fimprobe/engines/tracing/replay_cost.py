@@ -13,9 +13,9 @@ from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.plan import Plan
 
-_PASSES_OF_VMAP = 5.0
-"""Forward and backward passes of a module that one evaluation takes under ``vmap``: measured with
-T5, XLNet, CoaT and LeViT, 2 to 8."""
+_PASSES_OF_VMAP = 9.0
+"""Forward and backward passes of a module that one evaluation takes under ``vmap``: 5 to 11 where it
+was measured (T5, XLNet, ViT, BEiT, EVA-02, CaiT, with layers so small that Python dominates)."""
 
 _PASSES_OF_A_LOOP = 3.0
 """The same for each sample of a loop: a forward, its backward, and the backward of both."""

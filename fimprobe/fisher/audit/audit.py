@@ -19,6 +19,7 @@ from fimprobe.fisher.audit.theirs import read_theirs
 from fimprobe.fisher.decisions import flatten
 from fimprobe.fisher.estimate import estimate, find_likelihood, make_reader
 from fimprobe.fisher.fisher import Fisher
+from fimprobe.fisher.options import check_run_options
 from fimprobe.fisher.streaming.batches import make_source
 from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods.base import Likelihood
@@ -90,6 +91,7 @@ def audit(
     '`theirs` is F, summed over the 64 inputs, not averaged (N forgotten): divide it by 64.'
     """
     _check_options(model, top, labels)
+    check_run_options(seed, None, None)
     with isolated_state(model, seed):
         diagonal, notes = read_theirs(theirs, model)
         source = make_source(data, seed)

@@ -24,7 +24,7 @@ from fimprobe.report.format import number, percent
 ZERO = 1e-9
 """Share of tr F below which a diagonal is zero up to rounding."""
 
-OF_MODEL = "labels of the model"
+OF_MODEL, OF_DRAWS = "labels of the model", "labels drawn from the model"
 
 AGREE = ", which agree here"
 
@@ -37,7 +37,7 @@ class Diagnosis:
     """What a diagonal is.
 
     Attributes:
-        sentence: The one candidate that fits; None if none or several do.
+        sentence: The one candidate that fits; None if none or several do, or one that fits much.
         candidates: All that were tried, those that fit first.
         notes: What was not tried, and why.
     """
@@ -53,6 +53,11 @@ class Diagnosis:
         fitting = group_fits(self.candidates)
         if fitting:
             named = "; or ".join(_phrase(group) for group in fitting)
+            if len(fitting) == 1:
+                return (
+                    "One candidate fits within noise, but batches with drawn labels have so much "
+                    f"noise that none is stated: {named}."
+                )
             return f"Several candidates fit within noise, so that none is stated: {named}."
         if not self.candidates:
             return "No candidate could be computed."
@@ -109,7 +114,7 @@ def diagnose(
                 theirs=theirs[stored.entries],
                 expected={key: x.second[stored.entries] for key, x in shown.items()},
                 stored=stored,
-                words={**words, MODEL: "labels drawn from the model"},
+                words={**words, MODEL: OF_DRAWS},
                 size=size,
             )
             fits += noisy.fits()
@@ -118,7 +123,7 @@ def diagnose(
     ranked = sorted(fits, key=lambda fit: (not fit.fits, fit.excess))
     fitting = group_fits(ranked)
     sentence = None
-    if len(fitting) == 1:
+    if len(fitting) == 1 and not _is_vague(fitting[0][0]):
         sentence = f"`theirs` is {_phrase(fitting[0])}{_remedy(fitting[0][0])}."
     return Diagnosis(sentence=sentence, candidates=ranked, notes=notes)
 
@@ -174,6 +179,11 @@ def group_fits(fits: list[CandidateFit]) -> list[list[CandidateFit]]:
         if fit.fits:
             groups.setdefault((fit.labels, fit.batch_size > 1), []).append(fit)
     return list(groups.values())
+
+
+def _is_vague(fit: CandidateFit) -> bool:
+    """Whether a candidate fits much: few batches, and labels of which simulations know few."""
+    return fit.batch_size > 1 and fit.labels == OF_DRAWS
 
 
 def _phrase(fits: list[CandidateFit]) -> str:

@@ -63,22 +63,17 @@ class Discriminants:
         return torch.cat([chi.unsqueeze(1), shape @ self.directions], 1)
 
 
-def deviation(
-    discriminants: Discriminants, theirs: Tensor, simulated: Tensor, *, shapes_only: bool
-) -> float:
+def deviation(discriminants: Discriminants, theirs: Tensor, simulated: Tensor) -> float:
     """Return the largest deviation of a diagonal from simulations, in their standard deviations.
 
     Args:
         discriminants: Those of the candidate.
         theirs: The diagonal [entries].
         simulated: Simulations of the candidate [n, entries].
-        shapes_only: Whether χ² is left out: simulations with few labels of each input miss rare ones.
     """
-    first = 1 if shapes_only else 0
-    features = discriminants.features(simulated)[:, first:]
-    difference = discriminants.features(theirs[None])[0, first:] - features.mean(0)
-    deviations = difference.abs() / features.std(0).clamp(min=1e-9)
-    return float(deviations.max()) if len(deviations) else 0.0
+    features = discriminants.features(simulated)
+    difference = discriminants.features(theirs[None])[0] - features.mean(0)
+    return float((difference.abs() / features.std(0).clamp(min=1e-9)).max())
 
 
 def covariance_of_batches(rows: Tensor, size: int) -> Tensor:

@@ -56,6 +56,9 @@ LEAST_LIMIT, RATIO = 3.5, 2.0
 """A candidate is not likely if its deviation exceeds both the first number and the second times that
 of the best one: unlikely batches deviate from all candidates, and rule none of them out."""
 
+LARGEST_LIMIT = 5.0
+"""The deviation above which none is likely."""
+
 
 @dataclass(kw_only=True)
 class NoisyCandidates:
@@ -90,18 +93,18 @@ class NoisyCandidates:
     def _limits(
         self, by_convention: Mapping[tuple[str, bool, Convention], list[CandidateFit]]
     ) -> Iterator[tuple[str, list[CandidateFit], float]]:
-        """Yield labelling and fits of each convention, with the deviation up to which one is likely."""
+        """Yield labelling, fits of each convention, and the deviation up to which one is likely."""
         ranked: dict[str, list[float]] = {}
         for (key, _, _), fits in by_convention.items():
             ranked.setdefault(key, []).extend(f.deviation for f in fits if _is_usual(f))
         least = min((x for values in ranked.values() for x in values), default=math.inf)
-        limit = max(LEAST_LIMIT, RATIO * least) if math.isfinite(least) else math.inf
+        limit = min(LARGEST_LIMIT, max(LEAST_LIMIT, RATIO * least))
         for (key, single, _), fits in by_convention.items():
-            if single and math.isfinite(limit):  # batches explain an unusual scale too
+            if single and least <= limit:  # batches explain an unusual scale too
                 fits = [f if f.scale_words else replace(f, fits=False) for f in fits]
             # simulations do not know rare labels well enough to separate conventions
             wide = key == MODEL and min(ranked[key], default=math.inf) <= limit
-            yield key, fits, RATIO * limit if wide else limit
+            yield key, fits, LARGEST_LIMIT if wide else limit
 
     def _fits_at(self, key: str, size: int) -> Iterator[tuple[Convention, CandidateFit]]:
         conventions = CONVENTIONS[:1] if size == 1 else self._near_conventions(key, size)
@@ -119,9 +122,8 @@ class NoisyCandidates:
                 continue
             fit = self._fit(key, size, convention, simulated)
             if fit.fits and discriminants is not None:
-                off = deviation(discriminants, self.theirs, simulated, shapes_only=key == MODEL)
-                off = max(abs(offset) / spread, off)
-                fit = replace(fit, deviation=off)
+                off = deviation(discriminants, self.theirs, simulated)
+                fit = replace(fit, deviation=max(abs(offset) / spread, off))
             yield convention, fit
 
     def _near_conventions(self, key: str, size: int) -> list[Convention]:

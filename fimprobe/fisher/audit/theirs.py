@@ -79,10 +79,10 @@ def _check(name: str, x: Tensor, parameter: Tensor) -> None:
             f"`theirs` must have the shapes of the parameters, but {name!r} is {tuple(x.shape)} and "
             f"the parameter {tuple(parameter.shape)}. Pass what was computed for this model."
         )
-    if x.is_complex() or not bool(torch.isfinite(x).all()):
+    if x.is_meta or x.is_complex() or not bool(torch.isfinite(x).all()):
         raise FimprobeError(
-            f"`theirs` must hold finite real numbers, but {name!r} has others. Check for overflow "
-            "in half precision."
+            f"`theirs` must hold finite real numbers, but {name!r} has others, or none (device "
+            "'meta'). Check for overflow in half precision."
         )
 
 

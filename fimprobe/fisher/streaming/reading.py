@@ -102,6 +102,8 @@ class InputReader:
         if bool(known.all()):
             return None
         self.note(f"Positions whose label is {self.ignored} are left out, as losses leave them out.")
+        if not bool(known.flatten(1).any(1).all() if known.dim() > 1 else known.all()):
+            self.note("Inputs without a label add nothing to F, but count in its mean.")
         return known
 
     def _note_second(self, raw: Any) -> None:

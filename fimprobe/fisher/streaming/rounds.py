@@ -173,10 +173,20 @@ def _next_item(batches: Iterator[NumberedBatch], number: int) -> NumberedBatch |
     except FimprobeError:
         raise
     except Exception as error:
-        raise FimprobeError(
-            f"`data` must be readable, but batch {number} is not ({_one_line(error)}). What was "
-            "measured before it is kept."
-        ) from error
+        raise unreadable(number, error) from error
+
+
+def unreadable(number: int, error: Exception) -> FimprobeError:
+    """Return the error about data that cannot be read.
+
+    Args:
+        number: Number of the batch.
+        error: The error of the data.
+    """
+    return FimprobeError(
+        f"`data` must be readable, but batch {number} is not ({_one_line(error)}). What was measured "
+        "before it is kept."
+    )
 
 
 def _one_line(error: Exception) -> str:

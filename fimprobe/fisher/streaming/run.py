@@ -330,20 +330,20 @@ class EstimateRun:
         """Continue from the newest state that every process has, if there is one."""
         if self.file.path is None:
             return
-        self.checksum = self._checksum()
-        state = self.file.newest(self.processes)
+        group, rank = self.processes, self.processes.rank
+
+        def checksum() -> int:
+            return content_checksum(self.source, self.reader, rank, group.size)
+
+        self.checksum = group.run_everywhere(checksum)[rank]
+        state = self.file.newest(group)
         if state is not None:
+            ordered, repeatable = self.source.ordered, self.source.repeatable
+            stored, again = state["checksum"], checksum if repeatable else None
+            group.run_everywhere(lambda: check_content(stored, self.checksum, again, ordered))
             self._restore(state)
 
-    def _checksum(self) -> int:
-        """The checksum of this process's first batch."""
-        raw = self.source.first(self.processes.rank, self.processes.size)
-        return 0 if raw is None else content_checksum(self.reader.read(raw))
-
     def _restore(self, state: Mapping[str, Any]) -> None:
-        if state["checksum"] != self.checksum:
-            again = self._checksum() if self.source.repeatable else self.checksum
-            check_content(self.source.ordered, varies=again != self.checksum)
         self.position = Position(**state["position"])
         self.pilot = Pilot(**state["pilot"])
         self.sums = self.sums.with_tensors(state["sums"])

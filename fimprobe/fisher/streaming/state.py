@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from fimprobe._version import __version__
 from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.errors import FimprobeError
-from fimprobe.model.batch import Batch
+from fimprobe.fisher.streaming.batches import Source
+from fimprobe.fisher.streaming.reading import InputReader
+from fimprobe.fisher.streaming.rounds import unreadable
 
 FORMAT = 2
 """Version of the file's layout."""
@@ -40,12 +42,23 @@ def fingerprint(parameters: Mapping[str, Tensor], options: Mapping[str, Any]) ->
     return f"fimprobe {__version__}, layout {FORMAT}, model {checksum:08x}, {described}"
 
 
-def content_checksum(content: tuple[Batch, Tensor | None] | None) -> int:
-    """Return a number that differs for other inputs.
+def content_checksum(source: Source, reader: InputReader, rank: int, processes: int) -> int:
+    """Return a number that differs for other data: the checksum of a process's first batch.
 
     Args:
-        content: A batch with its mask; None for an empty one.
+        source: The data.
+        reader: From batches to inputs.
+        rank: Number of the process.
+        processes: Number of processes.
+
+    Raises:
+        FimprobeError: If the data cannot be read.
     """
+    try:
+        raw = source.first(rank, processes)
+    except Exception as error:
+        raise unreadable(0, error) from error
+    content = None if raw is None else reader.read(raw)
     checksum = 0
     for x in tree_leaves(content and (content[0].args, content[0].kwargs, content[1])):
         if isinstance(x, Tensor):
@@ -55,27 +68,31 @@ def content_checksum(content: tuple[Batch, Tensor | None] | None) -> int:
     return checksum
 
 
-def check_content(ordered: bool, *, varies: bool) -> None:
+def check_content(stored: int, now: int, again: Callable[[], int] | None, ordered: bool) -> None:
     """Refuse to continue with data whose first batch differs.
 
     Args:
+        stored: The checksum in the state.
+        now: That of the data.
+        again: Reads the data anew; None where they can be read once only.
         ordered: Whether batches are those of the data.
-        varies: Whether the first batch differs each time it is read.
 
     Raises:
         FimprobeError: Unless single inputs are read, which are augmented at random.
     """
-    if varies and not ordered:
+    if stored == now:
         return
-    if varies:
+    varies = again is not None and again() != now
+    if varies and ordered:
         raise FimprobeError(
             "`data` must yield the same batches in the same order each time for `state`, but the "
             "first batch differs. Pass a Dataset, a DataLoader over one, or a list of batches."
         )
-    raise FimprobeError(
-        "`state` must belong to this estimate, but it holds one of other data: the first batch "
-        "differs. Pass another path, or delete it to start again."
-    )
+    if not varies:
+        raise FimprobeError(
+            "`state` must belong to this estimate, but it holds one of other data: the first batch "
+            "differs. Pass another path, or delete it to start again."
+        )
 
 
 class StateFile:

@@ -58,10 +58,14 @@ class BatchCapture:
         self.evaluations = 0
         self._candidates: list[CapturedBatch] = []
         self._running: list[CapturedBatch | None] = []
-        set_hooks(model, self._before, self._after)
         self._compiled: Any = None
         self._wrapper: Any = None
-        self._wrap_compiled()
+        try:
+            set_hooks(model, self._before, self._after)
+            self._wrap_compiled()
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def last(self) -> CapturedBatch | None:

@@ -187,3 +187,84 @@ def test_laplace_of_a_regression_has_its_own_noise():
     la = laplace.Laplace(model, "regression", **options)
     exact.to_laplace(la)
     torch.testing.assert_close(la.posterior_variance, fitted.posterior_variance, rtol=1e-4, atol=0)
+
+
+# -- what would be wrong without a word ------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Two names of one weight, as those of the embedding and the head of a language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def exactly(model, x):
+    return fimprobe.estimate(model, x, draws="exact", rel_error=1e-9, **CATEGORICAL)
+
+
+def test_both_names_of_a_tied_weight_are_merged():
+    torch.manual_seed(0)
+    models, tokens = [Tied(), Tied()], torch.randint(6, (40, 3))
+    fishers = [exactly(model, tokens) for model in models]
+    copies = [{n: x.clone() for n, x in model.state_dict().items()} for model in models]
+    for states in ([model.state_dict() for model in models], copies):
+        merged = fimprobe.Fisher.merge(fishers, states).state
+        plain = (states[0]["head.weight"] + states[1]["head.weight"]) / 2
+        assert list(merged) == list(states[0])
+        assert torch.equal(merged["head.weight"], merged["embedding.weight"])
+        assert not torch.allclose(merged["head.weight"], plain, rtol=1e-2)
+
+
+def test_states_in_another_order_are_refused():
+    torch.manual_seed(0)
+    models, x = [mlp(), mlp()], torch.randn(40, 4)
+    fishers = [exactly(model, x) for model in models]
+    states = [model.state_dict() for model in models]
+    fimprobe.Fisher.merge(fishers, states)
+    with pytest.raises(fimprobe.FimprobeError, match="Fisher 0 was measured at state 1"):
+        fimprobe.Fisher.merge(fishers, states[::-1])
+
+
+def test_ratios_are_those_of_one_model_and_zeros_are_not_sure():
+    torch.manual_seed(0)
+    x = torch.randn(40, 4)
+    x[:20, 0] = 0
+    model = nn.Linear(4, 3)
+    drawn = [fimprobe.estimate(model, part, draws=2, rel_error=1e-9, **CATEGORICAL)
+             for part in (x[:20], x[20:])]  # fmt: skip
+    ratio = drawn[0].ratio(drawn[1])
+    assert bool((ratio.values["weight"][:, 0] == 0).all())
+    inverse = drawn[1].ratio(drawn[0])
+    assert bool(inverse.values["weight"][:, 0].isinf().all())
+    assert bool(inverse.std_error["weight"][:, 0].isinf().all())
+    none = drawn[0].ratio(drawn[0])
+    assert bool((none.std_error["weight"][:, 0] == 0).all())  # certain: these inputs are zero
+    drawn[0].std_error["weight"][:, 0] = 0.1
+    expected = 0.1 / drawn[1].diagonal["weight"][:, 0]
+    torch.testing.assert_close(drawn[0].ratio(drawn[1]).std_error["weight"][:, 0], expected)
+    with pytest.raises(fimprobe.FimprobeError, match="one state of the model"):
+        drawn[0].ratio(fimprobe.estimate(nn.Linear(4, 3), x, **CATEGORICAL))
+
+
+class DiagLaplace:
+    """What is read of laplace-torch's class before its Hessian is set."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def test_laplace_needs_the_size_of_the_data_and_the_measured_parameters():
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(640, 4)
+    part = fimprobe.estimate(model, iter(x.split(16)), **CATEGORICAL)
+    assert part.metadata["data_size"] is None
+    with pytest.raises(fimprobe.FimprobeError, match="`num_inputs` must be"):
+        part.to_laplace(DiagLaplace(model))
+    with pytest.raises(fimprobe.FimprobeError, match="at which F was measured"):
+        part.to_laplace(DiagLaplace(mlp()), num_inputs=640)

@@ -231,3 +231,13 @@ def test_a_full_disk_is_one_sentence_from_the_first_byte_on(tmp_path, caplog):
     told = in_a_fork(train)
     assert re.fullmatch(r"fimprobe: tensorboard log_dir=\S+ cannot be written .*File too large", told)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
+def test_a_damaged_step_is_no_step_when_a_training_resumes(tmp_path):
+    path = tmp_path / "fimprobe.jsonl"
+    write_steps(path, 0, 1)
+    path.write_text(
+        path.read_text() + '{"step": Infinity}\n{"step": NaN}\n{"step": null}\n{"run": 1}\n'
+    )
+    write_steps(path, 2, purge_step=2)
+    assert steps(path) == [0, 1, 2]

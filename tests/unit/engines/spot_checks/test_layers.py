@@ -77,7 +77,7 @@ def groups_of(sums):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_are_unbiased(double, monkeypatch, name):
-    runs, sums = replicates(name, 6, monkeypatch)
+    runs, sums = replicates(name, 4, monkeypatch)
     total = sum(sums.values())
     for group, names in groups_of(sums).items():
         expected = sum(sums[n] for n in names)
@@ -91,7 +91,7 @@ def test_sums_are_unbiased(double, monkeypatch, name):
 
 @pytest.mark.parametrize("name", ["layers", "GPT-2"])
 def test_stated_errors_cover_the_truth(double, monkeypatch, name):
-    runs, sums = replicates(name, 12, monkeypatch, slots=12)
+    runs, sums = replicates(name, 5, monkeypatch, slots=12)
     covered = []
     for names in groups_of(sums).values():
         expected = sum(sums[n] for n in names)
