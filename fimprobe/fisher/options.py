@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fimprobe.errors import FimprobeError
 from fimprobe.measurement.arguments import check_model
+from fimprobe.measurement.tensor_checks import check_readable
 from fimprobe.model.fsdp.placement import is_sharded
 from fimprobe.model.twin import trainable
 
@@ -50,6 +51,7 @@ def check_options(
         FimprobeError: With the argument, its value and the remedy.
     """
     check_model(model)
+    check_readable(model)
     if is_sharded(model):
         raise FimprobeError(
             "`model` must not be sharded (FSDP) for an estimate over a data set. Pass the whole "

@@ -36,12 +36,6 @@ def check_model(model: Any) -> None:
             "`model` must have trainable parameters, got none with requires_grad=True. Unfreeze "
             "the parameters that are to be measured."
         )
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if meta:
-        raise FimprobeError(
-            f"`model` must hold values, but {meta[0]!r} is on the device 'meta', which has none. "
-            "Load the weights onto a device first."
-        )
 
 
 def make_request(options: Config, labels: Any) -> Request:

@@ -217,7 +217,7 @@ def test_bad_input_is_one_sentence(name, tmp_path):
 
 def test_models_and_files_without_a_place_are_refused(tmp_path):
     pytest.importorskip("safetensors")
-    with refused("on the device 'meta'"):
+    with refused("on the meta device"):
         fimprobe.estimate(net().to("meta"), inputs(), **OPTIONS)
     f = estimate_exactly(net(), inputs())
     for path in (tmp_path / "none" / "f", tmp_path):

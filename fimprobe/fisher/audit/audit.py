@@ -25,6 +25,7 @@ from fimprobe.fisher.sums.measurer import Measurer
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.measurement.arguments import check_model
 from fimprobe.measurement.isolation import isolated_state
+from fimprobe.measurement.tensor_checks import check_readable
 
 _REFERENCE_STREAM = 0x3C6EF372
 """The seed is combined with it by exclusive or: noise of F̂ must not be that of an audited Fisher."""
@@ -149,6 +150,7 @@ def _process_notes() -> list[str]:
 
 def _check_options(model: nn.Module, top: float, labels: Callable[[Any], Any] | None) -> None:
     check_model(model)
+    check_readable(model)
     if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top < 1:
         raise FimprobeError(f"`top` must be between 0 and 1, got {top!r}. Use 0.1 for a tenth.")
     if labels is not None and not callable(labels):

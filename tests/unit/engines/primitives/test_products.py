@@ -79,12 +79,13 @@ import sys, torch, fimprobe
 from torch import nn
 net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten(), nn.LayerNorm(48),
                     nn.Linear(48, 4))
+optimizer = torch.optim.SGD(net.parameters())  # torch's own import of torch._dynamo
 before = set(sys.modules)
 fimprobe.measure(net, torch.randn(5, 1, 6, 6), likelihood="categorical")
 with fimprobe.attach(net, tensorboard={"log_dir": sys.argv[1]}) as probe:
     for _ in range(3):
         nn.functional.cross_entropy(net(torch.randn(5, 1, 6, 6)), torch.zeros(5).long()).backward()
-        probe.step()
+        optimizer.step()
     assert probe.history
     # at its end, when the training is over, the probe draws pictures
     slow = {"sympy", "torch._dynamo", "matplotlib", "torch._decomp.decompositions_for_jvp"}
