@@ -34,6 +34,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!fimprobe\b).*")]
 nitpick_ignore = [  # internal types in the signatures of what adapters use
     ("py:class", "fimprobe.distributed.processes.T"),
     ("py:class", "fimprobe.engines.tracing.batch_layout.BatchLayouts"),
+    ("py:class", "fimprobe.engines.tracing.spot_history.SpotHistory"),
     ("py:class", "fimprobe.fisher.records.FisherRecord"),
     ("py:class", "fimprobe.jacobian_bounds.layer_bound.LayerBound"),
     ("py:class", "fimprobe.model.input_roles.InputRoles"),

@@ -49,6 +49,7 @@ from fimprobe.model.fsdp.placement import check_sharded, is_sharded
 from fimprobe.model.fsdp.sharded_twin import make_sharded_twin
 from fimprobe.model.fsdp.shards import Shards
 from fimprobe.model.input_roles import make_twin_for_batch
+from fimprobe.model.leftovers import dropping_leftovers
 from fimprobe.model.outputs import JoinedOutputs, select_outputs
 from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
@@ -333,7 +334,8 @@ def _bind_heads(
     if not isinstance(likelihood, Joint):
         return likelihood
     first = batch[:1]
-    with torch.no_grad(), nullcontext() if shards is None else shards.saving():
+    saving = nullcontext() if shards is None else shards.saving()
+    with torch.no_grad(), saving, dropping_leftovers(twin):
         heads = select.heads(twin(*first.args, **first.kwargs))
     return likelihood.bind([head.shape[1:] for head in heads.values()])
 

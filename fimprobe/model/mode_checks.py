@@ -8,6 +8,7 @@ from torch import nn
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.leftovers import dropping_leftovers
 from fimprobe.model.runs import (
     Run,
     Selector,
@@ -135,6 +136,6 @@ def is_repeatable(
     if batch.size < 2:
         return False
     args, kwargs = clone_inputs(batch[:1])
-    with same_randomness():
+    with same_randomness(), dropping_leftovers(twin):
         alone = select_outputs(twin(*args, **kwargs)).detach()
     return almost_equal(alone, run.outputs[:1])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
+from fimprobe.model.leftovers import dropping_leftovers
 from fimprobe.model.randomness import HostStreams, PrivateRandomness
 from fimprobe.model.storage_guard import StorageGuard, addresses
 
@@ -82,7 +83,7 @@ def run_model(
     guard.watch_inputs(addresses({"inputs": [args, kwargs]}))
     gradients: Sequence[Tensor | None] = [None] * len(tensors)
     with same_randomness(host=host) as randomness:
-        with guard:
+        with guard, dropping_leftovers(model):
             outputs = select_outputs(model(*args, **kwargs))
         if not isinstance(outputs, Tensor):
             raise FimprobeError(

@@ -17,6 +17,7 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
 from fimprobe.model.batch_of_one import correct_gradient_of_one
 from fimprobe.model.fsdp.shards import Shards
+from fimprobe.model.leftovers import dropping_leftovers
 
 Outputs = Callable[[Any], Tensor]
 
@@ -138,7 +139,8 @@ class Problem:
         args, kwargs = tree_map(
             lambda x: x.detach() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
         )
-        with nullcontext() if self.shards is None else self.shards.saving():
+        saving = nullcontext() if self.shards is None else self.shards.saving()
+        with saving, dropping_leftovers(self.twin):
             h = self.select_outputs(self.twin(*args, **kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(

@@ -125,7 +125,13 @@ def case(name):
     return made.model.double(), tuple(x.double() if x.is_floating_point() else x for x in made.inputs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# models whose shares differ from the whole in some field, and every third of the rest
+FREQUENT = {*REASONS, *NAMES[::3]}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in FREQUENT else pytest.mark.long) for n in NAMES]
+)
 def test_shares_of_every_kind_of_model(name):
     model, inputs = case(name)
     options = {"likelihood": "categorical", "estimators": ("i1", "i2", "ih"), "diagonals": True}

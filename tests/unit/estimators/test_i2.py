@@ -191,11 +191,25 @@ def tokens_net():
     return model, torch.tensor([[0, 2], [1, 1], [2, 1]])
 
 
+NETS = ["mlp", "mlp by BackPACK", "sequence", "masked sequence"]
+SAMPLINGS = [*((d, "size_biased") for d in (1, 2, 3, "exact")), *((d, "model") for d in (1, 3))]
+# every net and every sampling once or twice; the other pairs are long
+FREQUENT = {
+    *(("mlp", 1, "size_biased"), ("mlp", 3, "model")),
+    *(("mlp by BackPACK", 2, "size_biased"), ("mlp by BackPACK", 1, "model")),
+    *(("sequence", "exact", "size_biased"), ("sequence", 1, "model")),
+    *(("masked sequence", 3, "size_biased"), ("masked sequence", 3, "model")),
+}
+
+
 @pytest.mark.parametrize(
-    ("draws", "label_sampling"),
-    [*((d, "size_biased") for d in (1, 2, 3, "exact")), *((d, "model") for d in (1, 3))],
+    ("name", "draws", "label_sampling"),
+    [
+        pytest.param(n, *s, marks=() if (n, *s) in FREQUENT else pytest.mark.long)
+        for n in NETS
+        for s in SAMPLINGS
+    ],
 )
-@pytest.mark.parametrize("name", ["mlp", "mlp by BackPACK", "sequence", "masked sequence"])
 @pytest.mark.parametrize("seeds", few_or_many(16, 60))
 def test_sampled_labels_and_probes_are_unbiased(name, draws, label_sampling, seeds, double):
     """V2, the trace of F or of F − R and L2 of parameters, layers and the whole."""
@@ -237,8 +251,16 @@ def test_sampled_labels_and_probes_are_unbiased(name, draws, label_sampling, see
     agree(found, truths(truth, groups, kinds), 2 * len(groups), seeds)
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-@pytest.mark.parametrize("name", ["categorical", "bernoulli", "poisson"])
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [
+        *(("categorical", 3), ("bernoulli", 1), ("poisson", 1)),
+        *(
+            pytest.param(n, d, marks=pytest.mark.long)
+            for n, d in (("categorical", 1), ("bernoulli", 3), ("poisson", 3))
+        ),
+    ],
+)
 def test_the_residual_is_taken_off_where_labels_come_from_the_model(name, draws, double):
     """R of drawn labels has a mean that varies; size-biased and exact ones leave out what is 0."""
     likelihood, labels, outputs = FAMILIES[name]
@@ -426,7 +448,11 @@ CHUNKED = ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", 
 
 @pytest.mark.parametrize(
     ("name", "draws"),
-    [*((n, d) for n in CHUNKED for d in (1, 2)), ("mlp", "exact"), ("gru", "exact")],
+    [
+        *((n, 2) for n in CHUNKED),
+        *(pytest.param(n, 1, marks=pytest.mark.long) for n in CHUNKED if n != "mlp"),
+        *(("mlp", 1), ("mlp", "exact"), ("gru", "exact")),
+    ],
 )
 def test_chunks_draw_the_same_labels_and_probes(name, draws, double):
     case = CASES[name]()

@@ -211,7 +211,10 @@ def measured(block, each):
 
 
 @pytest.mark.parametrize("each", few_or_many(8, 25))
-@pytest.mark.parametrize("block", range(ARCHITECTURES))
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, marks=pytest.mark.long if b % 2 else ()) for b in range(ARCHITECTURES)],
+)
 def test_no_bound_is_violated_on_random_nets(block, each, double):
     reports, truth, groups = measured(block, each)
     assert [line for r in reports for line in r.advice if "VIOLATED" in line] == []

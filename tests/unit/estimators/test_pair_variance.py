@@ -272,8 +272,16 @@ def test_simulated_estimators_err_as_told(family, inputs, labels, double, raw_nu
         assert error < 0.1 * off
 
 
-@pytest.mark.parametrize("label_sampling", ["size_biased", "model", "exact"])
-@pytest.mark.parametrize("bias", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("label_sampling", "bias"),
+    [
+        *(("size_biased", 0.0), ("model", 3.0), ("exact", 3.0)),
+        *(
+            pytest.param(*pair, marks=pytest.mark.long)
+            for pair in (("size_biased", 3.0), ("model", 0.0), ("exact", 0.0))
+        ),
+    ],
+)
 @pytest.mark.parametrize("runs", few_or_many(60, 120))
 def test_pairs_of_random_batches_err_as_they_say(label_sampling, bias, runs, double):
     """Batches of the pool: the pairs that they tell, over the true number, and ``pairs_error``."""

@@ -193,7 +193,12 @@ def check(seen, want, where):
 
 
 @pytest.mark.parametrize(
-    ("name", "draws"), [*((n, 2) for n in MAKERS), ("tokens", 1), ("poisson", 1), ("tokens", 3)]
+    ("name", "draws"),
+    [
+        *((n, 2) for n in MAKERS),
+        ("tokens", 1),
+        *(pytest.param(n, d, marks=pytest.mark.long) for n, d in (("poisson", 1), ("tokens", 3))),
+    ],
 )
 @pytest.mark.parametrize("sure", [False, True])
 def test_moments_of_size_biased_labels_are_unbiased(name, draws, sure):

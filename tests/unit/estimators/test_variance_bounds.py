@@ -197,7 +197,13 @@ def of_wide(truth, index, classes):
     return {k: dense.mean(e[k] for e in each) for k in each[0]}
 
 
-@pytest.mark.parametrize(("classes", "probes"), [(3, 2), (30, 2), (100, 2), (100, 24)])
+@pytest.mark.parametrize(
+    ("classes", "probes"),
+    [
+        *((3, 2), (100, 24)),
+        *(pytest.param(classes, 2, marks=pytest.mark.long) for classes in (30, 100)),
+    ],
+)
 def test_drawn_labels_have_unbiased_bounds_and_right_errors(classes, probes, double):
     model, args, truth = wide(classes)
     groups, plan, seeds, seen = brute_force.groups(model), Plan(), 120, {}
@@ -327,7 +333,9 @@ def test_dense_curvature_gives_the_dense_bounds(name, exact, double):
 
 
 @pytest.mark.parametrize("draws", ["exact", 2])
-@pytest.mark.parametrize("name", ["categorical", "bernoulli 2", "two positions"])
+@pytest.mark.parametrize(
+    "name", ["categorical", pytest.param("bernoulli 2", marks=pytest.mark.long), "two positions"]
+)
 @pytest.mark.parametrize("seeds", few_or_many(16, 50))
 def test_reported_bounds_of_i2_are_unbiased(name, draws, seeds, double):
     setting, truth = dense.setting(name)

@@ -50,7 +50,7 @@ def labels_of(figure):
     return [(t.get_text(), t.get_window_extent(renderer)) for t in found.values()]
 
 
-@pytest.mark.parametrize("layers", [2, 12, 100])
+@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=pytest.mark.long), 100])
 def test_no_label_covers_another_or_leaves_the_picture(layers):
     drawn = draw(layers)
     assert list(drawn) == [

@@ -187,7 +187,16 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("name", [*TINY, *SMALL])
+# a sibling of each stays: these take the most probes
+LONG_DIAGONALS = ["weight norm", "attention net", "rnn relu no bias", "multihead sequence first"]
+LONG_DIAGONALS += ["multihead kdim", "replayed twice"]
+LONG_BLOCKS = ["lstm", "replayed twice", "loop", "attention", "norms"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n in LONG_DIAGONALS else ()) for n in (*TINY, *SMALL)],
+)
 def test_diagonal_is_exact_over_an_orthogonal_array(name, monkeypatch, double):
     """The mean over all probes is diag R; ``square`` leaves the probes' own squares out."""
     model, args = TINY[name]() if name in TINY else CASES[name]()[:2]
@@ -217,7 +226,14 @@ def test_diagonal_is_exact_over_an_orthogonal_array(name, monkeypatch, double):
         assert (own / probes - want.square().sum(-1) > -1e-9 * scale**2 - 1e-13).all()
 
 
-@pytest.mark.parametrize("name", [n for n in TINY if n != "weight norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.long if n in LONG_BLOCKS else ())
+        for n in TINY
+        if n != "weight norm"
+    ],
+)
 def test_blocks_are_exact_over_an_orthogonal_array(name, monkeypatch, double):
     """Mean over u and σ: ⟨R_y, R_z⟩ of every parameter's and every layer's block, and of the whole."""
     model, args = TINY[name]()

@@ -343,9 +343,16 @@ def gpt2(tied):
     return GPT2LMHeadModel(GPT2Config(**sizes, **ends, tie_word_embeddings=tied))
 
 
-@pytest.mark.parametrize("draws", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("make", [Words, gpt2])
+@pytest.mark.parametrize(
+    ("make", "tied", "draws"),
+    [
+        *((Words, True, 1), (Words, False, 2), (gpt2, True, 2), (gpt2, False, 1)),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((Words, True, 2), (Words, False, 1), (gpt2, True, 1), (gpt2, False, 2))
+        ),
+    ],
+)
 def test_a_measurement_agrees_with_the_plain_path_and_with_float64(
     make, tied, draws, interpreted, monkeypatch, raw_numbers
 ):

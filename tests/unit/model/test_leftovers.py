@@ -1,0 +1,94 @@
+"""What a forward keeps on its modules is not used by the next evaluation."""
+
+import pytest
+import torch
+from torch import nn
+
+import fimprobe
+from fimprobe.model.leftovers import dropping_leftovers
+
+
+class KeepsBias(nn.Module):
+    """Keeps a bias that it computes from a parameter, in eval mode only."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.table = nn.Parameter(torch.randn(5))
+        self.place = place
+        self.kept = {"dictionary": {}, "list": [], "attribute": None}[place]
+
+    def bias(self):
+        computed = self.table[[0, 3, 3]] * 2
+        if self.training:
+            return computed
+        if self.place == "dictionary":
+            return self.kept.setdefault("cpu", computed)
+        if self.place == "list":
+            self.kept.append(computed)
+            return self.kept[0]
+        if self.kept is None:
+            self.kept = computed
+        return self.kept
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) + self.bias())
+
+
+class Inside(nn.Module):
+    def __init__(self, place):
+        super().__init__()
+        self.part, self.last = KeepsBias(place), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(self.part(x))
+
+
+def squares(net, x, y):
+    """Mean squared gradient of log N(y; h, 1) at a net in training mode, which keeps nothing."""
+    net.train()
+    result = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for sample, label in zip(x, y, strict=True):
+        loss = 0.5 * (net(sample[None]) - label).square().sum()
+        for name, g in zip(result, torch.autograd.grad(loss, list(net.parameters())), strict=True):
+            result[name] += g.square() / len(x)
+    return result
+
+
+@pytest.mark.parametrize(
+    "validated", [False, True], ids=["never in eval mode", "validated without grad"]
+)
+@pytest.mark.parametrize("make", [KeepsBias, Inside])
+@pytest.mark.parametrize("place", ["dictionary", "list", "attribute"])
+def test_kept_tensors_belong_to_one_evaluation(place, make, validated):
+    torch.manual_seed(0)
+    net = make(place).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    y = torch.randn(6, 3 if make is KeepsBias else 2, dtype=torch.float64)
+    if validated:
+        with torch.no_grad():
+            net.eval()(x)
+        (net if make is KeepsBias else net.part).kept = {
+            "dictionary": {},
+            "list": [],
+            "attribute": None,
+        }[place]
+    net.train()
+    options = {"likelihood": "gaussian", "labels": y, "diagonals": True}
+    report = fimprobe.measure(net, x, estimators=["i1", "i2", "empirical"], **options)
+    assert report.total.i2 is not None
+    for name, expected in squares(net, x, y).items():
+        diagonal = report.parameters[name].empirical.diagonal[name]
+        torch.testing.assert_close(diagonal, expected, rtol=1e-9, atol=1e-12)
+    kept = (net if make is KeepsBias else net.part).kept
+    assert not kept  # nothing stays on the user's modules either
+
+
+def test_what_was_there_before_stays():
+    net = KeepsBias("attribute").eval()
+    net.kept = kept = torch.randn(3)
+    with dropping_leftovers(net):
+        net(torch.randn(2, 4))
+        net.linear.note = "text"
+    assert net.kept is kept
+    assert net.linear.note == "text"
