@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
@@ -100,7 +101,18 @@ class ModeComparison:
         evaluated, trained = self.evaluated.outputs, self.trained.outputs
         if evaluated.shape != trained.shape or evaluated.dtype != trained.dtype:
             return True
-        return are_probabilities(evaluated) and not are_probabilities(trained)
+        if not are_probabilities(evaluated) or are_probabilities(trained):
+            return False
+        # small logits may all be in [0, 1]; probabilities are nearer to those of the trained logits
+        distance = (evaluated - trained).norm()
+        return any((evaluated - p).norm() < distance for p in _probabilities_of(trained))
+
+
+def _probabilities_of(logits: Tensor) -> Iterator[Tensor]:
+    """The probabilities that logits may mean: independent ones, and classes in any dimension."""
+    yield logits.sigmoid()
+    for dim in range(1, logits.dim()):
+        yield logits.softmax(dim)
 
 
 def find_mode_paths(model: nn.Module) -> frozenset[str]:

@@ -349,3 +349,20 @@ def test_a_vector_that_only_training_draws_is_left_out_and_named():
     assert sum("do not depend on 'vector'" in note for note in report.notes) == 1
     with pytest.raises(FimprobeError, match="computes something else in eval mode"):
         measure(RandomElsewhere(), torch.randn(5, 3), likelihood="categorical")
+
+
+def test_small_logits_in_evaluation_are_not_taken_for_probabilities():
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        return F.dropout(0.01 * self.net(x), 0.5, self.training) - (0.01 if self.training else 0)
+
+    model = Lambda(forward, net=nn.Linear(4, 3)).train()
+    with torch.no_grad():
+        model.net.weight.abs_()
+        model.net.bias.abs_()
+    x = torch.rand(6, 4)
+    outputs = model.eval()(x)
+    assert float(outputs.min()) >= 0
+    assert float(outputs.max()) <= 1
+    assert measure(model.train(), x, likelihood="categorical").total.i1.trace > 0

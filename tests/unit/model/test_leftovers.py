@@ -55,24 +55,13 @@ def squares(net, x, y):
     return result
 
 
-@pytest.mark.parametrize(
-    "validated", [False, True], ids=["never in eval mode", "validated without grad"]
-)
 @pytest.mark.parametrize("make", [KeepsBias, Inside])
 @pytest.mark.parametrize("place", ["dictionary", "list", "attribute"])
-def test_kept_tensors_belong_to_one_evaluation(place, make, validated):
+def test_kept_tensors_belong_to_one_evaluation(place, make):
     torch.manual_seed(0)
     net = make(place).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     y = torch.randn(6, 3 if make is KeepsBias else 2, dtype=torch.float64)
-    if validated:
-        with torch.no_grad():
-            net.eval()(x)
-        (net if make is KeepsBias else net.part).kept = {
-            "dictionary": {},
-            "list": [],
-            "attribute": None,
-        }[place]
     net.train()
     options = {"likelihood": "gaussian", "labels": y, "diagonals": True}
     report = fimprobe.measure(net, x, estimators=["i1", "i2", "empirical"], **options)
