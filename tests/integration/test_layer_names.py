@@ -20,16 +20,19 @@ NAMES = [
 ]  # fmt: skip
 
 
+MARKUP = re.compile(r"<(img|script|a|del)\b")
+
+
 class Net(nn.Module):
-    def __init__(self, name):
+    def __init__(self, names):
         super().__init__()
         torch.manual_seed(0)
-        self._modules[name] = nn.Linear(4, 5)
-        self._modules["out"] = nn.Linear(5, 3)
-        self.name = name
+        self._modules |= {name: nn.Linear(4, 4) for name in names}
 
     def forward(self, x):
-        return self._modules["out"](torch.tanh(self._modules[self.name](x)))
+        for layer in self.children():
+            x = torch.tanh(layer(x))
+        return x
 
 
 def visible(name):
@@ -43,9 +46,11 @@ def text_of(html):
     return unescape(re.sub(r"<[^>]*>", "", html))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_text_everywhere(name, tmp_path, capsys, caplog):
-    options, net = {"likelihood": "categorical", "estimators": ["i1"]}, Net(name)
+@pytest.mark.parametrize(
+    "names", [NAMES[0::3], NAMES[1::3], NAMES[2::3]], ids=["first", "second", "third"]
+)
+def test_a_name_is_text_everywhere(names, tmp_path, capsys, caplog):
+    options, net = {"likelihood": "categorical", "estimators": ["i1"]}, Net(names)
     with fimprobe.attach(net, log_dir=tmp_path, **options) as probe:
         for _ in range(4):
             report = probe.step(torch.randn(6, 4))
@@ -53,18 +58,26 @@ def test_a_name_is_text_everywhere(name, tmp_path, capsys, caplog):
     page = tmp_path / "page.html"
     assert main(["show", str(tmp_path)]) == main(["show", str(tmp_path), "--html", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert visible(name) in shown and visible(name) in str(report)
     assert not set(shown + str(report)) & set("\x1b\x07\r\t\u202e")
     html = page.read_text()
     assert "<script" not in html and "<img" not in html
-    assert visible(name) in text_of(html)
     record = report.to_dict()
-    about = about_page(report, run={}, tabs="")
-    for markdown in (advice_page(record), about):
-        rendered = plugin_util.markdown_to_safe_html(markdown)
-        assert visible(name) in text_of(rendered), rendered
-        assert not re.search(r"<(img|script|a|del)\b", rendered)
-    table = plugin_util.markdown_to_safe_html(advice_page(record))
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in table.split("<tr>")[2:]]
-    assert visible(name) in [text_of(row[0]) for row in rows]
+    advice = plugin_util.markdown_to_safe_html(advice_page(record))
+    assert not MARKUP.search(advice)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.S) for row in advice.split("<tr>")[2:]]
     assert len({len(row) for row in rows}) == 1
+    for name in names:
+        assert visible(name) in shown and visible(name) in str(report)
+        assert visible(name) in text_of(html)
+        assert visible(name) in text_of(advice), advice
+        assert visible(name) in [text_of(row[0]) for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_text_in_the_page_about_the_run(name):
+    report = fimprobe.measure(
+        Net([name, "out"]), torch.randn(6, 4), likelihood="categorical", estimators=["i1"]
+    )
+    about = plugin_util.markdown_to_safe_html(about_page(report, run={}, tabs=""))
+    assert not MARKUP.search(about)
+    assert visible(name) in text_of(about), about
