@@ -3,6 +3,7 @@
 Some models keep what they compute from parameters while in eval mode: attention biases by device
 (LeViT and EfficientFormerV2 of timm), a merged weight, a loss of a router. The next evaluation would
 use the tensor of the one before, whose graph was freed by its backward pass, or which has no graph.
+Until then they stay: hooks read in a backward pass what its forward kept.
 """
 
 from __future__ import annotations
@@ -10,45 +11,97 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 _ATTRIBUTES_OF_TORCH = frozenset(vars(nn.Module()))
 
+_Contents = dict[str, Any]
+"""The attributes of a module that are not torch's; of containers, the keys or the length."""
+
+_before: WeakKeyDictionary[nn.Module, _Contents] = WeakKeyDictionary()
+"""What modules of twins held before their first evaluation."""
+
+
+def drop_leftovers(twin: nn.Module) -> None:
+    """Remove the tensors that earlier evaluations added to a twin, right before the next one.
+
+    These are attributes that did not exist or were None before the first evaluation, and new items of
+    dictionaries and lists. An attribute that held a tensor is left: weight normalisation writes its
+    weight there.
+
+    Args:
+        twin: The twin, or the module of it that is evaluated.
+    """
+    for module in twin.modules():
+        contents = _before.get(module)
+        if contents is None:
+            _before[module] = _contents_of(module)
+        else:
+            _restore(module, contents)
+
 
 @contextmanager
 def dropping_leftovers(model: nn.Module) -> Iterator[None]:
-    """Remove the tensors that an evaluation adds to its modules.
-
-    These are attributes that did not exist or were None, and new items of dictionaries and lists. An
-    attribute that held a tensor before is left: weight normalisation writes its weight there.
+    """Remove the tensors that an evaluation adds, after its backward pass.
 
     Args:
-        model: The twin, or the module of it that is evaluated.
+        model: A twin, or the user's modules.
     """
-    # BackPACK's hooks keep inputs and outputs on the modules that it extends, for its backward pass
-    states = [vars(module) for module in model.modules() if "_backpack_extend" not in vars(module)]
-    before = [(attributes, _contents(attributes)) for attributes in states]
+    before = {module: _contents_of(module) for module in model.modules()}
     try:
         yield
     finally:
-        for attributes, contents in before:
-            _restore(attributes, contents)
+        for module, contents in before.items():
+            _restore(module, contents)
 
 
-def _contents(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module that are not torch's; of containers, the keys or the length."""
-    return {name: _extent(x) for name, x in attributes.items() if name not in _ATTRIBUTES_OF_TORCH}
+@contextmanager
+def without_leftovers(module: nn.Module) -> Iterator[None]:
+    """Evaluate a module of a twin inside of a forward of the twin, which goes on as it was.
+
+    Args:
+        module: It has none of the tensors that the forward added so far, and gets them back.
+    """
+    held = {
+        part: {n: x for n, x in vars(part).items() if n not in _ATTRIBUTES_OF_TORCH}
+        for part in module.modules()
+    }
+    items = [(x, x.copy()) for own in held.values() for x in own.values() if type(x) in (dict, list)]
+    drop_leftovers(module)
+    try:
+        yield
+    finally:
+        for part, own in held.items():
+            for name in [n for n in vars(part) if n not in own and n not in _ATTRIBUTES_OF_TORCH]:
+                del vars(part)[name]
+            vars(part).update(own)
+        for container, copied in items:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(copied)
+
+
+def _contents_of(module: nn.Module) -> _Contents:
+    attributes = vars(module).items()
+    return {name: _extent(x) for name, x in attributes if name not in _ATTRIBUTES_OF_TORCH}
 
 
 def _extent(value: Any) -> Any:
     if type(value) is dict:
         return frozenset(value)
-    return len(value) if type(value) is list else value
+    if type(value) is list:
+        return len(value)
+    return None if value is None else _HELD
 
 
-def _restore(attributes: dict[str, Any], contents: dict[str, Any]) -> None:
+_HELD = object()
+"""Stands for any other value, which is not kept alive."""
+
+
+def _restore(module: nn.Module, contents: _Contents) -> None:
+    attributes = vars(module)
     for name, value in list(attributes.items()):
         if name in _ATTRIBUTES_OF_TORCH:
             continue

@@ -82,8 +82,8 @@ def run_model(
     args, kwargs = clone_inputs(batch)
     guard.watch_inputs(addresses({"inputs": [args, kwargs]}))
     gradients: Sequence[Tensor | None] = [None] * len(tensors)
-    with same_randomness(host=host) as randomness:
-        with guard, dropping_leftovers(model):
+    with same_randomness(host=host) as randomness, dropping_leftovers(model):
+        with guard:
             outputs = select_outputs(model(*args, **kwargs))
         if not isinstance(outputs, Tensor):
             raise FimprobeError(

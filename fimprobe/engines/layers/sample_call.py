@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from fimprobe.model.batch import Batch
 from fimprobe.model.batch_of_one import correct_gradient_of_one
-from fimprobe.model.leftovers import dropping_leftovers
+from fimprobe.model.leftovers import drop_leftovers
 from fimprobe.model.sample_dimension import Layout, batch_first
 from fimprobe.model.twin import is_transformed
 
@@ -83,8 +83,8 @@ class SampleCall:
             leaves[i] = x
         args, kwargs = tree_unflatten(leaves, self._structure)
         if all(parameters[n] is p for n, p in self.module.named_parameters() if n in parameters):
-            with dropping_leftovers(self.module):
-                out = self._select(self.module(*args, **kwargs))
+            drop_leftovers(self.module)
+            out = self._select(self.module(*args, **kwargs))
         else:
             out = self._select(call_with_parameters(self.module, parameters, args, kwargs))
         if not is_transformed():
@@ -117,8 +117,8 @@ def call_with_parameters(
         for local, p in part._parameters.items()
         if id(p) in by_id
     }
-    with dropping_leftovers(module):
-        return functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    drop_leftovers(module)
+    return functional_call(module, everywhere, args, kwargs, tie_weights=False)
 
 
 def scalar_gradients(value: Any, points: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:

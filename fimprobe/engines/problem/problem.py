@@ -17,7 +17,7 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
 from fimprobe.model.batch_of_one import correct_gradient_of_one
 from fimprobe.model.fsdp.shards import Shards
-from fimprobe.model.leftovers import dropping_leftovers
+from fimprobe.model.leftovers import drop_leftovers
 
 Outputs = Callable[[Any], Tensor]
 
@@ -139,8 +139,8 @@ class Problem:
         args, kwargs = tree_map(
             lambda x: x.detach() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
         )
-        saving = nullcontext() if self.shards is None else self.shards.saving()
-        with saving, dropping_leftovers(self.twin):
+        drop_leftovers(self.twin)
+        with nullcontext() if self.shards is None else self.shards.saving():
             h = self.select_outputs(self.twin(*args, **kwargs))
         if not isinstance(h, Tensor):
             raise FimprobeError(

@@ -26,6 +26,7 @@ from fimprobe.engines.spot_checks.slots import Slot
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.recording import expand_index
 from fimprobe.model.batch import Batch
+from fimprobe.model.leftovers import drop_leftovers, without_leftovers
 from fimprobe.model.sample_dimension import batch_first, from_batch_first
 from fimprobe.model.twin import has_altered_call
 
@@ -124,6 +125,7 @@ class ShiftedForward:
     def plain_outputs(self, batch: Batch) -> Tensor:
         """The outputs [n, ...], not checked: the checks would be recorded as kinks."""
         problem = self.problem
+        drop_leftovers(problem.twin)  # a tensor of the unshifted pass would hide the shift
         return problem.select_outputs(problem.twin(*batch.args, **batch.kwargs)).detach()
 
     @contextlib.contextmanager
@@ -253,7 +255,8 @@ class ShiftedForward:
                 _row_of(x, batched[i], size, row) if i in batched else x for i, x in enumerate(leaves)
             ]
             args, kwargs = tree_unflatten(alone, structure)
-            return tree_leaves(module(*args, **kwargs))
+            with without_leftovers(module):
+                return tree_leaves(module(*args, **kwargs))
 
         for row, entry in zip(group.rows, group.entries, strict=True):
             before = [_row_of(x, layout, size, row) if isinstance(x, Tensor) else x for x in outputs]
