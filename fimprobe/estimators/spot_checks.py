@@ -33,6 +33,9 @@ ROUNDING_LIMIT = 0.5
 NONE_DRAWN = "no spot check fell on it; take more inputs, which have more of them"
 """Why V2 of one parameter of a layer is unknown."""
 
+ALL_ZERO = "every spot check was zero; V2 may be zero, or large at rare entries that none fell on"
+"""Why V2 is unknown: zeros show no spread, and an error of zero would claim that they are all."""
+
 ROUNDED = "below the rounding of the model's outputs; a model in float64 would show it"
 """Why V2 is unknown."""
 
@@ -88,6 +91,7 @@ def estimate_v2(
     spreads = spreads_of_kinds(checks) if spreads is None else spreads
     group = set(names)
     value = variance = rounding = 0.0
+    num_checks = 0
     for stratum in checks.strata:
         inside = [name in group for name in stratum.parameters]
         if not any(inside):
@@ -99,11 +103,14 @@ def estimate_v2(
                 return CheckedVariance(value=None, reason=NONE_DRAWN)
             values = [x if own else 0.0 for x, own in zip(values, owned, strict=True)]
             share = sum(owned) / len(owned)
+        num_checks += len(values)
         relative = (spreads[stratum.kind] + 1) / share - 1
         mean, square = _mean_and_error(values, stratum.pilot, relative)
         value, variance = value + mean, variance + square
         rounded = zip(values, stratum.rounding.tolist(), strict=True)
         rounding += sum(x * of_value for x, of_value in rounded) / len(values)
+    if num_checks and value == 0:
+        return CheckedVariance(value=None, reason=ALL_ZERO)
     if value > 0 and rounding > ROUNDING_LIMIT * value:
         return CheckedVariance(value=None, reason=ROUNDED)
     return CheckedVariance(value=value, error=math.sqrt(variance + rounding**2))

@@ -9,7 +9,7 @@ from fimprobe.errors import FimprobeError
 
 
 class AppendedFile:
-    """A file whose bytes are on disk when :meth:`append` returns.
+    """A file whose bytes the system has when :meth:`append` returns, whatever becomes of the process.
 
     It has no buffer: what fails is not written again when the file is closed. It has no thread, whose
     errors Python would print with a traceback.

@@ -234,9 +234,18 @@ def finished_run(folder):
     return folder
 
 
+FRAGMENTS = [
+    "configuration.md", "distributed.md", "huggingface.md", "lightning.md", "outputs.md",
+    "training_loop.md",
+]  # fmt: skip
+"""Pages whose blocks stand inside of a reader's own program; the others import what they use."""
+
+
 def names_of_page(page, folder):
     """The names that the blocks of a page suppose."""
-    names = {"__name__": "page", "fimprobe": fimprobe, "torch": torch}
+    names = {"__name__": "page"}
+    if page.name in FRAGMENTS:
+        names |= {"fimprobe": fimprobe, "torch": torch}
     if page.name in ("configuration.md", "distributed.md", "outputs.md", "training_loop.md"):
         names["model"] = model = small_model()
         names["loader"] = [(torch.rand(8, 4), torch.randint(2, (8,))) for _ in range(3)]

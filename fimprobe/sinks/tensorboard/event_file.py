@@ -109,7 +109,7 @@ class EventFile:
         self._record.value.add(tag=tag, image=picture, metadata=metadata)
 
     def write(self, step: int) -> None:
-        """Write the added values as one record, which is on disk when this returns."""
+        """Write the added values as one record, which the system has when this returns."""
         self._append(Event(step=step, summary=self._record))
         self._record = Summary()
 

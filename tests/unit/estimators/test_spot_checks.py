@@ -51,6 +51,14 @@ def test_a_parameter_without_checks_is_unknown():
     assert "no spot check" in estimate_v2(checks, ["a.bias"]).reason
 
 
+def test_zeros_alone_state_no_error_of_zero():
+    checks = SpotChecks(strata=[stratum([0.0] * 20), stratum([1.0, 2.0, 3.0], layer="b")])
+    layer = estimate_v2(checks, ["a.weight", "a.bias"])
+    assert layer.value is None and "every spot check was zero" in layer.reason
+    total = estimate_v2(checks, ["a.weight", "b.weight", "b.bias"])
+    assert total.value == pytest.approx(estimate_v2(checks, ["b.weight", "b.bias"]).value)
+
+
 def test_what_may_be_rounding_is_unknown_or_part_of_the_error():
     unknown = estimate_v2(SpotChecks(strata=[stratum([1.0, 2.0, 3.0], rounding=0.8)]), ["a.weight"])
     assert unknown.value is None and "rounding" in unknown.reason
