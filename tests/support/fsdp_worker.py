@@ -298,6 +298,7 @@ def main(rank, port, out):
 
     def gathered(self, name):
         weight = gather(self, name)
+        held[:] = [(storage, size) for storage, size in held if not storage.expired()]
         held.append((StorageWeakRef(weight.untyped_storage()), weight.numel()))
         most.append(sum(size for storage, size in held if not storage.expired()))
         return weight
