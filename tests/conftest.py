@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import gc
 import os
 
 import pytest
@@ -16,6 +17,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads it when it is first imported: its kernels then run on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Freeze what the imports left: it stays, and garbage collections would visit it every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

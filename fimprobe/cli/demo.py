@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import webbrowser
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from fimprobe.runs.html import write_page
 
 BATCH_SIZE = 64
 
-REPORTS = 20
+REPORTS = 12
 """Reports of each training: enough for its trend."""
 
 
@@ -57,6 +59,39 @@ def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str,
             f"The demo needs {error.name}, which is not installed. Run pip install 'fimprobe[demo]'."
         ) from None
     run = Path(log_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}"
+    with _one_thread():
+        outcomes = _train_and_print(digits, tqdm, epochs=epochs, run=run)
+    print(f"\nAll charts:                  tensorboard --logdir {run}")
+    print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
+    print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
+    if open_page:
+        _open_pages(run, list(outcomes))
+    print("\n" + "\n".join(describe_outcomes(outcomes)))
+    return {name: outcome.reports for name, outcome in outcomes.items()}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: several only wait for one another where networks are so small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_and_print(
+    digits: Digits, show_progress: Callable[..., Any], *, epochs: int, run: Path
+) -> dict[str, Outcome]:
+    """Train both models, and print their last reports; return the outcomes by name.
+
+    Args:
+        digits: The data.
+        show_progress: Wraps the numbers of the epochs.
+        epochs: Epochs of each model.
+        run: The folder of the runs.
+    """
     outcomes = {}
     batches = -(-len(digits.x) // BATCH_SIZE)
     for name, make in {"mlp": make_mlp, "cnn": make_cnn}.items():
@@ -67,7 +102,7 @@ def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str,
         schedule = {"every": max(epochs * batches // REPORTS, 1)}
         options: dict[str, Any] = {"draws": "exact", "batch": BATCH_SIZE, "schedule": schedule}
         with fimprobe.attach(model, log_dir=run / name, **options) as probe:
-            for _ in tqdm(range(epochs), desc=name, unit="epoch"):
+            for _ in show_progress(range(epochs), desc=name, unit="epoch"):
                 model.train()
                 for rows in torch.randperm(len(digits.x), generator=order).split(BATCH_SIZE):
                     optimizer.zero_grad()
@@ -76,13 +111,7 @@ def run_demo(*, epochs: int, log_dir: str, open_page: bool = False) -> dict[str,
                     optimizer.step()
         outcomes[name] = _evaluate(model, probe, digits)
         _print_results(name, probe)
-    print(f"\nAll charts:                  tensorboard --logdir {run}")
-    print(f"The numbers in the terminal: fimprobe show {run / 'mlp'}")
-    print(f"The same as one page:        fimprobe show {run / 'mlp'} --html page.html")
-    if open_page:
-        _open_pages(run, list(outcomes))
-    print("\n" + "\n".join(describe_outcomes(outcomes)))
-    return {name: outcome.reports for name, outcome in outcomes.items()}
+    return outcomes
 
 
 def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
@@ -98,9 +127,9 @@ def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
         errors = [e for report in outcome.reports if (e := report.error_of("i1")) is not None]
         if errors:
             drawn.append(f"from {percent(errors[0])} to {percent(errors[-1])} ({name})")
-        last = outcome.reports[-1].total.i1.rel_error
-        if last is not None:
-            exact.append(f"{percent(last)} ({name})")
+        known = [e for r in outcome.reports if (e := r.total.i1.rel_error) is not None]
+        if known:
+            exact.append(f"{percent(known[-1])} ({name})")
     sample = f"with one drawn label for each of {BATCH_SIZE} inputs"
     return [
         f"Both networks learned: {listed(right)} of held-out digits right, and their mean confidence "
@@ -108,7 +137,8 @@ def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
         f"Meanwhile the error of Î₁ {sample} went {listed(drawn) or 'where it cannot be known'}, and "
         "near 100 % an estimate of F is noise.",
         f"With all labels of these inputs in place of drawn ones F is off by "
-        f"{listed(exact) or 'an unknown amount'}: see how far off yours is before you use it.",
+        f"{listed(exact) or 'an unknown amount'} where that was known last: see how far off yours is "
+        "before you use it.",
     ]
 
 

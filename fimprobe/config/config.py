@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
@@ -98,15 +98,15 @@ class Config(Section):
         Option(must_be="a positive integer", remedy="Use 32 to measure 32 inputs of each batch."),
     ] = Field(32, ge=1, description="inputs that are measured, drawn from the training batch")
     second_order: Annotated[
-        SecondOrderConfig | Literal["spot_checks", "exact", "off"],
+        SecondOrderConfig | Literal["auto", "spot_checks", "exact", "off"],
         Option(
-            must_be="{probes: 2}, 'spot_checks', 'exact' or 'off'",
-            remedy="Use {probes: 2} for random probes, which work for every model.",
+            must_be="'auto', {probes: 2}, 'spot_checks', 'exact' or 'off'",
+            remedy="Use 'auto', which works for every model.",
         ),
     ] = Field(
-        SecondOrderConfig(probes=2),
-        description="how Î₂ is computed: random probes, spot checks of its label variance, BackPACK, "
-        "or not at all",
+        "auto",
+        description="how Î₂ is computed: 'auto' chooses, random probes, spot checks of its label "
+        "variance, BackPACK, or not at all",
     )
     bounds: Annotated[bool, SWITCH] = Field(
         True,
@@ -237,17 +237,25 @@ def describe_options(
         name = prefix + key
         (words,) = [item for item in field.metadata if isinstance(item, Option)]
         default = field.get_default(call_default_factory=True)
-        is_section = isinstance(default, BaseModel)
+        section = _section_of(field.annotation, default)
         described[name] = OptionDescription(
             name=name,
             must_be=words.must_be,
             remedy=words.remedy,
             effect=field.description or "",
-            default=_without_unused_keys(default) if is_section else default,
+            default=_without_unused_keys(default) if isinstance(default, BaseModel) else default,
         )
-        if is_section:
-            described |= describe_options(type(default), f"{name}.")
+        if section is not None:
+            described |= describe_options(section, f"{name}.")
     return described
+
+
+def _section_of(annotation: Any, default: Any) -> type[BaseModel] | None:
+    """The section that an option is or may be; None for other options."""
+    if isinstance(default, BaseModel):
+        return type(default)
+    sections = [t for t in get_args(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+    return sections[0] if sections else None
 
 
 def _without_unused_keys(section: BaseModel) -> dict[str, Any]:

@@ -87,12 +87,15 @@ def estimate_groups(
         columns["total_label_variance_error"] = total_label_variance_error(total, curvature.exact)
     values = columns_to_lists(columns, len(groups))
     pairs = _pair_variances(common, checked)
+    of_inputs: list[float | None] = [None] * len(groups)
+    if common.square is not None:
+        of_inputs = (common.square.mean(-1) - common.norm_square).tolist()
     estimates = {}
     for row, (group, names) in enumerate(groups.items()):
         more = _diagonals(measured, names) if diagonals else {}
         estimates[group] = Estimate(
             **row_of(values, row),
-            **_of_checks(checked[row], common, row),
+            **_of_checks(checked[row], of_inputs[row]),
             pair_variance=pairs[row],
             unknown=_unknown(checked[row], blocks=bool(grams), diagonals=diagonals),
             **more,
@@ -100,13 +103,11 @@ def estimate_groups(
     return estimates
 
 
-def _of_checks(checked: CheckedVariance, common: InputSums, row: int) -> dict[str, Any]:
-    """The fields that V2 determines."""
+def _of_checks(checked: CheckedVariance, of_inputs: float | None) -> dict[str, Any]:
+    """The fields that V2 determines, with the variance over inputs where it is known."""
     if checked.value is None:
         return {}
-    total = None
-    if common.square is not None:
-        total = float(common.square[row].mean() - common.norm_square[row]) + checked.value
+    total = None if of_inputs is None else of_inputs + checked.value
     return {
         "label_variance": checked.value,
         "label_variance_error": checked.error,

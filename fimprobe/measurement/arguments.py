@@ -71,6 +71,7 @@ def make_request(options: Config, labels: Any) -> Request:
         exact=second_order == "exact" and "i2" in estimators,
         spot_checks=second_order == "spot_checks" and "i2" in estimators,
         backpack=options.engine == "backpack",
+        auto=second_order == "auto" and "i2" in estimators,
     )
 
 
@@ -140,14 +141,14 @@ def import_backpack() -> ModuleType:
     """Return the module of the engine.
 
     Raises:
-        FimprobeError: If BackPACK is not installed.
+        FimprobeError: If BackPACK cannot be imported.
     """
     try:
         from fimprobe.engines import backpack
     except ImportError as error:
         raise FimprobeError(
-            "engine='backpack' and second_order='exact' need BackPACK. Run: pip install "
-            f"'fimprobe[backpack]' ({error})"
+            "engine='backpack' and second_order='exact' need BackPACK, which cannot be imported "
+            f"({error}). Run: pip install backpack-for-pytorch"
         ) from None
     return backpack
 
@@ -161,7 +162,7 @@ def check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
         second_order: Whether exact second derivatives are computed, or first-order moments.
 
     Raises:
-        FimprobeError: With every module outside of the domain, or if BackPACK is not installed.
+        FimprobeError: With every module outside of the domain, or if BackPACK cannot be imported.
     """
     if plan.backpack is None or second_order not in plan.backpack:
         backpack = import_backpack()
@@ -172,7 +173,7 @@ def check_backpack(problem: Problem, plan: Plan, *, second_order: bool) -> None:
     if offending:
         reasons = "; ".join(f"{path or 'the model'}: {why}" for path, why in offending.items())
         option = "second_order='exact'" if second_order else "engine='backpack'"
-        remedy = "second_order={'probes': 2}" if second_order else "engine='auto'"
+        remedy = "second_order='auto'" if second_order else "engine='auto'"
         raise FimprobeError(
             f"{option} is outside the domain where BackPACK is right, because of {reasons}. Use "
             f"{remedy}"

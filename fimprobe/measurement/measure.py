@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LikelihoodOption
 from fimprobe.measurement.process_share import ProcessShare
+from fimprobe.measurement.second_order_engine import PROBES, must_agree, must_measure_again
 from fimprobe.measurement.tensor_checks import check_plan_and_ranks, check_step_and_diagonals
 from fimprobe.report.build import build_report
 from fimprobe.report.report import Report
@@ -27,9 +27,7 @@ def measure(
     draws: int | Literal["auto", "exact"] = 2,
     label_sampling: Literal["size_biased", "model"] = "size_biased",
     estimators: Sequence[str] = ("i1", "i2"),
-    second_order: Mapping[str, int] | Literal["spot_checks", "exact", "off"] = MappingProxyType(
-        {"probes": 2}
-    ),
+    second_order: Mapping[str, int] | Literal["auto", "spot_checks", "exact", "off"] = "auto",
     bounds: bool = True,
     engine: Literal["auto", "autograd", "backpack"] = "auto",
     labels: Tensor | None = None,
@@ -65,8 +63,9 @@ def measure(
         second_order: How the second derivatives of Î₂ are computed. ``{"probes": K}`` uses K ≥ 2
             random probes and works for every model; ``"spot_checks"`` measures the label variance by
             differences of forward passes at a few entries of each layer, with far less noise on
-            transformers; ``"exact"`` uses BackPACK and is limited to the modules that it supports;
-            ``"off"`` skips Î₂.
+            transformers; ``"exact"`` uses BackPACK and is limited to the modules that it supports.
+            ``"auto"`` is exact where that is cheap, else by probes, and by spot checks where probes
+            leave too much noise; with ``diagonals`` never by these. ``"off"`` skips Î₂.
         bounds: Whether to measure the bounds (17), (18) and their relatives, ‖Cov‖ (exact labels),
             (19) to (21), and activations.
         engine: ``"backpack"`` computes the moments of Î₁ by BackPACK too; ``"auto"`` is
@@ -128,6 +127,14 @@ def measure(
     share.compare(processes.run_everywhere(share.check))
     with share.with_plan(plan):
         measured, layer_bounds = processes.measure_together(share.measure)
+        if must_agree(share.plan, share.request, processes):
+            measured, layer_bounds = processes.measure_together(share.measure)
+        if must_measure_again(measured, share.plan, share.request, diagonals=diagonals):
+            checked, layer_bounds = processes.measure_together(share.measure)
+            if checked.spot_checks is not None and checked.spot_checks.failure:
+                share.plan.second_order = PROBES
+            else:
+                measured = checked
     if not measured.moments["i1"].parameters:
         raise FimprobeError(
             "`model` must have trainable parameters that its outputs depend on, got outputs that "

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fimprobe.config.config import Config, load_config
 from fimprobe.distributed.processes import MeasuredShare, ProcessGroup
+from fimprobe.engines.autograd.curvature_verification import check_curvature
 from fimprobe.engines.autograd.sample_checks import measure_and_check, samples_to_check
 from fimprobe.engines.autograd.verification import (
-    check_curvature,
     make_verified_plan,
 )
 from fimprobe.engines.problem.problem import Problem, Request
@@ -43,6 +43,13 @@ from fimprobe.measurement.process_summary import (
     summarize,
 )
 from fimprobe.measurement.second_order_cost import announce_second_order
+from fimprobe.measurement.second_order_engine import (
+    PROBES,
+    choose_engine,
+    describe_engine,
+    note_of_failure,
+    without_double_backward,
+)
 from fimprobe.measurement.tensor_checks import check_dense, check_inputs, check_readable
 from fimprobe.model.batch import Batch
 from fimprobe.model.fsdp.placement import check_sharded, is_sharded
@@ -205,6 +212,13 @@ class ProcessShare:
                 raise
             self.plan.verified_samples = self.plan.curvature_verified_samples = 0
             return self._measure()
+        except BatchError:
+            raise
+        except (FimprobeError, NotImplementedError):
+            if not (self.request.auto and self.request.exact):
+                raise
+            self.plan.second_order = PROBES  # this batch is outside of BackPACK's domain
+            return self._measure()
 
     def _measure(self) -> MeasuredShare:
         """The statistics and bounds with the roles that inputs have by now."""
@@ -215,7 +229,7 @@ class ProcessShare:
             if self.request.backpack:
                 _replace_i1_by_backpack(problem, measured)
             if self.plan.curvature_failure and self.request.double_backward:
-                measured.notes.append(self.plan.curvature_failure)
+                measured.notes.append(note_of_failure(self.plan, problem.request))
             if self._decision:
                 measured.notes.append(f"likelihood='auto': {self._decision}.")
             if self.plan.twin is not None:
@@ -223,6 +237,7 @@ class ProcessShare:
             if self.request.labels is not None and self.processes.size == 1:
                 names = list(measured.moments["empirical"].parameters)
                 measured.gradients = sum_by_groups(problem, self.plan.chunk_size, names)
+            describe_engine(measured, problem.request)
             bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
             return measured, bounds
 
@@ -305,6 +320,8 @@ class ProcessShare:
             verified.keep_settings(plan)
             for f in fields(plan):  # in place: the caller keeps the plan for later measurements
                 setattr(plan, f.name, getattr(verified, f.name))
+        if self.request.auto:
+            problem.request = self.request = choose_engine(problem, plan)
         curvature_samples = plan.curvature_verified_samples
         unverified = not curvature_samples or (curvature_samples == 1 and several)
         if self.request.double_backward and unverified and not plan.curvature_failure:
@@ -312,7 +329,7 @@ class ProcessShare:
             if not plan.curvature_failure:
                 check_curvature(problem, plan)
         if self.request.double_backward and plan.curvature_failure:
-            problem.request = replace(self.request, i2=False, exact=False, spot_checks=False)
+            problem.request = without_double_backward(self.request, plan)
 
 
 def _is_builtin(likelihood: Likelihood) -> bool:

@@ -69,6 +69,8 @@ def make_checked_twin(
             settings = replace(checks.find_settings(), fingerprint=fingerprint)
         except _NotFiniteError:
             return copy_twin(model, TwinSettings())[0], None
+        if checks.twin is not None:
+            return checks.twin, settings
     return copy_twin(model, settings)[0], settings
 
 
@@ -98,10 +100,15 @@ class TwinChecks:
         model: The user's model, unwrapped.
         batch: The inputs of the measurement.
         select_outputs: From what the model returns to the outputs [B, ...].
+
+    Attributes:
+        model: The user's model, unwrapped.
+        twin: The twin that was right, if its runs left it as it was; else None.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, select_outputs: Selector) -> None:
         self.model = model
+        self.twin: nn.Module | None = None
         self._runs = ComparedRuns(model, batch, select_outputs)
         self._draws_random = False
 
@@ -153,8 +160,10 @@ class TwinChecks:
             return replace(settings, draws_from_host=True)
         if "inputs" in guard.written and not settings.copies_inputs:
             return replace(settings, copies_inputs=True)
-        if (guard.written or of_twin.changes()) and self._drifts(settings, twin, run):
+        is_touched = bool(guard.written or of_twin.changes())
+        if is_touched and self._drifts(settings, twin, run):
             return _with_resets(settings)
+        self.twin = None if is_touched or settings.resets_state else twin
         reusable = copier if not guard.written and not settings.resets_state else None
         difference = self._compare_with_user(settings, run, reusable)
         if difference and settings.adjusts_foreign_classes:

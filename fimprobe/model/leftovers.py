@@ -8,7 +8,7 @@ Until then they stay: hooks read in a backward pass what its forward kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,17 +25,17 @@ _before: WeakKeyDictionary[nn.Module, _Contents] = WeakKeyDictionary()
 """What modules of twins held before their first evaluation."""
 
 
-def drop_leftovers(twin: nn.Module) -> None:
-    """Remove the tensors that earlier evaluations added to a twin, right before the next one.
+def drop_leftovers(modules: Iterable[nn.Module]) -> None:
+    """Remove the tensors that earlier evaluations added to modules, right before the next one.
 
     These are attributes that did not exist or were None before the first evaluation, and new items of
     dictionaries and lists. An attribute that held a tensor is left: weight normalisation writes its
     weight there.
 
     Args:
-        twin: The twin, or the module of it that is evaluated.
+        modules: Those of the twin, or those inside of the one that is evaluated.
     """
-    for module in twin.modules():
+    for module in modules:
         contents = _before.get(module)
         if contents is None:
             _before[module] = _contents_of(module)
@@ -70,7 +70,7 @@ def without_leftovers(module: nn.Module) -> Iterator[None]:
         for part in module.modules()
     }
     items = [(x, x.copy()) for own in held.values() for x in own.values() if type(x) in (dict, list)]
-    drop_leftovers(module)
+    drop_leftovers(module.modules())
     try:
         yield
     finally:
@@ -102,10 +102,8 @@ _HELD = object()
 
 def _restore(module: nn.Module, contents: _Contents) -> None:
     attributes = vars(module)
-    for name, value in list(attributes.items()):
-        if name in _ATTRIBUTES_OF_TORCH:
-            continue
-        extent = contents.get(name)
+    for name in attributes.keys() - _ATTRIBUTES_OF_TORCH:
+        value, extent = attributes[name], contents.get(name)
         if type(value) is dict and isinstance(extent, frozenset):
             for key in [k for k, x in value.items() if k not in extent and _is_result(x)]:
                 del value[key]

@@ -56,8 +56,17 @@ class PrivateRandomness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; one that would draw from a global stream gets another generator."""
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags or not _draws(func, args, kwargs):
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation, with a private generator if it would draw from a global stream.
+
+        Args:
+            func: The operation.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+        """
+        if not is_random(func) or not _draws(func, args, kwargs):
             return func(*args, **kwargs)
         given = _argument(func, args, kwargs, "generator")
         if given is not None and not _is_global(given):
@@ -77,6 +86,12 @@ class PrivateRandomness(TorchDispatchMode):
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
+
+
+@functools.cache
+def is_random(func: Any) -> bool:
+    """Return whether an operation may draw random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ def run_model(
     args, kwargs = clone_inputs(batch)
     guard.watch_inputs(addresses({"inputs": [args, kwargs]}))
     gradients: Sequence[Tensor | None] = [None] * len(tensors)
-    with same_randomness(host=host) as randomness, dropping_leftovers(model):
+    with same_randomness(host=host, guard=guard) as randomness, dropping_leftovers(model):
         with guard:
             outputs = select_outputs(model(*args, **kwargs))
         if not isinstance(outputs, Tensor):
@@ -245,12 +246,13 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 
 
 @contextmanager
-def same_randomness(*, host: bool = False) -> Iterator[Randomness]:
+def same_randomness(*, host: bool = False, guard: StorageGuard | None = None) -> Iterator[Randomness]:
     """Give each run the same random numbers without moving a global stream, and see whether it drew.
 
     Args:
         host: Whether the runs draw from the streams of Python or numpy, which are seeded and
             restored then.
+        guard: Watches all operations that draw, if given: one mode costs less time than two.
     """
     randomness, private, before = Randomness(), PrivateRandomness(_SEED), HostStreams.read()
     if host:
@@ -259,7 +261,7 @@ def same_randomness(*, host: bool = False) -> Iterator[Randomness]:
             sys.modules["numpy"].random.seed(_SEED)
     start = HostStreams.read()
     try:
-        with private:
+        with private if guard is None else guard.drawing_from(private):
             yield randomness
     finally:
         randomness.by_torch = private.drew
@@ -280,7 +282,8 @@ def _same_gradient(a: Tensor | None, b: Tensor | None, largest: float) -> bool:
         rest = a if b is None else b
         return rest is None or float(rest.norm()) <= rounding_tolerance(rest.dtype) ** 2 * largest
     a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
-    if not bool(torch.isfinite(b).all()):  # such as those of an infinite slope
+    norm = float(b.norm())
+    if not math.isfinite(norm) and not bool(torch.isfinite(b).all()):  # as of an infinite slope
         return torch.equal(torch.isfinite(a), torch.isfinite(b))
     tolerance = rounding_tolerance(b.dtype)
-    return float((a - b).norm()) <= tolerance * (float(b.norm()) + tolerance * largest)
+    return float((a - b).norm()) <= tolerance * (norm + tolerance * largest)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fimprobe.errors import FimprobeError
+from fimprobe.model.randomness import PrivateRandomness, is_random
 from fimprobe.model.twin import refuse_data_swap
 
 
@@ -48,6 +50,7 @@ class StorageGuard(TorchDispatchMode):
         super().__init__()
         self._user, self._shared, self._own = user, set(shared), own
         self._reads_user = False
+        self._randomness: PrivateRandomness | None = None
         self.written: set[str] = set()
         self.random = False
         self.batch_statistics = False
@@ -65,35 +68,49 @@ class StorageGuard(TorchDispatchMode):
         """Note writes to these addresses as writes to their names."""
         self._own = {**self._own, **inputs}
 
+    @contextmanager
+    def drawing_from(self, randomness: PrivateRandomness) -> Iterator[None]:
+        """Let random operations under this guard draw from private generators."""
+        self._randomness = randomness
+        try:
+            yield
+        finally:
+            self._randomness = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Check an operation, then run it."""
         kwargs = kwargs or {}
-        writes, is_random, is_normalisation = _traits(func)
-        self.random |= is_random
+        writes, draws, is_normalisation = _traits(func)
+        self.random |= draws
         if is_normalisation:
             self.batch_statistics |= bool(args[5])
         for i, arg in enumerate(args):
-            self._check(arg, func, write=i in writes)
+            if isinstance(arg, Tensor):
+                self._check(arg, func, write=i in writes)
+            elif isinstance(arg, (list, tuple)):
+                for x in arg:
+                    if isinstance(x, Tensor):
+                        self._check(x, func, write=i in writes)
         for name, arg in kwargs.items():
-            self._check(arg, func, write=name in writes)
+            for x in arg if isinstance(arg, (list, tuple)) else (arg,):
+                if isinstance(x, Tensor):
+                    self._check(x, func, write=name in writes)
+        if draws and self._randomness is not None:
+            return self._randomness.run(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _check(self, arg: Any, func: Any, *, write: bool) -> None:
-        leaves: tuple[Tensor, ...] = (arg,) if isinstance(arg, Tensor) else ()
-        if isinstance(arg, (list, tuple)):
-            leaves = tuple(x for x in arg if isinstance(x, Tensor))
-        for tensor in leaves:
-            address = storage_address(tensor)
-            if address in self._shared:
-                if write:
-                    raise WritesSharedError
-            elif address in self._user and (write or not self._reads_user):
-                raise ReachesUserError(
-                    f"the forward of a copy of the model {'writes' if write else 'reads'} "
-                    f"{self._user[address]!r} of the model itself, in `{func}`"
-                )
-            elif write and address in self._own:
-                self.written.add(self._own[address])
+    def _check(self, tensor: Tensor, func: Any, *, write: bool) -> None:
+        address = storage_address(tensor)
+        if address in self._shared:
+            if write:
+                raise WritesSharedError
+        elif address in self._user and (write or not self._reads_user):
+            raise ReachesUserError(
+                f"the forward of a copy of the model {'writes' if write else 'reads'} "
+                f"{self._user[address]!r} of the model itself, in `{func}`"
+            )
+        elif write and address in self._own:
+            self.written.add(self._own[address])
 
 
 @functools.cache
@@ -110,7 +127,7 @@ def _traits(func: Any) -> tuple[frozenset[Any], bool, bool]:
     normalises = name in (
         "aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm",
     )  # fmt: skip
-    return frozenset(written), torch.Tag.nondeterministic_seeded in func.tags, normalises
+    return frozenset(written), is_random(func), normalises
 
 
 def storage_address(tensor: Tensor) -> int:

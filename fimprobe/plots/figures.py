@@ -12,13 +12,13 @@ import numpy as np
 
 from fimprobe.estimators.diagonal_histogram import STEP
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS, UNBIASED_KEYS
+from fimprobe.plots import label_variances
 from fimprobe.plots.history import MAX_COLUMNS
 from fimprobe.plots.style import (
     BLUE,
     GREEN,
     INK,
     ORANGE,
-    TEXT_POINTS,
     Axes,
     Figure,
     add_legend,
@@ -138,6 +138,21 @@ def draw_variances(record: Record) -> Figure | None:
     name_panels(axes, [SYMBOLS[key] for key in columns])
     name_rows(axes[0], _labels(record, layers))
     return add_legend(figure, axes[0])
+
+
+def draw_label_variances(records: Sequence[Record], last: Record) -> Figure | None:
+    """Draw V1 and V2 of each layer with errors, from the first report to the last.
+
+    Args:
+        records: All records of the run, or the condensed ones.
+        last: The whole record of the last report.
+    """
+    layers = shown_layers(last)
+    looks = {
+        key: {"color": COLORS[key], "marker": MARKERS[key], "label": SYMBOLS[key]}
+        for key in LAYER_KEYS
+    }
+    return label_variances.draw(records, layers, _labels(last, layers), looks)
 
 
 def draw_needs(record: Record) -> Figure | None:
@@ -332,11 +347,10 @@ def _labels(record: Record, layers: Sequence[tuple[str, Record]]) -> list[str]:
 
 
 def _label_sizes(axis: Axes, quantity: str) -> None:
-    axis.set_yscale("log")
+    make_logarithmic(axis, upright=True)
     label_axis(axis, "entries", upright=True)
     label_axis(axis, quantity)
     make_logarithmic(axis)
-    axis.tick_params(labelsize=TEXT_POINTS)
 
 
 def _mean_entries(record: Record, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from fimprobe.plots.figures import (
     draw_error_map,
     draw_errors,
     draw_errors_by_confidence,
+    draw_label_variances,
     draw_needs,
     draw_traces,
     draw_variances,
@@ -77,6 +78,7 @@ _ORDER = (
     "2_trace",
     "3_error_by_layer",
     "4_variance_and_bound",
+    "4b_labels_by_estimator",
     "5_pairs_needed",
     "6_bound_of_the_matrix",
     "7_diagonal",
@@ -113,6 +115,14 @@ def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _E
             draw=lambda: draw_error_map(records),
         ),
         _Entry(
+            name="4b_labels_by_estimator",
+            title="Variance from labels: Î₁ against Î₂",
+            caption="What the choice of the label adds to the variance of one (input, label) pair, "
+            f"by layer, at step {last['step']:,}, ± 2 standard errors; faint lines lead there from "
+            f"the first report. | at the left edge: none at all. Logarithmic.{_cut(last)}",
+            draw=lambda: draw_label_variances(records, last),
+        ),
+        _Entry(
             name="8_error_by_confidence",
             title="Relative error as the model grows confident",
             caption=f"A point for each report: how far off the diagonal is at {sample}. As outputs "
@@ -124,12 +134,17 @@ def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _E
     return {entry.name: entry for entry in entries}
 
 
+def _cut(last: Record) -> str:
+    """Which layers are shown, if not all of them."""
+    if len(last["layers"]) <= MAX_ROWS:
+        return ""
+    return f" The {MAX_ROWS} layers that need the most pairs."
+
+
 def _entries_of_report(last: Record) -> dict[str, _Entry]:
     """Return the figures of the last report by name."""
     at = f"at step {last['step']:,}"
-    cut = ""
-    if len(last["layers"]) > MAX_ROWS:
-        cut = f" The {MAX_ROWS} layers that need the most pairs."
+    cut = _cut(last)
     entries = [
         _Entry(
             name="4_variance_and_bound",

@@ -9,7 +9,7 @@ MAX_COLUMNS = 120
 """Reports in the heat map; longer runs are subsampled evenly."""
 
 _KEPT = ("step", "draws", "batch_size", "total", "outputs", "label_sampling", "coverage")
-_KEPT_OF_LAYERS = ("rel_error", "one_label_error", "pairs_for_10_percent")
+_KEPT_OF_LAYERS = ("rel_error", "one_label_error", "pairs_for_10_percent", "label_variance")
 
 
 def compact(record: Record) -> Record:
@@ -17,7 +17,7 @@ def compact(record: Record) -> Record:
     return {name: record.get(name) for name in _KEPT if name in record} | {
         "layers": {
             name: {
-                key: {value: group[key][value] for value in _KEPT_OF_LAYERS}
+                key: {value: group[key].get(value) for value in _KEPT_OF_LAYERS}
                 for key in LAYER_KEYS
                 if key in group
             }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from fimprobe.config.config import Config
 from fimprobe.errors import ErrorHandler
 from fimprobe.probe.notices import announce
@@ -14,6 +17,9 @@ from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.schedule import At, Budget, Schedule, SharedBudget
 from fimprobe.training.unseen_steps import NEVER_STEPPED, UNSEEN_STEPS, UnseenSteps
 
+STEPS_FOR_TWO_REPORTS = 10
+"""Steps from which on a single report under a time budget is explained."""
+
 
 def write_conclusion(
     account: RunAccount,
@@ -25,6 +31,7 @@ def write_conclusion(
     reader: BatchReader,
     unseen: UnseenSteps | None,
     steps: int,
+    log_dir: Path | None,
 ) -> None:
     """State what was measured, or why nothing was; write why probing ended.
 
@@ -37,10 +44,16 @@ def write_conclusion(
         reader: Knows the likelihood, or why it is not known.
         unseen: Knows the forward passes of a loop without steps; None for loops with steps.
         steps: Number of the step after the last one.
+        log_dir: The folder of the charts; None without one.
     """
     reports, reason = sinks.memory.reports, errors.end_reason
     if reports:
-        announce(closing_paragraph(account, reports[-1], config, steps=steps, reason=reason))
+        paragraph = closing_paragraph(
+            account, reports[-1], config, schedule=schedule, steps=steps, reason=reason
+        )
+        place = config.jsonl or (log_dir if config.jsonl is None else None)
+        show = f" To read them: fimprobe show {shlex.quote(str(place))}" if place else ""
+        announce(f"{paragraph}{show}")
     else:
         first_step = account.first_step
         # these are as requested, or were logged as a warning when they occurred
@@ -101,7 +114,13 @@ def why_nothing_was_due(schedule: Schedule, first_step: int, steps: int) -> str:
 
 
 def closing_paragraph(
-    account: RunAccount, last: Report, config: Config, *, steps: int, reason: str
+    account: RunAccount,
+    last: Report,
+    config: Config,
+    *,
+    schedule: Schedule,
+    steps: int,
+    reason: str,
 ) -> str:
     """Return the paragraph that ends a training with reports.
 
@@ -109,19 +128,27 @@ def closing_paragraph(
         account: The reports and seconds of the run.
         last: The newest report.
         config: The options.
+        schedule: Decided which steps were due.
         steps: Number of the step after the last one.
         reason: Why probing ended before the training; "" if it did not.
     """
     reports = quantity(account.num_reports, "report")
+    trained = steps - account.first_step
     sentences = [
-        f"{reports} in {count_steps(steps - account.first_step)}, the last at step {last.step:,}.",
+        f"{reports} in {count_steps(trained)}, the last at step {last.step:,}.",
         *last.advice[:1],
     ]
     if reason:
         sentences.append(f"{reason[0].upper()}{reason[1:].rstrip('.')}.")
+    is_single = account.num_reports == 1 and trained >= STEPS_FOR_TWO_REPORTS and not reason
     missing = _what_is_missing(last, config, account)
     if missing:
         sentences.append(missing)
+    elif is_single and isinstance(schedule, (Budget, SharedBudget)):
+        sentences.append(
+            "A second report did not fit into the time budget: pass schedule={'every': 100}, or "
+            "train longer."
+        )
     share = account.probe_seconds / account.wall_seconds
     sentences.append(
         f"The probe took {_seconds(account.probe_seconds)} of {_seconds(account.wall_seconds)} "
@@ -146,6 +173,12 @@ def _what_is_missing(last: Report, config: Config, account: RunAccount) -> str:
         )
     if "i2" in config.estimators and last.total.i2 is None and config.second_order != "off":
         return next((note for note in last.notes if note.startswith("Î₂")), "")
+    if "more inputs" in last.total.i1.unknown.get("rel_error", ""):
+        family = f"likelihood={last.likelihood!r}" if last.likelihood.isalpha() else "likelihood=..."
+        return (
+            f"To know the error, measure more inputs than the {last.batch_size:,} of a report: "
+            f"fimprobe.measure(model, inputs, {family})."
+        )
     return ""
 
 

@@ -116,6 +116,7 @@ class Probe:
                 self._sinks,
                 self.config,
                 schedule=self._cycle.schedule,
+                overhead=lambda: self._account.overhead,
                 describe_run=lambda: collect_run_info(
                     self.model,
                     self.config,
@@ -290,6 +291,7 @@ class Probe:
                 reader=self._reader,
                 unseen=self._cycle.unseen,
                 steps=self._cycle.counter.upper_bound,
+                log_dir=self.log_dir,
             ),
             "the closing paragraph could not be written",
         )

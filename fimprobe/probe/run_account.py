@@ -23,6 +23,7 @@ class RunAccount:
         num_batches: Steps so far that had a batch.
         num_missing: Steps so far that had none.
         probe_seconds: Seconds that measurements and their files took.
+        measuring_since: Time at which the measurement that runs now began; None between two.
         last_end: Time at which the probe was ready for the loop to continue.
         coverage: How the last report measured each parameter, or why it did not.
         why_skipped: Why the last step that was due has no report; "" where none was skipped.
@@ -34,6 +35,7 @@ class RunAccount:
     num_batches: int = 0
     num_missing: int = 0
     probe_seconds: float = 0.0
+    measuring_since: float | None = None
     last_end: float = field(default_factory=time.perf_counter)
     coverage: dict[str, str] = field(default_factory=dict)
     why_skipped: str = ""
@@ -46,8 +48,11 @@ class RunAccount:
     @property
     def overhead(self) -> float | None:
         """The share of the wall time that the probe took so far; None in the first 30 s."""
-        wall_seconds = self.wall_seconds
-        return self.probe_seconds / wall_seconds if wall_seconds >= MIN_WALL_SECONDS else None
+        now, seconds = time.perf_counter(), self.probe_seconds
+        if self.measuring_since is not None:
+            seconds += now - self.measuring_since
+        wall_seconds = max(now - self.began, seconds)
+        return seconds / wall_seconds if wall_seconds >= MIN_WALL_SECONDS else None
 
     def observe_step(self, started: float, *, measured: bool) -> tuple[float, float]:
         """Add the time of one step.

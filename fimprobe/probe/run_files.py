@@ -18,6 +18,7 @@ def open_run_files(
     config: Config,
     *,
     schedule: Schedule,
+    overhead: Callable[[], float | None],
     describe_run: Callable[[], dict[str, Any]],
     first_step: int,
 ) -> Path | None:
@@ -27,6 +28,7 @@ def open_run_files(
         sinks: Receives the sinks that write them.
         config: The options.
         schedule: Decides when there is time for figures.
+        overhead: Returns the share of the wall time that the probe took so far, if it is known.
         describe_run: Returns what the run measures.
         first_step: Step at which a training resumes; 0 for a new one. Later records are dropped.
 
@@ -54,6 +56,7 @@ def open_run_files(
             histograms=settings.histograms,
             figures=settings.figures,
             schedule=schedule,
+            overhead=overhead,
             purge_step=purge_step,
         )
 

@@ -38,6 +38,15 @@ def share_of_i2(report: Report) -> float:
     return min(report.seconds_by_part.get("i2", 0.0) / report.seconds, 0.99)
 
 
+def recurring_share(report: Report) -> float:
+    """Return the share of the first report's seconds that later ones take, too.
+
+    The first one also copies the model and verifies how its parameters are reached.
+    """
+    parts = [seconds for name, seconds in report.seconds_by_part.items() if name != "i2 diagonal"]
+    return min(sum(parts) / report.seconds, 1.0) if parts and report.seconds > 0 else 1.0
+
+
 def _is_within_noise(estimate: Mapping[str, Any]) -> bool:
     """Return whether the label variance of an estimate is below twice its standard error."""
     variance, error = estimate["label_variance"], estimate["label_variance_error"]

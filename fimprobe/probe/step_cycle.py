@@ -183,7 +183,7 @@ class StepCycle:
 
     def _measure(self, step: int, captured: CapturedBatch | None, inputs: Any) -> Report | None:
         """Measure, and write the report; close the files if the probe was detached meanwhile."""
-        self.measuring = True
+        self.measuring, self._account.measuring_since = True, time.perf_counter()
         try:
             report = self.measurement.measure(
                 self.model, step, captured, inputs, schedule=self.schedule
@@ -194,7 +194,7 @@ class StepCycle:
                 self._sinks.write(report)
             return report
         finally:
-            self.measuring = False
+            self.measuring, self._account.measuring_since = False, None
             if self.detached:
                 self._finish()
 

@@ -15,7 +15,11 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.measure import measure
 from fimprobe.probe.notices import announce
-from fimprobe.probe.second_order_choice import share_of_i2, why_i2_says_nothing
+from fimprobe.probe.second_order_choice import (
+    recurring_share,
+    share_of_i2,
+    why_i2_says_nothing,
+)
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
@@ -223,11 +227,12 @@ class StepMeasurement:
             schedule: That of the training.
         """
         self._is_i2_judged = True
+        share, recurring = share_of_i2(report), recurring_share(report)
+        schedule.expect(recurring)
         reason = why_i2_says_nothing(report)
         if not reason or self._is_i2_asked or not isinstance(schedule, (Budget, SharedBudget)):
             return  # the advice of the report compares the estimators
-        share = share_of_i2(report)
-        schedule.expect(1 - share)
+        schedule.expect(max(recurring - share, 0.0))
         self.without_i2 = (
             f"Î₂ is left out after step {report.step}, because {reason}. This saves about "
             f"{percent(share)} of the seconds of a report. Pass estimators=['i1', 'i2'] to keep it."

@@ -239,10 +239,12 @@ def _estimate_activations(measured: Measured, unseen: str) -> dict[str, Estimate
 def _common_sums(measured: Measured, groups: Groups, *, unseen: bool) -> InputSums:
     """Return the sums with the most reliable norm of F and variance over inputs.
 
-    They come from the labels of Î₁ where these see what carries F, else from Hutchinson's vectors.
+    They come from the labels of Î₁ where these see what carries F, else from Hutchinson's vectors or
+    the factors of I(h).
     """
-    ih = measured.moments.get("ih")
-    return InputSums.of(ih if unseen and ih is not None else measured.moments["i1"], groups)
+    moments = measured.moments
+    others = moments.get("ih", moments.get("ggn")) if unseen else None
+    return InputSums.of(moments["i1"] if others is None else others, groups)
 
 
 def _elements_of_group(scores: MomentsBatch) -> int:

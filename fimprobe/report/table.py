@@ -37,8 +37,8 @@ VIEWS = ("errors", "variances", "bounds", "all")
 MAX_REASONS = 6
 """Footnotes on unknown values; the record holds all."""
 
-MIN_NAME_WIDTH = 10
-"""Characters of a layer's name that stay in the narrowest table."""
+MIN_NAME_WIDTH = 18
+"""Characters of a layer's name that stay in the narrowest table: fewer do not tell layers apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +173,10 @@ def fit_rows(rows: list[Row], width: int | None) -> tuple[list[Row], list[str]]:
     if width is None:
         return rows, []
     widths = [max(map(len, map(one_line, column))) for column in zip(*rows, strict=True)]
-    shown = list(range(len(widths)))
-    while len(shown) > 2 and MIN_NAME_WIDTH + sum(widths[i] + 2 for i in shown[1:]) > width:
+    shown, name_width = list(range(len(widths))), min(widths[0], MIN_NAME_WIDTH)
+    while len(shown) > 2 and name_width + sum(widths[i] + 2 for i in shown[1:]) > width:
         shown.remove(max(shown[1:], key=lambda i: (_RANKS.get(rows[0][i], 1), i)))
-    space = max(width - sum(widths[i] + 2 for i in shown[1:]), MIN_NAME_WIDTH)
+    space = max(width - sum(widths[i] + 2 for i in shown[1:]), name_width)
     fitted = [(cut(one_line(row[0]), space), *(row[i] for i in shown[1:])) for row in rows]
     return fitted, [head for i, head in enumerate(rows[0]) if i not in shown]
 

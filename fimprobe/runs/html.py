@@ -9,14 +9,12 @@ from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
 from fimprobe.report.format import (
     Row,
-    number,
     one_line,
     percent,
     quantity,
     subsample,
     with_error,
 )
-from fimprobe.report.reasons import why_unknown, without_numbers
 from fimprobe.report.record import (
     FROZEN,
     Record,
@@ -24,18 +22,21 @@ from fimprobe.report.record import (
     describe_labels,
     error_with_drawn_labels,
     format_pairs,
-    pairs_needed,
 )
 from fimprobe.report.run_info import format_run_info
 from fimprobe.report.table import footnotes, make_rows
 from fimprobe.report.trends import make_trends
 from fimprobe.runs.reader import Records, latest_training
+from fimprobe.runs.tiles import make_tiles
 
 _MORE_VIEWS = {
     "variances": "Variances: errors with one label for each input, and what they come from",
     "bounds": "Bounds over what they bound",
 }
 """The views of the table that a reader unfolds, with their titles."""
+
+MAX_LAYERS = 30
+"""Layers in the table that is not folded: the pictures stand below it."""
 
 MAX_STEPS = 30
 """Rows of the table over steps; longer runs are subsampled evenly."""
@@ -138,20 +139,15 @@ def make_page(records: Records) -> str:
         f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
         *[f"<li>{_text(line)}</li>" for line in last["advice"]],
         "</ul>",
-        _tiles(last),
-        f"<h2>Layers at step {last['step']:,}</h2>",
-        _layers(last, "errors"),
-        *[
-            f"<details><summary>{title}</summary>{_layers(last, view)}</details>"
-            for view, title in _MORE_VIEWS.items()
-        ],
+        _tiles(reports),
+        *_layer_tables(last),
         _figures(reports),
     ]
     if len(reports) > 1:
         body += [
             "<h2>Layers over the training</h2>",
             "<p class=soft>First value, bars on a logarithmic scale from the row's least to its "
-            "greatest, last value. The 20 layers that need most pairs.</p>",
+            "greatest, last value. The 20 layers that need the most pairs.</p>",
             _table(make_trends(reports, top=20)),
             "<h2>The whole model over the training</h2>",
             _table(_over_steps(reports)),
@@ -177,52 +173,10 @@ def _subject(records: Records, last: Record) -> str:
     return f"{model}{last['likelihood']}"
 
 
-def _tiles(report: Record) -> str:
-    """Return the main numbers of the whole model, with what they mean."""
-    total = report["total"]
-    estimate, inputs = total["i1"], describe_inputs(report)
-    tiles: list[tuple[str, str]] = []
-    stated: set[str] = set()
-
-    def add(key: str, field: str, value: float | None, shown: str, meaning: str) -> None:
-        """Add a tile; the first one without a value for a cause states the reason.
-
-        Args:
-            key: Key of the estimator.
-            field: Field of the estimate.
-            value: The value; None if it is unknown.
-            shown: The value as text.
-            meaning: Description of the value.
-        """
-        reason = "" if value is not None else why_unknown(report, total, key, field)
-        cause = without_numbers(reason)
-        new = reason and cause not in stated
-        tiles.append((shown, f"{meaning}. Unknown: {reason}" if new else meaning))
-        stated.add(cause)
-
-    for key in UNBIASED_KEYS:
-        if key in total:
-            trace, error = total[key].get("trace"), total[key].get("std_error")
-            meaning = f"trace of F by {SYMBOLS[key]} ± its standard error"
-            add(key, "trace", trace, with_error(trace, error), meaning)
-    error = estimate["rel_error"]
-    meaning = f"error of this report, how far off its F is: {inputs}, {describe_labels(report)}"
-    add("i1", "rel_error", error, percent(error), meaning)
-    for key in UNBIASED_KEYS:
-        if key in total:
-            error = error_with_drawn_labels(total[key], report["batch_size"])
-            draw = "1 random vector" if key == "ih" else "1 label from the model"
-            meaning = f"error of an estimator, {SYMBOLS[key]}: {inputs}, {draw} each"
-            add(key, "one_label_error", error, percent(error), meaning)
-    pairs = pairs_needed(estimate)
-    meaning = "(input, label) pairs for 10 % by Î₁"
-    add("i1", "pairs_for_10_percent", pairs, format_pairs(estimate), meaning)
-    outputs = report.get("outputs") or {}
-    if outputs.get("fisher_trace") is not None:
-        tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
+def _tiles(reports: list[Record]) -> str:
     inner = "".join(
         f"<div class=tile><b>{_text(shown)}</b><span>{_text(meaning)}</span></div>"
-        for shown, meaning in tiles
+        for shown, meaning in make_tiles(reports)
     )
     return f"<div class=tiles>{inner}</div>"
 
@@ -262,10 +216,31 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
     )
 
 
-def _layers(last: Record, view: str) -> str:
-    """Return the table of the layers with its footnotes."""
-    notes = "<br>".join(map(_text, footnotes(last, view=view)))
-    return f"{_table(make_rows(last, view=view), total_last=True)}<p class='soft notes'>{notes}</p>"
+def _layer_tables(last: Record) -> list[str]:
+    """Return the table of the layers, of the hardest ones where there are many, and what unfolds."""
+    number_of_layers = len(last["layers"])
+    views, title, top = dict(_MORE_VIEWS), f"Layers at step {last['step']:,}", None
+    if number_of_layers > MAX_LAYERS:
+        top, title = MAX_LAYERS, f"{title}: the {MAX_LAYERS} that need the most pairs"
+        views = {"errors": f"All {number_of_layers:,} layers", **views}
+    more = [
+        f"<details><summary>{name}</summary>{_layers(last, view)}</details>"
+        for view, name in views.items()
+    ]
+    return [f"<h2>{title}</h2>", _layers(last, "errors", top), *more]
+
+
+def _layers(last: Record, view: str, top: int | None = None) -> str:
+    """Return the table of the layers with its footnotes.
+
+    Args:
+        last: The record of the last report.
+        view: The choice of columns.
+        top: Number of layers, those that need the most pairs; None for all.
+    """
+    notes = "<br>".join(map(_text, footnotes(last, top, view=view)))
+    rows = make_rows(last, top, view=view)
+    return f"{_table(rows, total_last=True)}<p class='soft notes'>{notes}</p>"
 
 
 def _over_steps(reports: list[Record]) -> list[Row]:

@@ -59,7 +59,7 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         if console is None:
             print(format_trends(records))
         else:
-            steps = f"{records[0]['step']} to {last['step']}"
+            steps = f"{records[0]['step']:,} to {last['step']:,}"
             _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
             _table(console, make_trends(records))
     run_info = format_run_info(run)
@@ -89,7 +89,7 @@ def show_comparison(
     for setting in differing_settings(*runs):
         print(f"Measured differently: {one_line(setting)}")
     rows = make_comparison(a[-1], b[-1], top)
-    title = f"Î₁ at step {a[-1]['step']} of A and step {b[-1]['step']} of B"
+    title = f"Î₁ at step {a[-1]['step']:,} of A and step {b[-1]['step']:,} of B"
     if console is None:
         print("\n".join(["", title, *align(rows)]))
     else:

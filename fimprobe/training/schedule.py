@@ -46,7 +46,7 @@ class Schedule:
         """Record the seconds that figures used during the current step."""
 
     def expect(self, share: float) -> None:
-        """Expect measurements to cost a share of what they cost so far."""
+        """Expect later measurements to cost a share of the first whole one, which runs now."""
 
     def fail(self, seconds: float) -> None:
         """Record the seconds of a measurement that the batch did not allow."""
@@ -120,10 +120,10 @@ class Budget(Schedule):
     its expected cost fits into what is left of ``FREE_SECONDS``. The first happens in any case. Other
     measurements are due when the seconds charged so far plus the expected cost of the next one fit
     into the share of the elapsed time. The expected cost is the largest of the last few, without the
-    very first, which also verifies the model. With ``staged``, early reports are previews of Î₁ alone
-    as long as a whole report is expected to exceed the allowance. A pause of the loop (evaluation,
-    checkpoint) counts as ten usual steps at most. Half of the share is reserved for figures that are
-    waiting.
+    very first, which also verifies the model; after that one alone, ``recurring`` of it. With
+    ``staged``, early reports are previews of Î₁ alone as long as a whole report is expected to
+    exceed the allowance. A pause of the loop (evaluation, checkpoint) counts as ten usual steps at
+    most. Half of the share is reserved for figures that are waiting.
 
     Attributes:
         budget: Share of the wall time, between 0 and 1.
@@ -135,6 +135,7 @@ class Budget(Schedule):
         next_early: The number of the step of the next early report.
         preview_seconds: Seconds of the last preview; 0 without one.
         first: Seconds of the first whole report; None without one.
+        recurring: Share of them that later ones are expected to take.
         costs: Seconds of the last whole reports, without the first.
         steps: Seconds of the last steps of the loop.
         previewing: Whether the measurement at hand is a preview.
@@ -153,6 +154,7 @@ class Budget(Schedule):
     next_early: int = 1
     preview_seconds: float = 0.0
     first: float | None = None
+    recurring: float = 1.0
     costs: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     previewing: bool = False
@@ -183,7 +185,7 @@ class Budget(Schedule):
         if self.costs:
             return max(self.costs)
         if self.first is not None:
-            return self.first
+            return self.first * self.recurring
         return WHOLE_TO_STEP_COST * min(self.steps) if self.staged and self.steps else 0.0
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
@@ -218,9 +220,8 @@ class Budget(Schedule):
             self.costs.append(seconds)
 
     def expect(self, share: float) -> None:
-        """Expect reports to cost a share of what they cost so far, as one estimator is left out."""
-        self.costs = deque((share * seconds for seconds in self.costs), maxlen=5)
-        self.first = None if self.first is None else share * self.first
+        """Expect later reports to cost a share of the first whole one, which runs now."""
+        self.recurring = share
 
     def can_afford(self, seconds: float) -> bool:
         """Return whether the seconds fit into the share; if not, reserve half of it for them."""
@@ -307,7 +308,7 @@ class SharedBudget(Schedule):
         return preview
 
     def expect(self, share: float) -> None:
-        """Expect measurements to cost a share of what they cost so far."""
+        """Expect later measurements to cost a share of the first whole one, which runs now."""
         self.account.expect(share)
 
     def fail(self, seconds: float) -> None:

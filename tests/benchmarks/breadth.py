@@ -28,7 +28,7 @@ import fimprobe
 from fimprobe.model.outputs import select_outputs
 
 SEED = 0
-NEGLIGIBLE = 1e-12
+NEGLIGIBLE = 1e-22
 """A parameter whose largest entry is smaller, relative to that of the model, is zero but for rounding."""
 
 

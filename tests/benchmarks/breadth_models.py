@@ -518,6 +518,32 @@ TEXT = [
     decoder("Mamba", state_size=4, time_step_rank=4, rounding=1e-6),
     decoder("Jamba", experts_implementation="eager", **JAMBA, rounding=1e-6),
     transformers_model(
+        "Rwkv",
+        "ForCausalLM",
+        {},
+        ids,
+        vocab_size=WORDS,
+        hidden_size=8,
+        attention_hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        context_length=16,
+        use_cache=False,
+    ),  # fmt: skip
+    transformers_model(
+        "xLSTM",
+        "ForCausalLM",
+        {},
+        ids,
+        vocab_size=WORDS,
+        hidden_size=32,
+        num_heads=2,
+        num_hidden_layers=2,
+        chunk_size=8,
+        use_cache=False,
+        rounding=1e-6,
+    ),  # fmt: skip
+    transformers_model(
         "XLNet", "LMHeadModel", {}, ids, vocab_size=WORDS, d_model=16, n_layer=2, n_head=2, d_inner=16
     ),
     classifier("Bert"),

@@ -27,7 +27,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: a small and a large decoder on ``batch`` × ``length`` tokens, ``rounds`` times."""
+    """What is run: a small and a large decoder on ``batch`` × ``length`` tokens.
+
+    ``rounds`` times, after ``warm_up`` rounds that are not counted.
+    """
 
     batch: int
     length: int
@@ -35,10 +38,11 @@ class Sizes:
     small: tuple[int, int, int]
     large: tuple[int, int, int]
     rounds: int
+    warm_up: int
 
 
-FULL = Sizes(8, 1024, 50257, (12, 768, 12), (24, 2048, 16), 15)
-TINY = Sizes(2, 9, 70, (1, 16, 2), (2, 24, 2), 1)
+FULL = Sizes(8, 1024, 50257, (12, 768, 12), (24, 2048, 16), rounds=15, warm_up=2)
+TINY = Sizes(2, 9, 60, (1, 16, 2), (2, 24, 2), rounds=1, warm_up=0)
 CEILING = 65536
 """``memory_mb``: the samples of a batch are taken together."""
 
@@ -67,16 +71,18 @@ class Device:
         self.wait()
         return torch.cuda.max_memory_allocated() / 2**30
 
-    def medians(self, acts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-        """Seconds of each, interleaved, two rounds of warming up aside."""
+    def medians(
+        self, acts: dict[str, Callable[[], Any]], rounds: int, warm_up: int
+    ) -> dict[str, float]:
+        """Seconds of each, interleaved."""
         times: dict[str, list[float]] = {name: [] for name in acts}
-        for i in range(rounds + 2):
+        for i in range(rounds + warm_up):
             for name, act in acts.items():
                 self.wait()
                 start = time.perf_counter()
                 act()
                 self.wait()
-                if i >= 2:
+                if i >= warm_up:
                     times[name].append(time.perf_counter() - start)
         return {name: statistics.median(taken) for name, taken in times.items()}
 
@@ -180,7 +186,7 @@ def cost(sizes: Sizes, device: Device) -> list[Row]:
         "mixed": plain(full, tokens, autocast=True),
         "full 1": probe(full, tokens),
     }
-    took = device.medians(acts, sizes.rounds)
+    took = device.medians(acts, sizes.rounds, sizes.warm_up)
     unit = took["half"]
     shape = f"B={sizes.batch}, T={sizes.length}"
     return [
@@ -252,7 +258,7 @@ def rates(sizes: Sizes, device: Device) -> list[Row]:
         def product(x: Tensor = x, delta: Tensor = delta) -> None:
             torch.bmm(delta.mT, x)
 
-        took = device.medians({"bmm": product, "fused": fused}, sizes.rounds)
+        took = device.medians({"bmm": product, "fused": fused}, sizes.rounds, sizes.warm_up)
         flops = 2e-12 * sizes.batch * sizes.length * ins * outs
         told = f"{100 * took['bmm'] / took['fused']:.0f} % ({flops / took['fused']:.0f} TFLOP/s)"
         rows.append((f"kernel's rate against bmm's, {name} {ins}→{outs}", "≥ 50 %", told))
@@ -266,7 +272,7 @@ def large(sizes: Sizes, device: Device) -> list[Row]:
     run = probe(model, batch(sizes, device)[:1], draws=2, memory_mb=16384)
     run()
     peak = device.peak(run)
-    took = device.medians({"": run}, 1)[""]
+    took = device.medians({"": run}, 1, sizes.warm_up)[""]
     told = f"{took:.2f} s" + ("" if peak is None else f", {peak:.1f} GiB at most")
     return [(f"decoder of {count / 1e9:.2f}B parameters, one sequence, S=2", "fits", told)]
 

@@ -1,8 +1,11 @@
 """What a probe costs a training loop: between probes, in attach, and over whole runs.
 
-python tests/benchmarks/loop.py [--parts hooks attach runs every] [--seconds 60] [--repeats 3]
+python tests/benchmarks/loop.py [--parts hooks attach runs every] [--seconds 60] [--repeats 3] \
+    [--only WORDS]
 Prints the tables of docs/performance.md, section "In a loop". Runs with and without a probe take turns
-in one process; ``--seconds`` is the length of one run without.
+in one process; ``--seconds`` is the length of one run without, and ``--only`` keeps the
+whole runs whose names hold the words. One pair of the demo's MLP takes seconds:
+``--parts runs --only "as in the demo" --repeats 1``.
 """
 
 from __future__ import annotations
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="")
     options = parser.parse_args()
     logging.getLogger("fimprobe").setLevel(logging.ERROR)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
@@ -254,7 +258,7 @@ def main() -> None:
     if "attach" in options.parts:
         attaching(options.repeats)
     if "runs" in options.parts:
-        whole_runs(options.seconds, options.repeats)
+        whole_runs(options.seconds, options.repeats, only=options.only)
     if "every" in options.parts:
         every(options.repeats)
 

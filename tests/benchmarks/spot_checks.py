@@ -141,8 +141,8 @@ def show(name: str, state: str, subject: Subject, replicates: int) -> None:
     plan = Plan()
     unit = seconds(forward_backward)
     first = seconds(lambda: measure(subject, plan, 0, estimators=("i1",)), 3)
-    probes = measure(subject, plan, 0)
-    with_probes = seconds(lambda: measure(subject, plan, 0), 2)
+    probes = measure(subject, plan, 0, second_order={"probes": 2})
+    with_probes = seconds(lambda: measure(subject, plan, 0, second_order={"probes": 2}), 2)
     times, reports = [], []
     for seed in range(replicates + 1):
         start = time.process_time()

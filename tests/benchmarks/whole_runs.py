@@ -173,8 +173,14 @@ def steps_of(run: Run, seconds: float) -> int:
     return max(1, int(steps * seconds / taken))
 
 
-def whole_runs(seconds: float, repeats: int) -> None:
-    """The table of the default budget: paired runs, and what the probe itself accounts for."""
+def whole_runs(seconds: float, repeats: int, *, only: str = "") -> None:
+    """The table of the default budget: paired runs, and what the probe itself accounts for.
+
+    Args:
+        seconds: Length of a run without a probe.
+        repeats: Pairs of long runs; of more than one, short runs have seven times as many.
+        only: Words in the names of the runs that are made.
+    """
     digits = (1, 8, 8)
     runs: dict[str, tuple[Run, int | None]] = {
         "demo's MLP, 1,380 steps as in the demo": (plain_loop(make_mlp, digits, 64), 1380),
@@ -191,12 +197,14 @@ def whole_runs(seconds: float, repeats: int) -> None:
         "|---|---|---|---|---|---|---|---|---|"
     )
     for name, (run, steps) in runs.items():
+        if only not in name:
+            continue
         for watched in (True, False):  # imports
             run(3, {} if watched else None)
         steps = steps or steps_of(run, seconds)
         plain, ratios, busy, shares, free, firsts, wholes = [], [], [], [], [], [], []
         counts: list[tuple[int, int]] = []
-        for repeat in range(repeats if run(steps, None)[0] > 10 else 7 * repeats):
+        for repeat in range(repeats if repeats == 1 or run(steps, None)[0] > 10 else 7 * repeats):
             found: dict[bool, Taken] = {}
             for watched in (False, True) if repeat % 2 else (True, False):
                 found[watched] = run(steps, {} if watched else None)

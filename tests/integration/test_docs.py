@@ -5,6 +5,7 @@ import inspect
 import re
 import socket
 from collections.abc import Mapping
+from typing import get_args
 
 import pytest
 import torch
@@ -128,6 +129,9 @@ def options(model, prefix=""):
             yield from options(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, default
+            for kind in get_args(field.annotation):  # a section that is not the default
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    yield from options(kind, f"{prefix}{name}.")
 
 
 def test_configuration_has_every_option_with_its_default():

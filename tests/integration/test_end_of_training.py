@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import fimprobe
 from fimprobe.cli.commands import main
@@ -92,6 +94,40 @@ def test_what_previews_leave_out_is_stated_with_the_setting_that_measures_it(cap
     (line,) = closing_lines(capsys)
     assert probe.last.total.i2 is None and "1 report in 2 steps, the last at step 1" in line
     assert "Not measured: Î₂ and the bounds" in line and "Pass schedule={'every': 100}" in line
+
+
+def test_a_single_report_under_a_budget_is_explained(capsys):
+    net = mlp()
+    with fimprobe.attach(net, likelihood="categorical", tensorboard=False) as probe:
+        train(net, 2)
+        probe.schedule.first = 1000.0  # as if the first report had taken so long
+        train(net, 10, first=2)
+    (line,) = closing_lines(capsys)
+    assert len(probe.history) == 1 and "1 report in 12 steps" in line
+    assert "A second report did not fit into the time budget: pass schedule={'every': 100}" in line
+    assert "fimprobe show" not in line  # there is no file
+
+
+def test_the_end_names_the_command_that_shows_the_run(capsys, tmp_path):
+    net, folder = mlp(), tmp_path / "a run"
+    with fimprobe.attach(net, KNOWN, tensorboard={}, log_dir=folder):
+        train(net, 2)
+    (line,) = closing_lines(capsys)
+    command = line.partition("To read them: fimprobe ")[2]
+    assert main(shlex.split(command)) == 0
+    assert "trace F: Î₁" in capsys.readouterr().out
+
+
+def test_an_error_that_takes_more_inputs_names_the_function(capsys):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    with torch.no_grad():
+        net.weight.mul_(400)  # it is sure of nearly all labels
+    with fimprobe.attach(net, KNOWN) as probe:
+        probe.step(torch.randn(32, 4))
+    (line,) = closing_lines(capsys)
+    assert probe.last.total.i1.rel_error is None
+    assert "measure more inputs than the 32 of a report: fimprobe.measure(model, inputs," in line
 
 
 def test_why_probing_never_began_is_in_the_file_and_shown(capsys, tmp_path):

@@ -26,9 +26,9 @@ LOG_BOUNDS = {
 LOGS = ("input_variance", "label_variance", "pairs_for_10_percent", "trace")
 TAGS = {
     "fim/error_of_this_report": "rel_error", "fim/error_with_1_label": "one_label_error",
-    "fim_empirical/cosine": "cosine", "fim_empirical/trace_ratio": "trace_ratio",
+    "fim_vs_empirical/cosine": "cosine", "fim_vs_empirical/trace_ratio": "trace_ratio",
     **{f"fim/log10_{name}": name for name in LOGS},
-    **{f"fim_bounds/log10_{tag}": name for tag, name in LOG_BOUNDS.items()},
+    **{f"fim_matrix_bounds/log10_{tag}": name for tag, name in LOG_BOUNDS.items()},
 }  # fmt: skip
 """The values in the run of each estimator."""
 
@@ -158,9 +158,9 @@ def test_every_tag_is_written_and_read_back(draws, likelihood, tmp_path, caplog)
     assert [r.step for r in history] == [0, 2, 4] and not warnings_of(caplog)
 
     written = {kind: check_run(tmp_path, kind, history) for kind in ALL}
-    assert {"fim_empirical/cosine", "fim_empirical/trace_ratio"} <= written["empirical"]
+    assert {"fim_vs_empirical/cosine", "fim_vs_empirical/trace_ratio"} <= written["empirical"]
     for kind in ("i1", "i2"):
-        assert ("fim_bounds/log10_covariance_norm" in written[kind]) == (draws == "exact")
+        assert ("fim_matrix_bounds/log10_covariance_norm" in written[kind]) == (draws == "exact")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     for name in ("fisher_trace", "moment_norm"):

@@ -282,8 +282,8 @@ def test_variances_and_bounds_are_those_of_enumerated_labels(variance_along_trai
 def test_times_medians_and_what_has_no_variance(variance_along_training):
     module = variance_along_training
     for activation, silent in (("sigmoid", [3]), ("relu", [0, 1, 2, 3])):
-        found = module.run(seeds=3, epochs=2, lr=1e-2, activation=activation, width=4, inputs=6)
-        assert [p.epoch for p in found[0]] == [0, 0.5, 1, 2]
+        found = module.run(seeds=3, epochs=1, lr=1e-2, activation=activation, width=4, inputs=6)
+        assert [p.epoch for p in found[0]] == [0, 0.5, 1]
         assert [i for i in range(4) if module.has_no_variance(found, i)] == silent
         for i in range(4):
             zeros = {p.layers[i].v2 for points in found for p in points} == {0.0}
@@ -291,9 +291,9 @@ def test_times_medians_and_what_has_no_variance(variance_along_training):
         for layer in (x for points in found for p in points for x in p.layers):
             assert min(layer.looseness[:2]) > 0 and math.isnan(layer.looseness[2]) == (layer.v2 == 0)
         text = module.summarise(found)
-        assert text.count("V2 is exactly 0 in each of 12 measurements") == len(silent)
+        assert text.count("V2 is exactly 0 in each of 9 measurements") == len(silent)
         last = sorted(points[-1].accuracy for points in found)
-        assert module.over_seeds(found, lambda p: p.accuracy)[-1] == (2, last[1], last[0], last[2])
+        assert module.over_seeds(found, lambda p: p.accuracy)[-1] == (1, last[1], last[0], last[2])
 
 
 # GPT-2 with Hugging Face's Trainer
@@ -323,7 +323,7 @@ def test_gpt2_is_trained_probed_and_shown(tmp_path, capsys):
     sizes = ["--layers", "1", "--width", "8", "--length", "12", "--files", "2"]
     load("gpt2_on_source").main(["--steps", "30", *sizes, "--out", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "2 reports" in out and "transformer.h.0.attn.c_attn" in out
+    assert "2 reports" in out and "h.0.attn.c_attn" in out
     losses = re.search(r"loss (\S+) -> (\S+) nats", out)
     assert float(losses[2]) < float(losses[1]) < 5.7  # log 256 = 5.55
     assert f"tensorboard --logdir {tmp_path} " in out

@@ -47,6 +47,16 @@ def operations(layers, **options):
     return count(lambda: measure(4)), own
 
 
+def operations_of_a_layer(layers, **options):
+    """Operations of each layer more, over those of its own forward and backward."""
+    (few, own_few), (more, own_more) = (operations(n, **options) for n in (1, layers))
+    return (more - few) / (own_more - own_few)
+
+
 def test_a_layer_takes_few_operations():
-    (few, own_few), (more, own_more) = (operations(n, estimators=("i1",), draws=1) for n in (1, 2))
-    assert more - few <= 2.6 * (own_more - own_few)
+    assert operations_of_a_layer(2, estimators=("i1",), draws=1) <= 2.3
+
+
+def test_second_order_takes_few_operations():
+    options = {"estimators": ("i1", "i2"), "second_order": "spot_checks", "draws": 2}
+    assert operations_of_a_layer(3, **options) <= 15

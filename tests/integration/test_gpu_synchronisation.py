@@ -90,9 +90,17 @@ def waited(model, inputs, **options):
     return gpu_calls
 
 
-@pytest.mark.parametrize("options", [{"diagonals": True}, {"memory_mb": 0.01}, {}], ids=str)
-@pytest.mark.parametrize("draws", [1, 2, "exact"])
-@pytest.mark.parametrize("name", MODELS)
+def combinations():
+    """Every combination; the third of them that holds all pairs is run by default."""
+    more = [{"diagonals": True}, {"memory_mb": 0.01}, {}]
+    for n, name in enumerate(MODELS):
+        for d, draws in enumerate((1, 2, "exact")):
+            for o, options in enumerate(more):
+                marks = [] if (n + d + o) % 3 == 0 else [pytest.mark.long]
+                yield pytest.param(name, draws, options, marks=marks, id=f"{name}-{draws}-{options}")
+
+
+@pytest.mark.parametrize(("name", "draws", "options"), list(combinations()))
 def test_moments_wait_once(name, draws, options, gpu):
     model, inputs = MODELS[name]()
     if draws == "exact" and name == "tied language model":

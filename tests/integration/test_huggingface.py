@@ -4,8 +4,6 @@ import copy
 import gc
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -16,7 +14,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import fimprobe
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
 from tests.support.trackers import WandbRun, install
 
 transformers = pytest.importorskip("transformers")
@@ -32,8 +30,10 @@ from transformers.integrations import TensorBoardCallback, WandbCallback  # noqa
 
 from fimprobe.integrations.huggingface import FimProbeCallback, _headlines  # noqa: E402
 from tests.faults import callbacks  # noqa: E402
+from tests.support import huggingface_worker  # noqa: E402
 from tests.support.fresh_process import run_fresh  # noqa: E402
 from tests.support.huggingface import LENGTH, TOKENS, arguments, gpt2, text, trainer_of  # noqa: E402
+from tests.support.processes import free_port, start_processes  # noqa: E402
 from tests.support.warnings import warnings_of  # noqa: E402
 
 I1 = {"schedule": {"every": 1}, "estimators": "i1", "bounds": False}
@@ -118,9 +118,9 @@ def test_each_report_belongs_to_its_step(tmp_path, options):
     torch._dynamo.reset()
     probing = FimProbeCallback(**I1)
     given = {"eval_dataset": text(8)} if "eval_steps" in options else {}
-    trainer = trainer_of(tmp_path, probing, kind=Recording, given=given, **options)
+    trainer = trainer_of(tmp_path, probing, kind=Recording, given=given, max_steps=3, **options)
     trainer.train()
-    check_against_measure(trainer, probing.probe, [0, 1, 2, 3, 4, 5])
+    check_against_measure(trainer, probing.probe, [0, 1, 2])
     assert hooks(trainer.model) == hooks(trainer.model_wrapped) == 0
 
 
@@ -211,26 +211,12 @@ def test_a_batch_without_labels(tmp_path, caplog):
 
 
 def test_two_processes_measure_together_and_one_writes(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import os, torch\n"
-        "from fimprobe.integrations.huggingface import FimProbeCallback\n"
-        "from tests.support.huggingface import trainer_of\n"
-        "probing = FimProbeCallback(schedule={'every': 3}, estimators='i1', bounds=False)\n"
-        f"trainer = trainer_of({str(tmp_path / 'out')!r}, probing, ddp_backend='gloo')\n"
-        "trainer.train()\n"
-        "logged = [x['step'] for x in trainer.state.log_history if 'fim/i1/trace' in x]\n"
-        "reports = [(r.step, r.batch_size, r.total.i1.trace) for r in probing.probe.history]\n"
-        f"with open({str(tmp_path)!r} + '/rank' + os.environ['RANK'], 'w') as file:\n"
-        "    print(reports, logged, probing.probe.log_dir is not None, file=file)\n"
-        "torch.distributed.destroy_process_group()\n"  # left alive, gloo may abort at exit
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    context = start_processes(huggingface_worker.main, (free_port(), tmp_path), 2)
+    deadline = time.monotonic() + 120
+    while not context.join(10):
+        assert time.monotonic() < deadline
     first, second = ((tmp_path / f"rank{r}").read_text() for r in (0, 1))
-    assert first.endswith("[0, 3] True\n") and second.endswith("[0, 3] False\n"), done.stderr
+    assert first.endswith("[0, 3] True\n") and second.endswith("[0, 3] False\n")
     assert first.split("]")[0] == second.split("]")[0]  # the same numbers on both
     assert "(0, 8, " in first
     (lines,) = (tmp_path / "out").glob("**/fimprobe.jsonl")
@@ -312,7 +298,16 @@ class Log(TrainerCallback):
         self.entries.append((state.global_step, dict(logs)))
 
 
-@pytest.mark.parametrize("where", ["report_to", "after ours", "own writer", "environment", "none"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "report_to",
+        pytest.param("after ours", marks=pytest.mark.long),
+        "own writer",
+        pytest.param("environment", marks=pytest.mark.long),
+        "none",
+    ],
+)
 def test_beside_the_trainers_own_run_and_in_its_log(tmp_path, where, monkeypatch, capsys):
     monkeypatch.setattr(
         "fimprobe.probe.run_account.MIN_WALL_SECONDS", 0.0 if where == "none" else 1e9
@@ -486,14 +481,20 @@ RESUME = {
     "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1,
     "per_device_train_batch_size": 8,
 }  # fmt: skip
+CHARTED = {**I1, "layers": {"top": 2}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The callback of a run that is not interrupted."""
+    probing = FimProbeCallback(**CHARTED)
+    trainer_of(tmp_path_factory.mktemp("whole"), probing, **RESUME).train()
+    return probing
 
 
 @pytest.mark.parametrize("same_trainer", [False, True])
-def test_an_interrupted_run_reads_as_one(tmp_path, same_trainer):
-    options = {**I1, "layers": {"top": 2}}
-    whole = FimProbeCallback(**options)
-    reference = trainer_of(tmp_path / "whole", whole, **RESUME)
-    reference.train()
+def test_an_interrupted_run_reads_as_one(tmp_path, same_trainer, whole):
+    options = CHARTED
     first, fail = FimProbeCallback(**options), Fail(5)
     trainer = trainer_of(tmp_path / "out", first, fail, **RESUME)
     with pytest.raises(RuntimeError, match="power"):

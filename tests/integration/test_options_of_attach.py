@@ -10,7 +10,7 @@ from tests.models.small import mlp
 from tests.support.options import LABELS, inputs, measure, numbers
 
 ESTIMATORS_MUST_BE = "`estimators` must be a list of at least one of 'i1', 'i2', 'ih', 'empirical'"
-SECOND_ORDER_MUST_BE = "`second_order` must be {probes: 2}, 'spot_checks', 'exact' or 'off'"
+SECOND_ORDER_MUST_BE = "`second_order` must be 'auto', {probes: 2}, 'spot_checks', 'exact' or 'off'"
 PROBES_MUST_BE = "`second_order.probes` must be an integer of at least 2"
 DRAWS_MUST_BE = "`draws` must be a positive integer, 'exact' or 'auto'"
 SAMPLING_MUST_BE = "`label_sampling` must be 'size_biased' or 'model'"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fimprobe
+from fimprobe.engines.tracing.plan import Plan
 from tests.oracles import brute_force
 from tests.support.paths import EXAMPLES
 
@@ -117,10 +118,12 @@ def test_exact_draws_equal_enumeration(example, double):
 @pytest.mark.parametrize("label_sampling", ["size_biased", "model"])
 def test_sampled_traces_are_unbiased(label_sampling, example, double, raw_numbers):
     net, x = small()
-    family = example.NegativeBinomial(2.0)
-    exact = fimprobe.measure(net, x, likelihood=family, draws="exact", bounds=False).total.i1
-    options = {"likelihood": family, "draws": 4, "label_sampling": label_sampling, "bounds": False}
-    reports = [fimprobe.measure(net, x, seed=s, **options) for s in range(200)]
+    x = torch.cat([x] * 5)  # as many labels as of five measurements
+    options = {"likelihood": example.NegativeBinomial(2.0), "bounds": False, "estimators": ("i1",)}
+    exact = fimprobe.measure(net, x, draws="exact", **options).total.i1
+    options |= {"draws": 4, "label_sampling": label_sampling}
+    options["plan"] = Plan()  # made by the first measurement and kept, as a probe does
+    reports = [fimprobe.measure(net, x, seed=s, **options) for s in range(40)]
     assert {r.label_sampling for r in reports} == {label_sampling}
     for kind in ("trace", "label_variance", "total_variance", "total_label_variance"):
         seen = torch.tensor([getattr(r.total.i1, kind) for r in reports])

@@ -1,11 +1,10 @@
 """What the README shows runs as it is written, and prints what it shows."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.support.fresh_process import run_fresh
 from tests.support.paths import ROOT
 
 
@@ -13,9 +12,7 @@ def run_blocks(page, count, tmp_path):
     """What the first Python blocks of a page print, with the report at the end."""
     blocks = page.read_text().split("```python\n")[1 : count + 1]
     code = "".join(block.split("```")[0] for block in blocks) + "\nprint(report)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run_fresh(f"import os; os.chdir({str(tmp_path)!r})\n{code}")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,6 +55,7 @@ def test_the_demo_ends_with_its_story_and_opens_its_pages(tmp_path, capsys, monk
 
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    monkeypatch.setattr("fimprobe.cli.demo.REPORTS", 5)  # the last at step 180, as of 20
     assert main(["demo", "--epochs", "8", "--log-dir", str(tmp_path), "--open"]) == 0
     out = capsys.readouterr().out
     assert "tensorboard --logdir" in out

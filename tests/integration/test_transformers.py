@@ -10,11 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fimprobe
-from fimprobe.engines.autograd.verification import (
-    check_curvature,
-    make_verified_plan,
-    measure_with_fallbacks,
-)
+from fimprobe.engines.autograd.curvature_verification import check_curvature
+from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.primitives.random_signs import random_direction
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.likelihoods import Categorical, Gaussian
@@ -262,12 +259,17 @@ SMALL = {
 }
 
 
+def often(*names):
+    """The names of ``SMALL``, of which all but these are run by ``-m long`` only."""
+    return [pytest.param(n, marks=[] if n in names else [pytest.mark.long]) for n in SMALL]
+
+
 def small_sample(name):
     """A model of ``SMALL`` with its inputs."""
     return Sample(SMALL[name](), images() if name == "ViT" else padded())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", often("Llama", "BERT"))
 def test_probed_second_derivatives_are_unbiased(name, exact):
     """Σ_i R_ii and Σ_i R_ii² of every parameter: means over seeds of two probes each."""
     model, inputs = exact(lambda: small_sample(name))
@@ -291,7 +293,7 @@ def test_probed_second_derivatives_are_unbiased(name, exact):
     assert biased > 4  # one probe's own squares would have been told apart
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", often("GPT-2", "ViT"))
 def test_probes_at_all_outputs_together_give_the_diagonal(name, exact, monkeypatch):
     """Random signs replaced by the rows of a Hadamard matrix: their mean is R's diagonal itself."""
     model, inputs = exact(lambda: small_sample(name))

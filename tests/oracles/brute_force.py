@@ -141,16 +141,30 @@ def _derivative(model: nn.Module, total: Tensor) -> Tensor:
     )
 
 
+def _derivatives(model: nn.Module, totals: Tensor) -> Tensor:
+    """The derivative of every entry: all at once, or one by one where torch cannot batch them."""
+    params = list(_named(model).values())
+    units = torch.eye(len(totals), dtype=totals.dtype)
+    try:
+        gs = torch.autograd.grad(
+            totals, params, units, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except RuntimeError:
+        return torch.stack([_derivative(model, total) for total in totals])
+    none = [units.new_zeros(len(units), p.numel()) for p in params]
+    rows = [z if g is None else g.reshape(len(units), -1) for g, z in zip(gs, none, strict=True)]
+    return torch.cat(rows, 1)
+
+
 def hessians(model: nn.Module, args, seeds, pick=lambda o: o) -> Tensor:
-    """R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ, [B, len(seeds), P, P], row by row by double backward."""
+    """R = Σ_a seed_a ∂²h_a/∂θ∂θᵀ, [B, len(seeds), P, P], by double backward of single samples."""
     found = []
     for b in range(len(seeds[0])):
         mine = []
         for seed in seeds:
             with sdpa_kernel(SDPBackend.MATH):
                 g = _score(model, args, b, seed, pick, graph=True)
-            rows = [_derivative(model, x) for x in g]
-            mine.append(torch.stack(rows))
+            mine.append(_derivatives(model, g))
         found.append(torch.stack(mine))
     return torch.stack(found).detach()
 

@@ -27,3 +27,11 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def torchrun_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables by which torchrun gives a process its place."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {
+        name: str(value) for name, value in place.items()
+    }

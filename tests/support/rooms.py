@@ -38,8 +38,8 @@ ROOMS = {
     "runs": "errors estimators plots report sinks",
     "sinks.tensorboard": "errors estimators plots report sinks training",
     "measurement": "config distributed engines.autograd engines.backpack engines.problem "
-    "engines.tracing errors estimators jacobian_bounds likelihoods model model.fsdp report "
-    "statistics training.likelihood_inference",
+    "engines.spot_checks engines.tracing errors estimators jacobian_bounds likelihoods model "
+    "model.fsdp report statistics training.likelihood_inference",
     "fisher.sums": "engines.autograd engines.problem engines.tracing estimators likelihoods "
     "measurement model statistics",
     "fisher.streaming": "_version distributed errors fisher.sums measurement model statistics "

@@ -44,6 +44,10 @@ STORED_PER_CURVATURE_VECTOR = 5
 """Sets of edge tensors that the second-order pass keeps for each vector, besides one per probe."""
 
 
+_MAX_KEYS = 100
+"""Shapes whose memory is remembered."""
+
+
 @dataclass(kw_only=True)
 class Recording:
     """A recorded forward pass.
@@ -131,15 +135,32 @@ def _run_forward(
         plan.fallbacks,
         twice_differentiable=request.double_backward and not plan.takes_derivatives,
     )
-    uncounted = contextlib.nullcontext(lambda: 0)
-    limit = uncounted if plan.takes_derivatives else limit_saved_bytes(problem, batch.size)
+    key = _memory_key(problem, plan, batch)
+    known = plan.saved_bytes.get(key, 0)
+    limit: Any = contextlib.nullcontext(lambda: known)
+    if not known and not plan.takes_derivatives:
+        limit = limit_saved_bytes(problem, batch.size)
     with recording as tape, limit as saved_bytes, attention:
         outputs = problem.forward(batch, unchecked if request.only_i1 else None)
     if not plan.takes_derivatives:
+        if key and len(plan.saved_bytes) < _MAX_KEYS:
+            plan.saved_bytes[key] = saved_bytes()
         return tape, outputs, saved_bytes()
     kept = [x for node in nodes_behind([outputs.grad_fn]) for x in saved_tensors(node)]
     sizes = {storage_address(x): x.untyped_storage().nbytes() for x in kept if storage_address(x)}
     return tape, outputs, sum(sizes.values())
+
+
+def _memory_key(problem: Problem, plan: Plan, batch: Batch) -> str:
+    """What decides how much a forward keeps; empty where that may depend on more than shapes.
+
+    Counting takes an operation for each saved tensor in forward and backward.
+    """
+    may_vary = problem.shards is not None or not plan.layouts.traced or plan.layouts.unsure
+    if may_vary or plan.twin is None or not plan.layouts.settled:
+        return ""
+    shapes = [tuple(x.shape) for x in batch.tensors()]
+    return str([plan.twin.fingerprint, problem.memory_mb, problem.request.double_backward, shapes])
 
 
 def check_memory(problem: Problem, plan: Plan, recording: Recording) -> None:
@@ -176,9 +197,25 @@ def check_memory(problem: Problem, plan: Plan, recording: Recording) -> None:
     undecided = plan.chunk_size is None and problem.shards is None
     if h.device.type == "cpu" and undecided and output_edges:
         largest = max(_numel(edge) for edge in output_edges) * h.element_size()
-        if largest > MAX_CPU_OUTPUT_BYTES and size > 1:
-            feasible = int(size * MAX_CPU_OUTPUT_BYTES / largest)
-            raise MemoryLimitExceeded(_even_chunk_size(size, feasible))
+        plan.output_bytes = largest / size
+        cached = cached_chunk_size(plan, size)
+        if cached is not None and size > 1:
+            raise MemoryLimitExceeded(cached)
+
+
+def cached_chunk_size(plan: Plan, size: int) -> int | None:
+    """Return the chunk size at which no layer's output is above ``MAX_CPU_OUTPUT_BYTES``.
+
+    Args:
+        plan: It knows the size of outputs once samples were recorded on a CPU.
+        size: Number of samples.
+
+    Returns:
+        None if all samples may be one chunk.
+    """
+    if plan.output_bytes * size <= MAX_CPU_OUTPUT_BYTES:
+        return None
+    return _even_chunk_size(size, int(MAX_CPU_OUTPUT_BYTES / plan.output_bytes))
 
 
 def _count_stored_passes(problem: Problem, recording: Recording, limit: float) -> int:

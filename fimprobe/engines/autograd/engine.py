@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from fimprobe.engines.autograd.chunk_recording import check_memory, make_chunk, record_chunk
+from fimprobe.engines.autograd.chunk_recording import (
+    cached_chunk_size,
+    check_memory,
+    make_chunk,
+    record_chunk,
+)
 from fimprobe.engines.autograd.first_order import accumulate_moments, add_ggn
 from fimprobe.engines.autograd.results import RunningResults
 from fimprobe.engines.autograd.spot_checking import run_spot_checks
@@ -51,6 +56,8 @@ def measure_moments(problem: Problem, plan: Plan) -> Measured:
     """
     size = problem.batch.size
     run = RunningResults()
+    if plan.chunk_size is None and problem.shards is None:
+        plan.chunk_size = cached_chunk_size(plan, size)
     start, chunk_size = 0, min(plan.chunk_size or size, size)
     while start < size:
         rows = slice(start, min(start + chunk_size, size))

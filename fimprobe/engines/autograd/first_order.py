@@ -154,7 +154,7 @@ def add_ggn(chunk: Chunk, run: RunningResults) -> None:
         FimprobeError: For a likelihood without ``output_fisher``, or if one sample needs more than
             ``memory_mb``.
     """
-    from fimprobe.engines import backpack  # optional dependency
+    from fimprobe.engines import backpack  # its import has side effects
 
     problem = chunk.problem
     mask = None if problem.mask is None else problem.mask[chunk.rows]

@@ -1,6 +1,6 @@
 """Single samples of a measured batch against the numbers that the measurement gave them.
 
-A plan is verified on the first samples of the first batch. Later samples may take another way through
+A plan is verified on two samples of the first batch. Other samples may take another way through
 the forward, and later batches may have another structure. Samples at random therefore run alone, with
 the cotangents of their labels: in every measurement where shapes or ways may depend on data, else in
 the first ones, for each new shape of the inputs, after a change of the model, and now and then.
@@ -13,21 +13,20 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from fimprobe.engines.autograd.curvature_verification import check_curvature
+from fimprobe.engines.autograd.tolerances import allowed_differences, types_of_gradients
 from fimprobe.engines.autograd.verification import (
     VERIFICATION_SEED,
-    check_curvature,
+    RandomCotangents,
     make_verified_plan,
     measure_with_fallbacks,
-    tolerance_of_types,
 )
 from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.problem.label_cotangents import label_cotangents
 from fimprobe.engines.problem.problem import Problem, Request
-from fimprobe.engines.tracing.graph import gradient_types
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
-from fimprobe.likelihoods import Gaussian
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.statistics import Measured
 
@@ -37,6 +36,9 @@ _CHECKS_OF_A_CHANGED_PLAN = 6
 """Samples that are checked where a batch showed a use that the plan did not cover: nothing else has
 verified the change."""
 
+
+_FIRST_CHECKS_WHERE_SHAPES_DEPEND_ON_DATA = 4
+"""Samples that the first measurement compares: sorting leaves some of them in their places."""
 
 _FIRST_MEASUREMENTS, _MEASUREMENTS_PER_CHECK = 3, 8
 """Measurements of a plan that are all checked, and one in how many later ones."""
@@ -59,8 +61,8 @@ def samples_to_check(problem: Problem, plan: Plan) -> int:
     if is_new and len(plan.checked_states) < _MAX_STATES:
         plan.checked_states.add(state)
     depends_on_data = bool(plan.layouts.unsure) or not plan.layouts.traced
-    if number == 0:
-        return 2
+    if number == 0 and depends_on_data:
+        return _FIRST_CHECKS_WHERE_SHAPES_DEPEND_ON_DATA
     is_due = number < _FIRST_MEASUREMENTS or number % _MEASUREMENTS_PER_CHECK == 0
     return int(is_new or depends_on_data or is_due)
 
@@ -94,11 +96,11 @@ def _agrees_for_large_cotangents(problem: Problem, plan: Plan, sample: int) -> b
     """Whether a sample agrees in the same batch with cotangents of size one.
 
     The score of a label that the model is sure of may be smaller than the rounding of the outputs.
-    Then a difference says nothing about the plan; standard normal cotangents do.
+    Then a difference says nothing about the plan; random cotangents do.
     """
     large = replace(
         problem,
-        likelihood=Gaussian(),
+        likelihood=RandomCotangents(),
         draws=Draws(count=1, seed=VERIFICATION_SEED),
         mask=None,
         diagonals=False,
@@ -157,7 +159,7 @@ def _agrees(problem: Problem, measured: Measured, b: int) -> bool:
     h = problem.forward(problem.batch[b : b + 1], unchecked=[])  # no GPU waits for the check
     if not h.requires_grad:
         return True
-    types = {p.dtype for p in problem.parameters.values()} | gradient_types(h)
+    types = types_of_gradients(problem, h)
     cotangent = label_cotangents(problem, slice(b, b + 1), h.detach()).vectors[0]
     gradients = vjp(
         [h], [cotangent.to(h.dtype)], list(problem.parameters.values()), retain_graph=False
@@ -173,9 +175,8 @@ def _agrees(problem: Problem, measured: Measured, b: int) -> bool:
     zero = torch.zeros((), dtype=torch.float64, device=h.device)
     expected = torch.stack([zero if g is None else _square(g).to(h.device) for g in gradients])
     expected = expected.to(computed.device)  # one transfer
-    tolerance = tolerance_of_types(types)
-    slack = 2 * tolerance * expected + tolerance**2 * expected.max()
-    return bool(((computed - expected).abs() <= slack).all())
+    allowed = 2 * allowed_differences(expected, expected.max(), types)
+    return bool(((computed - expected).abs() <= allowed).all())
 
 
 def _square(g: Tensor) -> Tensor:

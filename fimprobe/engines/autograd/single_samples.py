@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fimprobe.engines.curvature.double_backward import use_differentiable_attention
+from fimprobe.engines.moments.contraction import at_least_float32
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.primitives.random_signs import random_direction
 from fimprobe.engines.problem.label_cotangents import label_cotangents
@@ -48,13 +49,22 @@ def single_sample_gradients(
         elif h.requires_grad:
             pulled_back = vjp([h], [score], parameters, retain_graph=False)
             of_sample = {
-                name: None if g is None else (g, float(g.double().square().sum()))
+                name: None if g is None else (g, squared_norm(g))
                 for name, g in zip(problem.parameters, pulled_back, strict=True)
             }
         for name in problem.parameters:
             gradients[name].append(of_sample.get(name))
         outputs.append(h.detach())
     return gradients, torch.cat(outputs)
+
+
+def squared_norm(g: Tensor) -> float:
+    """Return ‖g‖², without a float64 copy of g, which would cost as much as g itself."""
+    values = g.coalesce().values() if g.is_sparse else g
+    norm = float(torch.linalg.vector_norm(at_least_float32(values)))
+    if 1e-12 < norm < 1e15:  # the squares are in the range of float32
+        return norm**2
+    return float(values.double().square().sum())
 
 
 def single_sample_curvature(problem: Problem) -> dict[str, Tensor]:

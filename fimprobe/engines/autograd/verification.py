@@ -1,4 +1,4 @@
-"""Decides and verifies how each parameter is reached, on the first samples of the batch.
+"""Decides and verifies how each parameter is reached, on two samples of the batch.
 
 The guard: samples evaluated alone through the plain twin, without hooks and rules, must give the same
 outputs and the same squared gradients as the engine gives for them in a batch. Where a parameter
@@ -7,7 +7,9 @@ disagrees, it falls back to a larger module, up to the whole model. No number is
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import random
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +18,16 @@ from torch import Tensor
 from fimprobe.engines.autograd.engine import measure_moments
 from fimprobe.engines.autograd.fallback_choice import fall_back_to_parent
 from fimprobe.engines.autograd.full_precision import HALF_TYPES, full_precision
-from fimprobe.engines.autograd.gradient_differences import difference_norms, has_custom_functions
 from fimprobe.engines.autograd.single_samples import (
     SingleGradient,
-    single_sample_curvature,
     single_sample_gradients,
 )
+from fimprobe.engines.autograd.tolerances import (
+    allowed_differences,
+    tolerance_of_types,
+    types_of_gradients,
+)
 from fimprobe.engines.problem.problem import Problem, Request
-from fimprobe.engines.tracing.graph import gradient_types
 from fimprobe.engines.tracing.layout_trace import trace_layouts
 from fimprobe.engines.tracing.plan import Plan, PlanMismatch
 from fimprobe.errors import CoupledSamplesError, FimprobeError
@@ -32,9 +36,6 @@ from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.fsdp.placement import is_part
 from fimprobe.statistics import Measured, MomentsBatch
 
-FLOAT64_OUTPUT_COPIES = 4.5
-"""Copies of the outputs in float64 that are alive during verification, measured."""
-
 VERIFICATION_SEED = 20240525
 """Random seed of the labels of verification."""
 
@@ -42,14 +43,38 @@ MAX_MISMATCHES, MAX_VERIFICATIONS = 100, 200
 """Limits on the number of times a plan is changed. A parameter can fall back at most as often as its
 module is nested, so that only an error of this library reaches them."""
 
-DIFFERENCE_TOLERANCE = 0.2
-"""Relative difference of squared norms from those of differences of gradients. What a custom function
-leaves out is far larger."""
+_SQUARES_IN_FLOAT32 = (1e-20, 1e30)
+"""Largest squared norms of gradients whose squared entries float32 can hold."""
 
 NO_PLAN = (
     "the model must be measurable by layer rules or by the evaluation of single samples, but no plan "
     "agreed with single samples. Please report this, with the model."
 )
+
+
+@dataclass(frozen=True)
+class RandomCotangents(Gaussian):
+    """Scores that are independent uniform numbers with variance one, for any outputs.
+
+    Every output and every parameter then has a cotangent that is not zero, which a softmax that is
+    sure of its label would not give. Normal numbers would take longer to compute.
+    """
+
+    def quantile(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Return h + √12 (u − ½).
+
+        Args:
+            outputs: h [B, ...].
+            uniforms: In (0, 1), float64 [B, ...].
+
+        Returns:
+            Labels [B, ...], float64.
+        """
+        return outputs.double() + math.sqrt(12) * (uniforms - 0.5)
+
+    def fourth_moment(self, outputs: Tensor) -> Tensor:
+        """Return 9/5."""
+        return torch.full_like(outputs, 1.8)
 
 
 def measure_with_fallbacks(problem: Problem, plan: Plan) -> Measured:
@@ -87,38 +112,41 @@ def make_verified_plan(problem: Problem, plan: Plan | None = None) -> Plan:
     Raises:
         FimprobeError: If the model couples its samples, or no plan reproduces them.
     """
-    problem = _verification_problem(problem, Request())
-    if not _uses_half_precision(problem):
-        return _verify(problem, plan)
-    try:
-        with full_precision(problem) as full:
-            if full is not None:
-                plan = _verify(full, plan)
-    except RuntimeError:  # out of memory, or an operation for half precision only
-        pass
+    problem, outputs = _run_few_samples(problem)
+    if types_of_gradients(problem, outputs) & HALF_TYPES:
+        try:
+            with full_precision(problem) as full:
+                if full is not None:
+                    plan = _verify(full, plan, full.forward(full.batch))
+        except RuntimeError:  # out of memory, or an operation for half precision only
+            pass
     # kernels of half precision are others than those of float32
-    return _verify(problem, plan)
+    return _verify(problem, plan, outputs)
 
 
-def _verify(problem: Problem, plan: Plan | None = None) -> Plan:
+def _verify(problem: Problem, plan: Plan | None, outputs: Tensor) -> Plan:
     """Compare a plan with single samples, and change it until they agree.
 
     Args:
         problem: A few samples.
-        plan: The first plan; by default a new one.
+        plan: The first plan; None for a new one.
+        outputs: Those of the samples [B, ...], with their graph.
 
     Raises:
         FimprobeError: If the model couples its samples, or no plan reproduces them.
     """
-    tolerance = dtype_tolerance(problem)
+    types = types_of_gradients(problem, outputs)
+    tolerance = tolerance_of_types(types)
+    in_batch = outputs.detach()
+    del outputs  # its graph
     if plan is None:
-        plan = Plan(layouts=trace_layouts(problem, tolerance / 2))
+        plan = Plan(layouts=trace_layouts(problem, in_batch, tolerance / 2))
     plan.layouts.settled = False
-    gradients, outputs = single_sample_gradients(problem)
-    _check_samples_independent(problem, outputs, tolerance)
+    gradients, of_samples = single_sample_gradients(problem)
+    _check_samples_independent(in_batch, of_samples, tolerance)
     for _ in range(MAX_VERIFICATIONS):
         moments = measure_with_fallbacks(problem, plan).moments["i1"]
-        disagreeing = _disagreeing(problem, moments, gradients, tolerance)
+        disagreeing = _disagreeing(moments, gradients, types)
         if problem.shards is not None and not problem.shards.smallest(int(not disagreeing)):
             raise FimprobeError(
                 "guard: per-sample gradients of the sharded model must agree with those of single "
@@ -146,98 +174,47 @@ def _verify(problem: Problem, plan: Plan | None = None) -> Plan:
     raise FimprobeError(NO_PLAN)
 
 
-def check_curvature(problem: Problem, plan: Plan) -> None:
-    """Compare R u of single samples with plain double backward, along one direction u.
+def _run_few_samples(problem: Problem) -> tuple[Problem, Tensor]:
+    """The problem to verify a plan with, and its outputs [B, ...] with their graph.
 
-    If they differ, ``plan.curvature_failure`` gives the reason, and Î₂ is not reported.
+    Raises:
+        Exception: What the model raises on the whole batch.
+    """
+    small = verification_problem(problem, Request())
+    try:
+        return small, small.forward(small.batch)
+    except FimprobeError:
+        raise
+    except (RuntimeError, ValueError, IndexError):
+        if small.batch.size == problem.batch.size:
+            raise
+    # the model runs with one size only, which verifies on more samples than needed
+    whole = verification_problem(problem, Request(), rows=slice(None))
+    return whole, whole.forward(whole.batch)
+
+
+def verification_problem(
+    problem: Problem, request: Request, rows: slice | Tensor | None = None
+) -> Problem:
+    """Return the problem with few samples and random cotangents, without mask.
 
     Args:
         problem: The measurement.
-        plan: A verified plan; changed in place.
+        request: The statistics that are computed.
+        rows: The samples. By default the first one, and one drawn at random: neighbours may be
+            alike, as in a sorted batch.
     """
-    request = Request(i2=True, probes=problem.request.probes, backpack=problem.request.backpack)
-    small = _verification_problem(problem, request)
-    if not _uses_half_precision(small):
-        _compare_curvature(small, plan)
-        return
-    with full_precision(small) as full:
-        if full is not None:
-            _compare_curvature(full, plan)
-    if full is None:
-        _compare_curvature(small, plan)
-
-
-def _compare_curvature(small: Problem, plan: Plan) -> None:
-    """Compare second derivatives of a few samples; see :func:`check_curvature`.
-
-    Args:
-        small: The samples.
-        plan: A verified plan; changed in place.
-    """
-    measured = measure_with_fallbacks(small, plan)
-    plan.chunk_size, plan.curvature_verified_samples = None, small.batch.size
-    if measured.curvature is None:
-        plan.curvature_failure = measured.notes[0]
-        return
-    disagreeing = _disagreeing_curvature(small, measured)
-    if disagreeing:
-        plan.curvature_failure = (
-            "Î₂ was not measured: guard: second derivatives of "
-            f"{', '.join(disagreeing[:5])} do not agree with those of single samples. A custom "
-            "autograd function may lack a second derivative: second_order='spot_checks' needs none. "
-            "Without such a function please report this, with the model."
-        )
-
-
-def _disagreeing_curvature(small: Problem, measured: Measured) -> list[str]:
-    """Names of parameters whose second derivatives differ from those of single samples.
-
-    Plain double backward is the reference where it knows every second derivative. It raises at an
-    ``EmbeddingBag``, and may leave out that of a custom function without an error.
-    """
-    if small.shards is not None or not has_custom_functions(small):
-        try:
-            expected = single_sample_curvature(small)
-            return _differing(measured, expected, 5 * dtype_tolerance(small))
-        except (RuntimeError, NotImplementedError):
-            if small.shards is not None:
-                return []
-    return _differing(measured, difference_norms(small), DIFFERENCE_TOLERANCE)
-
-
-def _differing(measured: Measured, expected: dict[str, Tensor], tolerance: float) -> list[str]:
-    """Names of parameters whose ‖(R_b u)_θ‖² [B] differ from what is expected.
-
-    Args:
-        measured: Holds the engine's second derivatives along the same direction.
-        expected: ‖(R_b u)_θ‖² [B] by name; NaN where it is not known.
-        tolerance: Relative difference that is allowed.
-    """
-    assert measured.curvature is not None
-    largest = max((float(norms.nan_to_num(0).max()) for norms in expected.values()), default=0.0)
-    disagreeing = []
-    for name, norms in expected.items():
-        curvature = measured.curvature.parameters.get(name)
-        computed = torch.zeros_like(norms) if curvature is None else curvature.whole[0, :, 0]
-        slack = tolerance * norms + tolerance**2 * largest
-        if bool(((computed - norms).abs() > slack).any()):
-            disagreeing.append(name)
-    return disagreeing
-
-
-def _verification_problem(problem: Problem, request: Request) -> Problem:
-    """The problem with few samples and a Gaussian likelihood, without mask.
-
-    Its scores are independent standard normal numbers. Every output and every parameter then has a
-    cotangent that is not zero, which a softmax that is sure of its label would not give.
-    """
-    shards = problem.shards
-    if shards is not None and not request.i2:
-        shards = shards.alone()
+    size, shards = problem.batch.size, problem.shards
+    if shards is not None:
+        size = shards.smallest(size)
+        shards = shards if request.i2 else shards.alone()
+    if rows is None:
+        others = random.Random(problem.draws.seed).sample(range(1, size), min(size - 1, 1))
+        rows = torch.tensor([0, *others])
     return replace(
         problem,
-        batch=problem.batch[: _verification_size(problem)],
-        likelihood=Gaussian(),
+        batch=problem.batch[rows],
+        likelihood=RandomCotangents(),
         draws=Draws(count=1, seed=VERIFICATION_SEED),
         mask=None,
         diagonals=False,
@@ -246,20 +223,8 @@ def _verification_problem(problem: Problem, request: Request) -> Problem:
     )
 
 
-def _verification_size(problem: Problem) -> int:
-    """Number of samples to compare: three, or two if three of many outputs exceed the memory limit.
-
-    One sample alone could not show that the engine mixes samples.
-    """
-    output_bytes = problem.evaluate(problem.batch[:1]).numel() * 8
-    needed = 3 * FLOAT64_OUTPUT_COPIES * output_bytes
-    size = min(problem.batch.size, 3 if needed <= problem.memory_mb * 2**20 else 2)
-    return size if problem.shards is None else problem.shards.smallest(size)
-
-
-def _check_samples_independent(problem: Problem, outputs: Tensor, tolerance: float) -> None:
-    """Raise if the outputs of a batch differ from those [B, ...] of its samples alone."""
-    in_batch = problem.evaluate(problem.batch)
+def _check_samples_independent(in_batch: Tensor, outputs: Tensor, tolerance: float) -> None:
+    """Raise if the outputs [B, ...] of a batch differ from those of its samples alone."""
     if torch.allclose(in_batch, outputs, **_output_tolerance(outputs, tolerance)):
         return
     difference = float((in_batch - outputs).abs().max())
@@ -273,63 +238,50 @@ def _check_samples_independent(problem: Problem, outputs: Tensor, tolerance: flo
 
 
 def _disagreeing(
-    problem: Problem,
-    moments: MomentsBatch,
-    gradients: dict[str, list[SingleGradient]],
-    tolerance: float,
+    moments: MomentsBatch, gradients: dict[str, list[SingleGradient]], types: set[torch.dtype]
 ) -> list[str]:
     """Names of parameters whose Σ_b g² per entry, or ‖g_b‖², differ from those of single samples.
 
     Norms show a sample that was mixed with another, entries a wrong order inside the parameter.
-    Gradients that are zero except for rounding are compared with the largest of all parameters.
+
+    Args:
+        moments: The engine's.
+        gradients: Those of single samples.
+        types: Floating-point types on the way of the gradients.
     """
-    expected = {}
-    for name, of_samples in gradients.items():
-        norms = torch.tensor([0.0 if g is None else g[1] for g in of_samples], dtype=torch.float64)
-        squares = sum(g[0].double().square() for g in of_samples if g is not None)
-        expected[name] = (squares, norms)
-    largest = max((float(norms.max()) for _, norms in expected.values()), default=0.0)
-    slack = tolerance**2 * largest
+    norms = {
+        name: torch.tensor([0.0 if g is None else g[1] for g in of_samples], dtype=torch.float64)
+        for name, of_samples in gradients.items()
+    }
+    largest = max((float(x.max()) for x in norms.values()), default=0.0)
+    # squares of gradients in float32 neither overflow there, nor vanish beside rounding
+    in_float32 = _SQUARES_IN_FLOAT32[0] < largest < _SQUARES_IN_FLOAT32[1]
     disagreeing = []
-    for name, (squares, norms) in expected.items():
+    for name, of_samples in gradients.items():
         computed = moments.parameters.get(name)
+        allowed = allowed_differences(norms[name], largest, types)
         if computed is None:
-            if float(norms.sum()) > slack:
+            if bool((norms[name] > allowed).any()):
                 disagreeing.append(name)
             continue
-        norm_errors = (computed.squared_norms[:, 0].cpu() - norms).abs()
+        norm_errors = (computed.squared_norms[:, 0].cpu() - norms[name]).abs()
         a2: Any = computed.a2
-        local_a2 = (a2.to_local() if is_part(a2) else a2).double()
-        entry_error = float((local_a2 - squares).abs().sum())
-        wrong_norms = bool((norm_errors > tolerance * norms + slack).any())
-        if wrong_norms or entry_error > tolerance * float(norms.sum()) + slack * len(norms):
+        squares = a2.to_local() if is_part(a2) else a2
+        if not (in_float32 and squares.dtype == torch.float32):
+            squares = squares.double()
+        entry_error = _distance_of_squares(squares, [g[0] for g in of_samples if g is not None])
+        if bool((norm_errors > allowed).any()) or not entry_error <= float(allowed.sum()):
             disagreeing.append(name)
     return disagreeing
 
 
-def dtype_tolerance(problem: Problem) -> float:
-    """Relative difference allowed between gradients, by the coarsest type in the computation.
-
-    Norms and softmaxes of language models compute in float32, whatever the type of the parameters.
-    """
-    return tolerance_of_types(_gradient_types(problem))
-
-
-def tolerance_of_types(types: set[torch.dtype]) -> float:
-    """The same, from the floating-point types of parameters and gradients."""
-    if types & HALF_TYPES:
-        return 0.2  # the plan was compared in float32 before, except where the model cannot run so
-    return 2e-3 if torch.float32 in types else 1e-7
-
-
-def _gradient_types(problem: Problem) -> set[torch.dtype]:
-    """Floating-point types of the parameters, and of the gradients on the way to them."""
-    types = {p.dtype for p in problem.parameters.values()}
-    return types | gradient_types(problem.forward(problem.batch[:1]))
-
-
-def _uses_half_precision(problem: Problem) -> bool:
-    return bool(_gradient_types(problem) & HALF_TYPES)
+def _distance_of_squares(squares: Tensor, gradients: list[Tensor]) -> float:
+    """Σ |A2 − Σ_b g_b²| over all entries, in the type of ``squares``, which holds A2."""
+    rest = squares.clone()
+    for g in gradients:
+        g = (g.to_dense() if g.is_sparse else g).to(rest)
+        rest.addcmul_(g, g, value=-1)
+    return float(rest.abs_().sum())
 
 
 def _output_tolerance(outputs: Tensor, tolerance: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fimprobe.engines.backpack.module_graph import ModuleGraph, recorded
 from fimprobe.engines.backpack.module_options import module_reason
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.errors import BatchError
@@ -19,6 +20,7 @@ class _Call:
     """One call of a module, as its forward hook saw it."""
 
     path: str
+    module: nn.Module
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
     output: Any
@@ -35,14 +37,15 @@ def check_calls(
         problem: The model and a batch.
         rows: Indices of the samples to run.
         modules: The modules to check, by path.
-        chain: Whether they must form a chain, as the second order requires.
+        chain: Whether nothing but sums may lie between them, as the second order requires.
 
     Returns:
         Path -> reason; the path "" is the model as a whole.
     """
     calls: list[_Call] = []
     try:
-        h = _forward(problem, rows, modules, calls)
+        with recorded(list(modules.values()) if chain else []) as graph:
+            h = _forward(problem, rows, modules, calls)
     except BatchError:
         raise
     except Exception as error:  # the model's own code raises anything
@@ -66,7 +69,7 @@ def check_calls(
         if reason is not None:
             reasons[path] = reason
     if chain:
-        reasons = _chain_reasons(problem, rows, calls, h) | reasons
+        reasons = _chain_reasons(problem, rows, calls, h, graph) | reasons
     return reasons
 
 
@@ -87,7 +90,7 @@ def _forward(
         """
         tensor = isinstance(output, Tensor)
         node, version = (output.grad_fn, output._version) if tensor else (None, 0)
-        calls.append(_Call(path, inputs, keywords, output, node, version))
+        calls.append(_Call(path, module, inputs, keywords, output, node, version))
 
     handles = [
         m.register_forward_hook(partial(record, p), with_kwargs=True) for p, m in modules.items()
@@ -120,31 +123,45 @@ def _call_reason(module: nn.Module, call: _Call, size: int) -> str | None:
     return None
 
 
-def _chain_reasons(problem: Problem, rows: Tensor, calls: list[_Call], h: Tensor) -> dict[str, str]:
-    """The modules whose input is not the very tensor that the module before them returned."""
+def _chain_reasons(
+    problem: Problem, rows: Tensor, calls: list[_Call], h: Tensor, graph: ModuleGraph
+) -> dict[str, str]:
+    """The modules whose input is neither that of the model nor a sum of modules' outputs.
+
+    Args:
+        problem: The model and a batch.
+        rows: Indices of the samples that ran.
+        calls: All calls of modules, in their order.
+        h: The outputs.
+        graph: The sources of the modules' inputs.
+
+    Returns:
+        Path -> reason; the path "" is the model as a whole.
+    """
     batch = problem.batch[rows]
     inputs = [*batch.args, *batch.kwargs.values()]
     reasons = {}
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         reasons[""] = "the inputs are not one tensor"
-    previous = None
+    constants: set[int] = set()  # outputs without a gradient
     for call in calls:
         x = call.inputs[0] if call.inputs else None
-        if previous is not None:
-            same = x is previous
-        elif isinstance(x, Tensor) and not reasons:
+        if not isinstance(x, Tensor):
+            follows = bool(reasons)
+        elif x.grad_fn is None:
             # the model received another slice of the batch, with the same numbers
-            same = x.grad_fn is None and x.shape == inputs[0].shape and torch.equal(x, inputs[0])
+            of_model = bool(reasons) or (x.shape == inputs[0].shape and torch.equal(x, inputs[0]))
+            follows = of_model or id(x) in constants
         else:
-            same = bool(reasons)
-        if not same:
+            follows = graph.sources[call.module] is not None
+        if not follows:
             reasons[call.path] = (
-                "its input is not the output of the module before it (a functional operation, a "
-                "residual connection or a branch lies between)"
+                "its input is not the output of another module, nor a sum of such outputs (a "
+                "functional operation lies between)"
             )
-        previous = call.output
-    if h is not previous:
-        reasons.setdefault("", "the outputs are not the last module's output")
+        constants.add(id(call.output))
+    if graph.sources_of(h) is None:
+        reasons.setdefault("", "the outputs are not the output of a module, nor a sum of such")
     return reasons
 
 

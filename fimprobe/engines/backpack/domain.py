@@ -25,8 +25,8 @@ def offending_modules(
     and uses the parameter once. Operations between modules are free. The gradients of two samples
     are compared with those of each sample run alone.
 
-    Second order: all modules are in ``LAYERS`` or ``PLAIN`` and form a chain, each one's input being
-    the output of the module before it.
+    Second order: all modules are in ``LAYERS`` or ``PLAIN``, and each one's input is the output of
+    another module or a sum of such outputs, as behind a residual connection.
 
     Args:
         problem: The model, and a batch to try it on.

@@ -10,22 +10,31 @@ from torch import Tensor, nn
 
 from fimprobe.engines.backpack.derivatives import derivatives_of
 from fimprobe.engines.backpack.hooks import extended
+from fimprobe.engines.backpack.module_graph import recorded
 from fimprobe.engines.backpack.second_order_rules import (
+    Flow,
     LinearLoss,
+    ParameterDiagonals,
+    Residuals,
     block_rows,
-    ggn_extension,
-    hessian_extension,
+    concatenate,
+    second_order_extension,
 )
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 
 OutputCurvature = Callable[[slice, Tensor], tuple[Tensor, Tensor | None]]
-"""Maps a chunk's rows and outputs h to cotangents of h, and factors of the curvature there."""
+"""Maps a chunk's rows and outputs h to n cotangents [n, b, ...], and factors of the curvature."""
+
+LIVE_FACTORS = 4
+"""Factors of the size of the largest one that are in memory together."""
 
 
-def hessian_in_domain(problem: Problem, batch: Batch, cotangents: Tensor) -> dict[str, Tensor]:
-    """Diagonals [B, *shape] of R = Σ_a v_a ∂²h_a/∂θ∂θᵀ of a problem inside the domain.
+def hessian_in_domain(
+    problem: Problem, batch: Batch, cotangents: Tensor
+) -> dict[str, ParameterDiagonals]:
+    """Diagonals of R = Σ_a v_a ∂²h_a/∂θ∂θᵀ of a problem inside the domain.
 
     This is ``BatchDiagHessian`` with a loss that is linear in the outputs: all curvature comes from
     the residuals of the layers. Memory grows with the widths of all layers that are not linear.
@@ -33,7 +42,7 @@ def hessian_in_domain(problem: Problem, batch: Batch, cotangents: Tensor) -> dic
     Args:
         problem: The model.
         batch: Inputs of B samples.
-        cotangents: v [B, ...], of the shape of the outputs.
+        cotangents: n vectors v [n, B, ...], each of the shape of the outputs.
 
     Raises:
         FimprobeError: For cotangents of another shape, or if one sample needs more than
@@ -41,27 +50,27 @@ def hessian_in_domain(problem: Problem, batch: Batch, cotangents: Tensor) -> dic
     """
 
     def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, None]:
-        """Cotangents of a chunk of n samples, without curvature at the outputs.
+        """Cotangents of a chunk of b samples, without curvature at the outputs.
 
         Args:
-            rows: Places of the n samples in the batch.
-            h: Their outputs [n, ...].
+            rows: Places of the b samples in the batch.
+            h: Their outputs [b, ...].
 
         Returns:
-            Their v [n, ...] in the type of ``h``; None for the factors.
+            Their v [n, b, ...] in the type of ``h``; None for the factors.
 
         Raises:
             FimprobeError: If ``cotangents`` has another shape than the outputs of the batch.
         """
         expected = (batch.size, *h.shape[1:])
-        if cotangents.shape != expected:
+        if cotangents.shape[1:] != expected:
             raise FimprobeError(
-                f"`cotangents` must have the shape of the outputs, {expected}, got "
-                f"{tuple(cotangents.shape)}. Pass one number for each output."
+                f"`cotangents` must have the shape of the outputs, {expected} for each of n vectors, "
+                f"got {tuple(cotangents.shape)}. Pass one number for each vector and output."
             )
-        return cotangents[rows].to(h), None
+        return cotangents[:, rows].to(h), None
 
-    return _diagonals(problem, batch, output_curvature, curved=True)
+    return _diagonals(problem, batch, output_curvature, count=len(cotangents))
 
 
 def ggn_in_domain(problem: Problem, batch: Batch, mask: Tensor | None) -> dict[str, Tensor]:
@@ -80,66 +89,79 @@ def ggn_in_domain(problem: Problem, batch: Batch, mask: Tensor | None) -> dict[s
     """
 
     def output_curvature(rows: slice, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of I(h) of a chunk of n samples.
+        """Factors of I(h) of a chunk of b samples.
 
         Args:
-            rows: Places of the n samples in the batch.
-            h: Their outputs [n, ...].
+            rows: Places of the b samples in the batch.
+            h: Their outputs [b, ...].
 
         Returns:
-            Cotangents of ones, on which the result does not depend; the factors [V, n, ...].
+            Cotangents of ones, on which the result does not depend; the factors [V, b, ...].
 
         Raises:
             FimprobeError: For a likelihood without ``output_fisher``, or outputs without a class
                 dimension.
         """
         chunk_mask = None if mask is None else mask[rows]
-        return torch.ones_like(h), _fisher_factors(problem.likelihood, h.detach(), chunk_mask)
+        factors = _fisher_factors(problem.likelihood, h.detach(), chunk_mask)
+        return torch.ones_like(h)[None], factors
 
-    return _diagonals(problem, batch, output_curvature, curved=False)
+    diagonals = _diagonals(problem, batch, output_curvature, count=0)
+    return {name: diagonal.entries()[0] for name, diagonal in diagonals.items()}
 
 
 def _diagonals(
-    problem: Problem, batch: Batch, output_curvature: OutputCurvature, *, curved: bool
-) -> dict[str, Tensor]:
-    """Per-sample diagonals [B, *shape] of every parameter.
+    problem: Problem, batch: Batch, output_curvature: OutputCurvature, *, count: int
+) -> dict[str, ParameterDiagonals]:
+    """Per-sample diagonals of every parameter.
 
     Args:
         problem: The model.
         batch: Inputs of B samples.
         output_curvature: The curvature at the outputs.
-        curved: Whether the residuals of the modules count (Hessian) or not (GGN).
+        count: The number n of cotangents of the Hessian, for which the residuals of the modules
+            count; 0 for the GGN, which has one.
     """
     modules = [m for m in problem.twin.modules() if not list(m.children())]
-    parameters = problem.parameters
-    diagonals: dict[str, list[Tensor]] = {}
-    step = _chunk_size(problem, batch, modules, curved=curved)
+    parameters, copies = problem.parameters, max(count, 1)
+    diagonals: dict[str, list[ParameterDiagonals]] = {}
+    step = _chunk_size(problem, batch, modules, count=count)
     for start in range(0, batch.size, step):
         rows = slice(start, min(start + step, batch.size))
-        extension = hessian_extension() if curved else ggn_extension()
-        loss = LinearLoss()
-        with extended([*modules, loss], extension), torch.enable_grad():
-            h = problem.forward(batch[rows])
-            # BackPACK's pooling builds its kernels in the default dtype
-            torch.set_default_dtype(h.dtype)
-            loss.cotangents, loss.factors = output_curvature(rows, h)
-            if h.requires_grad:
-                torch.autograd.grad(loss(h), list(parameters.values()), allow_unused=True)
-            for name, p in parameters.items():
-                value = getattr(p, extension.savefield, None)
-                if value is not None:
-                    diagonals.setdefault(name, []).append(value.detach())
+        size, loss = rows.stop - rows.start, LinearLoss()
+        index = torch.arange(start, rows.stop).repeat(copies)
+        with recorded([*modules, loss]) as graph:
+            flow = Flow(graph=graph, samples=size, curved=count > 0)
+            extension = second_order_extension(flow)
+            with extended([*modules, loss], extension), torch.enable_grad():
+                h = problem.forward(batch[index])
+                graph.check(h)
+                # BackPACK's pooling builds its kernels in the default dtype
+                torch.set_default_dtype(h.dtype)
+                vectors, factors = output_curvature(rows, h[:size])
+                loss.cotangents = vectors.flatten(0, 1)
+                if factors is not None:
+                    ones = factors.new_ones(1, *factors.shape[:2])
+                    flow.at_outputs = {None: (factors, Residuals(diagonal=ones))}
+                if h.requires_grad:
+                    torch.autograd.grad(loss(h), list(parameters.values()), allow_unused=True)
+                for name, p in parameters.items():
+                    value = getattr(p, extension.savefield, None)
+                    if value is not None:
+                        diagonals.setdefault(name, []).append(value)
     return {
-        n: torch.cat(diagonals[n]) if n in diagonals else p.new_zeros(batch.size, *p.shape)
-        for n, p in parameters.items()
+        name: concatenate(diagonals[name])
+        if name in diagonals
+        else ParameterDiagonals(values=p.new_zeros(copies, batch.size, *p.shape))
+        for name, p in parameters.items()
     }
 
 
-def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, curved: bool) -> int:
-    """The number n of samples whose factors [V, n, width] fit into ``memory_mb``.
+def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, count: int) -> int:
+    """The number of samples whose factors [V, b, width] fit into ``memory_mb``.
 
-    V is the number of outputs; for the Hessian, twice the sum of the widths of all modules that are
-    not linear, one factor for each sign of the residual.
+    V is the number of outputs; for the Hessian, the sum of the widths of all modules that are not
+    linear, and each of the ``count`` cotangents has a copy of the sample.
     """
     widths: list[tuple[nn.Module, int]] = []
 
@@ -154,9 +176,10 @@ def _chunk_size(problem: Problem, batch: Batch, modules: list[nn.Module], *, cur
         for handle in handles:
             handle.remove()
     factors = h.numel()
-    if curved:
-        factors = 2 * sum(w for m, w in widths if not derivatives_of(m).hessian_is_zero(m))
-    bytes_each = 3 * factors * max((w for _, w in widths), default=1) * h.element_size()
+    if count:
+        factors = count + sum(w for m, w in widths if not derivatives_of(m).hessian_is_zero(m))
+    largest = max((w for _, w in widths), default=1)
+    bytes_each = LIVE_FACTORS * factors * largest * h.element_size()
     limit_bytes = problem.memory_mb * 2**20
     if bytes_each > limit_bytes:
         raise FimprobeError(

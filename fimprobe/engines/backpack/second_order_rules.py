@@ -1,20 +1,26 @@
 """Second-order BackPACK extensions for all modules of the domain, from any curvature at the outputs.
 
-With the V axis first, a factor M [V, N, *] represents the curvature Σ_v M_v M_vᵀ of each sample.
+A second derivative of the outputs is a sum over the modules that bend: each one has a residual H at
+its input, and the modules before it are linear there. Factors W [V, N, *] hold what their Jacobians
+make of the V unit vectors at that input, so that H pulled back is W H Wᵀ. With n cotangents there are
+n residuals, and W serves all of them. Factors keep the module that they come from: those of one
+module that arrive by two ways, as behind a residual connection, are added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from backpack.extensions import BatchDiagGGNExact, BatchDiagHessian
 from backpack.extensions.mat_to_mat_jac_base import MatToJacMat
-from backpack.extensions.module_extension import ModuleExtension
 from torch import Tensor, nn
 
 from fimprobe.engines.backpack.derivatives import LAYERS, PLAIN
+from fimprobe.engines.backpack.module_graph import ModuleGraph
 from fimprobe.engines.backpack.normalisation import NormDerivatives
 
 MAX_STACK_ELEMENTS = 2**22
@@ -27,105 +33,213 @@ class LinearLoss(nn.modules.loss._Loss):
     def __init__(self) -> None:
         super().__init__(reduction="sum")
         self.cotangents = torch.zeros(())
-        self.factors: Tensor | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """The sum of the outputs times their cotangents."""
         return (self.cotangents * h).sum()
 
 
-def hessian_extension() -> Any:
-    """``BatchDiagHessian`` with all rules of ``LAYERS`` and ``PLAIN``; saves to ``diag_h_batch``."""
-    return _with_rules(BatchDiagHessian(), _HessianRule, _ZeroCurvature())
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """n residuals H at the input of one module: diagonal, or with blocks of D entries.
+
+    Attributes:
+        diagonal: The diagonals [n, V, N]; None for blocks.
+        blocks: The blocks [n, N, K, D, D] with K·D = V; None for diagonals.
+    """
+
+    diagonal: Tensor | None = None
+    blocks: Tensor | None = None
+
+    def quadratic(self, factors: Tensor) -> Tensor:
+        """The diagonals of W H Wᵀ for each of the n residuals.
+
+        Args:
+            factors: W [V, N, *].
+
+        Returns:
+            Their entries [n, N, *].
+        """
+        if self.diagonal is not None:
+            return torch.einsum("nvb,vb...->nb...", self.diagonal, factors.square())
+        assert self.blocks is not None
+        blocks = factors.reshape(*self.blocks.shape[2:4], *factors.shape[1:])
+        moved = torch.einsum("nbkde,keb...->nkdb...", self.blocks, blocks)
+        return (blocks * moved).sum((1, 2))
+
+    def split(self, step: int) -> Iterator[tuple[slice, Residuals]]:
+        """Split into residuals of at most ``step`` unit vectors, but of whole blocks."""
+        if self.diagonal is not None:
+            for start in range(0, self.diagonal.shape[1], step):
+                rows = slice(start, start + step)
+                yield rows, Residuals(diagonal=self.diagonal[:, rows])
+            return
+        assert self.blocks is not None
+        count, size = self.blocks.shape[2:4]
+        step = max(1, step // size)
+        for start in range(0, count, step):
+            rows = slice(start * size, (start + step) * size)
+            yield rows, Residuals(blocks=self.blocks[:, :, start : start + step])
 
 
-def ggn_extension() -> Any:
-    """``BatchDiagGGNExact`` with the same rules; saves to ``diag_ggn_exact_batch``."""
-    return _with_rules(BatchDiagGGNExact(), _SquareRule, _FactoredCurvature())
+@dataclass(frozen=True, kw_only=True)
+class ParameterDiagonals:
+    """Diagonals of one parameter for n cotangents and N samples.
+
+    Attributes:
+        values: The entries [n, N, *shape]; for outer products [n, N, rows].
+        columns: Factors of the columns of an outer product [N, columns]; None for entries.
+    """
+
+    values: Tensor
+    columns: Tensor | None = None
+
+    def entries(self) -> Tensor:
+        """All entries [n, N, *shape]."""
+        if self.columns is None:
+            return self.values
+        return torch.einsum("nbo,bi->nboi", self.values, self.columns)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The sums of the entries and of their squares [n, N], in float64."""
+        values = self.values.double().flatten(2)
+        trace, square = values.sum(-1), values.square().sum(-1)
+        if self.columns is not None:
+            columns = self.columns.double()
+            trace, square = trace * columns.sum(-1), square * columns.square().sum(-1)
+        return trace, square
 
 
-def _with_rules(extension: Any, rule: type[_SquareRule], at_outputs: Any) -> Any:
-    """Replace an extension's rules: ``rule`` for every module, ``at_outputs`` for the loss."""
+def concatenate(chunks: Sequence[ParameterDiagonals]) -> ParameterDiagonals:
+    """Return the diagonals of all samples from those of successive chunks."""
+    columns = [chunk.columns for chunk in chunks if chunk.columns is not None]
+    return ParameterDiagonals(
+        values=torch.cat([chunk.values for chunk in chunks], 1).detach(),
+        columns=torch.cat(columns) if columns else None,
+    )
+
+
+Factors = dict[Any, tuple[Tensor, Residuals]]
+"""W and H by where they come from: a module that bends, or None for the outputs."""
+
+
+@dataclass(kw_only=True)
+class Flow:
+    """What an extension hands from module to module in one backward pass.
+
+    Attributes:
+        graph: The sources of each module's input.
+        samples: The first N rows of the batch, whose copies the others are.
+        curved: Whether the residuals of modules count.
+        at_outputs: Factors of the curvature at the outputs.
+        arrived: Factors at the output of each module.
+    """
+
+    graph: ModuleGraph
+    samples: int
+    curved: bool
+    at_outputs: Factors = field(default_factory=dict)
+    arrived: dict[nn.Module, Factors] = field(default_factory=dict)
+
+    def send(self, module: nn.Module, factors: Factors) -> None:
+        """Add the factors at a module's input to those at the outputs that it sums."""
+        for source in self.graph.sources[module] or ():
+            there = self.arrived.setdefault(source, {})
+            for origin, (matrix, residuals) in factors.items():
+                if origin in there:
+                    matrix = matrix + there[origin][0]
+                there[origin] = (matrix, residuals)
+
+
+def second_order_extension(flow: Flow) -> Any:
+    """``BatchDiagHessian``, or ``BatchDiagGGNExact`` without curvature, with the rules of the domain.
+
+    It saves :class:`ParameterDiagonals` to the ``savefield`` of each parameter.
+
+    Args:
+        flow: Receives and hands on the factors.
+    """
+    extension = BatchDiagHessian() if flow.curved else BatchDiagGGNExact()
+    extension.flow = flow
     for kind, (derivatives, params) in LAYERS.items():
-        extension.set_module_extension(kind, rule(derivatives, params), overwrite=True)
+        extension.set_module_extension(kind, _Rule(derivatives, params), overwrite=True)
     for kind, derivatives in PLAIN.items():
-        extension.set_module_extension(kind, rule(derivatives), overwrite=True)
-    extension.set_module_extension(LinearLoss, at_outputs)
+        extension.set_module_extension(kind, _Rule(derivatives), overwrite=True)
+    extension.set_module_extension(LinearLoss, _send_at_outputs)
     return extension
 
 
-class _ZeroCurvature(ModuleExtension):
-    """No curvature at the outputs: all of it comes from the residuals of the modules."""
-
-    def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Start without any factor, since the outputs have no curvature."""
-        return {"matrices": [], "signs": []}
+def _send_at_outputs(ext: Any, module: Any, g_inp: Any, g_out: Any) -> None:
+    """Begin with the curvature at the outputs."""
+    ext.flow.send(module, ext.flow.at_outputs)
 
 
-class _FactoredCurvature(ModuleExtension):
-    """Curvature at the outputs given by the factors [V, N, *] of the loss."""
-
-    def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Start from the rows s_v [V, N, *] whose Σ_v s_v s_vᵀ is the curvature at the outputs."""
-        return module.factors
-
-
-class _SquareRule(MatToJacMat):
-    """Per-sample diagonal of JᵀM MᵀJ for a parameter: Σ_v (Jᵀ M_v)² [N, *parameter]."""
+class _Rule(MatToJacMat):
+    """Diagonals of the parameters of a module, which is linear in them, and factors at its input."""
 
     def __init__(self, derivatives: Any, params: tuple[str, ...] = ()) -> None:
         for name in params:
             setattr(self, name, partial(self._diagonal, name))
         super().__init__(derivatives, params=list(params))
+        self._names = params
 
-    def _diagonal(self, name, ext, module, g_inp, g_out, backproped):
-        return self._squares(name, module, backproped)
+    def __call__(self, ext: Any, module: Any, g_inp: Any, g_out: Any) -> None:
+        """Process a module in the backward pass."""
+        flow: Flow = ext.flow
+        copies = module.input0.shape[0]
+        # the other rows are copies, whose Jacobians are the same
+        module.input0, module.output = module.input0[: flow.samples], module.output[: flow.samples]
+        factors = flow.arrived.pop(module, {})
+        for name in self._names:
+            parameter = getattr(module, name)
+            if factors and parameter is not None and parameter.requires_grad:
+                setattr(parameter, ext.savefield, self._diagonal(name, module, factors))
+        if not module.input0.requires_grad:
+            return
+        factors = {
+            origin: (self.derivatives.jac_t_mat_prod(module, g_inp, g_out, matrix), residuals)
+            for origin, (matrix, residuals) in factors.items()
+        }
+        if flow.curved and not self.derivatives.hessian_is_zero(module):
+            delta = g_out[0].detach().unflatten(0, (copies // flow.samples, flow.samples))
+            factors[module] = _bend(self.derivatives, module, delta)
+        flow.send(module, factors)
 
-    def _squares(self, name: str, module: Any, matrix: Tensor) -> Tensor:
-        """Σ_v (Jᵀ M_v)² [N, *parameter] of a factor M [V, N, *output]."""
-        parameter = getattr(module, name)
-        total = parameter.new_zeros((module.output.shape[0], *parameter.shape))
-        step = max(1, MAX_STACK_ELEMENTS // max(1, total.numel()))
-        for rows in matrix.split(step):
-            product = self.derivatives.param_mjp(name, module, None, None, rows, sum_batch=False)
-            total += product.square().sum(0)
-        return total
+    def _diagonal(self, name: str, module: Any, factors: Factors) -> ParameterDiagonals:
+        """What the factors show of one parameter."""
+        x: Tensor = module.input0.detach()
+        if name == "weight" and isinstance(module, nn.Linear) and x.dim() == 2:
+            # a gradient is an outer product with the input, whose square comes out of the sum
+            squares = [residuals.quadratic(matrix) for matrix, residuals in factors.values()]
+            return ParameterDiagonals(values=torch.stack(squares).sum(0), columns=x.square())
+        numel = len(x) * getattr(module, name).numel()
+        step = max(1, MAX_STACK_ELEMENTS // max(1, numel))
+        total: Any = 0
+        for matrix, residuals in factors.values():
+            for rows, part in residuals.split(step):
+                product = self.derivatives.param_mjp(
+                    name, module, None, None, matrix[rows], sum_batch=False
+                )
+                total = total + part.quadratic(product)
+        return ParameterDiagonals(values=total)
 
 
-class _HessianRule(_SquareRule):
-    """Per-sample diagonal where the Hessian at a module's output is Σ_i ±M_i M_iᵀ.
+def _bend(derivatives: Any, module: Any, delta: Tensor) -> tuple[Tensor, Residuals]:
+    """W and H at the input of a module that bends.
 
-    The module is linear in its parameters. Its own residual adds factors at its input.
+    Args:
+        derivatives: Those of the module.
+        module: The module, with its inputs [N, *].
+        delta: The n cotangents at its output [n, N, *].
     """
-
-    def _diagonal(self, name, ext, module, g_inp, g_out, backproped):
-        parameter = getattr(module, name)
-        total = parameter.new_zeros((module.output.shape[0], *parameter.shape))
-        for matrix, sign in zip(backproped["matrices"], backproped["signs"], strict=True):
-            total = total + sign * self._squares(name, module, matrix)
-        return total
-
-    def backpropagate(self, ext, module, g_inp, g_out, backproped):
-        """Propagate every factor [V, N, *], and add those of the residual, one for each sign."""
-        matrices = super().backpropagate(ext, module, g_inp, g_out, backproped["matrices"])
-        signs = list(backproped["signs"])
-        if not self.derivatives.hessian_is_zero(module):
-            for sign in (1.0, -1.0):
-                matrices.append(_residual_factor(self.derivatives, module, g_out[0], sign))
-                signs.append(sign)
-        return {"matrices": matrices, "signs": signs}
-
-
-def _residual_factor(derivatives: Any, module: Any, delta: Tensor, sign: float) -> Tensor:
-    """M [V, N, *input] with M Mᵀ the positive (sign = 1) or negative part of each residual."""
-    shape = module.input0.shape
+    x = module.input0.detach()
+    width = x[0].numel()
+    unit = torch.eye(width, dtype=x.dtype, device=x.device)
+    matrix = unit[:, None].expand(width, len(x), width).reshape(width, *x.shape)
     if isinstance(derivatives, NormDerivatives):
-        values, vectors = torch.linalg.eigh(derivatives.residual(module, delta))
-        root = vectors * (sign * values).clamp(min=0).sqrt().unsqueeze(-2)
-        return block_rows(root).reshape(-1, *shape)
-    curvature = derivatives.d2f(module, None, None) * delta.detach()
-    root = (sign * curvature).clamp(min=0).sqrt().reshape(shape[0], -1)
-    return torch.diag_embed(root).transpose(0, 1).reshape(-1, *shape)
+        return matrix, Residuals(blocks=derivatives.residual(module, delta))
+    curvature = (derivatives.d2f(module, None, None) * delta).flatten(2)
+    return matrix, Residuals(diagonal=curvature.transpose(1, 2))
 
 
 def block_rows(root: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def compare_curvature(problem: Problem) -> dict[str, str]:
     h = problem.forward(sample)
     cotangents = _random_cotangents(h)
     try:
-        diagonals = hessian_in_domain(problem, sample, cotangents)
+        found = hessian_in_domain(problem, sample, cotangents[None])
     except FimprobeError as error:
         return {"": str(error)}
     except Exception as error:  # raised by BackPACK's own checks
@@ -113,6 +113,7 @@ def compare_curvature(problem: Problem) -> dict[str, str]:
             h, list(parameters.values()), cotangents, create_graph=True, allow_unused=True
         )
     entries = []
+    diagonals = {name: diagonal.entries() for name, diagonal in found.items()}
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         entry = int(diagonals[name].abs().argmax())
         value = float(diagonals[name].flatten()[entry])

@@ -95,26 +95,31 @@ class DiagonalAccumulator:
         if probes is not None:
             self.chunk["probe_squares"] = self._zeros(self.size, self.count, probes)
 
-    def add_exact(self, y: int, diagonal: Tensor | None, samples: slice) -> None:
-        """Add the exact diagonal of R for one vector.
+    def set_exact_sums(self, samples: slice, trace: Tensor, square: Tensor) -> None:
+        """Set the sums of the exact diagonals of R for the first n vectors, after ``add_zero``.
 
         Args:
-            y: Number of the vector.
-            diagonal: [b, *shape]; None for zero.
-            samples: The b samples.
+            samples: Some b samples of the chunk.
+            trace: Σ_i R_ii [n, b].
+            square: Σ_i R_ii² [n, b].
         """
-        if "trace" not in self.chunk:
-            self.add_zero(None)
-        if diagonal is None:
-            return
-        r = diagonal.double().reshape(len(diagonal), -1)
-        self.chunk["trace"][samples, y] = r.sum(1)
-        self.chunk["square"][samples, y] = r.square().sum(1)
-        if self.diagonal is not None and self.diagonal_square is not None and self._has_weight(y):
-            w = self.weights[samples, y].double().unsqueeze(1)
-            shape = self.parameter.shape
-            self.diagonal += (w * r).sum(0).view(shape)
-            self.diagonal_square += (w * r.square()).sum(0).view(shape)
+        self.chunk["trace"][samples, : len(trace)] = trace.t()
+        self.chunk["square"][samples, : len(square)] = square.t()
+
+    def add_exact_entries(self, samples: slice, diagonals: Tensor) -> None:
+        """Add the exact diagonals of R for the first n vectors with every entry, after ``add_zero``.
+
+        Args:
+            samples: Some b samples of the chunk.
+            diagonals: [n, b, *shape].
+        """
+        r = diagonals.double().flatten(2)
+        self.set_exact_sums(samples, r.sum(-1), r.square().sum(-1))
+        assert self.diagonal is not None and self.diagonal_square is not None
+        for y in filter(self._has_weight, range(len(r))):
+            w, shape = self.weights[samples, y].double().unsqueeze(1), self.parameter.shape
+            self.diagonal += (w * r[y]).sum(0).view(shape)
+            self.diagonal_square += (w * r[y].square()).sum(0).view(shape)
 
     def add_probes(self, derivatives: ParameterDerivatives, probes: DiagonalProbes) -> None:
         """Add what K probes show of the diagonal of R, for one vector.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
@@ -191,20 +192,27 @@ class _ChunkCurvature:
 
     def _add_exact_diagonals(self, count: int) -> None:
         """Add exact diagonals for the first ``count`` vectors, by BackPACK on chunks of samples."""
-        from fimprobe.engines import backpack  # optional dependency
+        from fimprobe.engines import backpack  # its import has side effects
 
         chunk, problem = self.chunk, self.chunk.problem
-        entries = sum(p.numel() for p in problem.parameters.values())
+        cotangents = torch.stack([vector.output for vector in self.vectors[:count]])
+        for accumulator in self.accumulators.values():
+            accumulator.diagonal.add_zero(None)
+        if not problem.diagonals:
+            every = slice(0, chunk.size)
+            for name, sums in backpack.hessian_sums(problem, chunk.batch, cotangents).items():
+                self.accumulators[name].diagonal.set_exact_sums(every, *sums)
+            return
+        entries = count * sum(p.numel() for p in problem.parameters.values())
         bytes_per_sample = max(entries * chunk.outputs.element_size(), 1)
         step = max(1, int(problem.memory_mb * 2**18 / bytes_per_sample))
-        for y, vector in enumerate(self.vectors[:count]):
-            for start in range(0, chunk.size, step):
-                samples = slice(start, min(start + step, chunk.size))
-                diagonals = backpack.hessian_diagonals(
-                    problem, chunk.batch[samples], vector.output[samples], verified=True
-                )
-                for name, accumulator in self.accumulators.items():
-                    accumulator.diagonal.add_exact(y, diagonals.get(name), samples)
+        for start in range(0, chunk.size, step):
+            samples = slice(start, min(start + step, chunk.size))
+            diagonals = backpack.hessian_diagonals(
+                problem, chunk.batch[samples], cotangents[:, samples], verified=True
+            )
+            for name, diagonal in diagonals.items():
+                self.accumulators[name].diagonal.add_exact_entries(samples, diagonal)
 
     def add_direction(self, number: int) -> None:
         """Add blocks and the whole of R along one random direction."""

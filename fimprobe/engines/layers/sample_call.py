@@ -83,7 +83,7 @@ class SampleCall:
             leaves[i] = x
         args, kwargs = tree_unflatten(leaves, self._structure)
         if all(parameters[n] is p for n, p in self.module.named_parameters() if n in parameters):
-            drop_leftovers(self.module)
+            drop_leftovers(self.module.modules())
             out = self._select(self.module(*args, **kwargs))
         else:
             out = self._select(call_with_parameters(self.module, parameters, args, kwargs))
@@ -117,7 +117,7 @@ def call_with_parameters(
         for local, p in part._parameters.items()
         if id(p) in by_id
     }
-    drop_leftovers(module)
+    drop_leftovers(module.modules())
     return functional_call(module, everywhere, args, kwargs, tie_weights=False)
 
 

@@ -36,6 +36,8 @@ class Request:
             probes, and the diagonal of F from all columns of a factor of I(h).
         spot_checks: Whether V2 is measured by spot checks. Second derivatives by double backward then
             serve bounds only.
+        blocks: Whether these bounds and the blocks of R are measured beside spot checks.
+        auto: Whether ``exact`` and ``spot_checks`` are for the measurement to choose.
         backpack: Whether BackPACK pulls these columns back, instead of the autograd engine.
     """
 
@@ -47,11 +49,13 @@ class Request:
     exact: bool = False
     backpack: bool = False
     spot_checks: bool = False
+    blocks: bool = True
+    auto: bool = False
 
     @property
     def double_backward(self) -> bool:
         """Whether the graph is differentiated twice: for Î₂, unless spot checks are all it needs."""
-        return self.i2 and (self.bounds or not self.spot_checks)
+        return self.i2 and ((self.bounds and self.blocks) or not self.spot_checks)
 
     @property
     def only_i1(self) -> bool:
@@ -96,7 +100,9 @@ class Problem:
         self.parameters: dict[str, nn.Parameter] = {}
         self.frozen: set[str] = set()
         seen: set[int] = set()
-        for path, module in self.twin.named_modules():
+        modules = dict(self.twin.named_modules())
+        self._modules = list(modules.values())
+        for path, module in modules.items():
             for local, p in module._parameters.items():
                 if p is None or id(p) in seen:
                     continue
@@ -139,7 +145,7 @@ class Problem:
         args, kwargs = tree_map(
             lambda x: x.detach() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
         )
-        drop_leftovers(self.twin)
+        drop_leftovers(self._modules)
         with nullcontext() if self.shards is None else self.shards.saving():
             h = self.select_outputs(self.twin(*args, **kwargs))
         if not isinstance(h, Tensor):

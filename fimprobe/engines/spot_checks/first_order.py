@@ -5,6 +5,7 @@ Symbols: B samples, S draws, T positions, x a layer's input, δ the cotangents a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -156,31 +157,38 @@ class FirstOrderNotes:
         for name in squares:
             if name in self.bent:
                 members.setdefault(name.rpartition(".")[0], []).append(name)
+        if not members:
+            return {}
+        bent = [name for names in members.values() for name in names]
+        of_bent = torch.stack([squares[name].sum(dtype=torch.float64) for name in bent]).tolist()
+        sums = dict(zip(bent, of_bent, strict=True))
+        totals = [
+            torch.stack([norms[n] for n in names]).double().sum(0) for names in members.values()
+        ]
+        inputs = mixed_with_even(torch.stack(totals), EVEN_INPUTS).unbind()
         layers = {}
-        for layer, names in members.items():
-            total = torch.stack([norms[name].double() for name in names]).sum(0)
+        for (layer, names), of_layer in zip(members.items(), inputs, strict=True):
             kinds = [part for part in layer.split(".") if not part.isdigit()]
             layers[layer] = LayerProposal(
-                inputs=mixed_with_even(total, EVEN_INPUTS),
-                parameters=self._parameter_shares(names, squares),
+                inputs=of_layer,
+                parameters=self._parameter_shares(names, [sums[name] for name in names]),
                 entries={name: self._entries(name, squares[name]) for name in names},
                 kind=f"{owners[names[0]]} {'.'.join(kinds[-2:])}",
             )
         return layers
 
-    def _parameter_shares(self, names: list[str], squares: Mapping[str, Tensor]) -> dict[str, float]:
-        """Probability of each parameter of a layer."""
-        sums = torch.stack([squares[name].double().sum().cpu() for name in names])
-        shares = normalised(sums)
+    def _parameter_shares(self, names: list[str], sums: list[float]) -> dict[str, float]:
+        """Probability of each parameter of a layer, from its names and its Σ g²."""
+        shares = _shares(sums)
         weights = [name for name in names if name in self.columns]
         if len(names) == 2 and len(weights) == 1:
             # a bias is a column whose input is 1 at every position
             columns = self.columns[weights[0]]
             fourth = float(torch.cat(columns.sums).mean(0).sum())
             by_inputs = [fourth if n in weights else float(columns.positions) for n in names]
-            shares = (shares + normalised(torch.tensor(by_inputs, dtype=torch.float64))) / 2
-        shares = mixed_with_even(shares, EVEN_PARAMETERS)
-        return dict(zip(names, shares.tolist(), strict=True))
+            shares = [(a + b) / 2 for a, b in zip(shares, _shares(by_inputs), strict=True)]
+        even = EVEN_PARAMETERS / len(names)
+        return {n: (1 - EVEN_PARAMETERS) * s + even for n, s in zip(names, shares, strict=True)}
 
     def _entries(self, name: str, squares: Tensor) -> EntryProposal:
         """The proposal of a parameter's entries."""
@@ -191,9 +199,11 @@ class FirstOrderNotes:
             fourth = normalised(torch.cat(columns.sums))
             # inputs of value layers are averaged over positions before they matter: g shows it
             gradients = normalised(by_unit.sum(0).double().cpu().square())
+            guided = 1 - EVEN_ENTRIES / 2
+            by_column = fourth.mul_(0.6 * guided).add_(gradients, alpha=0.4 * guided)
             return OuterProposal(
                 units=mixed_with_even(units, EVEN_ENTRIES),
-                columns=mixed_with_even(0.6 * fourth + 0.4 * gradients, EVEN_ENTRIES / 2),
+                columns=by_column.add_(EVEN_ENTRIES / 2 / by_column.shape[-1]),
                 unit_first=columns.unit_first,
             )
         if name in self.tokens:
@@ -212,6 +222,13 @@ class FirstOrderNotes:
                 probabilities=probabilities,
             )
         return FlatProposal(squares=squares.cpu())
+
+
+def _shares(weights: list[float]) -> list[float]:
+    """Weights divided by their sum; even ones where all are zero."""
+    finite = [weight if math.isfinite(weight) else 0.0 for weight in weights]
+    total = sum(finite)
+    return [weight / total if total else 1 / len(weights) for weight in finite]
 
 
 def _has_columns(use: ParameterUse) -> bool:

@@ -332,28 +332,32 @@ class SpotChecker:
             at = rows[index]
             mask = None if self.problem.mask is None else self.problem.mask[at]
             signs = torch.randint(0, 2, h.shape[1:], generator=self.generator).mul_(2).sub_(1)
-            signed = h[index] * signs.to(h)
+            signed = h[index] * signs.to(h.device, h.dtype)
             sizes = fisher_quadratic(self.problem.likelihood, h[index], signed, mask)
             self.sizes.update(zip(at.tolist(), sizes.unbind(), strict=True))
         return torch.stack([self.sizes[row] for row in rows.tolist()])
 
     def result(self) -> SpotChecks:
         """The values of all layers."""
+        of_layers = [[*self.pilot.get(x, []), *self.main.get(x, [])] for x in self.layers]
+        flat = [(v.value, self.steps.rounding_share(v.difference)) for x in of_layers for v in x]
+        numbers = torch.tensor(flat, dtype=torch.float64).view(-1, 2)
+        parts = numbers.split([len(checked) for checked in of_layers])
         strata = []
-        for layer, proposal in self.layers.items():
+        for (layer, proposal), checked, part in zip(
+            self.layers.items(), of_layers, parts, strict=True
+        ):
             names = list(proposal.parameters)
-            pilot, main = self.pilot.get(layer, []), self.main.get(layer, [])
-            both = [*pilot, *main]
-            rounding = [self.steps.rounding_share(v.difference) for v in both]
+            values, rounding = part.unbind(1)
             strata.append(
                 SpotStratum(
                     layer=layer,
                     kind=proposal.kind,
                     parameters=names,
-                    owners=torch.tensor([names.index(v.slot.parameter) for v in both]),
-                    values=torch.tensor([v.value for v in both], dtype=torch.float64),
-                    rounding=torch.tensor(rounding, dtype=torch.float64),
-                    pilot=len(pilot),
+                    owners=torch.tensor([names.index(v.slot.parameter) for v in checked]),
+                    values=values,
+                    rounding=rounding,
+                    pilot=len(self.pilot.get(layer, [])),
                 )
             )
         return SpotChecks(strata=strata)

@@ -9,6 +9,8 @@ spread evenly bounds the weights of entries that seem unimportant.
 from __future__ import annotations
 
 import bisect
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -227,21 +229,21 @@ class LayerProposal:
             generator: Source of the random numbers.
         """
         names, inputs = list(self.parameters), self.inputs.tolist()
-        shares = torch.tensor([self.parameters[n] for n in names], dtype=torch.float64)
         sizes = [self.entries[n].num_entries(0) for n in names]
         even = [size / sum(sizes) for size in sizes]
-        guided = torch.cat([(1 - EVEN_DRAWS) * shares, EVEN_DRAWS * shares.new_tensor(even)])
-        rows = _indices(self.inputs, evenly_spaced(count, generator))
-        rows = rows[torch.randperm(count, generator=generator)]
+        guided = [(1 - EVEN_DRAWS) * self.parameters[n] for n in names]
+        guided += [EVEN_DRAWS * share for share in even]
+        rows = _indices(inputs, evenly_spaced(count, generator))
+        order = torch.randperm(count, generator=generator).tolist()
         of_cells: dict[int, list[int]] = {}
-        cells = _indices(guided, evenly_spaced(count, generator)).tolist()
-        for cell, row in zip(cells, rows.tolist(), strict=True):
-            of_cells.setdefault(cell, []).append(row)
+        cells = _indices(guided, evenly_spaced(count, generator))
+        for cell, place in zip(cells, order, strict=True):
+            of_cells.setdefault(cell, []).append(rows[place])
         drawn = []
         for cell, of_cell in of_cells.items():
             of_even, number = divmod(cell, len(names))
             name, entries = names[number], self.entries[names[number]]
-            uniforms = [evenly_spaced(len(of_cell), generator, mixed=True).tolist() for _ in range(2)]
+            uniforms = [evenly_spaced(len(of_cell), generator, mixed=True) for _ in range(2)]
             draw = entries.draw_evenly if of_even else entries.draw
             for row, first, second in zip(of_cell, *uniforms, strict=True):
                 entry = draw(row, (first, second))
@@ -298,7 +300,7 @@ class Ranked:
         return self.order[min(place, len(self.order) - 1)]
 
 
-def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False) -> Tensor:
+def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False) -> list[float]:
     """Return random numbers, one in each of ``count`` equal parts of the interval from 0 to 1.
 
     Args:
@@ -308,13 +310,14 @@ def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False
             part; otherwise all have the same place.
 
     Returns:
-        Float64 [count]; each number alone is uniform.
+        The numbers; each alone is uniform.
     """
     if not mixed:
-        places = torch.arange(count, dtype=torch.float64)
-        return (places + torch.rand(1, generator=generator, dtype=torch.float64)) / max(count, 1)
-    places = torch.randperm(count, generator=generator).double()
-    return (places + torch.rand(count, generator=generator, dtype=torch.float64)) / max(count, 1)
+        shift = float(torch.rand(1, generator=generator, dtype=torch.float64))
+        return [(place + shift) / count for place in range(count)]
+    places = torch.randperm(count, generator=generator).tolist()
+    shifts = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+    return [(place + shift) / count for place, shift in zip(places, shifts, strict=True)]
 
 
 def _place(uniform: float, count: int) -> int:
@@ -322,18 +325,22 @@ def _place(uniform: float, count: int) -> int:
     return min(int(uniform * count), count - 1)
 
 
-def _indices(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Indices of probabilities [n] at random numbers between 0 and 1, in their order."""
-    cumulative = probabilities.cumsum(0)
-    places = torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)
-    return places.clamp_(max=len(probabilities) - 1)
+def _indices(probabilities: Sequence[float], uniform: Sequence[float]) -> list[int]:
+    """Indices of probabilities at random numbers between 0 and 1, in their order."""
+    cumulative = list(itertools.accumulate(probabilities))
+    last = len(cumulative) - 1
+    return [min(bisect.bisect_right(cumulative, u * cumulative[-1]), last) for u in uniform]
 
 
 def normalised(weights: Tensor) -> Tensor:
-    """Return weights divided by their sum along the last dimension; even ones where all are zero."""
-    weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_(min=0)
+    """Return weights divided by their sum along the last dimension; even ones where all are zero.
+
+    Args:
+        weights: Non-negative, [..., n].
+    """
+    weights = weights.nan_to_num(0.0, 0.0, 0.0)
     shares = weights / weights.sum(-1, keepdim=True)
-    return shares.nan_to_num(1 / weights.shape[-1])  # 0/0 where all are zero
+    return shares.nan_to_num_(1 / weights.shape[-1])  # 0/0 where all are zero
 
 
 def mixed_with_even(weights: Tensor, share: float) -> Tensor:
@@ -343,4 +350,4 @@ def mixed_with_even(weights: Tensor, share: float) -> Tensor:
         weights: Non-negative, [..., n].
         share: The share that is spread evenly.
     """
-    return (1 - share) * normalised(weights) + share / weights.shape[-1]
+    return normalised(weights).mul_(1 - share).add_(share / weights.shape[-1])

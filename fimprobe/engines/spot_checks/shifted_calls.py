@@ -32,6 +32,7 @@ class Steps:
         deciding: Whether steps are still decided.
         sign: Factor of the shift: 1, −1, or 0 for the unshifted pass.
         kinks: Records the branches of the pass; it is paused where steps are decided.
+        groups: The entries of each parameter, which all forward passes share.
     """
 
     eta: Tensor
@@ -39,6 +40,7 @@ class Steps:
     deciding: bool = True
     sign: float = 1.0
     kinks: HeldKinks | None = None
+    groups: dict[str, EntryGroup] = field(default_factory=dict)
 
     @classmethod
     def of(cls, eta: Sequence[float], device: torch.device, kinks: HeldKinks | None) -> Steps:
@@ -74,8 +76,8 @@ class Steps:
         with self.paused():
             before, size = self.values[rows], derivative_size.double()
             scale = output_size.double().clamp(min=1e-12)
-            step = self.eta[rows] * scale / size.where(size > 0, 1)
-            self.values[rows] = torch.where((before == 0) & (size > 0), step, before)
+            is_undecided = (before == 0).logical_and_(size > 0)
+            self.values[rows] = torch.where(is_undecided, self.eta[rows] * scale / size, before)
 
     def shift(self, rows: Tensor, like: Tensor) -> Tensor:
         """The signed steps of some rows [k], in the type of ``like``."""
@@ -114,9 +116,9 @@ class EntryGroup:
         key = str(device)
         if key not in self._cache:
             width = self.shape[-1] if len(self.shape) > 1 else 1
-            rows, entries = torch.tensor(self.rows), torch.tensor(self.entries)
-            places = rows, entries // width, entries % width
-            self._cache[key] = tuple(x.to(device) for x in places)  # type: ignore[assignment]
+            indices = [divmod(entry, width) for entry in self.entries]
+            places = [self.rows, [i for i, _ in indices], [j for _, j in indices]]
+            self._cache[key] = torch.tensor(places).to(device).unbind()  # type: ignore[assignment]
         return self._cache[key]
 
     def slice(self, rows: slice | None) -> EntryGroup:
@@ -181,6 +183,8 @@ def add_shift(
         if derivative is not None:
             slope = derivative.reshape(len(rows), -1).square().mean(1).sqrt()
         steps.decide(rows, size, slope)
+    if steps.sign == 0:
+        return
     shift = steps.shift(rows, out)
     at_units = out[rows, ..., units]  # [k, ...]
     shift = shift.view(-1, *[1] * (at_units.dim() - 1))

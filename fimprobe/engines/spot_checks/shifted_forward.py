@@ -104,8 +104,12 @@ class ShiftedForward:
         batch = self.problem.batch[rows]
         by_module: dict[str, dict[str, EntryGroup]] = {}
         for name in dict.fromkeys(slot.parameter for slot in slots):
-            places = [(r, slot) for r, slot in enumerate(slots) if slot.parameter == name]
-            group = EntryGroup.of(places, self.problem.parameters[name].shape)
+            group = None if steps is None else steps.groups.get(name)
+            if group is None:
+                places = [(r, slot) for r, slot in enumerate(slots) if slot.parameter == name]
+                group = EntryGroup.of(places, self.problem.parameters[name].shape)
+            if steps is not None:
+                steps.groups[name] = group
             for path in dict.fromkeys(self.users[name]):
                 by_module.setdefault(path, {})[name] = group
         with contextlib.ExitStack() as stack:
@@ -125,7 +129,7 @@ class ShiftedForward:
     def plain_outputs(self, batch: Batch) -> Tensor:
         """The outputs [n, ...], not checked: the checks would be recorded as kinks."""
         problem = self.problem
-        drop_leftovers(problem.twin)  # a tensor of the unshifted pass would hide the shift
+        drop_leftovers(problem.twin.modules())  # a tensor of the unshifted pass would hide the shift
         return problem.select_outputs(problem.twin(*batch.args, **batch.kwargs)).detach()
 
     @contextlib.contextmanager

@@ -11,11 +11,7 @@ own samples only. The order of the samples is then compared in every measurement
 
 from __future__ import annotations
 
-import functools
 import numbers
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,41 +21,84 @@ from torch.utils._pytree import tree_leaves
 from fimprobe.engines.layers.rules import rules_for
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.tracing.batch_layout import BatchLayouts
-from fimprobe.engines.tracing.data_dependence import DataDependence, ValueReads
-from fimprobe.engines.tracing.recording import expand_index
+from fimprobe.engines.tracing.traced_passes import (
+    CallShapes,
+    TracedPasses,
+    is_trained_lookup,
+    trace_passes,
+)
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
 from fimprobe.model.sample_dimension import Layout
-from fimprobe.model.twin import is_transformed
 
 _SHARED = "shared"
 """The layout of a tensor that has the same shape for every number of samples."""
 
 
-def trace_layouts(problem: Problem, tolerance: float) -> BatchLayouts:
+def trace_layouts(problem: Problem, outputs: Tensor, tolerance: float) -> BatchLayouts:
     """Return the layouts that two forward passes of different sizes show.
 
     Lookups whose index has no batch dimension are expanded to one, unless this changes the outputs.
+    Most of them are recognised in the first pass, which saves two more.
 
     Args:
         problem: A few samples.
+        outputs: Their outputs [B, ...].
         tolerance: Relative difference of outputs that rounding explains.
 
     Returns:
         The layouts; those of a model that runs with one size only are not traced.
     """
-    plain = _trace(problem, {})
+    expand: dict[str, str] = {}
+    plain = _trace_expanded(problem, expand, guesses=problem.batch.size > 1)
+    if expand:
+        if plain is not None and _is_right(plain, expand, outputs, tolerance):
+            return _layouts(problem, plain, expand)
+        plain = trace_passes(problem, {})
     if plain is None:
         return BatchLayouts()
     expand = _lookups_without_batch(problem.twin, plain)
-    if expand:
-        try:
-            expanded = _trace(problem, expand)
-        except (RuntimeError, FimprobeError, ValueError, IndexError):
-            expanded = None
-        if expanded is not None and is_close(plain.outputs, expanded.outputs, tolerance):
-            return _layouts(problem, expanded, expand)
+    expanded = _trace_expanded(problem, expand) if expand else None
+    if expanded is not None and _is_right(expanded, expand, outputs, tolerance):
+        return _layouts(problem, expanded, expand)
     return _layouts(problem, plain, {})
+
+
+def _trace_expanded(
+    problem: Problem, expand: dict[str, str], *, guesses: bool = False
+) -> TracedPasses | None:
+    """Run two sizes; None if the model fails with expanded lookups, or runs with one size only.
+
+    Args:
+        problem: A few samples.
+        expand: How lookups are expanded.
+        guesses: Whether to add lookups to ``expand`` by the shapes of their indices.
+
+    Raises:
+        Exception: What the model raises without any expansion.
+    """
+    try:
+        return trace_passes(problem, expand, guesses=guesses)
+    except (RuntimeError, FimprobeError, ValueError, IndexError):
+        if not expand:
+            raise
+        return None
+
+
+def _is_right(trace: TracedPasses, expand: dict[str, str], outputs: Tensor, tolerance: float) -> bool:
+    """Return whether expanded lookups hold the batch first, and change no output.
+
+    Args:
+        trace: Two passes with the expansion.
+        expand: How lookups are expanded.
+        outputs: Outputs without it.
+        tolerance: Relative difference of outputs that rounding explains.
+    """
+    for path in expand:
+        pairs = _paired_calls(trace, path)
+        if not pairs or any(_input_layouts(trace, pair) != [0] for pair in pairs):
+            return False
+    return outputs.shape == trace.outputs.shape and is_close(outputs, trace.outputs, tolerance)
 
 
 def is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
@@ -76,124 +115,11 @@ def is_close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return torch.allclose(x, y, rtol=0, atol=tolerance * largest)
 
 
-@dataclass(kw_only=True)
-class _CallShapes:
-    """The shapes of one call.
-
-    Attributes:
-        tensors: Indices of the tensors among the leaves of the arguments.
-        inputs: Their shapes.
-        outputs: Shapes of the outputs that depend on parameters and are not inputs.
-    """
-
-    tensors: list[int]
-    inputs: list[torch.Size]
-    outputs: list[torch.Size]
-
-
-@dataclass(kw_only=True)
-class _Trace:
-    """Two passes.
-
-    Attributes:
-        sizes: Their numbers of samples.
-        calls: The calls of each module in both passes.
-        outputs: Outputs of the pass with the samples as they are.
-        depends_on_values: Whether a number was read from a tensor.
-        has_ragged_shapes: Whether an operation ran whose output's shape depends on values.
-    """
-
-    sizes: tuple[int, int]
-    calls: tuple[dict[str, list[_CallShapes]], dict[str, list[_CallShapes]]]
-    outputs: Tensor
-    depends_on_values: bool
-    has_ragged_shapes: bool
-
-
-def _trace(problem: Problem, expand: dict[str, str]) -> _Trace | None:
-    """Run two sizes; None if the model runs with one size only.
-
-    Raises:
-        Exception: What the model raises with the samples as they are.
-    """
-    batch, size = problem.batch, problem.batch.size
-    calls, outputs, operations = _run(problem, batch, expand)
-    larger = batch[torch.arange(size + 1) % size]  # a sample that repeats needs no other input
-    for other in (larger, batch[: size - 1]):
-        if other.size == 0:
-            continue
-        try:
-            other_calls, _, _ = _run(problem, other, expand)
-        except Exception:  # a fixed number of samples, or an odd one
-            continue
-        return _Trace(
-            sizes=(size, other.size),
-            calls=(calls, other_calls),
-            outputs=outputs,
-            depends_on_values=operations.reads_values,
-            has_ragged_shapes=operations.has_ragged_shapes,
-        )
-    return None
-
-
-def _run(
-    problem: Problem, batch: Batch, expand: dict[str, str]
-) -> tuple[dict[str, list[_CallShapes]], Tensor, DataDependence]:
-    """One pass with autograd on, as when it is recorded: torch takes the same ways through layers."""
-    operations = DataDependence()
-    reads = ValueReads(operations)
-    with _record_shapes(problem.twin, batch.size, expand) as calls, operations, reads:
-        outputs = problem.forward(batch).detach()
-    return calls, outputs, operations
-
-
-@contextmanager
-def _record_shapes(
-    twin: nn.Module, size: int, expand: dict[str, str]
-) -> Iterator[dict[str, list[_CallShapes]]]:
-    """Collect the shapes of all calls of modules inside the context."""
-    calls: dict[str, list[_CallShapes]] = {}
-    handles = []
-
-    def record(path: str, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if is_transformed():
-            return
-        leaves = tree_leaves((args, kwargs))
-        # nested tensors have no shape; torch's frozen encoders use them between their layers
-        tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not x.is_nested]
-        inputs = {id(leaves[i]) for i in tensors}
-        calls.setdefault(path, []).append(
-            _CallShapes(
-                tensors=tensors,
-                inputs=[leaves[i].shape for i in tensors],
-                outputs=[
-                    x.shape
-                    for x in tree_leaves(out)
-                    if isinstance(x, Tensor) and x.requires_grad and id(x) not in inputs
-                ],
-            )
-        )
-
-    for path, module in twin.named_modules():
-        if path in expand:
-            before = functools.partial(expand_index, expand[path], size)
-            handles.append(module.register_forward_pre_hook(before))
-        after = functools.partial(record, path)
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _lookups_without_batch(twin: nn.Module, trace: _Trace) -> dict[str, str]:
+def _lookups_without_batch(twin: nn.Module, trace: TracedPasses) -> dict[str, str]:
     """How to expand the index of each trainable lookup whose index all samples share."""
     expand = {}
     for path, module in twin.named_modules():
-        if type(module) is not nn.Embedding or not module.weight.requires_grad:
-            continue
-        if not rules_for(module):
+        if not is_trained_lookup(module):
             continue
         pairs = _paired_calls(trace, path)
         if not pairs or any(_input_layouts(trace, pair) != [_SHARED] for pair in pairs):
@@ -206,7 +132,7 @@ def _lookups_without_batch(twin: nn.Module, trace: _Trace) -> dict[str, str]:
     return expand
 
 
-def _layouts(problem: Problem, trace: _Trace, expand: dict[str, str]) -> BatchLayouts:
+def _layouts(problem: Problem, trace: TracedPasses, expand: dict[str, str]) -> BatchLayouts:
     """The layout of each module."""
     layouts = BatchLayouts(traced=True, expand=expand)
     for path, module in problem.twin.named_modules():
@@ -233,10 +159,10 @@ def _has_numbers(batch: Batch) -> bool:
     return any(isinstance(x, numbers.Number) and not isinstance(x, bool) for x in leaves)
 
 
-_Pair = tuple[_CallShapes, _CallShapes]
+_Pair = tuple[CallShapes, CallShapes]
 
 
-def _paired_calls(trace: _Trace, path: str) -> list[_Pair]:
+def _paired_calls(trace: TracedPasses, path: str) -> list[_Pair]:
     """The calls of a module in both passes; none if the passes differ in more than their size."""
     first, second = (calls.get(path, []) for calls in trace.calls)
     alike = len(first) == len(second) and all(
@@ -247,7 +173,7 @@ def _paired_calls(trace: _Trace, path: str) -> list[_Pair]:
 
 
 def _batched_arguments(
-    trace: _Trace, pairs: list[_Pair], *, depends_on_data: bool
+    trace: TracedPasses, pairs: list[_Pair], *, depends_on_data: bool
 ) -> list[list[Any]]:
     """The distinct kinds of calls, with the arguments that hold the batch.
 
@@ -277,11 +203,11 @@ def _broadcast(tensors: tuple[int, ...], pairs: list[_Pair]) -> list[int]:
     return [i for place, i in enumerate(tensors) if calls[0].inputs[place][:1] == (1,)]
 
 
-def _input_layouts(trace: _Trace, pair: _Pair) -> list[Layout | None]:
+def _input_layouts(trace: TracedPasses, pair: _Pair) -> list[Layout | None]:
     return [_layout(a, b, trace.sizes) for a, b in zip(pair[0].inputs, pair[1].inputs, strict=True)]
 
 
-def _out(trace: _Trace, pair: _Pair) -> list[Layout | None]:
+def _out(trace: TracedPasses, pair: _Pair) -> list[Layout | None]:
     return [_layout(a, b, trace.sizes) for a, b in zip(pair[0].outputs, pair[1].outputs, strict=True)]
 
 

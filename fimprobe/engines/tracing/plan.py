@@ -24,6 +24,8 @@ class Plan:
         unvectorized: Modules that ``vmap`` cannot run; samples are looped over.
         unused: Parameters on which the outputs do not depend.
         chunk_size: Samples processed at once; None for the whole batch.
+        output_bytes: Size of the largest output of a layer for one sample, on a CPU; 0 if not known.
+        saved_bytes: What a forward of a chunk keeps for its backward, by the shapes of its inputs.
         rescaled: Parameters whose gradients' fourth powers left the range of float32. They are
             scaled from the start next time.
         verified_samples: Samples that were compared with single evaluations; 0 before verification.
@@ -34,6 +36,8 @@ class Plan:
         takes_derivatives: Whether the forward itself takes derivatives. Memory is then counted after
             it, and activations keep torch's backward.
         kinks: Modules that are not twice differentiable; None before they were searched for.
+        second_order: What computes second derivatives for ``second_order="auto"``; empty before it
+            was decided.
         backpack: What BackPACK does not support, by module, for first (False) and second order
             (True); None before it was checked.
         twin: How the model is copied; None before it was checked.
@@ -49,6 +53,8 @@ class Plan:
     unvectorized: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
     chunk_size: int | None = None
+    output_bytes: float = 0.0
+    saved_bytes: dict[str, int] = field(default_factory=dict)
     rescaled: set[str] = field(default_factory=set)
     verified_samples: int = 0
     curvature_verified_samples: int = 0
@@ -56,6 +62,7 @@ class Plan:
     second_order_limit: float | None = None
     takes_derivatives: bool = False
     kinks: list[str] | None = None
+    second_order: str = ""
     backpack: dict[bool, dict[str, str]] | None = None
     twin: TwinSettings | None = None
     input_roles: InputRoles = field(default_factory=InputRoles)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set, deque)
+_PLAIN = (dict, OrderedDict)
 _LARGEST_TENSOR = 2**24
 """Elements up to which a plain tensor is kept, to be restored."""
 
@@ -45,10 +47,12 @@ class UserState:
 
 
 def _contents(x: Any) -> Any:
+    if type(x) in _PLAIN:  # most of a model's objects
+        return _flat(x)
     if isinstance(x, Tensor):
         return None if isinstance(x, nn.Parameter) or not _is_small(x) else x.detach().clone()
     if isinstance(x, _CONTAINERS):
-        return list(x.items()) if isinstance(x, dict) else list(x)
+        return _flat(x) if isinstance(x, dict) else list(x)
     if isinstance(x, types.CellType):
         try:
             return [x.cell_contents]
@@ -62,7 +66,17 @@ def _contents(x: Any) -> Any:
         state = x.bit_generator.state if hasattr(x, "bit_generator") else x.get_state(legacy=False)
         return pickle.dumps(state)  # arrays are compared as bytes
     attributes = getattr(x, "__dict__", None)
-    return list(attributes.items()) if type(attributes) is dict else None
+    return _flat(attributes) if type(attributes) is dict else None
+
+
+def _flat(x: dict[Any, Any]) -> list[Any]:
+    """The keys, then the values: lists of pairs would take longer to compare."""
+    return [*x, *x.values()]
+
+
+def _unflat(contents: list[Any]) -> dict[Any, Any]:
+    half = len(contents) // 2
+    return dict(zip(contents[:half], contents[half:], strict=True))
 
 
 def _draws_by_numpy(x: Any) -> bool:
@@ -78,6 +92,8 @@ def _equal(now: Any, before: Any) -> bool:
         return bool(now == before)
     if len(now) != len(before):
         return False
+    if all(map(operator.is_, now, before)):
+        return True
     return all(
         a is b or (type(a) is tuple and type(b) is tuple and _same_items(a, b))
         for a, b in zip(now, before, strict=True)
@@ -85,7 +101,7 @@ def _equal(now: Any, before: Any) -> bool:
 
 
 def _same_items(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _is_small(x: Tensor) -> bool:
@@ -109,7 +125,7 @@ def _restore(x: Any, before: Any) -> None:
             x.data = before
     elif isinstance(x, (dict, set)):
         x.clear()
-        x.update(before)
+        x.update(_unflat(before) if isinstance(x, dict) else before)
     elif isinstance(x, (list, deque)):
         x.clear()
         x.extend(before)
@@ -127,7 +143,7 @@ def _restore(x: Any, before: Any) -> None:
             x.set_state(state)
     elif isinstance(before, list):
         x.__dict__.clear()
-        x.__dict__.update(before)
+        x.__dict__.update(_unflat(before))
 
 
 def describe(x: Any, model: nn.Module) -> str:

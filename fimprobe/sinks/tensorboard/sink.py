@@ -37,9 +37,6 @@ MAX_DENSE_REPORTS = 10_000
 MAX_DENSE_PAGES = 200
 """Reports whose text and histograms are all written: TensorBoard shows a few hundred at most."""
 
-MIN_WALL_SECONDS = 30.0
-"""Wall time from which on the share of the probe in it is charted: before, it is that of a start."""
-
 FIRST_DRAWING_SECONDS = 0.5
 """Expected time of the first figures, with the import of matplotlib."""
 
@@ -83,6 +80,8 @@ class TensorboardSink:
         histograms: Whether to write histograms.
         figures: Whether to draw figures.
         schedule: The schedule whose budget figures are charged to.
+        overhead: Function that returns the share of the wall time that the probe took so far; None
+            where it is not known yet.
         purge_step: The step at which a training resumes; None for a new one. Readers drop the
             folder's records of this step and later ones, and the layers stay those of before. A sink
             that this process left open in the folder is closed.
@@ -102,6 +101,7 @@ class TensorboardSink:
         histograms: bool = True,
         figures: bool = True,
         schedule: Schedule | None = None,
+        overhead: Callable[[], float | None] = lambda: None,
         purge_step: int | None = None,
     ) -> None:
         folder = Path(log_dir)
@@ -120,7 +120,7 @@ class TensorboardSink:
         self.layers: list[str] | None = None
         self.top, self.include, self.exclude = top, include or ["*"], exclude or []
         self.histograms = histograms
-        self._run = run
+        self._run, self._overhead = run, overhead
         self._history = PlotHistory() if figures and _has_matplotlib() else None
         self._schedule = schedule or Schedule()
         self._drawing_seconds = FIRST_DRAWING_SECONDS
@@ -131,7 +131,6 @@ class TensorboardSink:
         self._described: set[str] = set()
         """The estimators on the newest page on the run."""
         self._count = 0
-        self._started, self._spent_seconds = time.perf_counter(), 0.0
         self._omitted: list[Callable[[Report], None]] = []
         """The methods that add to the file what the last report left out."""
         self._last: Report | None = None
@@ -144,7 +143,6 @@ class TensorboardSink:
         Raises:
             FimprobeError: If a resumed training writes to the folder now.
         """
-        started = time.perf_counter()
         if not self._lock.held:
             raise FimprobeError("a resumed training writes to this folder now")
         self._last, self._record, self._omitted = report, report.to_dict(), []
@@ -158,7 +156,6 @@ class TensorboardSink:
             self._files[MAIN_RUN].add_text("fimprobe/about", self._about(report))
         if self._history is not None:
             self._history.remember(self._record)
-        self._spent_seconds += report.seconds
         for due, add in (
             (is_written(self._count, MAX_DENSE_REPORTS), self._add_scalars),
             (is_written(self._count, MAX_DENSE_PAGES), self._add_pages),
@@ -169,7 +166,6 @@ class TensorboardSink:
             else:
                 self._omitted.append(add)
         self._write_files(report.step)
-        self._spent_seconds += time.perf_counter() - started
 
     def write_end(self, reason: str, step: int) -> None:
         """Write why probing ended before the training, or never began, as a page.
@@ -227,9 +223,9 @@ class TensorboardSink:
     def _add_scalars(self, report: Report) -> None:
         assert self.layers is not None
         runs = make_scalars(report, self._record, self.layers)
-        wall_seconds = max(time.perf_counter() - self._started, self._spent_seconds)
-        if wall_seconds >= MIN_WALL_SECONDS:
-            runs[MAIN_RUN]["fim_probe/overhead"] = self._spent_seconds / wall_seconds
+        overhead = self._overhead()
+        if overhead is not None:
+            runs[MAIN_RUN]["fim_probe/overhead"] = overhead
         for run, values in runs.items():
             for tag, value in values.items():
                 self._open_file(run).add_scalar(tag, value)

@@ -1,6 +1,7 @@
 """The TensorBoard tags of a report, their values and their descriptions.
 
 Each estimator is a run of its own with the same tags, so that every chart overlays the estimators.
+The error is the first tag in every tab: some sort "/" and "_" as the same character.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _LINEAR = {
         "The error of the estimator (one_label_error) with one label from the model for each of the "
         "probe's inputs, for any labels of the measurement. 0.1 is good; 1 is noise.",
     ),
-    "fim_empirical/cosine": (
+    "fim_vs_empirical/cosine": (
         "cosine",
         "Cosine between the diagonals of the empirical Fisher and of F: 1 if proportional.",
     ),
-    "fim_empirical/trace_ratio": (
+    "fim_vs_empirical/trace_ratio": (
         "trace_ratio",
         "Trace of the empirical Fisher over that of F: 1 if they agree.",
     ),
@@ -62,20 +63,20 @@ _LOGARITHMIC = {
         "trace",
         "Estimated trace of F: Σᵢ F̂ᵢᵢ. The picture of traces has its standard error.",
     ),
-    "fim_bounds/log10_bound_of_covariance_norm": (
+    "fim_matrix_bounds/log10_bound_of_covariance_norm": (
         "bound",
         "Bound on covariance_norm: (17) ‖J‖⁴‖M‖ for Î₁, (18) ‖H‖²‖I‖ for Î₂.",
     ),
-    "fim_bounds/log10_bound_of_label_variance": ("diagonal_bound", "Bound on label_variance."),
-    "fim_bounds/log10_bound_of_total_label_variance": (
+    "fim_matrix_bounds/log10_bound_of_label_variance": ("diagonal_bound", "Bound on label_variance."),
+    "fim_matrix_bounds/log10_bound_of_total_label_variance": (
         "trace_bound",
         "Bound on total_label_variance.",
     ),
-    "fim_bounds/log10_covariance_norm": (
+    "fim_matrix_bounds/log10_covariance_norm": (
         "covariance_norm",
         "‖Cov‖_F of the estimator over labels, mean over inputs.",
     ),
-    "fim_bounds/log10_total_label_variance": (
+    "fim_matrix_bounds/log10_total_label_variance": (
         "total_label_variance",
         "Variance from labels over the whole matrix, not only over the diagonal.",
     ),
@@ -107,6 +108,7 @@ _FIGURES = {
     "2_trace": "Trace of F over the training, ± 2 standard errors.",
     "3_error_by_layer": "Relative error, layer by layer (model order) over the training.",
     "4_variance_and_bound": "Variance of a pair from labels and from inputs, and the labels' bound.",
+    "4b_labels_by_estimator": "Variance of a pair from labels: Î₁ against Î₂, by layer.",
     "5_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
     "6_bound_of_the_matrix": "Labels' covariance of the whole matrix, measured, and its bound.",
     "7_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",

@@ -79,7 +79,7 @@ def messages(path: Path, text: str) -> list[str]:
 AT = "`schedule.at` must be a list of at least one step, each an integer of at least 0, got"
 DRAWS = "`draws` must be a positive integer, 'exact' or 'auto', got"
 SAMPLING = "`label_sampling` must be 'size_biased' or 'model', got"
-SECOND = "`second_order` must be {probes: 2}, 'spot_checks', 'exact' or 'off', got"
+SECOND = "`second_order` must be 'auto', {probes: 2}, 'spot_checks', 'exact' or 'off', got"
 TENSORBOARD = "`tensorboard` must be false or a mapping with some of the keys log_dir, histograms and figures, got"
 
 
@@ -98,10 +98,7 @@ TENSORBOARD = "`tensorboard` must be false or a mapping with some of the keys lo
         ),
         ("label_samplng: model", "`label_samplng` is not an option. Did you mean 'label_sampling'?"),
         ("second_order: of", f"{SECOND} 'of'. Did you mean 'off'?"),
-        (
-            "second_order: 4",
-            f"{SECOND} 4. Use {{probes: 2}} for random probes, which work for every model.",
-        ),
+        ("second_order: 4", f"{SECOND} 4. Use 'auto', which works for every model."),
         ("second_order: {probe: 2}", "`second_order.probe` is not an option. Did you mean 'probes'?"),
         (
             "second_order: {probes: 1}",

@@ -151,8 +151,14 @@ def test_probes_of_exact_labels_are_unbiased(name, double):
     agree(found, truths(dense(net, (x,), labels), groups, kinds), 12)
 
 
-@pytest.mark.parametrize("label_sampling", ["size_biased", "model"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "label_sampling"),
+    [
+        pytest.param(n, how, marks=pytest.mark.long if (i + j) % 2 else ())
+        for i, n in enumerate(FAMILIES)  # a family is sampled in one way by default
+        for j, how in enumerate(("model", "size_biased"))
+    ],
+)
 def test_sampled_labels_of_every_family_are_unbiased(name, label_sampling, double):
     likelihood, labels, outputs = FAMILIES[name]
     net, x = bent_net(outputs)
@@ -165,6 +171,7 @@ def test_sampled_labels_of_every_family_are_unbiased(name, label_sampling, doubl
             likelihood=likelihood,
             draws=2,
             label_sampling=label_sampling,
+            estimators=("i2",),
             bounds=False,
             seed=seed,
             plan=plan,
@@ -309,7 +316,7 @@ def test_the_standard_error_of_i2_is_that_of_its_own_vectors(label_sampling, dou
     torch.manual_seed(5)
     pool, plan = torch.randn(400, 3), Plan()
     found = []
-    for seed in range(150):
+    for seed in range(100):
         rows = torch.randint(len(pool), (40,))
         report = fimprobe.measure(
             net,
@@ -317,6 +324,7 @@ def test_the_standard_error_of_i2_is_that_of_its_own_vectors(label_sampling, dou
             likelihood="categorical",
             draws=1,
             label_sampling=label_sampling,
+            estimators=("i2",),
             bounds=False,
             seed=seed,
             plan=plan,
@@ -421,10 +429,14 @@ def test_piecewise_linear_nets_have_exact_zeros(name, draws, double):
     assert abs(float(seen.mean()) - want) <= limit(16) * error and error < 0.2 * want
 
 
+PROBES = {"second_order": {"probes": 2}}
+
+
 @pytest.mark.parametrize("name", ["mlp", "gru", "conv2d", "class token", "layer norm"])
 def test_the_last_layer_has_no_label_variance(name, double):
     case = CASES[name]()
-    report = fimprobe.measure(case.model.eval(), case.inputs, likelihood="categorical", bounds=False)
+    options = {"likelihood": "categorical", "bounds": False, **PROBES}
+    report = fimprobe.measure(case.model.eval(), case.inputs, **options)
     *_, last = report.layers
     assert report.layers[last].i2.label_variance == 0.0
     assert report.layers[last].i2.total_label_variance == 0.0
@@ -456,7 +468,7 @@ CHUNKED = ["mlp", "conv2d", "attention net", "lstm", "class token", "bag mean", 
 )
 def test_chunks_draw_the_same_labels_and_probes(name, draws, double):
     case = CASES[name]()
-    options = {"likelihood": "categorical", "draws": draws, "diagonals": True, "seed": 5}
+    options = {"likelihood": "categorical", "draws": draws, "diagonals": True, "seed": 5} | PROBES
     plan, reports = Plan(), []
     for chunk in (None, 1, 2):  # the first measurement makes the plan
         plan.chunk_size = chunk
@@ -482,7 +494,7 @@ def test_chunks_draw_the_same_labels_and_probes(name, draws, double):
 @pytest.mark.parametrize("memory_mb", [0.02, 0.01])
 def test_little_memory_changes_nothing(memory_mb, double):
     case = CASES["attention net"]()
-    options = {"likelihood": "categorical", "draws": 2, "seed": 1}
+    options = {"likelihood": "categorical", "draws": 2, "seed": 1} | PROBES
     want = fimprobe.measure(case.model.eval(), case.inputs, **options)
     plan = Plan()
     have = fimprobe.measure(case.model, case.inputs, memory_mb=memory_mb, plan=plan, **options)
@@ -498,7 +510,7 @@ def test_little_memory_changes_nothing(memory_mb, double):
 def test_bounds_change_no_estimate(draws, double):
     """Their seeds ride along in the same R: they must not enter the labels' sums."""
     case = CASES["attention net"]()
-    options = {"likelihood": "categorical", "draws": draws, "diagonals": True}
+    options = {"likelihood": "categorical", "draws": draws, "diagonals": True} | PROBES
     with_bounds, without = (
         fimprobe.measure(case.model.eval(), case.inputs, bounds=b, **options) for b in (True, False)
     )
@@ -521,7 +533,7 @@ FLOATS = ["mlp", "conv2d", "attention net", "lstm", "class token", "layer norm"]
 def test_float32_agrees_with_float64(name, draws, double):
     case = CASES[name]()
     model = case.model.eval()
-    options = {"likelihood": "categorical", "draws": draws, "bounds": False}
+    options = {"likelihood": "categorical", "draws": draws, "bounds": False} | PROBES
     want = fimprobe.measure(model, case.inputs, **options)
     inputs = tuple(x.float() if x.is_floating_point() else x for x in case.inputs)
     have = fimprobe.measure(copy.deepcopy(model).float(), inputs, **options)

@@ -252,7 +252,7 @@ def random_convnet(r):
 
 @pytest.mark.parametrize("kind", [random_mlp, random_convnet])
 @pytest.mark.parametrize(
-    "block", [pytest.param(b, marks=pytest.mark.long if b >= 4 else ()) for b in range(10)]
+    "block", [pytest.param(b, marks=pytest.mark.long if b >= 2 else ()) for b in range(10)]
 )
 def test_bounds_hold_on_random_nets(kind, block, double):
     bounded, layers, why = 0, 0, set()

@@ -10,10 +10,14 @@ from fimprobe.training.schedule import FREE_SECONDS, Budget, Every, SharedBudget
 from tests.models.cases import Gate, Lambda
 
 
-def measure(plan):
+def measure(plan, **options):
     model = Lambda(lambda self, x: self.parts[1](self.parts[0](x)), Gate(), nn.Linear(4, 3))
     return fimprobe.measure(
-        model, torch.randn(3, 4), likelihood="categorical", bounds=False, plan=plan
+        model,
+        torch.randn(3, 4),
+        likelihood="categorical",
+        plan=plan,
+        **{"bounds": False, **options},
     )
 
 
@@ -31,10 +35,20 @@ def test_the_cost_is_announced_once_if_it_is_high(passes, caplog, monkeypatch):
 def test_a_budget_that_it_exceeds_leaves_it_out():
     plan = fimprobe.Plan(second_order_limit=5.0)
     for _ in range(2):  # the second time by the plan
-        report = measure(plan)
+        report = measure(plan, second_order={"probes": 2})
         assert report.total.i1 is not None
         assert report.total.i2 is None
         assert any("more than the time budget allows" in note for note in report.notes)
+
+
+def test_spot_checks_are_made_in_place_of_what_a_budget_rules_out():
+    for second_order in ("auto", "spot_checks"):
+        report = measure(
+            fimprobe.Plan(second_order_limit=5.0), bounds=True, second_order=second_order
+        )
+        assert report.total.i2.label_variance is not None
+        assert report.total.i2.total_label_variance is None
+        assert any(note.startswith("Bounds and blocks of Î₂ were not") for note in report.notes)
 
 
 def test_schedules_state_what_they_afford():

@@ -15,6 +15,8 @@ from fimprobe.cli.commands import main
 from fimprobe.report.format import count_with_error, number, percent, with_error
 from fimprobe.report.table import footnotes, make_rows
 from fimprobe.runs.html import make_page
+from fimprobe.sinks.jsonl import JsonlSink
+from tests.support.reports import build_report
 from tests.support.runs import deep_net, write_run
 
 CHROMIUM = "/usr/bin/chromium"
@@ -95,11 +97,25 @@ def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
     why = last.total.i1.unknown["rel_error"]
     assert why.startswith("3 inputs are too few")
     tiles = re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)
-    assert tiles[0][0] == f"{number(last.total.i1.trace)} ± –"
+    assert f"{number(last.total.i1.trace)} ± –" in [shown for shown, _ in tiles]
     dashes = [told for shown, told in tiles if shown == "–"]
     assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
     assert re.search(rf"– ± of trace F: Î₁, .*rel. error, .* everywhere: {re.escape(why)}", page)
     assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
+
+
+def test_a_number_that_is_unknown_now_is_stated_as_of_its_last_report(tmp_path):
+    known, lost = build_report(3, 40), build_report(3, 80, known=False)
+    sink = JsonlSink(tmp_path / "fimprobe.jsonl")
+    for report in (build_report(3, 0), known, lost):
+        sink.write(report)
+    sink.close()
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    shown, meaning = re.search(
+        r"<b>([^<]*)</b><span>(error of this report[^<]*)</span>", page
+    ).groups()
+    assert shown == "–" and "Unknown: too few inputs" in meaning
+    assert meaning.endswith(f"Last known at step 40: {percent(known.total.i1.rel_error)}")
 
 
 def test_the_page_of_labels_that_were_not_seen(tmp_path):

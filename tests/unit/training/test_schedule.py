@@ -173,13 +173,14 @@ def test_processes_agree_on_a_preview():
     assert schedule.agree(True) and schedule.account.previewing
 
 
-def test_an_estimator_that_is_left_out_makes_reports_cheaper():
+def test_what_only_the_first_report_costs_is_not_expected_again():
     schedule = Budget(0.02)
-    for _ in range(2):
-        schedule.observe(loop_seconds=0.1, probe_seconds=2.0)
-    assert schedule.expected == 2.0
-    schedule.expect(0.25)
-    assert schedule.expected == 0.5 and schedule.first == 0.5
+    schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
+    schedule.expect(0.25)  # while it runs
+    schedule.observe(loop_seconds=0.1, probe_seconds=4.0)
+    assert schedule.expected == 1.0 and schedule.spent == 4.0
+    schedule.observe(loop_seconds=0.1, probe_seconds=1.5)
+    assert schedule.expected == 1.5
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Outside of the domain, where BackPACK is silently wrong, every module is named with its reason."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from backpack.context import CTX
 from torch import nn
 
 from fimprobe.engines.backpack import hessian_diagonals, measure_moments, offending_modules
+from fimprobe.engines.backpack.second_order import hessian_in_domain
 from fimprobe.errors import FimprobeError
 from tests.models.cases import CASES, Lambda, gpt2
 from tests.support.agreement import by_autograd, make_problem, same
@@ -52,7 +54,7 @@ def test_glue_between_modules_is_free_in_first_order(draws, double):
     assert {p for p, why in found.items() if "not the output of" in why} == {"out", "output"}
     assert found[""] == "the inputs are not one tensor"
     with pytest.raises(FimprobeError, match="not verified for .*second_order={'probes': 2}"):
-        hessian_diagonals(problem, problem.batch, torch.zeros(4, 3))
+        hessian_diagonals(problem, problem.batch, torch.zeros(1, 4, 3))
 
 
 OUTSIDE = {
@@ -146,11 +148,17 @@ def test_options_outside_of_the_domain():
         assert set(found) == {"0"} and reason in found["0"], found
     tail = Lambda(lambda s, x: s.parts[0](x) * 2, nn.Linear(4, 3))
     found = offending_modules(make_problem(tail, x), second_order=True)
-    assert found == {"": "the outputs are not the last module's output"}
-    skip = Lambda(
-        lambda s, x: s.parts[1](x + torch.tanh(s.parts[0](x))), nn.Linear(4, 4), nn.Linear(4, 3)
-    )
-    assert set(offending_modules(make_problem(skip, x), second_order=True)) == {"parts.1"}
+    assert found == {"": "the outputs are not the output of a module, nor a sum of such"}
+    for between in (
+        lambda x, y: x + torch.tanh(y),
+        lambda x, y: y.sub(x.detach() * y),
+        lambda x, y: torch.add(y, y, alpha=2),
+        lambda x, y: y + y[:, :1],
+    ):
+        skip = Lambda(
+            lambda s, x, f=between: s.parts[1](f(x, s.parts[0](x))), nn.Linear(4, 4), nn.Linear(4, 3)
+        )
+        assert set(offending_modules(make_problem(skip, x), second_order=True)) == {"parts.1"}
     one = make_problem(nn.Linear(4, 3), torch.randn(1, 4))  # a batch of one is no obstacle
     assert offending_modules(one, second_order=True) == {}
 
@@ -269,8 +277,9 @@ def test_a_wrong_hessian_is_seen_and_its_module_named(double, monkeypatch):
     problem = make_problem(model, torch.randn(3, 4))
 
     def wrong(problem, batch, seed):
-        found = hessian_diagonals(problem, batch, seed, verified=True)
-        return found | {"2.weight": found["2.weight"] * 1.001}
+        found = hessian_in_domain(problem, batch, seed)
+        values = found["2.weight"].values * 1.001
+        return found | {"2.weight": dataclasses.replace(found["2.weight"], values=values)}
 
     assert offending_modules(problem, second_order=True) == {}
     monkeypatch.setattr("fimprobe.engines.backpack.verification.hessian_in_domain", wrong)

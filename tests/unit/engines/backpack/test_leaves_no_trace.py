@@ -46,7 +46,7 @@ def test_nothing_is_left_behind(fails, double):
     )
     calls = [
         lambda: measure_moments(problem),
-        lambda: hessian_diagonals(problem, problem.batch, torch.ones(9, 3)),
+        lambda: hessian_diagonals(problem, problem.batch, torch.ones(1, 9, 3)),
         lambda: ggn_diagonals(problem, problem.batch),
     ]
     for call in calls:
@@ -97,4 +97,4 @@ def test_backpack_is_imported_only_when_asked_for():
         "except fimprobe.FimprobeError as error:\n    print(error)"
     )
     done = run_fresh(code)
-    assert "pip install 'fimprobe[backpack]'" in done.stdout, done.stderr
+    assert "pip install backpack-for-pytorch" in done.stdout, done.stderr

@@ -119,7 +119,51 @@ _LAYERS = {
     "feature alpha dropout": (lambda: nn.FeatureAlphaDropout(), (2, 3)),
 }
 
+
+def residual():
+    """A pre-norm block behind an embedding with padding; its sum is used again, and twice."""
+
+    def f(self, tokens):
+        token, norm, up, bend, down, head = self.parts
+        x = token(tokens)
+        y = x + down(bend(up(norm(x))))
+        return head(y + x + y)
+
+    width = 3
+    parts = (nn.Embedding(5, width, padding_idx=1), nn.LayerNorm(width), nn.Linear(width, 4))
+    parts += (nn.GELU(), nn.Linear(4, width), nn.Sequential(nn.Flatten(), nn.Linear(4 * width, 3)))
+    return Lambda(f, *parts), torch.randint(3, (3, 4))
+
+
+def residual_convolutions():
+    """A block of a ResNet with BatchNorm, projected on its shortcut, behind another sum."""
+
+    def f(self, x):
+        first, tanh, norm, conv, other, after, tail = self.parts
+        y = tanh(first(x)) + 1.0
+        return tail(after(other(conv(norm(y)) + y)))
+
+    parts = (nn.Conv2d(2, 3, 1), nn.Tanh(), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))
+    parts += (nn.Sigmoid(), nn.AvgPool2d(2), head(3))
+    return Lambda(f, *parts), torch.randn(2, 2, 2, 2)
+
+
+def two_ways():
+    """Two modules read the input, and the outputs are a sum."""
+
+    def f(self, x):
+        a, b, tanh, bend, c, d = self.parts
+        y = tanh(a(x)) + bend(b(x))
+        return c(y) + d(y)
+
+    parts = (nn.Linear(4, 5), nn.Linear(4, 5), nn.Tanh(), nn.SiLU(), nn.Linear(5, 3), nn.Linear(5, 3))
+    return Lambda(f, *parts), torch.randn(3, 4)
+
+
 SECOND = {
+    "residual block": residual,
+    "residual convolutions": residual_convolutions,
+    "two ways": two_ways,
     **{name: lambda make=make: mlp(make()) for name, make in _ACTIVATIONS.items()},
     **{
         name: lambda make=make, shape=shape: cnn(make(), torch.randn(2, *shape))
@@ -148,17 +192,20 @@ def test_second_order_diagonals_equal_dense_ones(name, double):
             nn.init.uniform_(module.running_var, 0.5, 2)
     problem = make_problem(model, x)
     assert offending_modules(problem, second_order=True) == {}
-    seed = torch.randn(model(x).shape)
-    have = hessian_diagonals(problem, problem.batch, seed)
+    cotangents = torch.randn(2, *model(x).shape)
+    both = hessian_diagonals(problem, problem.batch, cotangents)
     parameters = dict(model.named_parameters())
-    assert set(have) == set(parameters)
+    assert set(both) == set(parameters)
+    have = {n: d[1] for n, d in both.items()}
     largest = max(float(d.abs().max()) for d in have.values())
+    alone = hessian_diagonals(problem, problem.batch, cotangents[:1])
     for n, p in parameters.items():
+        assert ((both[n][:1] - alone[n]).abs() <= 1e-12 * max(largest, 1e-3)).all(), n
         for b in range(len(x)):
 
             def scalar(value, n=n, b=b):
                 h = torch.func.functional_call(model, {n: value}, (x[b : b + 1],))
-                return (seed[b : b + 1] * h).sum()
+                return (cotangents[1, b : b + 1] * h).sum()
 
             dense = torch.autograd.functional.hessian(scalar, p.detach())
             want = dense.reshape(p.numel(), p.numel()).diagonal().view(p.shape)
@@ -224,7 +271,7 @@ def test_the_ggn_needs_less_memory_than_the_hessian(double):
     problem = make_problem(model, x, memory_mb=0.002)
     ggn_diagonals(problem, problem.batch)
     with pytest.raises(FimprobeError, match="more than memory_mb=0.002"):
-        hessian_diagonals(problem, problem.batch, torch.ones(3, 3))
+        hessian_diagonals(problem, problem.batch, torch.ones(1, 3, 3))
     half = make_problem(model.to(torch.bfloat16), x.to(torch.bfloat16))
     assert "bfloat16" in offending_modules(half, second_order=True)[""]
 
@@ -234,16 +281,16 @@ def test_second_order_in_chunks_frozen_and_too_large(double):
     model[0].weight.requires_grad_(False)
     x = x.repeat(4, 1)
     problem = make_problem(model, x)
-    seed = torch.randn(12, 3)
+    seed = torch.randn(1, 12, 3)
     whole = hessian_diagonals(problem, problem.batch, seed)
     assert "0.weight" not in whole and "0.bias" in whole
     problem.memory_mb = 0.02
     for n, have in hessian_diagonals(problem, problem.batch, seed).items():
         close(have, whole[n])
-    part = hessian_diagonals(problem, problem.batch[5:7], seed[5:7])
-    close(part["3.weight"], whole["3.weight"][5:7])
+    part = hessian_diagonals(problem, problem.batch[5:7], seed[:, 5:7])
+    close(part["3.weight"], whole["3.weight"][:, 5:7])
     with pytest.raises(FimprobeError, match="`cotangents` must have the shape of the outputs"):
-        hessian_diagonals(problem, problem.batch, seed[:5])
+        hessian_diagonals(problem, problem.batch, seed[:, :5])
     problem.memory_mb = 1e-4
     assert "more than memory_mb=0.0001" in offending_modules(problem, second_order=True)[""]
     with pytest.raises(FimprobeError, match="more than memory_mb=0.0001"):
@@ -255,12 +302,12 @@ def test_precision_is_the_models_own():
         model, x = cnn(nn.AvgPool2d(2), torch.randn(2, 2, 4, 4))
         model, x = model.to(dtype), x.to(dtype)
         problem = make_problem(model, x, draws=2)
-        hessian_diagonals(problem, problem.batch, torch.ones(2, 3))
+        hessian_diagonals(problem, problem.batch, torch.ones(1, 2, 3))
         assert measure_moments(problem).parameters["0.weight"].a2.dtype == dtype
         assert torch.get_default_dtype() == torch.float32
     model = nn.Sequential(nn.Linear(2, 2), nn.LogSigmoid(), nn.Linear(2, 3))
     problem = make_problem(model, torch.tensor([[300.0, -300.0], [1000.0, 1000.0]]))
-    for d in hessian_diagonals(problem, problem.batch, torch.ones(2, 3)).values():
+    for d in hessian_diagonals(problem, problem.batch, torch.ones(1, 2, 3)).values():
         assert torch.isfinite(d).all()  # BackPACK's own e^x / (e^x + 1)² is NaN here
     tiny = lively(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
     tiny[2].weight.data *= 1e-11  # its fourth powers are below float32's range

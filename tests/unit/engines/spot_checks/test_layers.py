@@ -1,5 +1,6 @@
 """V2 of layers, parameters and the model from spot checks: unbiased, with an error that is true."""
 
+import functools
 from collections import Counter
 
 import pytest
@@ -55,12 +56,17 @@ MODELS = {
 }
 
 
-def replicates(name, count, monkeypatch, slots=40):
-    """(estimates of each layer over replicates, the truth) with more checks than by default."""
+@functools.cache
+def model_and_truth(name):
+    """A model, its inputs and V2 of every entry; needs float64 as the default type."""
     make, classes = MODELS[name]
     model, inputs = make()
-    model.eval()
-    truth = label_variances(model, inputs, logits, classes=classes)
+    return model.eval(), inputs, label_variances(model, inputs, logits, classes=classes)
+
+
+def replicates(name, count, monkeypatch, slots=40):
+    """(estimates of each layer over replicates, the truth) with more checks than by default."""
+    model, inputs, truth = model_and_truth(name)
     monkeypatch.setattr(measure, "SLOTS_PER_INPUT", slots)
     plan = make_verified_plan(spot_problem(model, inputs))
     runs = [spot_checks(spot_problem(model, inputs, seed=seed), plan) for seed in range(count)]

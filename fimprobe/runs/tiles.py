@@ -1,0 +1,96 @@
+"""The main numbers of a run, as the first thing that its page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+from fimprobe.estimators.names import SYMBOLS, UNBIASED_KEYS
+from fimprobe.report.format import number, percent, with_error
+from fimprobe.report.reasons import why_unknown, without_numbers
+from fimprobe.report.record import (
+    Record,
+    describe_inputs,
+    describe_labels,
+    error_with_drawn_labels,
+    format_pairs,
+    pairs_needed,
+)
+
+_Number: TypeAlias = "tuple[float | None, str]"
+"""A value, None if it is unknown, and its text."""
+
+
+def make_tiles(reports: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return the main numbers of the whole model at the last report, with what they mean.
+
+    A number that is unknown there has its reason, and its value at the last report that knows it.
+
+    Args:
+        reports: The records of a run, at least one.
+
+    Returns:
+        Text and meaning of each number, the error first.
+    """
+    last = reports[-1]
+    total, inputs = last["total"], describe_inputs(last)
+    keys = [key for key in UNBIASED_KEYS if key in total]
+    tiles: list[tuple[str, str]] = []
+    stated: set[str] = set()
+
+    def add(key: str, field: str, read: Callable[[Record], _Number], meaning: str) -> None:
+        """Add a tile; the first one without a value for a cause states the reason.
+
+        Args:
+            key: Key of the estimator.
+            field: Field of the estimate.
+            read: From a record to the value, None if it is unknown, and its text.
+            meaning: Description of the value.
+        """
+        value, shown = read(last)
+        reason = "" if value is not None else why_unknown(last, total, key, field)
+        cause = without_numbers(reason)
+        if reason and cause not in stated:
+            meaning += f". Unknown: {reason}"
+        stated.add(cause)
+        known = [r for r in reports if read(r)[0] is not None] if value is None else []
+        if known:
+            meaning += f". Last known at step {known[-1]['step']:,}: {read(known[-1])[1]}"
+        tiles.append((shown, meaning))
+
+    meaning = f"error of this report, how far off its F is: {inputs}, {describe_labels(last)}"
+    add("i1", "rel_error", _read_error, meaning)
+    for key in keys:
+        draw = "1 random vector" if key == "ih" else "1 label from the model"
+        meaning = f"error of an estimator, {SYMBOLS[key]}: {inputs}, {draw} each"
+        add(key, "one_label_error", partial(_read_one_label_error, key=key), meaning)
+    add("i1", "pairs_for_10_percent", _read_pairs, "(input, label) pairs for 10 % by Î₁")
+    for key in keys:
+        meaning = f"trace of F by {SYMBOLS[key]} ± its standard error"
+        add(key, "trace", partial(_read_trace, key=key), meaning)
+    outputs = last.get("outputs") or {}
+    if outputs.get("fisher_trace") is not None:
+        tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
+    return tiles
+
+
+def _read_error(record: Record) -> _Number:
+    error = record["total"]["i1"].get("rel_error")
+    return error, percent(error)
+
+
+def _read_one_label_error(record: Record, *, key: str) -> _Number:
+    error = error_with_drawn_labels(record["total"].get(key, {}), record["batch_size"])
+    return error, percent(error)
+
+
+def _read_pairs(record: Record) -> _Number:
+    estimate = record["total"]["i1"]
+    return pairs_needed(estimate), format_pairs(estimate)
+
+
+def _read_trace(record: Record, *, key: str) -> _Number:
+    estimate = record["total"].get(key, {})
+    trace = estimate.get("trace")
+    return trace, with_error(trace, estimate.get("std_error"))
