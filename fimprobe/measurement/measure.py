@@ -13,7 +13,12 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.likelihoods import LikelihoodOption
 from fimprobe.measurement.process_share import ProcessShare
-from fimprobe.measurement.second_order_engine import PROBES, must_agree, must_measure_again
+from fimprobe.measurement.second_order_engine import (
+    PROBES,
+    must_agree,
+    must_measure_again,
+    spot_checks_failed,
+)
 from fimprobe.measurement.tensor_checks import check_plan_and_ranks, check_step_and_diagonals
 from fimprobe.report.build import build_report
 from fimprobe.report.report import Report
@@ -129,9 +134,12 @@ def measure(
         measured, layer_bounds = processes.measure_together(share.measure)
         if must_agree(share.plan, share.request, processes):
             measured, layer_bounds = processes.measure_together(share.measure)
+        if spot_checks_failed(measured, share.plan, share.request):
+            share.plan.second_order = PROBES
+            measured, layer_bounds = processes.measure_together(share.measure)
         if must_measure_again(measured, share.plan, share.request, diagonals=diagonals):
             checked, layer_bounds = processes.measure_together(share.measure)
-            if checked.spot_checks is not None and checked.spot_checks.failure:
+            if spot_checks_failed(checked, share.plan, share.request):
                 share.plan.second_order = PROBES
             else:
                 measured = checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from fimprobe.measurement.arguments import (
 )
 from fimprobe.measurement.failures import explain_failure, name_errors_of_output
 from fimprobe.measurement.gradient_groups import sum_by_groups
+from fimprobe.measurement.heads import bind_heads
 from fimprobe.measurement.isolation import isolated_autograd
 from fimprobe.measurement.kept_plans import kept_plan
 from fimprobe.measurement.process_summary import (
@@ -56,7 +57,6 @@ from fimprobe.model.fsdp.placement import check_sharded, is_sharded
 from fimprobe.model.fsdp.sharded_twin import make_sharded_twin
 from fimprobe.model.fsdp.shards import Shards
 from fimprobe.model.input_roles import make_twin_for_batch
-from fimprobe.model.leftovers import dropping_leftovers
 from fimprobe.model.outputs import JoinedOutputs, select_outputs
 from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
@@ -299,7 +299,7 @@ class ProcessShare:
         problem = Problem(
             twin=twin,
             batch=batch,
-            likelihood=_bind_heads(self.likelihood, twin, batch, select, shards),
+            likelihood=bind_heads(self.likelihood, twin, batch, select, shards),
             draws=self._draws,
             select_outputs=select,
             mask=self.mask,
@@ -334,27 +334,6 @@ class ProcessShare:
 
 def _is_builtin(likelihood: Likelihood) -> bool:
     return type(likelihood).__module__.startswith("fimprobe.")
-
-
-def _bind_heads(
-    likelihood: Likelihood, twin: nn.Module, batch: Batch, select: Any, shards: Shards | None
-) -> Likelihood:
-    """Return the likelihood; that of several heads with the shapes of their outputs.
-
-    Args:
-        likelihood: The family.
-        twin: The model, which runs on one sample if there are several heads.
-        batch: The inputs.
-        select: Selects the heads.
-        shards: Set if FSDP shards the model.
-    """
-    if not isinstance(likelihood, Joint):
-        return likelihood
-    first = batch[:1]
-    saving = nullcontext() if shards is None else shards.saving()
-    with torch.no_grad(), saving, dropping_leftovers(twin):
-        heads = select.heads(twin(*first.args, **first.kwargs))
-    return likelihood.bind([head.shape[1:] for head in heads.values()])
 
 
 def _replace_i1_by_backpack(problem: Problem, measured: Measured) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fimprobe.distributed.processes import ProcessGroup
+from fimprobe.engines.autograd.full_precision import HALF_TYPES
+from fimprobe.engines.autograd.tolerances import types_of_gradients
 from fimprobe.engines.problem.problem import Problem, Request
 from fimprobe.engines.spot_checks.allocation import (
     LARGE_SHARE,
@@ -63,6 +65,8 @@ def _mixes_positions(problem: Problem) -> bool:
     The noise of probes then exceeds V2 in most layers. Trying them first would double the cost.
     """
     outputs = problem.forward(problem.batch[:1])
+    if types_of_gradients(problem, outputs) & HALF_TYPES:  # whose rounding hides differences
+        return False
     names = [node.name() for node in nodes_behind([outputs.grad_fn])]
     return any(name.startswith(_MIXING) for name in names)
 
@@ -116,6 +120,18 @@ def must_measure_again(measured: Measured, plan: Plan, request: Request, *, diag
         return False
     plan.second_order = SPOT_CHECKS if are_probes_noisy(measured) else PROBES
     return plan.second_order == SPOT_CHECKS
+
+
+def spot_checks_failed(measured: Measured, plan: Plan, request: Request) -> bool:
+    """Return whether probes are to measure what spot checks could not.
+
+    Args:
+        measured: The statistics of the whole batch.
+        plan: With the reason where probes cannot, either.
+        request: What was requested.
+    """
+    checks = measured.spot_checks
+    return bool(request.auto and checks is not None and checks.failure and not plan.curvature_failure)
 
 
 def without_double_backward(request: Request, plan: Plan) -> Request:

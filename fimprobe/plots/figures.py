@@ -12,13 +12,15 @@ import numpy as np
 
 from fimprobe.estimators.diagonal_histogram import STEP
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS, UNBIASED_KEYS
-from fimprobe.plots import label_variances
 from fimprobe.plots.history import MAX_COLUMNS
+from fimprobe.plots.layers import label_rows, shown_layers
 from fimprobe.plots.style import (
     BLUE,
-    GREEN,
+    COLORS,
     INK,
+    MARKERS,
     ORANGE,
+    STYLES,
     Axes,
     Figure,
     add_legend,
@@ -39,15 +41,7 @@ from fimprobe.report.record import (
     Record,
     error_with_drawn_labels,
     pairs_needed,
-    rank_layers,
 )
-
-COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
-STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may overlap
-MARKERS = {"i1": "o", "i2": "D", "ih": "^"}
-
-MAX_ROWS = 30
-"""Layers in a figure with one row for each: more names would overlap."""
 
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
@@ -136,23 +130,8 @@ def draw_variances(record: Record) -> Figure | None:
         make_logarithmic(axis)
         axis.set_xlim(floor, 2 * highest)
     name_panels(axes, [SYMBOLS[key] for key in columns])
-    name_rows(axes[0], _labels(record, layers))
+    name_rows(axes[0], label_rows(record, layers))
     return add_legend(figure, axes[0])
-
-
-def draw_label_variances(records: Sequence[Record], last: Record) -> Figure | None:
-    """Draw V1 and V2 of each layer with errors, from the first report to the last.
-
-    Args:
-        records: All records of the run, or the condensed ones.
-        last: The whole record of the last report.
-    """
-    layers = shown_layers(last)
-    looks = {
-        key: {"color": COLORS[key], "marker": MARKERS[key], "label": SYMBOLS[key]}
-        for key in LAYER_KEYS
-    }
-    return label_variances.draw(records, layers, _labels(last, layers), looks)
 
 
 def draw_needs(record: Record) -> Figure | None:
@@ -172,7 +151,7 @@ def draw_needs(record: Record) -> Figure | None:
     inputs = record["batch_size"]
     axis.axvline(inputs, color=INK, ls="--", lw=1.5, label=f"{inputs:,}: 1 label for each input here")
     make_logarithmic(axis)
-    name_rows(axis, _labels(record, layers))
+    name_rows(axis, label_rows(record, layers))
     return add_legend(figure, axis)
 
 
@@ -193,7 +172,7 @@ def draw_bounds(record: Record) -> Figure | None:
         axis.plot(bounds, rows, "|", ms=9, mew=2, color=INK, label="bound")
         make_logarithmic(axis)
     name_panels(axes, [SYMBOLS[key] for key in ends])
-    name_rows(axes[0], _labels(record, layers))
+    name_rows(axes[0], label_rows(record, layers))
     return add_legend(figure, axes[0])
 
 
@@ -258,12 +237,6 @@ def draw_diagonal(record: Record) -> Figure | None:
         )  # fmt: skip
     _label_sizes(axis, "mean entry of diag F of each parameter tensor")
     return add_legend(figure, axis)
-
-
-def shown_layers(record: Record) -> list[tuple[str, Record]]:
-    """Return the ``MAX_ROWS`` layers that need the most pairs, in the order of the model."""
-    chosen = {name for name, _ in rank_layers(record, MAX_ROWS)}
-    return [(name, group) for name, group in record["layers"].items() if name in chosen]
 
 
 def _draw_line(
@@ -339,11 +312,6 @@ def _column(layers: Sequence[tuple[str, Record]], key: str, field: str) -> np.nd
     if field == "pairs_for_10_percent":
         return _positive([pairs_needed(estimate) for estimate in estimates])
     return _positive([estimate.get(field) for estimate in estimates])
-
-
-def _labels(record: Record, layers: Sequence[tuple[str, Record]]) -> list[str]:
-    labels = label_layers(record)
-    return [labels[name] for name, _ in layers]
 
 
 def _label_sizes(axis: Axes, quantity: str) -> None:

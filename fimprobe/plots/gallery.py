@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fimprobe.plots.figures import (
-    MAX_ROWS,
     draw_bounds,
     draw_convergence,
     draw_diagonal,
     draw_error_map,
     draw_errors,
     draw_errors_by_confidence,
-    draw_label_variances,
     draw_needs,
     draw_traces,
     draw_variances,
 )
+from fimprobe.plots.label_variances import draw_label_variances
+from fimprobe.plots.layers import MAX_ROWS
 from fimprobe.report.record import Record, describe_inputs
 
 if TYPE_CHECKING:

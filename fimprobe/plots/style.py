@@ -30,6 +30,10 @@ INK = "#010203"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 """Colours of Okabe and Ito, which colour-blind readers distinguish."""
 
+COLORS = {"i1": BLUE, "i2": ORANGE, "ih": GREEN}
+STYLES = {"i1": "-", "i2": "--", "ih": ":"}  # lines may overlap
+MARKERS = {"i1": "o", "i2": "D", "ih": "^"}
+
 GREY = "#9AA0A6"
 """Colour of unknown values, visible on light and on dark pages."""
 

@@ -114,7 +114,8 @@ def test_moments_wait_once(name, draws, options, gpu):
 
 def test_the_rest_waits_for_known_reasons(gpu):
     """Bounds look at weights, and lookups' second derivatives at which tokens occur."""
-    gpu_calls = waited(*MODELS["tied language model"](), draws=2, estimators=["i1", "i2", "ih"])
+    options = {"draws": 2, "estimators": ["i1", "i2", "ih"], "second_order": {"probes": 2}}
+    gpu_calls = waited(*MODELS["tied language model"](), **options)
     places = {where.split(" < ")[0] for _, where in gpu_calls.waits}
     assert places == {
         "sample_checks._agrees",

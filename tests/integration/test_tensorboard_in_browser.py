@@ -67,7 +67,7 @@ def server(tmp_path_factory):
         url = f"http://127.0.0.1:{port}"
         for _ in range(120):
             try:
-                if len(ask(f"{url}/data/plugin/images/tags").get("net", {})) == 9:
+                if len(ask(f"{url}/data/plugin/images/tags").get("net", {})) == 10:
                     break
             except OSError:
                 pass
@@ -127,7 +127,7 @@ def test_the_first_chart_is_the_error_with_a_line_for_each_estimator(browser, se
 def test_pictures_and_text_are_shown(browser, server):
     path, value = ["tf-image-loader", "img"], "e.naturalWidth"
     widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 9 and all(n))
-    assert widths == [700] * 9
+    assert widths == [700] * 10
     path, value = ["tf-markdown-view"], "(e.shadowRoot || e).textContent"
     texts = open_tab(browser, server, "text", path, value, lambda n: "Step 7000" in "".join(n))
     told = "".join(texts)

@@ -213,7 +213,8 @@ def sure(rank):
     for sampling in (None, "model"):
         more = {} if sampling is None else {"label_sampling": sampling}
         for way in ("ddp", "fsdp"):
-            lean = OPTIONS if way == "fsdp" else {"tensorboard": False}
+            probes = {"probes": 2}  # each process draws checks of its own
+            lean = OPTIONS if way == "fsdp" else {"tensorboard": False, "second_order": probes}
             model = shard(made()) if way == "fsdp" else DistributedDataParallel(made())
             options = {**lean, **more, "likelihood": "categorical", "on_error": "raise"}
             options["schedule"] = {"every": 1}

@@ -96,8 +96,8 @@ def record_chunk(problem: Problem, plan: Plan, rows: slice, unchecked: list[Tens
             raise
         plan.takes_derivatives = True  # by torch.func, which allows no hooks on saved tensors
         tape, outputs, saved_bytes = _run_forward(problem, plan, batch, unchecked)
-    closed_forms = request.double_backward and not plan.takes_derivatives
-    if closed_forms and any(map(is_derivative, nodes_behind([outputs.grad_fn]))):
+    matters = (request.double_backward or request.spot_checks) and not plan.takes_derivatives
+    if matters and any(map(is_derivative, nodes_behind([outputs.grad_fn]))):
         plan.takes_derivatives = True
         tape, outputs, saved_bytes = _run_forward(problem, plan, batch, unchecked)
     if tape.failures:

@@ -11,6 +11,7 @@ from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.spot_checks.held_kinks import CannotHold
 from fimprobe.engines.spot_checks.measure import measure_spot_checks
 from fimprobe.engines.tracing.plan import Plan
+from fimprobe.errors import FimprobeError
 from fimprobe.statistics import SpotChecks
 
 HALF_PRECISION = (
@@ -38,7 +39,12 @@ def run_spot_checks(problem: Problem, plan: Plan, run: RunningResults) -> SpotCh
     try:
         return measure_spot_checks(problem, plan, layers, dtype)
     except CannotHold as error:
-        return SpotChecks(strata=[], failure=f"{error}; pass second_order={{'probes': 2}}")
+        reason = str(error)
+    except (FimprobeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's forward, on values that it has not seen
+        reason = f"the forward raised {type(error).__name__} with a shifted entry: {error}"
+    return SpotChecks(strata=[], failure=f"{reason}; pass second_order={{'probes': 2}}")
 
 
 def _squares(run: RunningResults) -> dict[str, Tensor]:

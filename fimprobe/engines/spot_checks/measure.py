@@ -31,12 +31,12 @@ from fimprobe.engines.spot_checks.proposals import LayerProposal
 from fimprobe.engines.spot_checks.quadratic import fisher_quadratic
 from fimprobe.engines.spot_checks.shifted_calls import Steps
 from fimprobe.engines.spot_checks.shifted_forward import ShiftedForward
-from fimprobe.engines.spot_checks.slots import CheckedEntry, Slot
+from fimprobe.engines.spot_checks.slots import CheckedEntry, Slot, make_strata
 from fimprobe.engines.spot_checks.steering import note_checks, share_by_kind, share_by_layer
 from fimprobe.engines.spot_checks.step_sizes import TARGET, StepSizes
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.spot_history import SpotHistory
-from fimprobe.statistics import SpotChecks, SpotStratum
+from fimprobe.statistics import SpotChecks
 
 PILOT_REPEATS, MAIN_REPEATS = 2, 1
 """Times that a check is repeated with another step at most."""
@@ -146,7 +146,7 @@ class SpotChecker:
             if not keep and self.prefix.num_bytes() > share:
                 break
             paused, self.forward.kinks = self.forward.kinks, None
-            with self.prefix.recorded(len(rows), keep_outputs=True):
+            with self.prefix.recorded(len(rows), keep_outputs=not self.plan.takes_derivatives):
                 outputs.append(self.forward.run(rows))
             self.forward.kinks = paused
             if self.prefix.num_bytes() > share:
@@ -339,28 +339,9 @@ class SpotChecker:
 
     def result(self) -> SpotChecks:
         """The values of all layers."""
-        of_layers = [[*self.pilot.get(x, []), *self.main.get(x, [])] for x in self.layers]
-        flat = [(v.value, self.steps.rounding_share(v.difference)) for x in of_layers for v in x]
-        numbers = torch.tensor(flat, dtype=torch.float64).view(-1, 2)
-        parts = numbers.split([len(checked) for checked in of_layers])
-        strata = []
-        for (layer, proposal), checked, part in zip(
-            self.layers.items(), of_layers, parts, strict=True
-        ):
-            names = list(proposal.parameters)
-            values, rounding = part.unbind(1)
-            strata.append(
-                SpotStratum(
-                    layer=layer,
-                    kind=proposal.kind,
-                    parameters=names,
-                    owners=torch.tensor([names.index(v.slot.parameter) for v in checked]),
-                    values=values,
-                    rounding=rounding,
-                    pilot=len(self.pilot.get(layer, [])),
-                )
-            )
-        return SpotChecks(strata=strata)
+        return SpotChecks(
+            strata=make_strata(self.layers, self.pilot, self.main, self.steps.rounding_share)
+        )
 
 
 _STREAM = 0x2545F491

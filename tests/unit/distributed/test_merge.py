@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ pytestmark = pytest.mark.usefixtures("double", "raw_numbers")
 WITHHOLD = reliability.withhold
 ALL = ("i1", "i2", "ih", "empirical")
 DIAGONALS = ("diagonal", "diagonal_label_variance", "diagonal_input_variance")
+
+
+measure = functools.partial(fimprobe.measure, second_order={"probes": 2})
+"""Spot checks and their choice are for processes that really run together: each draws its own."""
 
 
 class Done(Exception):
@@ -70,7 +75,7 @@ def shared(models, parts, labels=None, mask=None, seen=None, **options):
                 own["estimators"] = ("i1", "i2", "ih")
             with contextlib.suppress(Done):
                 turn = Turn(rank, told, found, seen if seen is not None else [], first)
-                report = fimprobe.measure(model, part, ranks=turn, **options | own)
+                report = measure(model, part, ranks=turn, **options | own)
     return report
 
 
@@ -135,7 +140,7 @@ FREQUENT = {*REASONS, *NAMES[::3]}
 def test_shares_of_every_kind_of_model(name):
     model, inputs = case(name)
     options = {"likelihood": "categorical", "estimators": ("i1", "i2", "ih"), "diagonals": True}
-    whole = fimprobe.measure(model, inputs, seed=3, **options)
+    whole = measure(model, inputs, seed=3, **options)
     report = shared(model, split(inputs, SIZES[whole.batch_size]), seed=3, **options)
     assert_same(report, whole, without=("seconds", "advice", *REASONS.get(name, ())))
 
@@ -144,7 +149,7 @@ def test_shares_of_every_kind_of_model(name):
 def test_exact_labels(name):
     model, inputs = case(name)
     options = {"likelihood": "categorical", "draws": "exact", "estimators": ("i1", "i2", "ih")}
-    whole = fimprobe.measure(model, inputs, diagonals=True, **options)
+    whole = measure(model, inputs, diagonals=True, **options)
     report = shared(model, split(inputs, SIZES[whole.batch_size]), diagonals=True, **options)
     assert whole.total.i1.covariance_norm > 0
     assert_same(report, whole, without=("seconds", "advice", *REASONS.get(name, ())))
@@ -154,7 +159,7 @@ def test_probes_may_differ_where_a_single_sample_is_seen_another_way():
     """[T·B, d] of one sample looks like a sequence: other random probes of Î₂, all else as it is."""
     model, inputs = case("time-major fold")
     options = {"likelihood": "categorical", "estimators": ("i1", "i2", "ih"), "draws": "exact"}
-    whole = fimprobe.measure(model, inputs, **options)
+    whole = measure(model, inputs, **options)
     report = shared(model, split(inputs, [1, 2]), **options)
     for kind in ("i1", "ih"):
         have, want = getattr(report.total, kind), getattr(whole.total, kind)
@@ -172,7 +177,7 @@ def test_probes_may_differ_where_a_single_sample_is_seen_another_way():
 def test_families_and_draws(likelihood, draws):
     model, inputs = case("mlp")
     options = {"likelihood": likelihood, "draws": draws, "seed": 9}
-    whole = fimprobe.measure(model, inputs, **options)
+    whole = measure(model, inputs, **options)
     assert_same(shared(model, split(inputs, [2, 3]), **options), whole)
 
 
@@ -190,7 +195,7 @@ def test_what_cannot_be_believed_is_withheld_alike(label_sampling, sure, monkeyp
     options = {"likelihood": "categorical", "estimators": ("i1", "i2", "ih"), "draws": draws}
     if draws != "exact":
         options["label_sampling"] = label_sampling
-    whole = fimprobe.measure(model, inputs, **options)
+    whole = measure(model, inputs, **options)
     report = shared(model, split(inputs, [4, 5, 3]), **options)
     assert whole.label_sampling == label_sampling and whole.outputs.fisher_trace > 0
     assert (whole.seen_mass is None) == (label_sampling != "model")
@@ -206,7 +211,7 @@ def test_all_estimators_with_backpack(engine):
     labels = torch.tensor([0, 2, 1, 1, 0])
     options = {"likelihood": "categorical", "estimators": ALL, "engine": engine, "diagonals": True}
     options["second_order"] = {"probes": 3} if engine == "auto" else "exact"
-    whole = fimprobe.measure(model, inputs, labels=labels, **options)
+    whole = measure(model, inputs, labels=labels, **options)
     report = shared(model, split(inputs, [1, 4]), labels=labels.split([1, 4]), **options)
     assert whole.total.empirical.cosine is not None
     assert "a single process only" in report.total.empirical.unknown["noise_scale"]
@@ -219,7 +224,7 @@ def test_labels_that_one_process_lacks_leave_the_rest():
     plain = {**options, "estimators": ("i1", "i2", "ih")}
     report = shared(model, split(inputs, [2, 3]), labels=[torch.tensor([0, 1]), None], **options)
     assert report.total.empirical is None
-    assert_same(report, fimprobe.measure(model, inputs, **plain))
+    assert_same(report, measure(model, inputs, **plain))
 
 
 @pytest.mark.parametrize("bounds", [True, False])
@@ -228,7 +233,7 @@ def test_masked_sequences(bounds):
     mask = torch.rand(tokens.shape) > 0.4
     mask[1] = False
     options = {"likelihood": "categorical", "bounds": bounds, "draws": 4, "diagonals": True}
-    whole = fimprobe.measure(model, tokens, mask=mask, **options)
+    whole = measure(model, tokens, mask=mask, **options)
     report = shared(model, split(tokens, [3, 1]), mask=mask.split([3, 1]), **options)
     assert_same(report, whole)
 
@@ -237,7 +242,7 @@ def test_float32():
     torch.set_default_dtype(torch.float32)
     model, inputs = case("conv2d few taps")
     model, inputs = model.float(), inputs[0].float()
-    whole = fimprobe.measure(model, inputs, likelihood="categorical")
+    whole = measure(model, inputs, likelihood="categorical")
     report = shared(model, split(inputs, [2, 1]), likelihood="categorical")
     for kind in ("i1", "i2"):
         for field in ("trace", "label_variance", "total_label_variance", "rel_error"):
@@ -278,7 +283,7 @@ def test_sequences_of_other_lengths(lengths):
     padded = torch.cat([F.pad(x, (0, 0, 0, most - x.shape[1])) for x in parts])
     mask = torch.cat([(torch.arange(most) < t).expand(2, -1) for t in lengths])
     options = {"likelihood": "categorical", "draws": "exact", "estimators": ("i1", "i2", "ih")}
-    whole = fimprobe.measure(model, padded, mask=mask, diagonals=True, **options)
+    whole = measure(model, padded, mask=mask, diagonals=True, **options)
     seen = []
     report = shared(model, parts, diagonals=True, seen=seen, **options)
     *curves, merged = [m.curvature for m in seen]
@@ -344,7 +349,7 @@ def test_a_layer_that_only_one_process_uses_twice():
     model, x, times = Positions(), torch.randn(5, 4), torch.tensor([1, 1, 1, 2, 2])
     options = {"likelihood": "categorical", "draws": "exact", "estimators": ("i1", "i2")}
     seen = []
-    whole = fimprobe.measure(model, (x, times), **options)
+    whole = measure(model, (x, times), **options)
     report = shared(model, [(x[:3], times[:3]), (x[3:], times[3:])], seen=seen, **options)
     assert report.total.i2.total_label_variance == pytest.approx(
         whole.total.i2.total_label_variance, rel=1e-9, abs=0
@@ -363,7 +368,7 @@ def test_the_first_process_has_the_running_statistics():
         other[1].running_var.mul_(3)
         other[1].num_batches_tracked.add_(7)
     report = shared([model, other], split(inputs, [3, 1]), likelihood="categorical")
-    assert_same(report, fimprobe.measure(model, inputs, likelihood="categorical"))
+    assert_same(report, measure(model, inputs, likelihood="categorical"))
     assert other[1].running_var.equal(model[1].running_var * 3)
 
 

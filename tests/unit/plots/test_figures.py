@@ -12,9 +12,9 @@ from torch import nn
 
 import fimprobe
 from fimprobe.plots import figures as pictures
-from fimprobe.plots.figures import MAX_ROWS
 from fimprobe.plots.gallery import make_figures
 from fimprobe.plots.history import MAX_COLUMNS, PlotHistory, compact
+from fimprobe.plots.layers import MAX_ROWS
 from fimprobe.plots.style import to_png, to_svg
 from fimprobe.report.layer_names import label_layers
 from tests.support.reports import build_report
@@ -283,7 +283,8 @@ def confident():
 
 def test_labels_that_were_not_seen_leave_no_picture_of_f():
     net, x = confident()
-    report = fimprobe.measure(net, x, likelihood="categorical", label_sampling="model")
+    options = {"label_sampling": "model", "second_order": {"probes": 2}}
+    report = fimprobe.measure(net, x, likelihood="categorical", **options)
     assert report.seen_mass < 0.5 and report.total.i1.trace is None and not report.sizes
     record = report.to_dict()
     assert list(make_figures([record])) == []

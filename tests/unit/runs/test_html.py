@@ -152,7 +152,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(run):
 def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
     text = run[2].read_text()
     pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     defined, used = [], set()
     for picture in pictures:
         root = ElementTree.fromstring(picture)
@@ -217,6 +217,6 @@ def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
         )
         dom, console, asked = browse(page, tmp_path)
         assert "How wrong is the Fisher information?" in dom
-        assert dom.count("<svg") == 9
+        assert dom.count("<svg") == 10
         assert asked == expected  # the second page does ask: the check would see it
         assert console == []

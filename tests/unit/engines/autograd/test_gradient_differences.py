@@ -71,7 +71,12 @@ def measure(function, dtype=torch.float64):
     net = Net(function).to(dtype)
     before = {n: p.clone() for n, p in net.named_parameters()}
     report = fimprobe.measure(
-        net, torch.randn(6, 3, dtype=dtype), likelihood="categorical", draws="exact", bounds=False
+        net,
+        torch.randn(6, 3, dtype=dtype),
+        likelihood="categorical",
+        draws="exact",
+        bounds=False,
+        second_order={"probes": 2},
     )
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     return report
@@ -103,5 +108,6 @@ def test_bags_are_compared_with_differences(mode):
         def forward(self, index):
             return self.out(self.bag(index).tanh())
 
-    report = fimprobe.measure(Bags(), torch.randint(9, (6, 5)), likelihood="categorical")
+    options = {"likelihood": "categorical", "second_order": {"probes": 2}}
+    report = fimprobe.measure(Bags(), torch.randint(9, (6, 5)), **options)
     assert report.total.i2 is not None
