@@ -272,7 +272,7 @@ def same_randomness(*, host: bool = False, guard: StorageGuard | None = None) ->
 
 def _random_like(outputs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    direction = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    direction = torch.rand(outputs.shape, generator=generator).sub_(0.5)
     return direction.to(outputs.device, outputs.dtype)
 
 

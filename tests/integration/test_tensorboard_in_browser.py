@@ -126,7 +126,7 @@ def test_the_first_chart_is_the_error_with_a_line_for_each_estimator(browser, se
 
 def test_pictures_and_text_are_shown(browser, server):
     path, value = ["tf-image-loader", "img"], "e.naturalWidth"
-    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 9 and all(n))
+    widths = open_tab(browser, server, "images", path, value, lambda n: len(n) == 10 and all(n))
     assert widths == [700] * 10
     path, value = ["tf-markdown-view"], "(e.shadowRoot || e).textContent"
     texts = open_tab(browser, server, "text", path, value, lambda n: "Step 7000" in "".join(n))

@@ -116,7 +116,9 @@ def _record_shapes(
     def record(path: str, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         if is_transformed():
             return
-        leaves = tree_leaves((args, kwargs))
+        # most modules have one tensor in and out, whose leaves need no search
+        is_plain = not kwargs and all(type(x) is Tensor for x in args)
+        leaves = list(args) if is_plain else tree_leaves((args, kwargs))
         # nested tensors have no shape; torch's frozen encoders use them between their layers
         tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and not x.is_nested]
         inputs = {id(leaves[i]) for i in tensors}
@@ -126,7 +128,7 @@ def _record_shapes(
                 inputs=[leaves[i].shape for i in tensors],
                 outputs=[
                     x.shape
-                    for x in tree_leaves(out)
+                    for x in ([out] if isinstance(out, Tensor) else tree_leaves(out))
                     if isinstance(x, Tensor) and x.requires_grad and id(x) not in inputs
                 ],
             )
