@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train on scikit-learn's digits, probed")
-    demo.add_argument("--epochs", type=int, default=60, help="epochs of each model (default 60)")
+    demo.add_argument("--epochs", type=int, default=12, help="epochs of each model (default 12)")
     demo.add_argument("--log-dir", default="runs/fimprobe/demo", help="where the runs are written")
     demo.add_argument("--open", action="store_true", help="open the charts in the browser at the end")
     check = commands.add_parser("check", help="check a YAML configuration")

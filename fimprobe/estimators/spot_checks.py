@@ -30,8 +30,12 @@ the pilot (tests/unit/estimators/test_spot_checks.py)."""
 ROUNDING_LIMIT = 0.5
 """Share of V2 that may be rounding, above which V2 is unknown."""
 
+MIN_CHECKS_OF_A_PART = 5
+"""Checks of one parameter of a layer, below which their spread says nothing."""
+
+FEW_DRAWN = "too few spot checks fell on it for an error; take more inputs, which have more of them"
 NONE_DRAWN = "no spot check fell on it; take more inputs, which have more of them"
-"""Why V2 of one parameter of a layer is unknown."""
+"""Why V2 of one parameter of a layer is unknown: one or a few checks, or none."""
 
 ALL_ZERO = "every spot check was zero; V2 may be zero, or large at rare entries that none fell on"
 """Why V2 is unknown: zeros show no spread, and an error of zero would claim that they are all."""
@@ -99,8 +103,8 @@ def estimate_v2(
         values, share = stratum.values.tolist(), 1.0
         if not all(inside):
             owned = [inside[owner] for owner in stratum.owners.tolist()]
-            if not any(owned):
-                return CheckedVariance(value=None, reason=NONE_DRAWN)
+            if sum(owned) < min(MIN_CHECKS_OF_A_PART, len(owned)):
+                return CheckedVariance(value=None, reason=FEW_DRAWN if any(owned) else NONE_DRAWN)
             values = [x if own else 0.0 for x, own in zip(values, owned, strict=True)]
             share = sum(owned) / len(owned)
         num_checks += len(values)

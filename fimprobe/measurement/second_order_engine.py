@@ -38,6 +38,9 @@ FORWARDS_PER_CHECK = 2.5
 _MIXING = ("SoftmaxBackward", "ScaledDotProduct", "EmbeddingBackward", "EfficientAttention")
 """Beginnings of names of operations in the graphs of transformers."""
 
+MIN_DEGREES_OF_FREEDOM = 8
+"""Differences of probes, over all inputs, from which their noise is judged."""
+
 FREE_MULTIPLY_ADDS = 1e8
 """Multiply-adds in the time that the calls of spot checks take, whatever the model: some 10 ms."""
 
@@ -169,6 +172,8 @@ def are_probes_noisy(measured: Measured) -> bool:
     """
     curvature = measured.curvature
     assert curvature is not None
+    if measured.moments["i1"].batch_size * (curvature.probes - 1) < MIN_DEGREES_OF_FREEDOM:
+        return True  # the noise itself is not known
     layers: dict[str, list[str]] = {}
     for name in curvature.parameters:
         layers.setdefault(name.rpartition(".")[0], []).append(name)

@@ -150,10 +150,10 @@ def closing_paragraph(
             "train longer."
         )
     share = account.probe_seconds / account.wall_seconds
-    sentences.append(
-        f"The probe took {_seconds(account.probe_seconds)} of {_seconds(account.wall_seconds)} "
-        f"({percent(share)})."
-    )
+    took = f"The probe took {_seconds(account.probe_seconds)} of {_seconds(account.wall_seconds)}"
+    free = schedule.free if isinstance(schedule, Budget) else 0.0
+    early = f"; {_seconds(free)} of early reports are outside of its share" if free else ""
+    sentences.append(f"{took} ({percent(share)}{early}).")
     return " ".join(sentences)
 
 

@@ -28,7 +28,7 @@ def test_the_pilot_has_a_fixed_weight():
 
 
 def test_parameters_add_up_to_their_layer_and_layers_to_the_model():
-    first = stratum([1.0, 2.0, 3.0, 4.0], owners=[0, 1, 0, 1])
+    first = stratum([1.0, 2.0, 3.0, 4.0] * 3, owners=[0, 1, 0, 1] * 3)
     second = stratum([5.0, 6.0, 7.0], layer="b")
     checks = SpotChecks(strata=[first, second])
     weight, bias = (estimate_v2(checks, [f"a.{n}"]).value for n in ("weight", "bias"))
@@ -49,6 +49,16 @@ def test_a_parameter_without_checks_is_unknown():
     checks = SpotChecks(strata=[stratum([1.0, 2.0, 3.0], owners=[0, 0, 0])])
     assert estimate_v2(checks, ["a.bias"]).value is None
     assert "no spot check" in estimate_v2(checks, ["a.bias"]).reason
+
+
+def test_a_parameter_with_few_checks_is_unknown():
+    for few, known in ((4, False), (5, True)):
+        owners = [1] * few + [0] * 9
+        estimate = estimate_v2(
+            SpotChecks(strata=[stratum([1.0] * (few + 9), owners=owners)]), ["a.bias"]
+        )
+        assert (estimate.value is not None) == known
+        assert known or "too few spot checks" in estimate.reason
 
 
 def test_zeros_alone_state_no_error_of_zero():
