@@ -1,4 +1,4 @@
-"""One measurement: a pure function of model, inputs and seed."""
+"""One measurement: a function of model, inputs, seed and the plan that is kept for the model."""
 
 from __future__ import annotations
 

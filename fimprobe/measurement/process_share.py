@@ -283,6 +283,7 @@ class ProcessShare:
             twin, self.plan.twin, batch = make_twin_for_batch(
                 self.model, batch, named, self.plan.twin, self.plan.input_roles
             )
+        self.plan.follow_model()
         known = self.plan.twin
         stack.enter_context(
             private_streams(

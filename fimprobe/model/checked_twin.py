@@ -77,6 +77,7 @@ def make_checked_twin(
 def compute_fingerprint(model: nn.Module) -> int:
     """A number that changes with structure, hooks, modes, types and trainable parameters."""
     entries: list[Any] = []
+    places: dict[int, int] = {}  # tied parameters have one place
     for path, module in model.named_modules():
         attributes = module.__dict__
         hooks = [key for name in FORWARD_HOOKS for key in attributes.get(name, ())]
@@ -85,7 +86,7 @@ def compute_fingerprint(model: nn.Module) -> int:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 kind = parameter.dtype, parameter.device, parameter.shape, parameter.requires_grad
-                entries.append((name, *kind))
+                entries.append((name, places.setdefault(id(parameter), len(places)), *kind))
     return hash(tuple(entries))
 
 

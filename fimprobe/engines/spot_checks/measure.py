@@ -24,7 +24,7 @@ from fimprobe.engines.spot_checks.allocation import (
     num_checks_at_least,
     relative_variances,
 )
-from fimprobe.engines.spot_checks.guard import ShiftGuard
+from fimprobe.engines.spot_checks.guard import ShiftGuard, compare_derivatives
 from fimprobe.engines.spot_checks.held_kinks import CannotHold, HeldKinks
 from fimprobe.engines.spot_checks.prefix import Prefix
 from fimprobe.engines.spot_checks.proposals import LayerProposal
@@ -96,6 +96,7 @@ class SpotChecker:
         forward: Runs shifted passes.
         prefix: Order of calls, and outputs of blocks.
         outputs: Unshifted h of the whole batch; None if every pass computes its own.
+        compares_derivatives: Whether differences are compared with autograd's derivatives.
     """
 
     problem: Problem
@@ -105,6 +106,7 @@ class SpotChecker:
     forward: ShiftedForward = field(init=False)
     prefix: Prefix = field(init=False)
     outputs: Tensor | None = None
+    compares_derivatives: bool = False
     pilot: dict[str, list[CheckedEntry]] = field(default_factory=dict)
     main: dict[str, list[CheckedEntry]] = field(default_factory=dict)
     sizes: dict[int, Tensor] = field(default_factory=dict)
@@ -160,7 +162,9 @@ class SpotChecker:
     def run_pilot(self) -> None:
         """Run a few checks of each layer, which show the step sizes and where V2 is."""
         slots = [slot for layer in self.layers for slot in self._draw(layer, PILOT)]
+        self.compares_derivatives = True
         values = self.check(slots)
+        self.compares_derivatives = False
         self._adapt_steps(values)
         for value in self.settle(values, PILOT_REPEATS):
             self.pilot.setdefault(value.slot.layer, []).append(value)
@@ -283,6 +287,8 @@ class SpotChecker:
             changes.append(self.forward.run(rows, slots, steps, self.prefix).sub_(h))
             steps.deciding = False
         self._note_for_guard(slots, h, changes[0], steps)
+        if self.compares_derivatives:
+            compare_derivatives(self.forward, self.prefix, slots, h, changes, steps)
         return self._values(slots, rows, h, changes[0].add_(changes[1]), steps)
 
     def _note_for_guard(self, slots: Sequence[Slot], h: Tensor, moved: Tensor, steps: Steps) -> None:

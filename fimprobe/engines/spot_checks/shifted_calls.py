@@ -33,6 +33,8 @@ class Steps:
         sign: Factor of the shift: 1, −1, or 0 for the unshifted pass.
         kinks: Records the branches of the pass; it is paused where steps are decided.
         groups: The entries of each parameter, which all forward passes share.
+        differentiable: Rows whose shifts were added to an output, of which autograd knows.
+        evaluated: Rows for which a module was evaluated again.
     """
 
     eta: Tensor
@@ -41,6 +43,8 @@ class Steps:
     sign: float = 1.0
     kinks: HeldKinks | None = None
     groups: dict[str, EntryGroup] = field(default_factory=dict)
+    differentiable: set[int] = field(default_factory=set)
+    evaluated: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, eta: Sequence[float], device: torch.device, kinks: HeldKinks | None) -> Steps:
@@ -185,6 +189,7 @@ def add_shift(
         steps.decide(rows, size, slope)
     if steps.sign == 0:
         return
+    steps.differentiable.update(group.rows)
     shift = steps.shift(rows, out)
     at_units = out[rows, ..., units]  # [k, ...]
     shift = shift.view(-1, *[1] * (at_units.dim() - 1))

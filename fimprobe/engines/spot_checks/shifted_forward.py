@@ -86,6 +86,7 @@ class ShiftedForward:
         slots: Sequence[Slot] = (),
         steps: Steps | None = None,
         prefix: Prefix | None = None,
+        keep_graph: bool = False,
     ) -> Tensor:
         """Run the twin on some inputs, with the shifts of the checks.
 
@@ -94,6 +95,7 @@ class ShiftedForward:
             slots: The checks, one for each row; empty for an unshifted pass without steps.
             steps: Their steps.
             prefix: Outputs of modules that finish before the first shift; they are not run again.
+            keep_graph: Whether the outputs keep their graph.
 
         Returns:
             h [n, ...].
@@ -119,7 +121,7 @@ class ShiftedForward:
                 stack.enter_context(prefix.skipped(first, rows))
             if self.kinks is not None:
                 stack.enter_context(self.kinks)
-            h = self.plain_outputs(batch)
+            h = self._outputs(batch) if keep_graph else self.plain_outputs(batch)
             if "" in by_module and steps is not None:
                 h = h.clone()
                 for name, group in by_module[""].items():
@@ -128,9 +130,12 @@ class ShiftedForward:
 
     def plain_outputs(self, batch: Batch) -> Tensor:
         """The outputs [n, ...], not checked: the checks would be recorded as kinks."""
+        return self._outputs(batch).detach()
+
+    def _outputs(self, batch: Batch) -> Tensor:
         problem = self.problem
         drop_leftovers(problem.twin.modules())  # a tensor of the unshifted pass would hide the shift
-        return problem.select_outputs(problem.twin(*batch.args, **batch.kwargs)).detach()
+        return problem.select_outputs(problem.twin(*batch.args, **batch.kwargs))
 
     @contextlib.contextmanager
     def _hooks(
@@ -241,6 +246,7 @@ class ShiftedForward:
             ``out`` with these rows replaced.
         """
         name, group, steps = shifts
+        steps.evaluated.update(group.rows)
         size = len(steps.values)
         layout = self.plan.layouts.of.get(path)
         leaves, structure = tree_flatten(arguments)
@@ -278,6 +284,7 @@ class ShiftedForward:
         def evaluate(row: int) -> list[Any]:
             return [self.plain_outputs(self.problem.batch[rows[row : row + 1]])]
 
+        steps.evaluated.update(group.rows)
         for row, entry in zip(group.rows, group.entries, strict=True):
             (h[row],) = self._shifted(evaluate, [h[row : row + 1]], (name, row, entry), steps)[0]
 
@@ -305,7 +312,7 @@ class ShiftedForward:
                     moved = evaluate(row)
                     data[index] = original
                 steps.decide(*_sizes(before, moved, trial, row))
-            data[index] = original + steps.shift(torch.tensor([row]), data)[0]
+            data[index] = original + steps.shift(torch.tensor([row]), data)[0].detach()
             return evaluate(row)
         finally:
             data[index] = original

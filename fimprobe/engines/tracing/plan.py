@@ -36,6 +36,7 @@ class Plan:
         takes_derivatives: Whether the forward itself takes derivatives. Memory is then counted after
             it, and activations keep torch's backward.
         kinks: Modules that are not twice differentiable; None before they were searched for.
+        chosen_for: Fingerprint of the model for which ``second_order`` and ``backpack`` hold.
         second_order: What computes second derivatives for ``second_order="auto"``; empty before it
             was decided.
         backpack: What BackPACK does not support, by module, for first (False) and second order
@@ -62,6 +63,7 @@ class Plan:
     second_order_limit: float | None = None
     takes_derivatives: bool = False
     kinks: list[str] | None = None
+    chosen_for: int | None = None
     second_order: str = ""
     backpack: dict[bool, dict[str, str]] | None = None
     twin: TwinSettings | None = None
@@ -70,10 +72,18 @@ class Plan:
     measurements: int = 0
     checked_states: set[str] = field(default_factory=set)
 
+    def follow_model(self) -> None:
+        """Forget what depends on the model's operations, if the model is another than before."""
+        fingerprint = None if self.twin is None else self.twin.fingerprint
+        if fingerprint != self.chosen_for:
+            self.second_order, self.backpack, self.spot_history = "", None, SpotHistory()
+        self.chosen_for = fingerprint
+
     def keep_settings(self, earlier: Plan) -> None:
         """Take over what does not depend on how parameters are reached."""
         self.twin, self.input_roles = earlier.twin, earlier.input_roles
         self.second_order_limit = earlier.second_order_limit
+        self.chosen_for = earlier.chosen_for
 
 
 class PlanMismatch(Exception):

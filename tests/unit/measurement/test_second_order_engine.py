@@ -111,3 +111,38 @@ def test_labels_that_miss_what_carries_f_do_not_enter_its_exact_norm(double):
     assert drawn.seen_mass < 0.5
     assert drawn.total.i2.norm == pytest.approx(exact.total.i2.norm)
     assert drawn.total.i2.input_variance == pytest.approx(exact.total.i2.input_variance)
+
+
+def test_a_changed_model_is_decided_anew():
+    """A hook takes it out of BackPACK's domain: the plan that was kept holds no longer."""
+    model, x = smooth(), torch.randn(8, 4)
+    plan = fimprobe.Plan()
+    assert "exact, by BackPACK" in sources(measure(model, x, plan=plan))
+    model[0].register_forward_hook(lambda module, args, out: out * 2)
+    later, fresh = measure(model, x, plan=plan), measure(model, x, plan=fimprobe.Plan())
+    assert sources(later) == sources(fresh) and "exact, by BackPACK" not in sources(later)
+    assert later.total.i2.label_variance == pytest.approx(fresh.total.i2.label_variance)
+
+
+def stopped(self, x):
+    h = self.parts[1](self.parts[0](x).mean(1)).tanh()
+    return self.parts[2](h * h.detach())
+
+
+def replaced(self, x):
+    h = self.parts[1](self.parts[0](x).mean(1))
+    return self.parts[2]((h + (h**3 - h).detach()).tanh())  # straight through
+
+
+@pytest.mark.parametrize("forward", [stopped, replaced])
+def test_a_stopped_gradient_is_not_measured_by_differences(forward):
+    """Differences of the forward contain what autograd, and with it Î₁, leaves out."""
+    torch.manual_seed(1)
+    parts = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+    model, x = Lambda(forward, *parts).double(), torch.randint(6, (32, 3))
+    checked = measure(model, x, second_order="spot_checks", bounds=False)
+    assert checked.total.i2.label_variance is None
+    assert "stopped or replaced" in checked.total.i2.unknown["label_variance"]
+    auto, probed = (measure(model, x, bounds=False, second_order=s) for s in ("auto", {"probes": 2}))
+    assert sources(auto) == {"2 random probes", "no second derivative"}
+    assert auto.total.i2.label_variance_error == probed.total.i2.label_variance_error is not None
