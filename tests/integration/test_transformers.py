@@ -352,7 +352,9 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
 model(input_ids=x[:1, :4], labels=x[:1, :4]).loss.backward()
-fimprobe.measure(model, x[:1, :4], likelihood="categorical")
+only = {"estimators": ("i1",), "bounds": False}
+for options in ({}, only):  # what is imported on the way is no memory of the measurement
+    fimprobe.measure(model, {"input_ids": x[:1, :4]}, likelihood="categorical", **options)
 gc.collect()
 before, peak, done = resident(), 0, False
 
@@ -364,7 +366,6 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-only = {"estimators": ("i1",), "bounds": False}
 report = fimprobe.measure(model, {"input_ids": x}, likelihood="categorical", memory_mb=64, **only)
 done = True
 thread.join()
