@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fimprobe.engines.autograd.single_samples import differentiable_bags
 from fimprobe.engines.autograd.curvature_verification import check_curvature
+from fimprobe.engines.autograd.single_samples import differentiable_bags
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.primitives.random_signs import random_direction
 from tests.oracles import brute_force
