@@ -562,7 +562,9 @@ TEXT = [
         ids,
         num_landmarks=4,
         segment_means_seq_len=8,
-        rounding=1e-7,  # an iteration starts from the largest value of the batch: samples couple a bit
+        # an iteration starts from the largest value of the batch: samples couple a bit, which shows
+        # in queries and keys, whose gradients are 1e-7 of the largest
+        rounding=1e-4,
     ),
     classifier("FNet"),
     classifier("SqueezeBert", embedding_size=16),
