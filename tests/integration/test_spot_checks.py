@@ -127,3 +127,40 @@ def test_the_mean_over_processes_is_that_of_their_inputs():
 def _without_moments(share: Measured) -> Measured:
     empty = {k: dataclasses.replace(m, parameters={}) for k, m in share.moments.items()}
     return dataclasses.replace(share, moments=empty)
+
+
+class Last(nn.Module):
+    """An LSTM whose weights are large, as after a training: its outputs are steep in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(5)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+class NearKinks(nn.Module):
+    """Units whose ReLU is off for every input, but by little."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 16), nn.Linear(16, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.a.weight[:8] *= 1e-3
+            self.a.bias[:8] = -0.02
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).tanh())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("make", "shape"), [(Last, (32, 8, 8)), (NearKinks, (32, 4))])
+def test_steep_models_and_kinks_nearby_are_no_faults(make, shape, seed):
+    """Large steps are no derivatives, and cross kinks: the guard compares small ones."""
+    torch.manual_seed(seed)
+    report = measure(make(), torch.randn(shape), plan=fimprobe.Plan(), seed=seed)
+    assert report.total.i2.label_variance > 0

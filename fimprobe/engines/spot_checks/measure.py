@@ -279,17 +279,27 @@ class SpotChecker:
             steps.sign = 0.0
             h = self.forward.run(rows, slots, steps, self.prefix)
             steps.deciding = False
+        changes = self._shift_both_ways(slots, rows, h, steps)
+        noted, moved = steps, changes
+        if self.compares_derivatives:
+            noted = steps.shrunk(h, changes[0])
+            moved = self._shift_both_ways(slots, rows, h, noted)
+            compare_derivatives(self.forward, self.prefix, slots, h, moved, noted)
+        self._note_for_guard(slots, h, moved[0], noted)
+        return self._values(slots, rows, h, changes[0].add_(changes[1]), steps)
+
+    def _shift_both_ways(
+        self, slots: Sequence[Slot], rows: Tensor, h: Tensor, steps: Steps
+    ) -> list[Tensor]:
+        """Changes of the outputs h [n, ...] of a pass by the shifts and by their opposites."""
         changes = []
         for sign in (1.0, -1.0):
-            if kinks is not None:
-                kinks.follow()
+            if steps.kinks is not None:
+                steps.kinks.follow()
             steps.sign = sign
             changes.append(self.forward.run(rows, slots, steps, self.prefix).sub_(h))
             steps.deciding = False
-        self._note_for_guard(slots, h, changes[0], steps)
-        if self.compares_derivatives:
-            compare_derivatives(self.forward, self.prefix, slots, h, changes, steps)
-        return self._values(slots, rows, h, changes[0].add_(changes[1]), steps)
+        return changes
 
     def _note_for_guard(self, slots: Sequence[Slot], h: Tensor, moved: Tensor, steps: Steps) -> None:
         """Note one check of each kind of parameter, with what its shift has changed."""

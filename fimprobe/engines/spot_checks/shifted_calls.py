@@ -21,6 +21,9 @@ from fimprobe.engines.layers.rules import GradientRule
 from fimprobe.engines.spot_checks.held_kinks import HeldKinks
 from fimprobe.engines.spot_checks.slots import Slot
 
+SMALL_CHANGE = 0.002
+"""Relative change of the outputs in which a difference is a derivative, within its tolerance."""
+
 
 @dataclass(kw_only=True)
 class Steps:
@@ -57,6 +60,23 @@ class Steps:
         """
         eta_tensor = torch.tensor(eta, dtype=torch.float64, device=device)
         return cls(eta=eta_tensor, values=torch.zeros_like(eta_tensor), kinks=kinks)
+
+    def shrunk(self, outputs: Tensor, change: Tensor) -> Steps:
+        """The same steps, but so small that no output changes by more than ``SMALL_CHANGE``.
+
+        Args:
+            outputs: h [n, ...].
+            change: That of h by these steps.
+        """
+        sizes = [x.flatten(1).double().norm(dim=1) for x in (outputs, change)]
+        factor = (SMALL_CHANGE * sizes[0] / sizes[1].clamp(min=1e-300)).clamp(max=1.0)
+        return Steps(
+            eta=self.eta,
+            values=self.values * factor,
+            deciding=False,
+            kinks=self.kinks,
+            groups=self.groups,
+        )
 
     def undecided(self, row: int) -> bool:
         """Whether the step of a row is to be decided."""
