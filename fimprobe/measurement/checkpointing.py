@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -25,45 +26,59 @@ def without_checkpoints() -> Iterator[None]:
     ``torch.utils.checkpoint`` has no switch for this. Its two entries are replaced for the time in
     which a thread is inside the context; other threads pass through to the original ones.
     """
-    _SWITCH.enter()
+    inside = _Inside()
+    _SWITCH.enter(inside)
     try:
         yield
     finally:
-        _SWITCH.leave()
+        _SWITCH.leave(inside)
+
+
+class _Inside:
+    """Stands for one context. It dies with its frame, also where an interrupt ends that early."""
 
 
 class _Switch:
-    """Replaces the entries while at least one thread needs it."""
+    """Replaces the entries while at least one context lives."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread = threading.local()
-        self._entered = 0
+        self._all: WeakSet[_Inside] = WeakSet()
         self._original_generator: Callable[..., Any] | None = None
 
     @property
     def is_on(self) -> bool:
-        """Whether this thread is inside the context."""
-        return getattr(self._thread, "depth", 0) > 0
+        """Whether this thread is inside a context."""
+        return len(self._of_thread) > 0
 
-    def enter(self) -> None:
-        """Count this thread in, and replace the entries if it is the first one."""
-        with self._lock:
-            self._entered += 1
-            if self._entered == 1:
-                self._install()
-        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+    @property
+    def _of_thread(self) -> WeakSet[_Inside]:
+        """The contexts of this thread."""
+        if not hasattr(self._thread, "contexts"):
+            self._thread.contexts = WeakSet()
+        contexts: WeakSet[_Inside] = self._thread.contexts
+        return contexts
 
-    def leave(self) -> None:
-        """Count this thread out, and put the entries back if it was the last one."""
-        self._thread.depth -= 1
+    def enter(self, inside: _Inside) -> None:
+        """Count a context of this thread in, and replace the entries if they are torch's."""
         with self._lock:
-            self._entered -= 1
-            if self._entered == 0:
+            self._all.add(inside)
+            self._install()
+        self._of_thread.add(inside)
+
+    def leave(self, inside: _Inside) -> None:
+        """Count a context of this thread out, and put the entries back if it was the last one."""
+        self._of_thread.discard(inside)
+        with self._lock:
+            self._all.discard(inside)
+            if not self._all:
                 self._remove()
 
     def _install(self) -> None:
-        self._original_generator = getattr(torch_checkpoint, _GENERATOR, None)
+        generator = getattr(torch_checkpoint, _GENERATOR, None)
+        if generator is not _run_generator:
+            self._original_generator = generator
         if self._original_generator is not None:
             setattr(torch_checkpoint, _GENERATOR, _run_generator)
         # on the class, which other packages import by its name

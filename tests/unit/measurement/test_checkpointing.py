@@ -103,3 +103,23 @@ def test_the_forward_context_is_kept():
     with without_checkpoints():
         checkpoint(torch.tanh, X, use_reentrant=False, context_fn=contexts).sum().backward()
     assert seen == ["forward", "left forward"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_interrupt_on_the_way_out_leaves_no_context_behind(reentrant, monkeypatch):
+    generator = torch_checkpoint._checkpoint_without_reentrant_generator
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fimprobe.measurement.checkpointing._Switch.leave", interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught, without_checkpoints():
+            pass
+    del caught  # its traceback holds the frame of the context
+    assert not is_plain(reentrant)
+    with without_checkpoints():
+        assert is_plain(reentrant)
+    assert not is_plain(reentrant)
+    assert torch_checkpoint._checkpoint_without_reentrant_generator is generator
+    assert "apply" not in torch_checkpoint.CheckpointFunction.__dict__
