@@ -54,10 +54,10 @@ def choose_engine(problem: Problem, plan: Plan) -> Request:
     """
     if not plan.second_order and _is_exact_cheap(problem):
         plan.second_order, plan.backpack = EXACT, (plan.backpack or {}) | {True: {}}
-    if not plan.second_order and _mixes_positions(problem):
+    # spot checks have no single entries
+    if not plan.second_order and not problem.diagonals and _mixes_positions(problem):
         plan.second_order = SPOT_CHECKS
     engine = plan.second_order
-    # spot checks have no single entries
     spot_checks = engine == SPOT_CHECKS and not problem.diagonals
     return replace(problem.request, exact=engine == EXACT, spot_checks=spot_checks)
 

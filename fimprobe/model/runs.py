@@ -181,7 +181,7 @@ def describe_difference(run: Run, reference: Run) -> str:
     if not almost_equal(a, b):
         return f"its outputs differ by up to {float((a - b).abs().max()):.2g} from the model's"
     norms = [float(g.norm()) for g in reference.gradients.values() if g is not None]
-    largest = max(norms, default=0.0)
+    largest = max(filter(math.isfinite, norms), default=0.0)
     wrong = [
         name
         for name, gradient in reference.gradients.items()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.autograd.curvature_verification import check_curvature
+from fimprobe.engines.autograd.single_samples import check_finite, squared_norm
 from fimprobe.engines.autograd.tolerances import allowed_differences, types_of_gradients
 from fimprobe.engines.autograd.verification import (
     VERIFICATION_SEED,
@@ -175,6 +176,8 @@ def _agrees(problem: Problem, measured: Measured, b: int) -> bool:
     zero = torch.zeros((), dtype=torch.float64, device=h.device)
     expected = torch.stack([zero if g is None else _square(g).to(h.device) for g in gradients])
     expected = expected.to(computed.device)  # one transfer
+    if not bool(torch.isfinite(expected).all()):
+        check_finite(squared_norm(g) for g in gradients if g is not None)
     allowed = 2 * allowed_differences(expected, expected.max(), types)
     return bool(((computed - expected).abs() <= allowed).all())
 

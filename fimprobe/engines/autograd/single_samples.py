@@ -6,7 +6,8 @@ No hook, no rule, no batch: what the engine computes for a batch is verified aga
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.primitives.random_signs import random_direction
 from fimprobe.engines.problem.label_cotangents import label_cotangents
 from fimprobe.engines.problem.problem import Problem
+from fimprobe.errors import BatchError
 
 SingleGradient = tuple[Tensor, float] | None
 """A sample's gradient (of a sharded parameter, this process's rows) and its squared norm.
@@ -34,6 +36,9 @@ def single_sample_gradients(
 
     Returns:
         For each parameter, the gradient of each of the B samples, and all outputs [B, ...].
+
+    Raises:
+        BatchError: If a gradient is not finite.
     """
     parameters = list(problem.parameters.values())
     gradients: dict[str, list[SingleGradient]] = {name: [] for name in problem.parameters}
@@ -52,6 +57,7 @@ def single_sample_gradients(
                 name: None if g is None else (g, squared_norm(g))
                 for name, g in zip(problem.parameters, pulled_back, strict=True)
             }
+            check_finite(known[1] for known in of_sample.values() if known is not None)
         for name in problem.parameters:
             gradients[name].append(of_sample.get(name))
         outputs.append(h.detach())
@@ -65,6 +71,22 @@ def squared_norm(g: Tensor) -> float:
     if 1e-12 < norm < 1e15:  # the squares are in the range of float32
         return norm**2
     return float(values.double().square().sum())
+
+
+def check_finite(norms: Iterable[float]) -> None:
+    """Check the norms of a sample's gradients, whose outputs are finite.
+
+    Args:
+        norms: Those of all parameters.
+
+    Raises:
+        BatchError: If one is not finite.
+    """
+    if not all(map(math.isfinite, norms)):
+        raise BatchError(
+            "the gradients of a sample are not finite (NaN or infinite) although its outputs are, as "
+            "at the square root or the norm of zero. Add a small constant before such an operation."
+        )
 
 
 def single_sample_curvature(problem: Problem) -> dict[str, Tensor]:

@@ -178,6 +178,8 @@ def _run_few_samples(problem: Problem) -> tuple[Problem, Tensor]:
     """The problem to verify a plan with, and its outputs [B, ...] with their graph.
 
     Raises:
+        FimprobeError: If the model fails on a few samples, and the gradients of all of them exceed
+            ``memory_mb``.
         Exception: What the model raises on the whole batch.
     """
     small = verification_problem(problem, Request())
@@ -185,9 +187,17 @@ def _run_few_samples(problem: Problem) -> tuple[Problem, Tensor]:
         return small, small.forward(small.batch)
     except FimprobeError:
         raise
-    except (RuntimeError, ValueError, IndexError):
-        if small.batch.size == problem.batch.size:
+    except (RuntimeError, ValueError, IndexError) as error:
+        size, of_each = problem.batch.size, sum(p.nbytes for p in problem.parameters.values())
+        if small.batch.size == size:
             raise
+        if size * of_each > problem.memory_mb * 2**20:
+            raise FimprobeError(
+                f"the model raises {type(error).__name__}: {error} on {small.batch.size} of {size} "
+                "samples. It can be verified on all of them only if their gradients fit into "
+                f"memory_mb, {problem.memory_mb:,g} MB, but these take {size * of_each / 2**20:,.3g} "
+                "MB. Pass a larger memory_mb, or let the forward take any number of samples."
+            ) from error
     # the model runs with one size only, which verifies on more samples than needed
     whole = verification_problem(problem, Request(), rows=slice(None))
     return whole, whole.forward(whole.batch)
