@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.spot_checks.patches import fourth_powers_of_patches, is_plain_convolution
+from fimprobe.engines.spot_checks.probabilities import mixed_with_even, normalised
 from fimprobe.engines.spot_checks.proposals import (
     EVEN_ENTRIES,
     EVEN_INPUTS,
@@ -22,8 +23,6 @@ from fimprobe.engines.spot_checks.proposals import (
     LayerProposal,
     LookupProposal,
     OuterProposal,
-    mixed_with_even,
-    normalised,
 )
 from fimprobe.engines.tracing.chunk import Chunk
 from fimprobe.engines.tracing.graph import gradient_types

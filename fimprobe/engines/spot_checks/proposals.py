@@ -8,14 +8,19 @@ spread evenly bounds the weights of entries that seem unimportant.
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from fimprobe.engines.spot_checks.probabilities import (
+    Ranked,
+    evenly_spaced,
+    indices,
+    mixed_with_even,
+    place_of,
+)
 
 EVEN_ENTRIES = 0.2
 """Share of the probability that is spread evenly over entries, units or columns."""
@@ -82,7 +87,7 @@ class FlatProposal:
 
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, all equally likely; ``row`` is not read."""
-        return _place(uniform[0], self.squares.numel())
+        return place_of(uniform[0], self.squares.numel())
 
     def num_entries(self, row: int) -> int:
         """Return the number of entries of the parameter; ``row`` is not read."""
@@ -125,7 +130,7 @@ class OuterProposal:
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry, all equally likely; ``row`` is not read."""
         columns = self.columns.shape[1]
-        return self._entry(_place(uniform[0], len(self.units)), _place(uniform[1], columns))
+        return self._entry(place_of(uniform[0], len(self.units)), place_of(uniform[1], columns))
 
     def num_entries(self, row: int) -> int:
         """Return the number of entries of the parameter; ``row`` is not read."""
@@ -178,8 +183,8 @@ class LookupProposal:
 
     def draw_evenly(self, row: int, uniform: tuple[float, float]) -> int:
         """Return an entry of a token of the input at ``row``, all equally likely."""
-        place = _place(uniform[1], len(self.tokens[row]))
-        return self._entry(row, place, _place(uniform[0], len(self.units)))
+        place = place_of(uniform[1], len(self.tokens[row]))
+        return self._entry(row, place, place_of(uniform[0], len(self.units)))
 
     def num_entries(self, row: int) -> int:
         """Return the number of entries of the tokens of the input at ``row``."""
@@ -233,10 +238,10 @@ class LayerProposal:
         even = [size / sum(sizes) for size in sizes]
         guided = [(1 - EVEN_DRAWS) * self.parameters[n] for n in names]
         guided += [EVEN_DRAWS * share for share in even]
-        rows = _indices(inputs, evenly_spaced(count, generator))
+        rows = indices(inputs, evenly_spaced(count, generator))
         order = torch.randperm(count, generator=generator).tolist()
         of_cells: dict[int, list[int]] = {}
-        cells = _indices(guided, evenly_spaced(count, generator))
+        cells = indices(guided, evenly_spaced(count, generator))
         for cell, place in zip(cells, order, strict=True):
             of_cells.setdefault(cell, []).append(rows[place])
         drawn = []
@@ -268,86 +273,3 @@ class DrawnEntry(NamedTuple):
     row: int
     entry: int
     probability: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """Probabilities from the largest to the smallest, so that similar ones are neighbours.
-
-    Attributes:
-        probabilities: Of each index; their sum is 1.
-        order: The indices by falling probability.
-        cumulative: Sums of probabilities in this order.
-    """
-
-    probabilities: list[float]
-    order: list[int]
-    cumulative: list[float]
-
-    @classmethod
-    def of(cls, probabilities: Tensor) -> Ranked:
-        """Rank probabilities [n], float64 on the CPU."""
-        ranked, order = probabilities.sort(descending=True, stable=True)
-        return cls(
-            probabilities=probabilities.tolist(),
-            order=order.tolist(),
-            cumulative=ranked.cumsum(0).tolist(),
-        )
-
-    def draw(self, uniform: float) -> int:
-        """The index at a random number between 0 and 1."""
-        place = bisect.bisect_right(self.cumulative, uniform * self.cumulative[-1])
-        return self.order[min(place, len(self.order) - 1)]
-
-
-def evenly_spaced(count: int, generator: torch.Generator, *, mixed: bool = False) -> list[float]:
-    """Return random numbers, one in each of ``count`` equal parts of the interval from 0 to 1.
-
-    Args:
-        count: How many.
-        generator: Source of the random numbers.
-        mixed: Whether the parts come in random order, and each number has a place of its own in its
-            part; otherwise all have the same place.
-
-    Returns:
-        The numbers; each alone is uniform.
-    """
-    if not mixed:
-        shift = float(torch.rand(1, generator=generator, dtype=torch.float64))
-        return [(place + shift) / count for place in range(count)]
-    places = torch.randperm(count, generator=generator).tolist()
-    shifts = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-    return [(place + shift) / count for place, shift in zip(places, shifts, strict=True)]
-
-
-def _place(uniform: float, count: int) -> int:
-    """The part of the interval from 0 to 1, cut into ``count``, in which a number lies."""
-    return min(int(uniform * count), count - 1)
-
-
-def _indices(probabilities: Sequence[float], uniform: Sequence[float]) -> list[int]:
-    """Indices of probabilities at random numbers between 0 and 1, in their order."""
-    cumulative = list(itertools.accumulate(probabilities))
-    last = len(cumulative) - 1
-    return [min(bisect.bisect_right(cumulative, u * cumulative[-1]), last) for u in uniform]
-
-
-def normalised(weights: Tensor) -> Tensor:
-    """Return weights divided by their sum along the last dimension; even ones where all are zero.
-
-    Args:
-        weights: Non-negative, [..., n].
-    """
-    weights = weights.nan_to_num(0.0, 0.0, 0.0)
-    shares = weights / weights.sum(-1, keepdim=True)
-    return shares.nan_to_num_(1 / weights.shape[-1])  # 0/0 where all are zero
-
-
-def mixed_with_even(weights: Tensor, share: float) -> Tensor:
-    """Return normalised weights, of which a share is spread evenly.
-
-    Args:
-        weights: Non-negative, [..., n].
-        share: The share that is spread evenly.
-    """
-    return normalised(weights).mul_(1 - share).add_(share / weights.shape[-1])
