@@ -59,8 +59,8 @@ def check_entries(
         for entry in of_parameter
         for row in range(size)
     ]
-    with checker.forward.exact_kernels():
-        checker.record_baseline()
+    with checker.passes.forward.exact_kernels():
+        checker.passes.record_baseline()
         found = {v.slot: v.value for v in checker.settle(checker.check(slots), 2)}
     values = torch.tensor([found[slot] for slot in slots], dtype=torch.float64)
     shapes = {name: len(of_parameter) for name, of_parameter in entries.items()}
