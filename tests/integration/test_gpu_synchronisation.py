@@ -134,6 +134,29 @@ def test_the_rest_waits_for_known_reasons(gpu):
     }
 
 
+def test_spot_checks_wait_for_known_reasons(gpu):
+    """Each pass uploads its steps, rows and entries, and fetches its results once."""
+    options = {"draws": 2, "second_order": "spot_checks", "bounds": False}
+    gpu_calls = waited(*MODELS["tied language model"](), **options)
+    waits = {}
+    for (_, where), count in gpu_calls.waits.items():
+        place = where.split(" < ")[0]
+        waits[place] = waits.get(place, 0) + count
+    passes = waits["passes._values"]
+    assert waits["passes._run_pass"] == waits["shifted_calls.of"] == passes
+    assert sum(waits.values()) <= 9 * passes
+    assert waits.keys() <= {
+        "passes._run_pass", "passes._values",
+        "batch.__getitem__", "shifted_calls.of", "shifted_calls.places",  # rows, steps, entries
+        "passes._sizes_of", "passes._note_for_guard", "guard._agrees",
+        "shifted_calls.shift", "shifted_calls.undecided",  # modules that are evaluated again
+        "shifted_forward._shifted", "shifted_forward._sizes",
+        "first_order.layers", "first_order._entries", "first_order._add_columns",  # proposals
+        "first_order._add_tokens", "spot_checking._mean_norms",
+        "device_transfer.to_host", "sample_checks._agrees", "problem.forward",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("family", ["categorical", "bernoulli", "gaussian", "poisson"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_told_at_the_end(family, bad, gpu):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -170,8 +171,6 @@ class SpotPasses:
         """What the second differences [n, ...] of one pass show."""
         mask = None if self.problem.mask is None else self.problem.mask[rows]
         quadratic = fisher_quadratic(self.problem.likelihood, h, difference, mask)
-        if not bool(torch.isfinite(quadratic).all()):
-            raise CannotHold("the outputs are not finite at slightly shifted parameters")
         size = self._sizes_of(rows, h)
         squared_step = steps.values.square()
         values = quadratic / squared_step.square().where(squared_step > 0, 1)
@@ -179,11 +178,13 @@ class SpotPasses:
         relative = (quadratic / size.clamp(min=1e-300)).sqrt()
         # no use of the entry has an effect: zero, and no step would change that
         relative = relative.where(squared_step > 0, TARGET[self.dtype])
+        numbers = [x.double() for x in (quadratic, values, relative, steps.eta)]
+        squares, *of_checks = torch.stack(numbers).tolist()  # one transfer
+        if not all(map(math.isfinite, squares)):
+            raise CannotHold("the outputs are not finite at slightly shifted parameters")
         return [
             CheckedEntry(slot=slot, value=value * slot.weight, difference=rho, eta=eta)
-            for slot, value, rho, eta in zip(
-                slots, values.tolist(), relative.tolist(), steps.eta.tolist(), strict=True
-            )
+            for slot, value, rho, eta in zip(slots, *of_checks, strict=True)
         ]
 
     def _sizes_of(self, rows: Tensor, h: Tensor) -> Tensor:
