@@ -79,6 +79,8 @@ def _is_exact_cheap(problem: Problem) -> bool:
     with_parameters = [m for m in problem.twin.modules() if any(True for _ in m.parameters(False))]
     if not all(type(m).__module__.startswith("torch.nn.") for m in with_parameters):
         return False  # without importing BackPACK
+    if {p.dtype for p in problem.parameters.values()} != {torch.get_default_dtype()}:
+        return False  # BackPACK would need another default, which all threads share
     try:
         backpack = import_backpack()
     except FimprobeError:

@@ -39,6 +39,17 @@ def test_exact_diagonals_are_taken_where_they_are_cheap():
         assert report.total.i2.probe_error is None
 
 
+def test_the_default_type_of_all_threads_is_not_changed(monkeypatch):
+    """BackPACK's pooling builds its kernels in it: a model of another type is measured otherwise."""
+    types = []
+    set_default = torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda d: (types.append(d), set_default(d)))
+    report = measure(smooth().double(), torch.randn(8, 4, dtype=torch.float64))
+    assert "exact, by BackPACK" not in sources(report) and types == []
+    measure(smooth(), torch.randn(8, 4))
+    assert set(types) == {torch.get_default_dtype()}
+
+
 def test_spot_checks_replace_probes_that_are_too_noisy():
     case = lstm()
     auto = measure(case.model, case.inputs)
