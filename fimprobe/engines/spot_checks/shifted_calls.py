@@ -97,9 +97,9 @@ class Steps:
         """
         if not self.deciding:
             return
-        with self.paused():
-            before, size = self.values[rows], derivative_size.detach().double()
-            scale = output_size.detach().double().clamp(min=1e-12)
+        with self.paused(), torch.no_grad():
+            before, size = self.values[rows], derivative_size.double()
+            scale = output_size.double().clamp(min=1e-12)
             is_undecided = (before == 0).logical_and_(size > 0)
             self.values[rows] = torch.where(is_undecided, self.eta[rows] * scale / size, before)
 
