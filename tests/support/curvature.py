@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
-from fimprobe.engines.curvature import diagonal_accumulator, directions
+from fimprobe.engines.curvature import diagonal_accumulator, directions, propagation
 from fimprobe.engines.primitives import random_signs
 from fimprobe.engines.primitives.random_signs import rademacher
 from fimprobe.engines.problem.cotangents import curvature_cotangents
@@ -125,6 +125,7 @@ def orthogonal_measurement(monkeypatch, problem, **sizes):
     array = Orthogonal(**sizes)
     monkeypatch.setattr(directions, "rademacher", array)
     monkeypatch.setattr(diagonal_accumulator, "rademacher", array)
+    monkeypatch.setattr(propagation, "rademacher", array)
     monkeypatch.setattr(random_signs, "rademacher", array)
     measured = measure_with_fallbacks(problem, make_verified_plan(problem))
     assert measured.notes == []

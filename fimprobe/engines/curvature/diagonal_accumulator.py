@@ -6,6 +6,7 @@ of one of them, K probes, r the estimate of one probe, whose mean over probes is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -29,21 +30,32 @@ from fimprobe.engines.tracing.tape import ParameterUse
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeTerm:
+    """Cotangents at the calls, the product of whose gradients is a part of a probe of diag R.
+
+    Attributes:
+        left: α at each output edge; None for zero.
+        right: β at each output edge, and what moves the calls' inputs.
+    """
+
+    left: list[Tensor | None]
+    right: EdgeTangents
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiagonalProbes:
     """K random probes of the diagonal of R for one vector.
 
     Attributes:
         number: Number y of the vector.
         vector: The vector, with its cotangents.
-        directions: For each probe, random signs v at the output edges.
-        tangents: For each probe, the tangents along v.
+        terms: For each probe, the terms whose sum it is.
         seed: The random seed.
     """
 
     number: int
     vector: PulledBackVector
-    directions: list[list[Tensor | None]]
-    tangents: list[EdgeTangents]
+    terms: list[list[ProbeTerm]]
     seed: int
 
 
@@ -124,16 +136,16 @@ class DiagonalAccumulator:
     def add_probes(self, derivatives: ParameterDerivatives, probes: DiagonalProbes) -> None:
         """Add what K probes show of the diagonal of R, for one vector.
 
-        With random signs v at the layer's output z and Hv its Hessian-vector product,
-        (Σ_t v_to x_ti)(Σ_t (Hv)_to x_ti) is an unbiased estimate of ∂²φ/∂W_oi². See docs/theory.md,
-        "Second derivatives by probes".
+        A term with α and β at the layer's output z adds (Σ_t α_to x_ti)(Σ_t β_to x_ti). With random
+        signs v for α and their Hessian-vector product Hv for β, it is an unbiased estimate of
+        ∂²φ/∂W_oi². See docs/theory.md, "Second derivatives by probes".
 
         Args:
             derivatives: The derivatives of the parameter in this chunk.
             probes: The K probes; at least two, since the square takes products of different ones.
         """
         if "trace" not in self.chunk:
-            self.add_zero(len(probes.directions))
+            self.add_zero(len(probes.terms))
         outer, lookup = derivatives.outer_product_use(), derivatives.lookup_use()
         if outer is not None and not self.self_interacting:
             self._add_outer_products(derivatives, outer, probes)
@@ -144,29 +156,30 @@ class DiagonalAccumulator:
 
     def _add_per_sample(self, derivatives: ParameterDerivatives, probes: DiagonalProbes) -> None:
         """Products of per-sample gradients, for any parameter."""
-        count = len(probes.directions)
+        count = len(probes.terms)
         # a reused weight moves its own later inputs x(W): the second derivative of W x has 2 Ẇ ẋ
         motion = TWICE_THE_INPUTS if self.self_interacting else COTANGENTS_ONLY
         bytes_per_sample = 4 * count * self.parameter.numel() * 8
         step = max(1, int(self.workspace_bytes / bytes_per_sample))
         for start in range(0, self.size, step):
             samples = slice(start, min(start + step, self.size))
-            left = derivatives.gradients(probes.directions, samples)
-            products = []
-            for k in range(count):
-                r: Tensor | None = None
-                if left is not None:
-                    right = derivatives.gradient_tangents(
-                        probes.tangents[k], probes.vector, samples, motion
-                    )
+            products: list[Tensor | None] = [None] * count
+            for terms in zip(*probes.terms, strict=True):
+                left = derivatives.gradients([term.left for term in terms], samples)
+                for k, term in enumerate(terms):
+                    if left is None:
+                        break
+                    right = derivatives.gradient_tangents(term.right, probes.vector, samples, motion)
                     if right is not None:
-                        r = left[:, k] * right[:, 0]
-                if derivatives.uses.fallback_calls:
-                    r = self._add_fallback_diagonal(r, derivatives, probes, k, samples)
-                if r is not None:
-                    products.append(r.reshape(len(r), -1))
-            if products:
-                self._add_products(torch.stack(products, 1), samples, probes.number)
+                        products[k] = _add(products[k], left[:, k] * right[:, 0])
+            if derivatives.uses.fallback_calls:
+                products = [
+                    self._add_fallback_diagonal(r, derivatives, probes, k, samples)
+                    for k, r in enumerate(products)
+                ]
+            known = [r.reshape(len(r), -1) for r in products if r is not None]
+            if known:
+                self._add_products(torch.stack(known, 1), samples, probes.number)
 
     def _add_fallback_diagonal(
         self,
@@ -201,13 +214,13 @@ class DiagonalAccumulator:
         self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
     ) -> None:
         """One position: r = (v∘Hv) (x∘x)ᵀ, whose sums factor."""
-        v, hv = self._probes_at(derivatives, use, probes)
-        if v is None or hv is None:
+        products = [v * hv for v, hv in self._probes_at(derivatives, use, probes)]
+        if not products:
             return
         y = probes.number
         x2 = at_least_float32(use.call.inputs[0]).square()
         x2_sum, x4_sum = x2.sum(-1).double(), x2.double().square().sum(-1)
-        d = (v * hv).double()
+        d = torch.stack(products).sum(0).double()
         self.chunk["trace"][:, y] = d.mean(1).sum(-1) * x2_sum
         self.chunk["probe_squares"][:, y] = d.square().sum(-1) * x4_sum.unsqueeze(1)
         self.chunk["square"][:, y] = unbiased_square(d).sum(-1) * x4_sum
@@ -220,12 +233,13 @@ class DiagonalAccumulator:
         self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
     ) -> None:
         """Lookups: only the rows of tokens that occur differ from zero."""
-        v, hv = self._probes_at(derivatives, use, probes)
-        if v is None or hv is None:
+        total: Tensor | None = None
+        for v, hv in self._probes_at(derivatives, use, probes):
+            sample, token, left = embedding_tokens(use.call, v)
+            total = _add(total, left * embedding_tokens(use.call, hv)[2])
+        if total is None:
             return
-        y = probes.number
-        sample, token, left = embedding_tokens(use.call, v)
-        r = (left * embedding_tokens(use.call, hv)[2]).double()
+        y, r = probes.number, total.double()
         self.chunk["trace"][:, y].index_add_(0, sample, r.mean(1).sum(-1))
         self.chunk["square"][:, y].index_add_(0, sample, unbiased_square(r).sum(-1))
         self.chunk["probe_squares"][:, y].index_add_(0, sample, r.square().sum(-1))
@@ -236,13 +250,13 @@ class DiagonalAccumulator:
 
     def _probes_at(
         self, derivatives: ParameterDerivatives, use: ParameterUse, probes: DiagonalProbes
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """v and Hv [B, K, ...] at a use; None where they are zero."""
-        v = derivatives.cotangents_at(use, probes.directions)
-        hv = derivatives.cotangents_at(use, [t.cotangents for t in probes.tangents])
-        if v is None or hv is None:
-            return None, None
-        return torch.stack(v, 1), torch.stack(hv, 1)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield α and β [B, K, ...] of each term at a use, where they are not zero."""
+        for terms in zip(*probes.terms, strict=True):
+            left = derivatives.cotangents_at(use, [term.left for term in terms])
+            right = derivatives.cotangents_at(use, [term.right.cotangents for term in terms])
+            if left is not None and right is not None:
+                yield torch.stack(left, 1), torch.stack(right, 1)
 
     def _add_products(self, r: Tensor, samples: slice, y: int) -> None:
         """Add r [b, K, P] of one vector, scaled where float32 does not hold the squares."""
@@ -269,3 +283,8 @@ class DiagonalAccumulator:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.parameter.device)
+
+
+def _add(total: Tensor | None, x: Tensor) -> Tensor:
+    """The sum, where None is zero."""
+    return x if total is None else total + x

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.curvature.accumulator import CurvatureAccumulator
-from fimprobe.engines.curvature.diagonal_accumulator import DiagonalProbes
+from fimprobe.engines.curvature.diagonal_accumulator import DiagonalProbes, ProbeTerm
 from fimprobe.engines.curvature.directions import (
     EdgeDirections,
     ParameterDirection,
@@ -37,6 +37,7 @@ from fimprobe.engines.curvature.double_backward import (
 )
 from fimprobe.engines.curvature.norm_accumulator import DirectionTangents
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
+from fimprobe.engines.curvature.propagation import CurvaturePropagation, ReusedCalls
 from fimprobe.engines.curvature.shared_evaluations import SharedEvaluations
 from fimprobe.engines.problem.cotangents import Cotangents
 from fimprobe.engines.tracing.chunk import Chunk
@@ -97,7 +98,7 @@ def measure_curvature(
         uses=uses,
         interacting=interacting,
         piecewise_linear=piecewise_linear,
-        shared=SharedEvaluations(chunk, max(4 * chunk.problem.request.probes, 2 * count)),
+        shared=SharedEvaluations(chunk, max(8 * chunk.problem.request.probes, 2 * count)),
     )
     num_labels = weights.shape[1]
     # with exact labels the bounds use the diagonals of the other vectors, too
@@ -146,41 +147,57 @@ class _ChunkCurvature:
         elif request.exact:
             self._add_exact_diagonals(count)
         else:
+            propagation = CurvaturePropagation.of(self.chunk, self._reused_calls())
             for y in range(count):
-                self._add_probed_diagonal(y)
+                self._add_probed_diagonal(y, propagation)
 
-    def _add_probed_diagonal(self, y: int) -> None:
+    def _add_probed_diagonal(self, y: int, propagation: CurvaturePropagation | None) -> None:
         """Add the diagonal of one vector's R by K probes.
 
         Every vector has its own probes, whose noise then averages out over labels, too.
         """
-        problem = self.chunk.problem
-        like = self._some_cotangents()
-        directions: list[OptionalTensors] = [
-            [
-                None
-                if d is None
-                else random_edge_direction(self.chunk, e, d, f"diagonal {y} {k} {e}")
-                for e, d in enumerate(like)
-            ]
-            for k in range(problem.request.probes)
-        ]
-        probes = DiagonalProbes(
-            number=y,
-            vector=self.vectors[y],
-            directions=directions,
-            tangents=[
-                self.double_backward.edge_tangents(y, v, inputs=bool(self.interacting))
-                for v in directions
-            ],
-            seed=problem.draws.seed,
+        if propagation is None:
+            terms = self._probe_all_calls(y)
+        else:
+            probes = self.chunk.problem.request.probes
+            terms = propagation.terms(y, self.vectors[y].output, probes)
+        diagonal_probes = DiagonalProbes(
+            number=y, vector=self.vectors[y], terms=terms, seed=self.chunk.problem.draws.seed
         )
         for name, accumulator in self.accumulators.items():
             derivatives = ParameterDerivatives(
                 chunk=self.chunk, uses=self.uses[name], name=name, shared=self.shared
             )
-            accumulator.diagonal.add_probes(derivatives, probes)
+            accumulator.diagonal.add_probes(derivatives, diagonal_probes)
         self.shared.clear()
+
+    def _probe_all_calls(self, y: int) -> list[list[ProbeTerm]]:
+        """Random signs at all calls' outputs, and the tangents along them, K times."""
+        like = self._some_cotangents()
+        terms = []
+        for k in range(self.chunk.problem.request.probes):
+            signs: OptionalTensors = [
+                None
+                if d is None
+                else random_edge_direction(self.chunk, e, d, f"diagonal {y} {k} {e}")
+                for e, d in enumerate(like)
+            ]
+            tangents = self.double_backward.edge_tangents(y, signs, inputs=bool(self.interacting))
+            terms.append([ProbeTerm(left=signs, right=tangents)])
+        return terms
+
+    def _reused_calls(self) -> ReusedCalls:
+        """Calls of parameters that move the inputs of their own uses."""
+        uses = [self.uses[name] for name, others in self.interacting.items() if name in others]
+        rules = [use for parameter in uses for use in parameter.rule_uses]
+        calls = [call for parameter in uses for call, _ in parameter.fallback_calls]
+        inputs = {i for use in rules for i in use.input_edges}
+        inputs |= {i for call in calls for i in call.input_edges}
+        outputs = {use.edge for use in rules} | {e for call in calls for e in call.output_edges}
+        return ReusedCalls(
+            inputs=sorted(i for i in inputs if i is not None),
+            outputs={e for e in outputs if e is not None},
+        )
 
     def _some_cotangents(self) -> OptionalTensors:
         """The cotangents at all output edges, each of the first vector that reaches the edge."""

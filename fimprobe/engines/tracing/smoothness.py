@@ -112,7 +112,7 @@ def is_piecewise_linear(outputs: Tensor, tape: Tape) -> bool:
         outputs: The outputs of the recorded forward pass.
         tape: Its tape.
     """
-    return all(linear for _, linear in _nodes_in_order(outputs, tape))
+    return all(linear for _, linear in nodes_in_order(outputs, tape))
 
 
 def straight_edges(outputs: Tensor, tape: Tape) -> set[int]:
@@ -130,7 +130,7 @@ def straight_edges(outputs: Tensor, tape: Tape) -> set[int]:
         depend on layers, even if only one depends on it.
     """
     bent: set[Any] = set()
-    for node, linear in reversed(list(_nodes_in_order(outputs, tape))):
+    for node, linear in reversed(list(nodes_in_order(outputs, tape))):
         if node in bent or not linear:
             bent.update(following for following, _ in node.next_functions)
     bent_leaves = {id(node.variable) for node in bent if hasattr(node, "variable")}
@@ -141,7 +141,7 @@ def straight_edges(outputs: Tensor, tape: Tape) -> set[int]:
     }
 
 
-def _nodes_in_order(outputs: Tensor, tape: Tape) -> Iterator[tuple[Any, bool]]:
+def nodes_in_order(outputs: Tensor, tape: Tape) -> Iterator[tuple[Any, bool]]:
     """Yield each node after its arguments, and whether it is piecewise linear in layers' outputs."""
     edge_nodes = {e.node for e in tape.output_edges if not isinstance(e, Tensor)}
     edge_leaves = {id(e) for e in tape.output_edges if isinstance(e, Tensor)}

@@ -93,6 +93,96 @@ def whole_replayed():
     return lively(Lambda(f, nn.Linear(2, 2), bare(2, 1))), (torch.randn(2, 2),)
 
 
+class Block(nn.Module):
+    """A transformer's block with its norms before attention and the MLP, or after them."""
+
+    def __init__(self, norm, first=True, width=3):
+        super().__init__()
+        self.norms = nn.ModuleList(norm(width) for _ in range(2))
+        self.keys, self.mlp = bare(width, 3 * width), bare(width, width)
+        self.first = first
+
+    def attend(self, x):
+        q, k, v = self.keys(x).chunk(3, -1)
+        return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    def forward(self, x):
+        if self.first:
+            x = x + self.attend(self.norms[0](x))
+            return x + nn.functional.gelu(self.mlp(self.norms[1](x)))
+        x = self.norms[0](x + self.attend(x))
+        return self.norms[1](x + torch.tanh(self.mlp(x)))
+
+
+class WrittenRMSNorm(nn.Module):
+    """As transformers write it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))
+
+
+def language_model(norm, first=True):
+    """Tokens through a block to a head that shares the embedding's weight."""
+    embedding, block = nn.Embedding(3, 3), Block(norm, first)
+
+    def forward(self, t):
+        x = self.parts[2](self.parts[1](self.parts[0](t)))
+        return self.parts[3](x).sum(1)
+
+    decode = bare(3, 3)
+    decode.weight = embedding.weight
+    return lively(Lambda(forward, embedding, block, norm(3), decode)), (
+        torch.tensor([[1, 0], [2, 2]]),
+    )
+
+
+def around(forward, *parts, shape=(2, 2, 3)):
+    """Layers on floats."""
+    return lively(Lambda(forward, *parts)), (torch.randn(shape),)
+
+
+NORMS = {
+    "norm first": lambda: language_model(nn.LayerNorm),
+    "norm last": lambda: language_model(nn.LayerNorm, first=False),
+    "RMSNorm first": lambda: language_model(nn.RMSNorm),
+    "written RMSNorm last": lambda: language_model(WrittenRMSNorm, first=False),
+    "norm read elsewhere": lambda: around(
+        lambda self, x: self.parts[2](self.parts[1](y := self.parts[0](x)) * y).sum(1),
+        bare(3, 3), nn.LayerNorm(3), bare(3, 2),
+    ),
+    "norm after norm": lambda: around(
+        lambda self, x: self.parts[3](self.parts[2](self.parts[1](self.parts[0](x)))).sum(1),
+        bare(3, 3), nn.RMSNorm(3), nn.LayerNorm(3), bare(3, 2),
+    ),
+    "norm over two dimensions": lambda: around(
+        lambda self, x: self.parts[2](self.parts[1](self.parts[0](x)).tanh()).sum(1),
+        bare(3, 3), nn.LayerNorm((2, 3), elementwise_affine=False), bare(3, 2),
+    ),
+    "group norm": lambda: around(
+        lambda self, x: self.parts[3](
+            self.parts[2](self.parts[1](self.parts[0](x)).tanh()).transpose(1, 2)
+        ).sum(1),
+        bare(3, 4), nn.LayerNorm(4), nn.GroupNorm(1, 2), bare(2, 2),
+    ),
+    "block used twice": lambda: around(
+        lambda self, x: self.parts[1](self.parts[0](self.parts[0](x))).sum(1),
+        nn.Sequential(nn.LayerNorm(3), bare(3, 3), nn.Tanh()), bare(3, 2),
+    ),
+    "norm after recurrence": lambda: around(
+        lambda self, x: self.parts[2](self.parts[1](self.parts[0](x)[0])).sum(1),
+        nn.GRU(2, 3, batch_first=True, bias=False), nn.LayerNorm(3), bare(3, 2), shape=(2, 2, 2),
+    ),
+    "replayed before a norm": lambda: around(
+        lambda self, x: self.parts[3](self.parts[2](self.parts[1](self.parts[0](x))).tanh()).sum(1),
+        bare(2, 2), Scaled(), nn.LayerNorm(2), bare(2, 2), shape=(2, 2, 2),
+    ),
+}  # fmt: skip
+"""Models with norms, whose curvature is propagated."""
+
 TINY = {
     "linear": lambda: (
         lively(nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2))),
@@ -202,11 +292,14 @@ LONG_BLOCKS = ["lstm", "replayed twice", "loop", "attention", "norms"]
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.long if n in LONG_DIAGONALS else ()) for n in (*TINY, *SMALL)],
+    [
+        pytest.param(n, marks=pytest.mark.long if n in LONG_DIAGONALS else ())
+        for n in (*TINY, *NORMS, *SMALL)
+    ],
 )
 def test_diagonal_is_exact_over_an_orthogonal_array(name, monkeypatch, double):
     """The mean over all probes is diag R; ``square`` leaves the probes' own squares out."""
-    model, args = TINY[name]() if name in TINY else CASES[name]()[:2]
+    model, args = (TINY | NORMS)[name]() if name in TINY | NORMS else CASES[name]()[:2]
     draws = 1 if name in SMALL else 2
     problem = problem_of(model.eval(), args, likelihood="gaussian", draws=draws, diagonals=True)
     found, probes = None, 8
