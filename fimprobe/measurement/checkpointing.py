@@ -27,11 +27,15 @@ def without_checkpoints() -> Iterator[None]:
     which a thread is inside the context; other threads pass through to the original ones.
     """
     inside = _Inside()
-    _SWITCH.enter(inside)
     try:
+        _SWITCH.enter(inside)
         yield
     finally:
-        _SWITCH.leave(inside)
+        try:
+            _SWITCH.leave(inside)
+        except BaseException:  # an interrupt on the way out, which comes once
+            _SWITCH.leave(inside)
+            raise
 
 
 class _Inside:

@@ -98,8 +98,7 @@ class SinkGroup:
 
     def write(self, report: Report) -> None:
         """Write one report to all sinks."""
-        for sink in list(self.sinks):
-            self._run_or_drop(sink, functools.partial(sink.write, report))
+        self._write_to_all(lambda sink: sink.write(report))
 
     def write_end(self, reason: str, step: int) -> None:
         """Write why probing ended, or never began, to the sinks that record it.
@@ -108,17 +107,20 @@ class SinkGroup:
             reason: In words.
             step: Number of the step after the last one.
         """
-        for sink in list(self.sinks):
-            write_end = getattr(sink, "write_end", None)
-            if write_end is not None:
-                self._run_or_drop(sink, functools.partial(write_end, reason, step))
+        self._write_to_all(
+            lambda sink: sink.write_end(reason, step) if hasattr(sink, "write_end") else None
+        )
 
-    def _run_or_drop(self, sink: Sink, write: Callable[[], None]) -> None:
-        if not self._errors.run_safely(write, f"{type(sink).__name__} failed"):
-            self.sinks.remove(sink)
-            # it keeps no file, thread or lock; that it failed is already known
-            if not _closes(sink):
-                _closes(sink)
+    def _write_to_all(self, write: Callable[[Any], None]) -> None:
+        """Write to every sink; one that fails is closed and dropped."""
+        for sink in list(self.sinks):
+            if not self._errors.run_safely(
+                functools.partial(write, sink), f"{type(sink).__name__} failed"
+            ):
+                self.sinks.remove(sink)
+                # it keeps no file, thread or lock; that it failed is already known
+                if not _closes(sink):
+                    _closes(sink)
 
     def close(self) -> None:
         """Close all sinks and release the folder. Calling it again closes what was not closed.
@@ -129,8 +131,9 @@ class SinkGroup:
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self._release)
-            while self.sinks:
-                stack.callback(self._close, self.sinks.pop())
+            stack.callback(self._close_the_rest)
+            for sink in self.sinks:
+                stack.callback(self._close, sink)
 
     def _close(self, sink: Sink) -> None:
         """Close a sink; a second time if that fails, since what failed may hold a file or a lock."""
@@ -140,8 +143,15 @@ class SinkGroup:
         except BaseException:
             _closes(sink)
             raise
+        finally:
+            self.sinks.remove(sink)
         if not closed:
             _closes(sink)
+
+    def _close_the_rest(self) -> None:
+        """Close the sinks whose turn an error in the probe left out."""
+        while self.sinks:
+            _closes(self.sinks.pop())
 
     def _release(self) -> None:
         if self._lock is not None:
