@@ -75,6 +75,8 @@ def _check(options: Any) -> int:
 
 
 def _show(options: Any) -> int:
+    from fimprobe.report.format import terminal_width
+    from fimprobe.report.table import wrap
     from fimprobe.runs.reader import find_runs, latest_training, read
     from fimprobe.runs.terminal import show_comparison, show_list, show_run
 
@@ -102,7 +104,8 @@ def _show(options: Any) -> int:
     if len(runs) == 1:
         show_run(reports[0], top=options.top, run=runs[0].run)
         if runs[0].end:
-            print(f"\nThe probe ended early: {runs[0].end}")
+            print()
+            print("\n".join(wrap([f"The probe ended early: {runs[0].end}"], terminal_width())))
         return 0
     for name, run in zip("AB", runs, strict=True):
         print(f"{name}: {run.path.parent}")

@@ -124,7 +124,8 @@ def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
     sure = [f"{o.confidence:.0%}" for o in outcomes.values()]
     drawn, exact = [], []
     for name, outcome in outcomes.items():
-        errors = [e for report in outcome.reports if (e := report.error_of("i1")) is not None]
+        reports = [report.error_of("i1", inputs=BATCH_SIZE) for report in outcome.reports]
+        errors = [error for error in reports if error is not None]
         if errors:
             drawn.append(f"from {percent(errors[0])} to {percent(errors[-1])} ({name})")
         known = [e for r in outcome.reports if (e := r.total.i1.rel_error) is not None]
@@ -134,11 +135,11 @@ def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
     return [
         f"Both networks learned: {listed(right)} of held-out digits right, and their mean confidence "
         f"is {listed(sure)}.",
-        f"Meanwhile the error of Î₁ {sample} went {listed(drawn) or 'where it cannot be known'}, and "
-        "near 100 % an estimate of F is noise.",
-        f"With all labels of these inputs in place of drawn ones F is off by "
-        f"{listed(exact) or 'an unknown amount'} where that was known last: see how far off yours is "
-        "before you use it.",
+        f"Meanwhile the error of F by Î₁ {sample} went {listed(drawn) or 'where it cannot be known'}"
+        ", and from 100 % on an estimate of F is noise.",
+        f"With all labels of the inputs in place of drawn ones F is off by "
+        f"{listed(exact) or 'an unknown amount'} in the last report that knows it: see how far off "
+        "yours is before you use it.",
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ def write_file(
             "path, or create the folder first."
         )
     try:
+        mode = _mode_of_open(path, temporary)
         package.save_file(flat, temporary, metadata={KEY: text})
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -61,6 +65,20 @@ def write_file(
             f"`path` must be writable, but {os.fspath(path)!r} is not ({describe_error(error)}). "
             "Pass another path."
         ) from error
+
+
+def _mode_of_open(path: str | os.PathLike[str], temporary: str) -> int:
+    """Return the mode that ``open`` leaves: that of an existing file, else one by the umask.
+
+    safetensors writes files that only their user may read.
+
+    Args:
+        path: The file that is replaced.
+        temporary: A path beside it, where an empty file is left.
+    """
+    with open(temporary, "wb"):
+        pass
+    return stat.S_IMODE(os.stat(path if os.path.exists(path) else temporary).st_mode)
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -21,7 +21,8 @@ from fimprobe.fisher.decisions import (
 from fimprobe.fisher.file import write_file
 from fimprobe.fisher.merging import Merged, merge
 from fimprobe.fisher.records import FisherRecord, GroupFisher
-from fimprobe.report.format import Row, align, number, percent, quantity
+from fimprobe.report.format import Row, align, number, percent, quantity, with_error
+from fimprobe.report.record import SIZE_BIASED
 
 SHOWN_LAYERS = 12
 """Number of layers in a table; those with the largest traces."""
@@ -93,11 +94,10 @@ class Fisher(FisherRecord):
         m = self.metadata
         size = "" if m["data_size"] is None else f" of {m['data_size']:,}"
         inputs = f"{m['inputs']:,} input{'' if m['inputs'] == 1 else 's'}{size}"
-        passes = f"{m['labels']:,} label{'' if m['labels'] == 1 else 's'}"
-        passes = passes if m["draws"] else "exact labels"
+        labels = f"{m['labels']:,} label{'' if m['labels'] == 1 else 's'}, " if m["draws"] else ""
         lines = [
-            f"F is off by {percent(self.rel_error)} ({inputs}, {passes}, "
-            f"{m['estimator']}). {m['stopped']}"
+            f"F is off by {percent(self.rel_error)} ({inputs}, {labels}{m['estimator']}). "
+            f"{m['stopped']}"
         ]
         if m.get("population_rel_error") is not None:
             lines.append(
@@ -116,13 +116,14 @@ class Fisher(FisherRecord):
         ranked = sorted(self.layers.items(), key=lambda item: -item[1].trace)
         names = {name for name, _ in ranked[:most]}
         rows: list[Row] = [
-            ("layer", "entries", "trace F", "± s.e.", "rel. error", "effective inputs"),
-            _row("(all)", self.total),
+            ("layer", "parameters", "trace F", "error", "effective inputs"),
             *(_row(name, group) for name, group in self.layers.items() if name in names),
+            _row("total", self.total),
         ]
         hidden = len(ranked) - len(names)
         more = [f"and {quantity(hidden, 'layer')} with smaller traces"] if hidden else []
-        return align(rows) + more
+        size_biased = [SIZE_BIASED] if "size-biased" in self.metadata["estimator"] else []
+        return [*align(rows), *more, *_MEANINGS, *size_biased]
 
     def ewc_penalty(
         self, model: nn.Module, *, anchor: Mapping[str, Tensor] | None = None
@@ -198,8 +199,15 @@ def _row(name: str, group: GroupFisher) -> Row:
     return (
         name,
         f"{group.numel:,}",
-        number(group.trace),
-        number(group.std_error),
+        with_error(group.trace, group.std_error),
         percent(group.rel_error),
         number(group.effective_inputs),
     )
+
+
+_MEANINGS = (
+    "trace F: the sum of the diagonal of F, the Fisher information, ± its standard error",
+    "error: how far off the diagonal is; 10 % is good, from 100 % on it is noise",
+    "effective inputs: how many inputs the trace comes from",
+)
+"""The meaning of the columns."""

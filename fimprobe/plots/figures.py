@@ -17,6 +17,7 @@ from fimprobe.plots.layers import label_rows, shown_layers
 from fimprobe.plots.style import (
     BLUE,
     COLORS,
+    GREY,
     INK,
     MARKERS,
     ORANGE,
@@ -45,14 +46,23 @@ from fimprobe.report.record import (
 
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
-    """Draw the relative errors of the whole model over steps, on a logarithmic scale."""
+    """Draw the errors of the whole model over steps, on a logarithmic scale.
+
+    The error of each report, and those of the estimators with one label for each input.
+    """
     errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
     errors = {key: values for key, values in errors.items() if (values > 0).any()}
-    if not errors:
+    reported = _positive(list(_series(records, "i1", "rel_error")))
+    if not errors and not (reported > 0).any():
         return None
     figure, axis = make_chart()
     for key, values in errors.items():
-        _draw_line(axis, records, values, key)
+        _draw_line(axis, records, values, key, label=f"1 label: {SYMBOLS[key]}")
+    if (reported > 0).any():
+        axis.plot(
+            [record["step"] for record in records], reported, color=INK, marker="s", lw=1.2,
+            ms=3 if len(records) > 1 else 8, alpha=0.8, zorder=1.9, label="this report",
+        )  # fmt: skip
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
     make_steps(axis, shares=True)
     _center_single(axis, records)
@@ -67,6 +77,7 @@ def draw_traces(records: Sequence[Record]) -> Figure | None:
         return None
     figure, axis = make_chart()
     steps = np.array([record["step"] for record in records])
+    hollow = False
     for key, values in traces.items():
         margin = 2 * _series(records, key, "std_error")
         _draw_line(axis, records, values, key, marked=np.isfinite(margin))
@@ -78,7 +89,10 @@ def draw_traces(records: Sequence[Record]) -> Figure | None:
         unknown = np.isfinite(values) & ~np.isfinite(margin)
         if unknown.any():
             axis.plot(steps[unknown], values[unknown], "o", ms=5, mfc="none", color=COLORS[key])
-    label_axis(axis, "trace of F", upright=True)
+            hollow = True
+    if hollow:
+        axis.plot([], [], "o", ms=5, mfc="none", color=INK, label="error unknown")
+    label_axis(axis, "trace of F ± 2 standard errors", upright=True)
     make_steps(axis)
     _center_single(axis, records)
     return add_legend(figure, axis)
@@ -97,6 +111,9 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
     name_panels(axes, [SYMBOLS[key] for key in grids])
     labels = label_layers(shown[-1])
     name_rows(axes[0], [labels.get(name, name) for name in layers])
+    if any(np.isnan(grid).any() for grid in grids.values()):
+        axes[0].plot([], [], "s", ms=8, color=GREY, label="unknown")
+        add_legend(figure, axes[0])
     return figure
 
 
@@ -125,7 +142,7 @@ def draw_variances(record: Record) -> Figure | None:
         ):
             axis.barh(rows + shift, values - floor, left=floor, height=0.36, color=color, label=label)
         if np.isfinite(bounds).any():
-            axis.plot(bounds, rows - 0.2, "|", ms=9, mew=2, color=INK, label="labels' bound")
+            axis.plot(bounds, rows - 0.2, "|", ms=9, mew=2, color=INK, label="bound on labels' part")
         label_axis(axis, "no bar: none, or unknown")
         make_logarithmic(axis)
         axis.set_xlim(floor, 2 * highest)
@@ -149,7 +166,7 @@ def draw_needs(record: Record) -> Figure | None:
             alpha=0.85,
         )  # fmt: skip
     inputs = record["batch_size"]
-    axis.axvline(inputs, color=INK, ls="--", lw=1.5, label=f"{inputs:,}: 1 label for each input here")
+    axis.axvline(inputs, color=INK, ls="--", lw=1.5, label=f"{inputs:,} pairs: 1 label per input")
     make_logarithmic(axis)
     name_rows(axis, label_rows(record, layers))
     return add_legend(figure, axis)
@@ -177,7 +194,7 @@ def draw_bounds(record: Record) -> Figure | None:
 
 
 def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
-    """Draw the relative errors against tr I(h), with logarithmic axes."""
+    """Draw the errors with one label against the trace of the output Fisher, logarithmic."""
     traces = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
     errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
     errors = {k: v for k, v in errors.items() if ((v > 0) & (traces > 0)).sum() > 1}
@@ -185,10 +202,11 @@ def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
         return None
     figure, axis = make_chart()
     for key, values in errors.items():
-        axis.scatter(traces, values, s=22, c=COLORS[key], marker=MARKERS[key], label=SYMBOLS[key])
+        label = f"1 label: {SYMBOLS[key]}"
+        axis.scatter(traces, values, s=22, c=COLORS[key], marker=MARKERS[key], label=label)
     axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
     return _finish_errors(
-        figure, axis, "tr I(h) of the outputs: confident to the right", make_falling
+        figure, axis, "trace of the output Fisher: confident to the right", make_falling
     )
 
 
@@ -204,7 +222,7 @@ def draw_convergence(record: Record) -> Figure | None:
     line = np.array([1.0, 100.0 * size])
     axis.scatter(sizes, errors, s=26, c=BLUE, label="groups of inputs", zorder=3)
     axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="all of them", zorder=3)
-    axis.plot(line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="∝ 1/√inputs")
+    axis.plot(line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="falls as 1/√inputs")
     axis.axhline(0.1, color=INK, ls=":", lw=1, alpha=0.6)
     return _finish_errors(figure, axis, "inputs", make_logarithmic)
 
@@ -220,7 +238,7 @@ def draw_diagonal(record: Record) -> Figure | None:
         logs, numbers = np.array(record["sizes"], dtype=float).T
         lower, upper = 10.0**logs, 10.0 ** (logs + STEP)
         axis.bar(lower, numbers, width=upper - lower, align="edge", color=BLUE)
-        _label_sizes(axis, "entry of diag F by Î₁")
+        _label_sizes(axis, "entry of the diagonal of F, by Î₁")
         return figure
     means = {key: _mean_entries(record, key) for key in LAYER_KEYS}
     means = {key: pair for key, pair in means.items() if pair[0].size}
@@ -235,7 +253,7 @@ def draw_diagonal(record: Record) -> Figure | None:
             counts, 10.0**edges, color=COLORS[key], linewidth=2, label=SYMBOLS[key],
             linestyle=STYLES[key],
         )  # fmt: skip
-    _label_sizes(axis, "mean entry of diag F of each parameter tensor")
+    _label_sizes(axis, "mean entry of each parameter tensor's diagonal of F")
     return add_legend(figure, axis)
 
 
@@ -245,13 +263,14 @@ def _draw_line(
     values: np.ndarray,
     key: str,
     marked: np.ndarray | None = None,
+    label: str = "",
 ) -> None:
     """Draw an estimator's values over steps, with marks where ``marked`` [records]."""
     steps = [record["step"] for record in records]
     every = None if marked is None else list(np.flatnonzero(marked))
     axis.plot(
         steps, values, STYLES[key], marker="o", ms=3 if len(records) > 1 else 8, color=COLORS[key],
-        label=SYMBOLS[key], markevery=every,
+        label=label or SYMBOLS[key], markevery=every,
     )  # fmt: skip
 
 
@@ -281,24 +300,23 @@ def _positive(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _errors(records: Sequence[Record], key: str) -> np.ndarray:
-    """Return the relative errors of the whole model with one label for each input [records]."""
-    return _positive(
-        [error_with_drawn_labels(r["total"].get(key, {}), r["batch_size"]) for r in records]
-    )
+    """Return the errors of the whole model with one label for each input of the last report."""
+    return _positive([_one_label_error(r["total"], key, r, records[-1]) for r in records])
 
 
 def _error_grid(records: Sequence[Record], layers: Sequence[str], key: str) -> np.ndarray:
-    """Return the relative errors with one label for each input [layers, records]."""
+    """Return the errors with one label for each input of the last report [layers, records]."""
     rows = [
-        _positive(
-            [
-                error_with_drawn_labels(r["layers"].get(name, {}).get(key, {}), r["batch_size"])
-                for r in records
-            ]
-        )
+        _positive([_one_label_error(r["layers"].get(name, {}), key, r, records[-1]) for r in records])
         for name in layers
     ]
     return np.array(rows).reshape(len(layers), len(records))
+
+
+def _one_label_error(group: Record, key: str, record: Record, last: Record) -> float | None:
+    """Return the error of a group of ``record`` with one label for each input of the last report."""
+    inputs = record["batch_size"]
+    return error_with_drawn_labels(group.get(key, {}), inputs, at=last["batch_size"])
 
 
 def _series(records: Sequence[Record], key: str, field: str) -> np.ndarray:

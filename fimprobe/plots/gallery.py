@@ -19,7 +19,7 @@ from fimprobe.plots.figures import (
 )
 from fimprobe.plots.label_variances import draw_label_variances
 from fimprobe.plots.layers import MAX_ROWS
-from fimprobe.report.record import Record, describe_inputs
+from fimprobe.report.record import Record, describe_inputs, describe_labels
 
 if TYPE_CHECKING:
     from fimprobe.plots.style import Figure
@@ -90,44 +90,45 @@ _ORDER = (
 
 def _entries_over_steps(records: Sequence[Record], last: Record) -> dict[str, _Entry]:
     """Return the figures over all reports by name."""
-    sample = f"{describe_inputs(last)}, 1 label from the model each"
+    one_label = f"1 label from the model for each of {describe_inputs(last)}"
     entries = [
         _Entry(
             name="1_error",
-            title="Relative error over the training" if len(records) > 1 else "Relative error",
-            caption="How far off the diagonal of the whole model's Fisher information is at "
-            f"{sample}: the lower the better; from 100 % (dashed) on it is noise. Gaps: unknown. "
-            "Logarithmic.",
+            title="Error of F over the training" if len(records) > 1 else "Error of F",
+            caption="How far off the diagonal of the whole model's Fisher information is; from 100 % "
+            "(dashed) on it is noise. This report: the error of F by Î₁ in each report, with its "
+            f"inputs and {describe_labels(last)}. 1 label: the error with {one_label}. Gaps: "
+            "unknown. Logarithmic.",
             draw=lambda: draw_errors(records),
         ),
         _Entry(
             name="2_trace",
             title="Trace of the Fisher information",
-            caption="Σᵢ F̂ᵢᵢ of the whole model. Bands: ± 2 standard errors. Hollow points: unknown "
-            "errors.",
+            caption="The sum of the diagonal of F, of the whole model. Bands: ± 2 standard errors. "
+            "Hollow points: their error is unknown.",
             draw=lambda: draw_traces(records),
         ),
         _Entry(
             name="3_error_by_layer",
-            title=f"Relative error of diag F: {sample}",
-            caption=f"The relative error of each layer over the steps at {sample}; layers in the "
-            "order of the model. Yellow: noise. Grey: unknown.",
+            title=f"Error with {one_label}",
+            caption=f"The error of each layer over the steps with {one_label}; layers in the order "
+            "of the model. Yellow: noise. Grey: unknown.",
             draw=lambda: draw_error_map(records),
         ),
         _Entry(
             name="4b_labels_by_estimator",
-            title="Variance from labels: Î₁ against Î₂",
-            caption="What the choice of the label adds to the variance of one (input, label) pair, "
-            f"by layer, at step {last['step']:,}, ± 2 standard errors; faint lines lead there from "
-            f"the first report. | at the left edge: none at all. Logarithmic.{_cut(last)}",
+            title="Label variance: Î₁ against Î₂",
+            caption="How much the diagonal from one (input, label) pair varies with its label, by "
+            f"layer, at step {last['step']:,}, ± 2 standard errors; faint lines lead there from the "
+            f"first report. | at the left edge: not at all. Logarithmic.{_cut(last)}",
             draw=lambda: draw_label_variances(records, last),
         ),
         _Entry(
             name="8_error_by_confidence",
-            title="Relative error as the model grows confident",
-            caption=f"A point for each report: how far off the diagonal is at {sample}. As outputs "
-            "grow confident tr I(h) goes to 0, and labels from the model rarely show what carries F. "
-            "Logarithmic.",
+            title="Error with 1 label as the model grows confident",
+            caption=f"A point for each report: how far off the diagonal is with {one_label}. As the "
+            "model grows confident, the trace of the output Fisher goes to 0, and labels from the "
+            "model rarely show what carries F. Logarithmic.",
             draw=lambda: draw_errors_by_confidence(records),
         ),
     ]
@@ -149,37 +150,36 @@ def _entries_of_report(last: Record) -> dict[str, _Entry]:
         _Entry(
             name="4_variance_and_bound",
             title="Variance of one (input, label) pair",
-            caption=f"The sources of the variance {at}: the choice of the label and the choice of "
-            "the input, summed over the layer's diagonal; | is the bound on the labels' part. "
-            f"Logarithmic.{cut}",
+            caption=f"How much the diagonal from one pair varies with its label and with its input "
+            f"{at}, summed over the layer; | is the bound on label variance. Logarithmic.{cut}",
             draw=lambda: draw_variances(last),
         ),
         _Entry(
             name="5_pairs_needed",
-            title="(input, label) pairs for 10 % error",
-            caption=f"Pairs for a relative error of 10 % {at} with labels from the model. No mark: "
-            f"unknown. Logarithmic.{cut}",
+            title="(input, label) pairs for an error of 10 %",
+            caption="A pair is one input with one label from the model: how many of them an error of "
+            f"10 % takes, {at}. No mark: unknown. Logarithmic.{cut}",
             draw=lambda: draw_needs(last),
         ),
         _Entry(
             name="6_bound_of_the_matrix",
-            title="Labels' covariance of the whole matrix, and its bound",
+            title="How much the whole matrix varies with labels, and its bound",
             caption=f"How loose the bounds are {at}: {_describe_bound(last)}. Logarithmic.{cut}",
             draw=lambda: draw_bounds(last),
         ),
         _Entry(
             name="7_diagonal",
-            title="Sizes of the entries of diag F",
-            caption=f"The number of entries of each size {at}. Small ones are the hard ones. "
-            "Logarithmic.",
+            title="Sizes of the entries of the diagonal of F",
+            caption=f"How many entries have each size {at}, by Î₁. Small entries have large relative "
+            "errors. Logarithmic.",
             draw=lambda: draw_diagonal(last),
         ),
         _Entry(
             name="9_convergence",
             title="Error of the trace against the number of inputs",
-            caption=f"How far off the trace is {at} with fewer or more inputs, measured like this: "
-            "for groups of the inputs from their standard deviation, and for all of them. Errors "
-            "fall as 1/√inputs where inputs are independent. Dotted: 10 %. Logarithmic.",
+            caption=f"How far off the trace of F is {at} with fewer or more inputs: measured with "
+            "groups of this report's inputs, and with all of them. Errors fall as 1/√inputs (dashed) "
+            "where inputs are independent. Dotted: 10 %. Logarithmic.",
             draw=lambda: draw_convergence(last),
         ),
     ]
@@ -188,5 +188,6 @@ def _entries_of_report(last: Record) -> dict[str, _Entry]:
 
 def _describe_bound(record: Record) -> str:
     if record["draws"] == "exact":
-        return "‖Cov‖ and ‖J‖⁴‖M‖ (17) for Î₁, ‖H‖²‖I‖ (18) for Î₂"
-    return "the sum of all entries' variances, and s_max(J)⁴ tr M for Î₁, λ_max(I)‖H‖² for Î₂"
+        bounds = "the bounds of Soen & Sun (2021), eq. 17 for Î₁ and eq. 18 for Î₂"
+        return f"the norm of the covariance over labels, and {bounds}"
+    return "the label variance of all entries, not only of the diagonal, and a bound on it"

@@ -52,10 +52,10 @@ def draw_label_variances(records: Sequence[Record], last: Record) -> Figure | No
     for key, shift in SHIFTS.items():
         rows = np.arange(len(layers)) + shift
         _draw_estimator(axis, key, rows, values[key], starts[key], floor)
-    axis.plot([], [], "|", color=INK, ms=9, mew=2, label="exact")
+    axis.plot([], [], "|", color=INK, ms=9, mew=2, label="none")
     make_logarithmic(axis)
     axis.set_xlim(floor, 3 * max(seen))
-    label_axis(axis, "variance from labels; faint: since the first report")
+    label_axis(axis, "label variance; faint: since the first report")
     name_rows(axis, label_rows(last, layers))
     return add_legend(figure, axis)
 

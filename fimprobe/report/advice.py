@@ -39,7 +39,9 @@ def _label_sentences(report: Report) -> list[str]:
     if labels is None or inputs is None or labels + inputs <= 0:
         return []
     share = labels / (labels + inputs)
-    sentence = f"Labels cause {_format_share(share)} of the variance of one pair of Î₁"
+    sentence = (
+        f"Labels cause {_format_share(share)} of the variance of Î₁ from one (input, label) pair"
+    )
     if share < 0.5:
         return [f"{sentence}: more inputs lower its error, more labels for each of them do little."]
     sentence += ": more labels for each input lower its error, exact ones most"
@@ -64,8 +66,8 @@ def _size_biased_clause(report: Report) -> str:
     if estimate.rel_error >= with_model_labels / MIN_GAIN:
         return ""
     return (
-        f"; with the size-biased labels of this report it is {percent(estimate.rel_error)}, with as "
-        f"many from the model it would be {percent(with_model_labels)}"
+        f"; with the size-biased labels of this report its error is {percent(estimate.rel_error)}, "
+        f"with as many from the model it would be {percent(with_model_labels)}"
     )
 
 
@@ -102,7 +104,7 @@ def _weight_sentences(report: Report) -> list[str]:
     large = sorted(((norm, name) for name, norm in later.items() if norm > 1), reverse=True)[:3]
     if not large:
         return []
-    layers = ", ".join(f"{name!r} (s_max {number(norm)})" for norm, name in large)
+    layers = ", ".join(f"{name!r} ({number(norm)})" for norm, name in large)
     geometry = report.layers[first].geometry
     assert geometry is not None
     slack = ""
@@ -110,8 +112,8 @@ def _weight_sentences(report: Report) -> list[str]:
         ratio = geometry.spectral_bound / geometry.jacobian_spectral_norm
         slack = f" ({number(ratio)} times the true value at {first!r})"
     return [
-        f"The bound (21) on s_max(∂h/∂W) of earlier layers{slack} grows with the weights of "
-        f"{layers}; fimprobe.penalties.spectral(model) penalises them."
+        f"The bound on the Jacobian of earlier layers{slack} grows with the spectral norms of the "
+        f"weights of {layers}; fimprobe.penalties.spectral(model) penalises them."
     ]
 
 
@@ -123,10 +125,8 @@ def _violation_sentences(report: Report) -> list[str]:
         for key in LAYER_KEYS:
             estimate = group.get(key)
             if estimate is not None and _violates_bound(estimate, key, report.batch_size):
-                equation = "(17)" if key == "i1" else "(18)"
-                norm = f"‖Cov {SYMBOLS[key]}‖ = {number(estimate.covariance_norm)}"
-                bound = f"bound {equation} {number(estimate.bound)}"
-                violations.append(f"{name} ({norm}, {bound})")
+                norm = f"covariance norm of {SYMBOLS[key]} {number(estimate.covariance_norm)}"
+                violations.append(f"{name} ({norm}, bound {number(estimate.bound)})")
     if not violations:
         return []
     return [

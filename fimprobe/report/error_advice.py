@@ -78,11 +78,22 @@ def _total_sentence(report: Report, where: str) -> str:
     if total.rel_error is None:
         where = where or "the whole model"
         return f"The error of F of {where} at {sample} is unknown: {_reason(total)}."
-    sentence = f"F of the whole model is off by {percent(total.rel_error)} at {sample}"
+    off, by = percent(total.rel_error), ""
+    second = None if report.total.i2 is None else report.total.i2.rel_error
+    if second is not None and percent(second) != off:
+        off, by = f"{off} by Î₁ and by {percent(second)} by Î₂", " with Î₁"
+    sentence = f"F of the whole model is off by {off} at {sample}"
     if total.rel_error > TRUSTED_ERROR:
         inputs = quantity(inputs_needed(total.rel_error, report.batch_size), "input")
-        sentence += f"; an error of 10 % takes about {inputs} measured in the same way"
+        sentence += f"; an error of 10 % takes about {inputs} measured in the same way{by}"
+    if by and (second or 0.0) > total.rel_error and _has_random_vectors(report):
+        sentence += ". That of Î₂ includes the random vectors it is measured with"
     return f"{sentence}."
+
+
+def _has_random_vectors(report: Report) -> bool:
+    """Return whether the F in Î₂ = F − R(y) is that of Hutchinson's random vectors."""
+    return report.draws is not None and "ggn" not in report.seconds_by_part
 
 
 def _layer_sentences(report: Report, verdicts: dict[str, str], unknown: dict[str, str]) -> list[str]:

@@ -116,11 +116,13 @@ def _in_layers(names: list[str]) -> str:
 
 def _describe_costs(costs: dict[str, float], others: list[str]) -> str:
     """Return the measured costs of the ``others`` in units of the cost of Î₁."""
-    first = SYMBOLS["i1"]
-    ratios = [
-        f"the diagonal of {SYMBOLS[key]} costs {costs[key] / costs['i1']:.2g} times" for key in others
-    ]
-    return f"Measured here, {listed(ratios)} that of {first}."
+    times = [f"{_times(costs[key] / costs['i1'])} as long by {SYMBOLS[key]}" for key in others]
+    return f"Measured here, the diagonal takes {listed(times)} as by {SYMBOLS['i1']}."
+
+
+def _times(ratio: float) -> str:
+    """Return a ratio as "4 times", or "about" where it rounds to one."""
+    return "about" if factor(ratio) == "1" else f"{factor(ratio)} times"
 
 
 def _name_silent_layers(report: Report) -> list[str]:
@@ -133,4 +135,4 @@ def _name_silent_layers(report: Report) -> list[str]:
     if not silent:
         return []
     names = some(silent, MAX_NAMES)
-    return [f"Labels add no variance to the diagonal of Î₂ in {names}: it equals that of F."]
+    return [f"The diagonal of Î₂ in {names} does not depend on labels: only inputs make it err."]

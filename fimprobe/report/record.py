@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fimprobe.report.format import count_with_error, number, quantity
+from fimprobe.report.format import count_with_error, quantity
 
 Record = dict[str, Any]
 """A report as ``to_dict`` returns it, or as it is read from a file."""
+
+SIZE_BIASED = (
+    "size-biased labels: drawn more often where their gradient is large, and weighted back, so that "
+    "F stays the same"
+)
+"""What a reader must know of drawn labels."""
 
 TRUSTED_ERROR = 0.1
 """Relative error up to which the F of a layer is called trusted."""
@@ -31,21 +37,24 @@ def format_pairs(estimate: Record) -> str:
     return count_with_error(pairs_needed(estimate), estimate.get("pairs_error"))
 
 
-def error_with_drawn_labels(estimate: Record, inputs: int) -> float | None:
+def error_with_drawn_labels(estimate: Record, inputs: int, *, at: int | None = None) -> float | None:
     """Return the relative error of an estimator with one label from the model for each input.
 
     Args:
         estimate: The record of an estimate.
         inputs: Number of inputs of its report.
+        at: Number of inputs that the error is for; None for those of the report.
 
     >>> error_with_drawn_labels({"draws_for_10_percent": 800.0}, 8)  # from an older version's file
     1.0
+    >>> error_with_drawn_labels({"one_label_error": 1.0}, 8, at=32)
+    0.5
     """
-    if "one_label_error" in estimate:
-        error: float | None = estimate["one_label_error"]
-        return error
-    pairs = pairs_needed(estimate)
-    return None if pairs is None else 0.1 * (max(pairs, 0.0) / inputs) ** 0.5
+    error: float | None = estimate.get("one_label_error")
+    if "one_label_error" not in estimate:
+        pairs = pairs_needed(estimate)
+        error = None if pairs is None else 0.1 * (max(pairs, 0.0) / inputs) ** 0.5
+    return None if error is None else error * (inputs / (at or inputs)) ** 0.5
 
 
 def rank_layers(record: Record, top: int | None) -> list[tuple[str, Record]]:
@@ -96,10 +105,10 @@ def inputs_needed(rel_error: float, inputs: int) -> float:
     """Return the inputs for a relative error of 10 %, measured like those of a report.
 
     Args:
-        rel_error: The relative error of the report.
-        inputs: Number of its inputs.
+        rel_error: The relative error of the report, above 10 %.
+        inputs: Number of its inputs, which are too few.
     """
-    return inputs * (rel_error / TRUSTED_ERROR) ** 2
+    return max(inputs * (rel_error / TRUSTED_ERROR) ** 2, inputs + 1)
 
 
 def verdict(estimate: Record, inputs: int) -> str:
@@ -124,19 +133,11 @@ def verdict(estimate: Record, inputs: int) -> str:
 
 def summary_line(record: Record) -> str:
     """Return one line on what was measured, and how."""
-    outputs = record.get("outputs") or {}
-    symbols = {"fisher_trace": "tr I(h)", "fisher_norm": "‖I(h)‖", "moment_norm": "‖M‖"}
-    norms = [
-        f"{symbol} {number(outputs[name])}"
-        for name, symbol in symbols.items()
-        if outputs.get(name) is not None
-    ]
     return " · ".join(
         [
             f"fimprobe · step {record['step']:,}",
             f"{describe_inputs(record)}, {describe_labels(record)}",
             record["likelihood"],
-            *([f"outputs: {', '.join(norms)}"] if norms else []),
             f"{record['seconds']:.3g} s",
         ]
     )

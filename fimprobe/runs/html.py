@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
+from fimprobe.report.footnotes import explain, footnotes
 from fimprobe.report.format import (
     Row,
     one_line,
@@ -24,19 +25,22 @@ from fimprobe.report.record import (
     format_pairs,
 )
 from fimprobe.report.run_info import format_run_info
-from fimprobe.report.table import footnotes, make_rows
-from fimprobe.report.trends import make_trends
+from fimprobe.report.table import make_rows
+from fimprobe.report.trends import make_trends, title_of_trends
 from fimprobe.runs.reader import Records, latest_training
 from fimprobe.runs.tiles import make_tiles
 
 _MORE_VIEWS = {
-    "variances": "Variances: errors with one label for each input, and what they come from",
-    "bounds": "Bounds over what they bound",
+    "variances": "Errors with 1 label, pairs for an error of 10 %, and variances",
+    "bounds": "Bounds over the values that they bound",
 }
 """The views of the table that a reader unfolds, with their titles."""
 
 MAX_LAYERS = 30
 """Layers in the table that is not folded: the pictures stand below it."""
+
+MAX_TRENDS = 20
+"""Layers in the table over the training."""
 
 MAX_STEPS = 30
 """Rows of the table over steps; longer runs are subsampled evenly."""
@@ -76,23 +80,28 @@ WORDS = {
     "of ∂ log p(y | x)/∂θ, labels y drawn from the model itself. Its diagonal is measured.",
     "Î₁, Î₂": "two unbiased estimates of F: the mean square of first derivatives, and minus the mean "
     "second derivative. They differ in variance.",
-    "trace F": "Σᵢ F̂ᵢᵢ ± its standard error over inputs and drawn labels.",
-    "rel. error": "the error of this report, √(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖: how far off its F is, with "
-    "its inputs and its labels. 10 % is good; from 100 % on it is noise.",
-    "1 label": "the error of an estimator, √((V inputs + V labels)/inputs) / ‖diag F‖: how far off "
-    "it would be with one label from the model for each of this report's inputs.",
+    "trace F": "the sum of the diagonal of F ± its standard error over inputs and drawn labels.",
+    "error": "the error of this report: how far off its F is, with its inputs and its labels. It is "
+    "the standard error of the diagonal of F over the size of that diagonal (root of the sum of "
+    "squares of both). 10 % is good; from 100 % on it is noise.",
+    "1 label": "the error with 1 label: how far off an estimator would be with one label, drawn from "
+    "the model, for each input. It holds however the labels of this report were drawn.",
     "size-biased labels": "labels drawn more often where their score is large, and weighted back: F "
     "stays the same, and labels that carry F are seen however rare they are.",
-    "V labels, V inputs": "variance of the diagonal from one (input, label) pair, from the choice of "
-    "the label and of the input; divided by the number of pairs and of inputs they give the error.",
-    "pairs for 10 %": "(input, label) pairs, labels from the model, that a relative error of 10 % "
-    "takes, ± its standard error.",
-    "verdict": "trusted where the error of this report is at most 10 %, or the inputs that takes.",
+    "pair": "one input with one label, drawn from the model. 100 inputs with 2 labels each are 200 "
+    "pairs, but their errors from the choice of inputs are those of 100 inputs.",
+    "pairs for 10 %": "how many pairs, one label for each input, an error of 10 % takes, ± the "
+    "standard error of that number.",
+    "label variance, input variance": "how much the diagonal of F from one pair varies with its "
+    "label, and with its input.",
+    "verdict": "trusted where the error of Î₁ is at most 10 %, or how many inputs that takes, with "
+    "labels as in this report.",
     "–": "not measured, not defined, or unknown, for the reasons below the table.",
-    "tr I(h), ‖I(h)‖, ‖M‖": "trace and norm of the outputs' Fisher information, and norm of their "
-    "fourth moment, means over inputs: tr I(h) goes to 0 as the model grows confident.",
-    "bound/Cov": "the bounds (17), (18) of Soen & Sun 2021 over the covariance's norm: 1 is tight; "
-    "bound/V labels and bound/L for the variance of the diagonal and of the whole matrix.",
+    "output Fisher": "the Fisher information of the model's outputs, a mean over inputs. For labels "
+    "that are classes, its trace goes to 0 as the model grows confident.",
+    "bound/...": "a bound over the value that it bounds; 1 is equality. diagonal: the label variance "
+    "of the diagonal of F; matrix: that of all entries; covariance: the norm of the covariance, "
+    "bounded by Soen & Sun (2021), eq. 17 for Î₁ and eq. 18 for Î₂.",
 }
 
 
@@ -146,11 +155,11 @@ def make_page(records: Records) -> str:
     if len(reports) > 1:
         body += [
             "<h2>Layers over the training</h2>",
-            "<p class=soft>First value, bars on a logarithmic scale from the row's least to its "
-            "greatest, last value. The 20 layers that need the most pairs.</p>",
-            _table(make_trends(reports, top=20)),
+            f"<p class=soft>{_text(title_of_trends(reports))}{_which(last, MAX_TRENDS)}</p>",
+            _table(make_trends(reports, top=MAX_TRENDS)),
             "<h2>The whole model over the training</h2>",
             _table(_over_steps(reports)),
+            f"<p class='soft notes'>{'<br>'.join(map(_text, explain(last, ('1 label',))))}</p>",
         ]
     body.append(_about(records, last))
     return (
@@ -243,13 +252,22 @@ def _layers(last: Record, view: str, top: int | None = None) -> str:
     return f"{_table(rows, total_last=True)}<p class='soft notes'>{notes}</p>"
 
 
+def _which(last: Record, top: int) -> str:
+    """Return which layers a table shows, if not all of them."""
+    return "" if len(last["layers"]) <= top else f" The {top} layers that need the most pairs."
+
+
 def _over_steps(reports: list[Record]) -> list[Row]:
     """Return the trace and the errors of every estimator over steps."""
     keys = [key for key in KEYS if key in reports[-1]["total"]]
     rows: list[Row] = [("step",)]
     for key in keys:
-        rows[0] += (f"{SYMBOLS[key]}: trace F", "rel. error")
-        rows[0] += ("1 label", "pairs for 10 %") if key in UNBIASED_KEYS else ()
+        values = (
+            "trace F",
+            "error",
+            *(("1 label", "pairs for 10 %") if key in UNBIASED_KEYS else ()),
+        )
+        rows[0] += tuple(f"{value}: {SYMBOLS[key]}" for value in values)
     for report in subsample(reports, MAX_STEPS):
         row: Row = (f"{report['step']:,}",)
         for key in keys:
@@ -257,7 +275,9 @@ def _over_steps(reports: list[Record]) -> list[Row]:
             row += (with_error(estimate.get("trace"), estimate.get("std_error")),)
             row += (percent(estimate.get("rel_error")),)
             if key in UNBIASED_KEYS:
-                error = error_with_drawn_labels(estimate, report["batch_size"])
+                error = error_with_drawn_labels(
+                    estimate, report["batch_size"], at=reports[-1]["batch_size"]
+                )
                 row += (percent(error), format_pairs(estimate))
         rows.append(row)
     return rows

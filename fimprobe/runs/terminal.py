@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from fimprobe.errors import FimprobeError
-from fimprobe.report.comparison import find_differences, make_comparison
+from fimprobe.report.comparison import COMPARED, find_differences, make_comparison
+from fimprobe.report.footnotes import explain, footnotes
 from fimprobe.report.format import Row, align, one_line, percent, quantity, terminal_width
-from fimprobe.report.record import error_with_drawn_labels, summary_line
+from fimprobe.report.record import summary_line
 from fimprobe.report.run_info import differing_settings, format_run_info
 from fimprobe.report.table import (
     fit_rows,
-    footnotes,
     format_report,
     hidden_columns,
     make_rows,
     wrap,
 )
-from fimprobe.report.trends import format_trend, format_trends, make_trends
+from fimprobe.report.trends import format_trend, format_trends, make_trends, title_of_trends
 from fimprobe.runs.reader import read
 
 MAX_RUNS = 20
@@ -47,7 +47,8 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         hidden = _table(console, make_rows(last, top), total_last=True)
         for line in wrap(footnotes(last, top, without=hidden), width):
             console.print(_plain(line))
-        _advice(console, last["advice"])
+        for line in wrap([f"• {sentence}" for sentence in last["advice"]], width):
+            console.print(_plain(line))
     not_shown = len(last["layers"]) - top
     if not_shown > 0:
         need = "layer that needs" if not_shown == 1 else "layers that need"
@@ -55,18 +56,18 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         total = len(last["layers"])
         print(f"({not_shown:,} {need} fewer pairs {verb} not shown: --top {total})")
     if len(records) > 1:
-        print("\n" + format_trend(records) + "\n")
+        print("\n" + format_trend(records, width=width) + "\n")
         if console is None:
-            print(format_trends(records))
+            print(format_trends(records, width=width))
         else:
-            steps = f"{records[0]['step']:,} to {last['step']:,}"
-            _head(console, f"Î₁ from step {steps} (bars: each from its least to its greatest, log)")
+            _head(console, title_of_trends(records))
             _table(console, make_trends(records))
+        print("\n".join(wrap(explain(last, ("label variance",)), width)))
     run_info = format_run_info(run)
     if run_info:
         print()
     for name, text in run_info.items():
-        print(f"{name + ':':12} {one_line(text)}")
+        print("\n".join(wrap([f"{name + ':':12} {text}"], width)))
 
 
 def show_comparison(
@@ -83,21 +84,28 @@ def show_comparison(
         top: Number of layers in the table.
         runs: The information on both runs; empty for an old file.
     """
-    console = _console()
-    for difference in find_differences(a[-1], b[-1]):
-        print(f"Careful: {one_line(difference)}")
-    for setting in differing_settings(*runs):
-        print(f"Measured differently: {one_line(setting)}")
-    rows = make_comparison(a[-1], b[-1], top)
+    console, width = _console(), terminal_width()
+    warnings = [f"Careful: {difference}" for difference in find_differences(a[-1], b[-1])]
+    warnings += [f"Measured differently: {setting}" for setting in differing_settings(*runs)]
+    for line in wrap(warnings, width):
+        print(line)
+    for shown in range(len(COMPARED), 0, -1):
+        rows = make_comparison(a[-1], b[-1], top, columns=COMPARED[:shown])
+        if width is None or max(map(len, align(rows))) <= width:
+            break
     title = f"Î₁ at step {a[-1]['step']:,} of A and step {b[-1]['step']:,} of B"
     if console is None:
         print("\n".join(["", title, *align(rows)]))
     else:
         _head(console, title)
         _table(console, rows, total_last=True)
+    if shown < len(COMPARED):
+        print(f"({hidden_columns([column.head for column in COMPARED[shown:]])})")
     for name, records in (("A", a), ("B", b)):
         if len(records) > 1:
-            print(f"\n{name}: {format_trends(records, top=min(top, 8))}")
+            print(f"\nRun {name}\n{format_trends(records, top=min(top, 8), width=width)}")
+    notes = explain(a[-1], ("1 label", "pairs for 10 %", "label variance"))
+    print("\n" + "\n".join(wrap(notes, width)))
 
 
 def show_list(folder: str, files: list[Path]) -> None:
@@ -107,7 +115,7 @@ def show_list(folder: str, files: list[Path]) -> None:
         folder: The folder.
         files: The files of its runs, newest first.
     """
-    rows: list[Row] = [("run", "reports", "last step", "Î₁: 1 label", "written")]
+    rows: list[Row] = [("run", "reports", "last step", "error: Î₁", "written")]
     for file in files[:MAX_RUNS]:
         try:
             records = read(file)
@@ -116,7 +124,7 @@ def show_list(folder: str, files: list[Path]) -> None:
         else:
             last = records.reports[-1]
             row = (f"{len(records.reports):,}", f"{last['step']:,}")
-            row += (percent(error_with_drawn_labels(last["total"]["i1"], last["batch_size"])),)
+            row += (percent(last["total"]["i1"].get("rel_error")),)
         written = datetime.fromtimestamp(file.stat().st_mtime)
         rows.append((str(file.parent), *row, f"{written:%Y-%m-%d %H:%M}"))
     print(f"{one_line(folder)} holds {quantity(len(files), 'run')}, newest first:\n")
@@ -143,11 +151,6 @@ def _head(console: Any, text: str) -> None:
     console.print(f"[bold]{_plain(text)}[/bold]")
 
 
-def _advice(console: Any, lines: list[str]) -> None:
-    for line in lines:
-        console.print("• " + _plain(line))
-
-
 def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> list[str]:
     """Print the columns of a table that fit, with colours, and return the heads of the others."""
     from rich.text import Text
@@ -162,7 +165,7 @@ def _table(console: Any, rows: list[Row], *, total_last: bool = False) -> list[s
         is_total = total_last and row is rows[-1]
         text = Text(line, style="bold" if is_total else "")
         for i, head in enumerate(rows[0]):
-            color = _color(row[i]) if head.endswith(("rel. error", "1 label")) else None
+            color = _color(row[i]) if head.startswith(("error", "1 label")) else None
             if color:
                 start = sum(widths[:i]) + 2 * i
                 text.stylize(color, start, start + widths[i])

@@ -59,24 +59,32 @@ def make_tiles(reports: Sequence[Record]) -> list[tuple[str, str]]:
             meaning += f". Last known at step {known[-1]['step']:,}: {read(known[-1])[1]}"
         tiles.append((shown, meaning))
 
-    meaning = f"error of this report, how far off its F is: {inputs}, {describe_labels(last)}"
-    add("i1", "rel_error", _read_error, meaning)
+    sample = f"{inputs}, {describe_labels(last)}"
+    first = partial(_read_error, key="i1")
+    meaning = f"error of this report, how far off its F is: {sample}"
+    add("i1", "rel_error", first, meaning)
+    for key in keys[1:]:
+        read = partial(_read_error, key=key)
+        if read(last)[1] != first(last)[1]:  # with exact labels both are that of the inputs
+            add(key, "rel_error", read, f"error of this report by {SYMBOLS[key]}: {sample}")
     for key in keys:
         draw = "1 random vector" if key == "ih" else "1 label from the model"
-        meaning = f"error of an estimator, {SYMBOLS[key]}: {inputs}, {draw} each"
+        meaning = f"error with 1 label, {SYMBOLS[key]}: {inputs}, {draw} for each"
         add(key, "one_label_error", partial(_read_one_label_error, key=key), meaning)
-    add("i1", "pairs_for_10_percent", _read_pairs, "(input, label) pairs for 10 % by Î₁")
+    meaning = "(input, label) pairs, one label from the model each, for an error of 10 % by Î₁"
+    add("i1", "pairs_for_10_percent", _read_pairs, meaning)
     for key in keys:
         meaning = f"trace of F by {SYMBOLS[key]} ± its standard error"
         add(key, "trace", partial(_read_trace, key=key), meaning)
     outputs = last.get("outputs") or {}
     if outputs.get("fisher_trace") is not None:
-        tiles.append((number(outputs["fisher_trace"]), "tr I(h) of the outputs: 0 is certainty"))
+        meaning = "trace of the output Fisher: it falls as the model grows confident"
+        tiles.append((number(outputs["fisher_trace"]), meaning))
     return tiles
 
 
-def _read_error(record: Record) -> _Number:
-    error = record["total"]["i1"].get("rel_error")
+def _read_error(record: Record, *, key: str) -> _Number:
+    error = record["total"].get(key, {}).get("rel_error")
     return error, percent(error)
 
 

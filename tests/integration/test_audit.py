@@ -118,7 +118,10 @@ def test_the_comparison_is_that_of_dense_vectors():
     truth = g.named(f)["4.weight"].flatten(), g.named(f)["4.bias"].flatten()
     ratio = float(torch.cat(layer).sum() / torch.cat(truth).sum())
     assert result.layers["4"].scale == pytest.approx(ratio, rel=1e-4)
-    assert "top 10 %" in str(result) and "labels of the data" in str(result)
+    assert "top 10 %: how many of the largest 10 % of F's entries" in str(result)
+    (row,) = (line for line in str(result).splitlines() if line.startswith("total "))
+    assert row.split()[1:3] == [f"{result.total.scale:.3g}", f"{result.total.cosine:.3g}"]
+    assert "labels of the data" in str(result)
 
 
 def small(y=None):

@@ -15,15 +15,15 @@ from torch import nn
 import fimprobe
 from fimprobe.cli.commands import main
 from fimprobe.report.comparison import make_comparison
+from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import (
     count,
-    count_with_error,
     number,
     percent,
     sparkline,
     with_error,
 )
-from fimprobe.report.table import footnotes, make_rows
+from fimprobe.report.table import make_rows
 from fimprobe.report.trends import make_trends
 from fimprobe.runs.terminal import _color
 from tests.support.reports import build_report
@@ -52,8 +52,7 @@ def test_table_and_trends_hold_the_reports_values(runs, capsys):
     for name, group in {**last.layers, "total": last.total}.items():
         row = next(x for x in table.splitlines() if x.startswith(name + " "))
         values = [with_error(e.trace, e.std_error) for e in (group.i1, group.i2)]
-        values += [percent(group.i1.rel_error)]
-        values += [count_with_error(group.i1.pairs_for(0.1), group.i1.pairs_error)]
+        values += [percent(e.rel_error) for e in (group.i1, group.i2)]
         for value in values:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", row), (value, row)
     for sentence in last.advice:
@@ -92,7 +91,7 @@ def test_with_exact_labels_both_errors_stand_in_the_table(tmp_path, capsys):
     assert main(["show", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     rows = {row[0].split()[0]: row for row in make_rows(last.to_dict(), view="all")}
-    assert rows["layer"][4:8] == ("rel. error", "pairs for 10 %", "Î₁: 1 label", "Î₂: 1 label")
+    assert rows["layer"][4:8] == ("error: Î₁", "error: Î₂", "1 label: Î₁", "1 label: Î₂")
     rows = {name: (*row[:5], *row[6:]) for name, row in rows.items()}
     for name, group in {**last.layers, "total": last.total}.items():
         want = [percent(group.i1.rel_error)]
@@ -104,9 +103,9 @@ def test_with_exact_labels_both_errors_stand_in_the_table(tmp_path, capsys):
     assert f"F of the whole model is off by {rows['total'][4]} at 8 inputs, exact labels" in out
     off = f"Î₁ would be off by {rows['total'][5]} and Î₂ by {rows['total'][6]}."
     assert f"With one label from the model for each of 8 inputs, {off}" in out
-    assert "rel. error: the error of this report, how far off its F is with exact labels" in out
-    one = "how far off it would be with one label from the model for each of 8 inputs"
-    assert f"1 label: the error of an estimator, {one}" in last.table("variances")
+    assert "error: the error of this report, how far off its F is with 8 inputs, exact labels" in out
+    one = "how far off an estimator would be with one label from the model for each of 8 inputs"
+    assert f"1 label: the error with 1 label, {one}" in last.table("variances")
 
 
 def group(trace=1.0, **values):
@@ -151,14 +150,14 @@ def test_the_footnotes_tell_the_reason_of_every_dash():
         a=group(**lacking(**also, input_variance="lost in its noise (-1 ± 2)")),
         b=group(**KNOWN),
     )
-    errors = "± of trace F: Î₁, rel. error, pairs for 10 %, Î₁: 1 label"
+    errors = "± of trace F: Î₁, error: Î₁, 1 label: Î₁, pairs for 10 %: Î₁"
     assert reasons_of(given) == [
         f"– {errors} in total, a: {FEW.format('2.1')[: -len(' of 40); take more inputs')]} of 40 in "
         "total); take more inputs",
-        "– V inputs in a: lost in its noise (-1 ± 2); take more inputs, or draws='exact'",
+        "– input variance in a: lost in its noise (-1 ± 2); take more inputs, or draws='exact'",
     ]
     # of the columns and the rows that are shown only
-    assert len(reasons_of(given, without=("V inputs",))) == 1
+    assert len(reasons_of(given, without=("input variance",))) == 1
     assert reasons_of(record(total=group(**KNOWN), a=group(**KNOWN))) == []
     only = record(total=group(**KNOWN), a=group(**KNOWN), b=group(**lacking(**few)))
     assert len(reasons_of(only)) == 1 and reasons_of(only, top=1) == []
@@ -168,16 +167,17 @@ def test_the_footnotes_hold_the_remedy():
     lost = "lost in its noise (1 ± 2)"
     for draws, remedy in ((2, "take more inputs, or draws='exact'"), ("exact", "take more inputs")):
         given = record(total=group(**lacking(label_variance=lost))) | {"draws": draws}
-        assert reasons_of(given) == [f"– V labels in total: {lost}; {remedy}"]
+        assert reasons_of(given) == [f"– label variance: Î₁ in total: {lost}; {remedy}"]
     second = {**lacking(label_variance=lost), "probe_error": 2.0, "trace": 1.0}
     given = record(total=group(**KNOWN) | {"i2": second})
     (told,) = reasons_of(given)
     assert told == (
-        f"– Î₂: V labels in total: {lost}; take more inputs, or second_order={{'probes': ...}}"
+        f"– label variance: Î₂ in total: {lost}; take more inputs, or second_order={{'probes': ...}}"
     )
     one = record(total=group(**KNOWN | {"label_variance": None, "input_variance": None}))
     assert reasons_of(one | {"draws": 1}) == [
-        "– V labels, V inputs in total: one label for each input does not determine it; take draws=2 or more"
+        "– label variance: Î₁, input variance in total: one label for each input does not determine "
+        "it; take draws=2 or more"
     ]
     unseen = "the drawn labels carry 0.3 % of the expected score; pass draws='exact'"
     nothing = dict.fromkeys(("trace", *KNOWN)) | {
@@ -196,7 +196,7 @@ def test_many_causes_are_counted():
     assert told[-1] == "– 2 more reasons in the record, under 'unknown'"
     same = {f"l{i}": group(**lacking(label_variance="one cause; do this")) for i in range(8)}
     (told,) = reasons_of(record(total=group(**KNOWN), **same))
-    assert told == "– V labels in l0, l1, l2 and 5 more: one cause; do this"
+    assert told == "– label variance: Î₁ in l0, l1, l2 and 5 more: one cause; do this"
 
 
 @pytest.mark.parametrize("name", ["few", "confident", "unseen", "one draw"])
@@ -269,7 +269,7 @@ def test_a_folder_of_several_runs_is_listed(tmp_path, capsys):
     for name in ("a", "b"):
         (row,) = (x for x in out.splitlines() if x.startswith(f"{folder / name} "))
         assert row.split(str(folder / name))[1].split()[:2] == ["3", "2"]
-        assert f"  {percent(last[name].total.i1.error_of(inputs=8))}  " in row
+        assert f"  {percent(last[name].total.i1.rel_error)}  " in row
     (told,) = (x for x in out.splitlines() if x.startswith("Two side by side: fimprobe "))
     assert main(shlex.split(told)[5:]) == 0  # what it says can be run
     assert main(["show", str(folder), "--html", str(tmp_path / "x.html")]) == 1
@@ -320,8 +320,8 @@ def test_two_runs_side_by_side(runs, capsys):
     assert any("estimators differ: A i1, i2, B i1" in line for line in told)
     assert any("step differs: A 2, B 3" in line for line in told)
     assert "likelihood" not in "".join(told)
-    assert "A: Î₁ from step 0 to 2" in out
-    assert "B: Î₁ from step 0 to 3" in out
+    assert "Run A\nEach layer by Î₁, step 0 to 2: " in out
+    assert "Run B\nEach layer by Î₁, step 0 to 3: " in out
 
 
 def test_equal_configurations_are_not_warned_of(runs, capsys):
@@ -376,9 +376,11 @@ def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
     for group in runs[0][1][-1].layers.values():
         for value in [with_error(group.i1.trace, group.i1.std_error), percent(group.i1.rel_error)]:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", table)
-        pairs = count_with_error(group.i1.pairs_for(0.1), group.i1.pairs_error)
-        assert (pairs in table) == (columns >= 80)
-    assert max(map(len, plain.splitlines())) <= columns
+        second = with_error(group.i2.trace, group.i2.std_error)
+        assert bool(re.search(rf"(?<!\S){re.escape(second)}(?!\S)", table)) == (columns >= 80)
+    assert main(["show", runs[0][0], runs[1][0]]) == 0
+    everything = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines()
+    assert max(len(line) for line in everything if not line.startswith(("A: ", "B: "))) <= columns
     assert ("a wider terminal also shows" in table) == (columns < 100)
 
 

@@ -62,7 +62,7 @@ class Diagnosis:
         if not self.candidates:
             return "No candidate could be computed."
         nearest = "; ".join(
-            f"{_phrase([fit])} (off by {percent(fit.error)}, noise explains "
+            f"{_phrase([fit])} (off by {percent(fit.error)}, by noise alone "
             f"{percent(fit.noise_error)})"
             for fit in self.candidates[:NEAREST]
         )

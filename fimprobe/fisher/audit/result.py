@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fimprobe.fisher.audit.comparison import GroupAudit
 from fimprobe.fisher.audit.fits import CandidateFit
 from fimprobe.fisher.fisher import Fisher
-from fimprobe.report.format import Row, align, number, percent
+from fimprobe.report.format import Row, align, number, percent, quantity, with_error
 
 SHOWN_LAYERS = 12
 """Number of layers in a table; those with the largest traces of F."""
@@ -42,15 +42,23 @@ class Audit:
         ranked = sorted(self.layers, key=lambda name: -self.reference.layers[name].trace)
         shown = set(ranked[:SHOWN_LAYERS])
         share = f"top {100 * self.top:.3g} %"
-        noise = "if F"
+        names = ("cosine", "error", share)
+        heads = [head for name in names for head in (name, f"{name} if F")]
         rows: list[Row] = [
-            ("layer", "tr / tr F", "± s.e.", "cosine", noise, "error", noise, share, noise),
-            _row("(all)", self.total),
+            ("layer", "trace ratio", *heads),
             *(_row(name, group) for name, group in self.layers.items() if name in shown),
+            _row("total", self.total),
         ]
         hidden = len(ranked) - len(shown)
-        lines = align(rows) + ([f"and {hidden} layers with smaller traces"] if hidden else [])
-        return "\n".join([*lines, "", self.summary()])
+        more = [f"and {quantity(hidden, 'layer')} with smaller traces"] if hidden else []
+        meanings = [
+            "trace ratio: the trace of `theirs` over that of F ± standard error; 1 at equal scale",
+            "cosine, error: between `theirs` and F, and how far off it is after the best rescaling",
+            f"{share}: how many of the largest {share.removeprefix('top ')} of F's entries are among "
+            "those of `theirs`",
+            "if F: what F itself would show in place of `theirs`, as F is estimated with an error",
+        ]
+        return "\n".join([*align(rows), *more, *meanings, "", self.summary()])
 
     def summary(self) -> str:
         """Return how far the diagonal is off and what it is, in sentences."""
@@ -59,19 +67,19 @@ class Audit:
             off = "The error is not known, because one of the two diagonals is zero."
         else:
             off = (
-                f"After the best rescaling (by {number(total.factor)}) it is off by "
-                f"{percent(total.error)}; noise of the reference explains "
-                f"{percent(total.noise_error)}, without it {percent(total.excess_error)} are left."
+                f"Multiplied by {number(total.factor)}, which brings it nearest to F, `theirs` is "
+                f"off by {percent(total.error)}. The error of the estimated F alone would be "
+                f"{percent(total.noise_error)}; without it {percent(total.excess_error)} are left."
             )
-        reference = f"Reference: {self.reference.summary().splitlines()[0]}"
+        state = self.reference.summary().splitlines()[0].removeprefix("F ")
+        reference = f"The F that it is compared with {state}"
         return "\n".join([self.finding, off, reference, *self.notes])
 
 
 def _row(name: str, group: GroupAudit) -> Row:
     return (
         name,
-        number(group.scale),
-        number(group.scale_error),
+        with_error(group.scale, group.scale_error),
         number(group.cosine),
         number(group.noise_cosine),
         percent(group.error),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -183,6 +185,9 @@ class StateFile:
             torch.save({**state, "identity": self.identity}, file)
             file.flush()
             os.fsync(file.fileno())
+        if self.path.exists():
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                shutil.copymode(self.path, temporary)
         if self.several and self.path.exists():
             os.replace(self.path, self._previous)
         os.replace(temporary, self.path)

@@ -28,12 +28,12 @@ _LINEAR = {
     "fim/error_of_this_report": (
         "rel_error",
         "The error of this report (rel_error): how far off its diagonal of F is, as a share of it, "
-        "over its inputs and all labels for them. 0.1 is good; from 1 on it is noise.",
+        "with its inputs and their labels. 0.1 is good; from 1 on it is noise.",
     ),
     "fim/error_with_1_label": (
         "one_label_error",
-        "The error of the estimator (one_label_error) with one label from the model for each of the "
-        "probe's inputs, for any labels of the measurement. 0.1 is good; 1 is noise.",
+        "The error with 1 label (one_label_error): how far off the estimator would be with one label "
+        "from the model for each input of the report. 0.1 is good; from 1 on it is noise.",
     ),
     "fim_vs_empirical/cosine": (
         "cosine",
@@ -49,23 +49,24 @@ _LINEAR = {
 _LOGARITHMIC = {
     "fim/log10_input_variance": (
         "input_variance",
-        "Variance of one pair's diagonal from the choice of the input, Σᵢ.",
+        "How much the diagonal of F from one (input, label) pair varies with its input, summed.",
     ),
     "fim/log10_label_variance": (
         "label_variance",
-        "Variance of one pair's diagonal from the choice of the label, Σᵢ.",
+        "How much the diagonal of F from one (input, label) pair varies with its label, summed.",
     ),
     "fim/log10_pairs_for_10_percent": (
         "pairs_for_10_percent",
-        "(input, label) pairs, labels from the model, for a relative error of 10 %.",
+        "(input, label) pairs, one label from the model each, that an error of 10 % takes.",
     ),
     "fim/log10_trace": (
         "trace",
-        "Estimated trace of F: Σᵢ F̂ᵢᵢ. The picture of traces has its standard error.",
+        "Estimated trace of F, the sum of its diagonal. The picture of traces has standard errors.",
     ),
     "fim_matrix_bounds/log10_bound_of_covariance_norm": (
         "bound",
-        "Bound on covariance_norm: (17) ‖J‖⁴‖M‖ for Î₁, (18) ‖H‖²‖I‖ for Î₂.",
+        "Bound on covariance_norm: Soen & Sun (2021), eq. 17 for Î₁, from the Jacobian, and eq. 18 "
+        "for Î₂, from the Hessian of the outputs.",
     ),
     "fim_matrix_bounds/log10_bound_of_label_variance": ("diagonal_bound", "Bound on label_variance."),
     "fim_matrix_bounds/log10_bound_of_total_label_variance": (
@@ -74,20 +75,20 @@ _LOGARITHMIC = {
     ),
     "fim_matrix_bounds/log10_covariance_norm": (
         "covariance_norm",
-        "‖Cov‖_F of the estimator over labels, mean over inputs.",
+        "Norm of the estimator's covariance over labels, mean over inputs.",
     ),
     "fim_matrix_bounds/log10_total_label_variance": (
         "total_label_variance",
-        "Variance from labels over the whole matrix, not only over the diagonal.",
+        "Label variance of the whole matrix, not only of the diagonal.",
     ),
 }
 """The field of each tag whose values span decades, and its description; the chart shows log10."""
 
 _MAIN = {
-    "fim_outputs/log10_fisher_trace": "log10 of tr I(h) of the outputs, mean over inputs: it falls "
-    "as the model grows confident, and so does Î₁.",
-    "fim_outputs/log10_moment_norm": "log10 of ‖M‖_F, the fourth central moment of the outputs minus "
-    "I⊗I, mean over inputs.",
+    "fim_outputs/log10_fisher_trace": "log10 of the trace of the output Fisher, the Fisher "
+    "information of the outputs, mean over inputs: it falls as the model grows confident.",
+    "fim_outputs/log10_moment_norm": "log10 of the norm of the output fourth moment, which enters "
+    "the bounds on Î₁, mean over inputs.",
     "fim_probe/seconds": "Seconds of this measurement.",
     "fim_probe/overhead": "Share of measuring and writing in the wall time so far, from half a "
     "minute after attach() on.",
@@ -98,21 +99,22 @@ _MAIN = {
 
 _HISTOGRAMS = {
     "rel_error": "Errors of this report, of all parameter tensors.",
-    "log10_diagonal": "log10 of the entries of diag F; of each parameter's mean entry, counted by "
-    "its size, where the entries were not kept.",
+    "log10_diagonal": "log10 of the entries of the diagonal of F; of each parameter's mean entry, "
+    "counted by its size, where the entries were not kept.",
     "log10_pairs_for_10_percent": "log10 of the pairs that each parameter tensor needs for 10 %.",
 }
 
 _FIGURES = {
-    "1_error": "Relative error over the training, with one label for each input.",
+    "1_error": "Errors over the training: of this report, and with one label for each input.",
     "2_trace": "Trace of F over the training, ± 2 standard errors.",
-    "3_error_by_layer": "Relative error, layer by layer (model order) over the training.",
-    "4_variance_and_bound": "Variance of a pair from labels and from inputs, and the labels' bound.",
-    "4b_labels_by_estimator": "Variance of a pair from labels: Î₁ against Î₂, by layer.",
-    "5_pairs_needed": "(input, label) pairs for a relative error of 10 %, against those measured.",
-    "6_bound_of_the_matrix": "Labels' covariance of the whole matrix, measured, and its bound.",
-    "7_diagonal": "Sizes of the diagonal of F. Small entries are the hard ones.",
-    "8_error_by_confidence": "Relative error with one label for each input, against tr I(h).",
+    "3_error_by_layer": "Error with one label for each input, layer by layer (model order) over the "
+    "training.",
+    "4_variance_and_bound": "Label variance and input variance, and the bound on label variance.",
+    "4b_labels_by_estimator": "Label variance: Î₁ against Î₂, by layer.",
+    "5_pairs_needed": "(input, label) pairs for an error of 10 %, against those measured.",
+    "6_bound_of_the_matrix": "How much the whole matrix varies with labels, measured, and its bound.",
+    "7_diagonal": "Sizes of the diagonal of F. Small entries have large relative errors.",
+    "8_error_by_confidence": "Error with one label for each input, against the model's confidence.",
     "9_convergence": "Error of the trace against the number of inputs, measured and predicted.",
 }
 

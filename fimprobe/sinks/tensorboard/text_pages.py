@@ -9,23 +9,38 @@ from typing import Any
 import yaml
 
 from fimprobe.estimators.names import ESTIMATORS
+from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import one_line, quantity
 from fimprobe.report.record import FROZEN, Record, describe_inputs, describe_labels
 from fimprobe.report.report import Report
 from fimprobe.report.run_info import format_run_info
-from fimprobe.report.table import footnotes, make_rows
+from fimprobe.report.table import make_rows
 
-_FORMULAS = {
-    "trace": "Σᵢ F̂ᵢᵢ",
-    "error_of_this_report": "√(Σᵢ Var F̂ᵢᵢ) / ‖diag F‖",
-    "error_with_1_label": "√(Σᵢ(V_label + V_input) / inputs) / ‖diag F‖",
-    "label_variance": "Σᵢ E_x Var_y(F̂ᵢᵢ)",
-    "input_variance": "Σᵢ Var_x(F_ii(x))",
-    "pairs_for_10_percent": "Σᵢ(V_label + V_input) / (0.1 ‖diag F‖)²",
-    "total_label_variance": "Σᵢⱼ E_x Var_y(F̂ᵢⱼ)",
-    "covariance_norm": "‖Cov_y(F̂)‖_F",
-    "bound_of_covariance_norm": "Î₁: ‖J‖_F⁴ ‖M‖_F;  Î₂: ‖H‖_F² ‖I‖_F",
+_MEANINGS = {
+    "trace": ("the sum of the diagonal of F", "Σᵢ F̂ᵢᵢ"),
+    "error_of_this_report": ("how far off its F is", "√(Σᵢ Var F̂ᵢᵢ) / size"),
+    "error_with_1_label": (
+        "how far off an estimator is with one label from the model for each input",
+        "√((label_variance + input_variance) / inputs) / size",
+    ),
+    "label_variance": (
+        "how much the diagonal of F from one (input, label) pair varies with its label",
+        "Σᵢ E_x Var_y(F̂ᵢᵢ)",
+    ),
+    "input_variance": ("how much it varies with its input", "Σᵢ Var_x(F_ii(x))"),
+    "pairs_for_10_percent": (
+        "pairs that an error of 10 % takes",
+        "(label_variance + input_variance) / (0.1 size)²",
+    ),
+    "total_label_variance": ("label variance of all entries of F", "Σᵢⱼ E_x Var_y(F̂ᵢⱼ)"),
+    "covariance_norm": ("norm of the covariance over labels", "root of its sum of squares"),
+    "bound_of_covariance_norm": (
+        "its bound, Soen & Sun (2021), eq. 17 and 18",
+        "Î₁: norms of the Jacobian and of the output fourth moment; Î₂: norms of the Hessian of the "
+        "outputs and of the output Fisher",
+    ),
 }
+"""Meaning and formula of each chart; size is the norm of the diagonal of F."""
 
 _MARKUP = re.compile(r"[\\`*\[\]|<>&~]|(?<![^\W_])_|_(?![^\W_])")
 """What Markdown and HTML may read as markup; an underscore within a word is none."""
@@ -81,12 +96,16 @@ def about_page(report: Report, *, run: Mapping[str, Any], tabs: str) -> str:
 def _definitions(report: Report) -> list[str]:
     """Return the definitions of the measured estimators and of the charts."""
     measured = [e for key, e in ESTIMATORS.items() if report.total.get(key) is not None]
-    charts = [(f"`{name}`", _escape(formula)) for name, formula in _FORMULAS.items()]
+    charts = [
+        (f"`{name}`", _escape(words), _escape(formula))
+        for name, (words, formula) in _MEANINGS.items()
+    ]
     return [
         "## Definitions",
         _table(("estimator", "what it is"), [(e.symbol, _escape(e.formula)) for e in measured]),
-        "The charts of each estimator:",
-        _table(("chart", "formula"), charts),
+        "The charts of each estimator; *size* is the root of the sum of squares of the diagonal of "
+        "F:",
+        _table(("chart", "what it is", "formula"), charts),
         "`error_of_this_report` is the error of its numbers. `error_with_1_label` and "
         "`pairs_for_10_percent` describe an estimator with labels drawn from the model, for any "
         "labels of the measurement. Variances are those of one (input, label) pair. Unknown values "

@@ -2,12 +2,15 @@
 
 import builtins
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
 import fimprobe
+from fimprobe.fisher.streaming.state import StateFile
+from fimprobe.report.format import with_error
 from tests.models.small import mlp
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -47,6 +50,25 @@ def test_the_file_is_plain(fisher, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_files_have_the_mode_that_open_leaves(fisher, tmp_path):
+    """That of the umask for a new file; that of the file before for one that is replaced."""
+
+    state = StateFile(tmp_path / "state", rank=0, processes=1, identity="")
+    writers = {"f.safetensors": fisher.save, "state": lambda _: state.write({"rounds": 1})}
+    before = os.umask(0o027)
+    try:
+        for name, write in writers.items():
+            path = tmp_path / name
+            write(path)
+            assert path.stat().st_mode & 0o777 == 0o640
+            path.chmod(0o604)
+            write(path)
+            assert path.stat().st_mode & 0o777 == 0o604
+    finally:
+        os.umask(before)
+
+
 def test_files_that_do_not_fit_are_refused(fisher, tmp_path):
     path = tmp_path / "f.safetensors"
     fisher.save(path)
@@ -83,5 +105,7 @@ def test_without_safetensors_the_error_has_the_command(fisher, tmp_path, monkeyp
 
 def test_the_table_has_the_layers(fisher):
     lines = str(fisher).splitlines()
-    assert lines[0].split()[:2] == ["layer", "entries"] and lines[1].startswith("(all)")
+    assert lines[0].split()[:2] == ["layer", "parameters"]
+    assert [line.split()[0] for line in lines[1:4]] == [*fisher.layers, "total"]
+    assert f"{with_error(fisher.trace, fisher.total.std_error)}  " in lines[3]
     assert "F is off by" in str(fisher) and "likelihood: Categorical" in fisher.report()

@@ -105,6 +105,25 @@ def test_colours_mean_the_same_in_every_run(error, highest):
     assert {axis.images[0].get_clim() for axis in axes[:2]} == {(0.01, highest)}
 
 
+def test_errors_with_one_label_are_for_the_inputs_of_the_last_report():
+    records = [build_report(3, 1000 * i).to_dict() for i in range(2)]
+    records[1]["batch_size"] = 8  # a last batch that is smaller
+    (line, *_) = pictures.draw_errors(records).axes[0].lines
+    grid = pictures.draw_error_map(records).axes[0].images[0].get_array()
+    groups = [record["total"] for record in records], [record["layers"]["0"] for record in records]
+    for values, (first, last) in zip((line.get_ydata(), grid[0]), groups, strict=True):
+        errors = [group["i1"]["one_label_error"] for group in (first, last)]
+        np.testing.assert_allclose(values, [2 * errors[0], errors[1]])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_grey_is_explained_where_it_is_drawn(known):
+    records = [build_report(3, 0).to_dict(), build_report(3, 1, known=known).to_dict()]
+    legends = pictures.draw_error_map(records).legends
+    words = [text.get_text() for legend in legends for text in legend.get_texts()]
+    assert words == ([] if known else ["unknown"])
+
+
 def test_a_long_run_keeps_a_bounded_heat_map():
     album = PlotHistory()
     for i in range(5 * MAX_COLUMNS):
@@ -127,12 +146,15 @@ def test_lines_and_bands_hold_the_values():
     records = [report.to_dict() for report in reports]
     steps = [report.step for report in reports]
     lines = {x.get_label(): x for x in pictures.draw_errors(records).axes[0].lines}
+    reported = [report.total.i1.rel_error for report in reports]  # the number that a report states
+    np.testing.assert_allclose(lines["this report"].get_ydata(), reported)
     axis = pictures.draw_traces(records).axes[0]
     bands = [band.get_paths()[0].vertices for band in axis.collections]
     for kind, name, line, band in zip(("i1", "i2"), ("Î₁", "Î₂"), axis.lines, bands, strict=True):
         totals = [getattr(report.total, kind) for report in reports]
-        np.testing.assert_allclose(lines[name].get_ydata(), [one_label(e) for e in totals])
-        np.testing.assert_array_equal(lines[name].get_xdata(), steps)
+        drawn_errors = lines[f"1 label: {name}"]
+        np.testing.assert_allclose(drawn_errors.get_ydata(), [one_label(e) for e in totals])
+        np.testing.assert_array_equal(drawn_errors.get_xdata(), steps)
         np.testing.assert_allclose(line.get_ydata(), [e.trace for e in totals])
         for step, e in zip(steps, totals, strict=True):
             ends = band[band[:, 0] == step, 1]
@@ -176,7 +198,7 @@ def test_the_sizes_of_the_diagonal_are_drawn_where_they_are_known():
     for bar, (edge, number) in zip(bars, sizes, strict=True):
         assert bar.get_height() == number and bar.get_x() == pytest.approx(10**edge)
         assert bar.get_x() + bar.get_width() == pytest.approx(10 ** (edge + 0.5))
-    assert axis.get_xlabel() == "entry of diag F by Î₁"
+    assert axis.get_xlabel() == "entry of the diagonal of F, by Î₁"
 
 
 def test_with_exact_labels_errors_are_those_of_one_drawn_label():
@@ -195,7 +217,7 @@ def test_with_exact_labels_errors_are_those_of_one_drawn_label():
     np.testing.assert_allclose(measured.get_xdata(), [g.i1.covariance_norm for g in layers])
     np.testing.assert_allclose(bound.get_xdata(), [g.i1.bound for g in layers])
     told = [t.get_text() for t in pictures.draw_needs(record).legends[0].get_texts()]
-    assert "32: 1 label for each input here" in told
+    assert "32 pairs: 1 label per input" in told
 
 
 def test_the_errors_by_confidence_are_those_of_the_reports():
@@ -208,7 +230,7 @@ def test_the_errors_by_confidence_are_those_of_the_reports():
             if r.step != 2000
         ]
         np.testing.assert_allclose(drawn(marks), want)
-        assert marks.get_label() == name
+        assert marks.get_label() == f"1 label: {name}"
     assert axis.get_xscale() == axis.get_yscale() == "log"
     left, right = axis.get_xlim()
     assert left > right and "confident to the right" in axis.get_xlabel()
@@ -232,7 +254,7 @@ def test_the_convergence_holds_the_groups_and_the_line_through_the_error():
     np.testing.assert_allclose(groups.get_offsets(), report.convergence)
     e = report.total.i1
     np.testing.assert_allclose(whole.get_offsets(), [[32, e.std_error / e.trace]])
-    line = next(x for x in axis.lines if x.get_label() == "∝ 1/√inputs")
+    line = next(x for x in axis.lines if x.get_label() == "falls as 1/√inputs")
     for inputs, error in zip(*line.get_data(), strict=True):
         assert error == pytest.approx(e.std_error / e.trace * (32 / inputs) ** 0.5)
     assert axis.get_xscale() == axis.get_yscale() == "log"
@@ -293,7 +315,7 @@ def test_labels_that_were_not_seen_leave_no_picture_of_f():
     for picture in make_figures([record, known], record):
         for axis in picture.figure.axes:
             for line in axis.lines:
-                if line.get_label() in ("Î₁", "Î₂"):
+                if line.get_label().endswith(("Î₁", "Î₂")) or line.get_label() == "this report":
                     seen = np.isfinite(np.array(line.get_ydata(), dtype=float))
                     np.testing.assert_array_equal(np.array(line.get_xdata())[seen], [5])
 

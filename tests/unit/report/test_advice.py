@@ -107,6 +107,10 @@ def test_how_far_off_f_is_and_how_many_inputs_it_takes():
     )
     text = report(total, draws=None, label_sampling="exact").advice[0]
     assert "at 8 inputs, exact labels; an error of 10 % takes about 83 inputs" in text
+    both = GroupEstimates(numel=9, i1=estimate(rel_error=0.366), i2=estimate(rel_error=0.184))
+    text = report(both).advice[0]
+    assert text.startswith("F of the whole model is off by 36.6 % by Î₁ and by 18.4 % by Î₂ at 8 ")
+    assert text.endswith("about 107 inputs measured in the same way with Î₁.")
     good = GroupEstimates(numel=9, i1=estimate(3.0, 1.5, rel_error=0.1))
     assert (
         report(good)
@@ -182,7 +186,8 @@ def test_verdicts_of_layers():
     verdicts = {"fine": "trusted", "over": "needs 32 inputs", "few": "unknown", "dead": "zero"}
     for name, text in verdicts.items():
         assert verdict(vars(layers[name].i1), 8) == text
-    assert verdict({"trace": 1.0, "rel_error": 0.11}, 1) == "needs 1 input"
+    # more than were measured, however near the error is to 10 %
+    assert verdict({"trace": 1.0, "rel_error": 0.1001}, 29) == "needs 30 inputs"
     # every layer has one verdict
     told = " ".join(x for x in given.advice if not x.startswith(("F of", "With one", "Labels")))
     assert all(told.count(f"'{name}'") == (2 if name == "few" else 1) for name in layers)
@@ -274,8 +279,8 @@ def test_the_estimator_with_the_least_error_at_equal_compute(variances, best):
     names = {"i1": "Î₁", "i2": "Î₂", "ih": "Î_H"}
     for kind in variances:
         if kind != "i1":
-            assert f"the diagonal of {names[kind]} costs {COSTS[kind] / 2:.2g} times" in text
-    assert text.endswith(" times that of Î₁.")
+            assert f"{COSTS[kind] / 2:.2g} times as long by {names[kind]}" in text
+    assert text.endswith(" as by Î₁.")
     errors = sorted((error(v, COSTS[k]), names[k]) for k, v in variances.items())
     if best is None:
         assert "have similar errors" in text
@@ -298,8 +303,8 @@ def test_choices_of_several_layers_and_their_limits():
         "(21 times smaller). Measured here, "
     ) in text and "'c'" not in text
     given = report(group(1.0, 1.0), layers)
-    assert line(given, "Labels add no variance").startswith(
-        "Labels add no variance to the diagonal of Î₂ in 'a': "
+    assert line(given, "The diagonal of Î₂") == (
+        "The diagonal of Î₂ in 'a' does not depend on labels: only inputs make it err."
     )
     none = {"a": GroupEstimates(numel=3, i1=estimate(5.0, 0.0), i2=estimate(0.0, 0.0))}
     assert "Î₂ has the smaller error in layer 'a' (zero error)." in choice(
@@ -310,7 +315,7 @@ def test_choices_of_several_layers_and_their_limits():
     assert "error in layer 'a' (667 times smaller)" in choice(wide, SECONDS, total=group(1.0, 1.0))
     # exact labels: F comes with Î₁'s passes, so that Î₂ costs 0.5 + 1.5 + 6
     text = choice({"a": group(99.0, 0.0)}, SECONDS, total=group(1.0, 1.0), draws=None)
-    assert "the diagonal of Î₂ costs 4 times that of Î₁." in text
+    assert "the diagonal takes 4 times as long by Î₂ as by Î₁." in text
     assert "'a' (5 times smaller)" in text
     # nothing to compare
     assert choice({"a": GroupEstimates(numel=3, i1=estimate(1.0, 1.0))}, SECONDS) is None
@@ -339,7 +344,9 @@ def labels_line(total, **more):
 def test_labels_against_inputs(share):
     labels, inputs = share * 40, (1 - share) * 40
     text = labels_line(GroupEstimates(numel=9, i1=estimate(labels, inputs)))
-    (percent,) = numbers("Labels cause # % of the variance of one pair of Î₁: ", text)
+    (percent,) = numbers(
+        "Labels cause # % of the variance of Î₁ from one (input, label) pair: ", text
+    )
     assert percent == pytest.approx(100 * share, abs=0.51)
     # 4 labels for each input against 4 times the inputs, of one label each: √((V_x + V_y/S)/N)
     more_labels, more_inputs = inputs + labels / 4, (inputs + labels) / 4
@@ -370,7 +377,7 @@ def test_what_size_biased_labels_gained():
     total = GroupEstimates(numel=9, i1=estimate(39.0, 1.0, norm=0.5, rel_error=0.4))
     text = labels_line(total, label_sampling="size_biased")
     here, drawn = numbers(
-        "with the size-biased labels of this report it is # %, with as many from the model it would be "
+        "with the size-biased labels of this report its error is # %, with as many from the model it would be "
         "# %",
         text,
     )
@@ -407,12 +414,12 @@ def test_weights_that_make_the_bound_large():
         )
         return groups
 
-    text = line(report(layers=layers(50.0, 1.5, 7.0, 0.9, 3.0, 2.0)), "The bound (21)")
-    # (21) of layer l multiplies the weights after it: never the first layer's own
-    assert "of 'l2' (s_max 7), 'l4' (s_max 3), 'l5' (s_max 2);" in text
+    text = line(report(layers=layers(50.0, 1.5, 7.0, 0.9, 3.0, 2.0)), "The bound on the Jacobian")
+    # eq. 21 of layer l multiplies the weights after it: never the first layer's own
+    assert "spectral norms of the weights of 'l2' (7), 'l4' (3), 'l5' (2);" in text
     assert "(2 times the true value at 'l0')" in text
     for quiet in ((50.0,), (50.0, 0.5, 1.0), ()):
-        assert not [x for x in report(layers=layers(*quiet)).advice if "(21)" in x]
+        assert not [x for x in report(layers=layers(*quiet)).advice if "Jacobian" in x]
 
 
 @pytest.mark.parametrize(
@@ -440,8 +447,8 @@ def test_violated_bounds(kind, value, error, shouts):
         assert len(found) == shouts
         for text in found:
             name = "the model" if where == "total" else "fc"
-            equation, sign = ("(17)", "Î₁") if kind == "i1" else ("(18)", "Î₂")
-            assert f"in {name} (‖Cov {sign}‖ = {value:.3g}, bound {equation} 2):" in text
+            sign = "Î₁" if kind == "i1" else "Î₂"
+            assert f"in {name} (covariance norm of {sign} {value:.3g}, bound 2):" in text
             assert "report it" in text
 
 
@@ -531,7 +538,7 @@ def test_every_number_of_a_real_measure(double):
     )
     assert inputs == size
     assert off == pytest.approx(100 * (across / size) ** 0.5 / norm, rel=5e-3)
-    assert need == pytest.approx(100 * across / norm**2, abs=0.51)
+    assert need == pytest.approx(max(100 * across / norm**2, size + 1), abs=0.51)
     inputs, first, second, need, _, other, _ = numbers(
         "With one label from the model for each of # inputs, Î₁ would be off by # % and Î₂ by # %. An "
         "error of 10 % takes # ± # (input, label) pairs with Î₁, # ± # with Î₂.",
@@ -549,7 +556,7 @@ def test_every_number_of_a_real_measure(double):
             (shown,) = numbers(f"'{name}' (# %)", trusted[0])
         else:
             inputs, shown = numbers(f"'{name}' takes # (# % now)", needy[0])
-            assert inputs == pytest.approx(size * (error_now / 0.1) ** 2, abs=0.51)
+            assert inputs == pytest.approx(max(size * (error_now / 0.1) ** 2, size + 1), abs=0.51)
         assert shown == pytest.approx(100 * error_now, rel=5e-3)
     (share,) = numbers("Labels cause # % of the variance", line(given, "Labels cause"))
     assert share == pytest.approx(100 * labels / (labels + across), abs=0.51)
@@ -557,7 +564,7 @@ def test_every_number_of_a_real_measure(double):
     cost = {"Î₁": parts["forward"] + parts["i1"]}
     cost["Î₂"] = cost["Î₁"] + parts["i2 diagonal"]
     text = choice_of(given)
-    assert f"diagonal of Î₂ costs {cost['Î₂'] / cost['Î₁']:.2g} times that" in text
+    assert f"diagonal takes {cost['Î₂'] / cost['Î₁']:.2g} times as long by Î₂ as by Î₁" in text
     for n in given.layers:
         _, across, first, second = truth["layers", n]
         errors = {"Î₁": error(across + first, cost["Î₁"]), "Î₂": error(across + second, cost["Î₂"])}
@@ -571,12 +578,12 @@ def test_every_number_of_a_real_measure(double):
             assert numbers(f"'{n}' (# times smaller)", side) == [pytest.approx(gain, rel=0.05)]
         else:
             assert f"'{n}' (" not in text
-    assert "'4'" in line(given, "Labels add no variance") and truth["layers", "4"][3] < 1e-20
-    assert "'2'" not in line(given, "Labels add no variance")
-    text = line(given, "The bound (21)")
+    assert "'4'" in line(given, "The diagonal of Î₂") and truth["layers", "4"][3] < 1e-20
+    assert "'2'" not in line(given, "The diagonal of Î₂")
+    text = line(given, "The bound on the Jacobian")
     svd = {n: float(torch.linalg.svdvals(net[int(n)].weight.detach())[0]) for n in ("0", "2", "4")}
     large = sorted((n for n in ("2", "4") if svd[n] > 1), key=svd.get, reverse=True)
-    assert numbers(", ".join(f"{n!r} (s_max #)" for n in large), text) == [
+    assert numbers(", ".join(f"{n!r} (#)" for n in large), text) == [
         pytest.approx(svd[n], rel=6e-3) for n in large
     ]
     own = brute_force.groups(net)["layers", "0"]

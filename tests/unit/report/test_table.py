@@ -5,13 +5,14 @@ import re
 import pytest
 
 import fimprobe
-from fimprobe.report.format import with_error
+from fimprobe.report.columns import VIEWS
+from fimprobe.report.format import percent, with_error
 from fimprobe.report.layer_names import label_layers, shorten_names
-from fimprobe.report.table import VIEWS, format_report, format_table, make_rows
+from fimprobe.report.table import format_report, format_table, make_rows
 from tests.support.reports import build_report
 
 HEAD = (
-    "layer", "parameters", "trace F: Î₁", "trace F: Î₂", "rel. error", "pairs for 10 %", "verdict",
+    "layer", "parameters", "trace F: Î₁", "trace F: Î₂", "error: Î₁", "error: Î₂", "verdict",
 )  # fmt: skip
 
 
@@ -25,8 +26,9 @@ def test_the_default_has_seven_columns_and_one_verdict_a_layer():
         assert row[3] == with_error(group.i2.trace, group.i2.std_error)
         trusted = group.i1.rel_error <= 0.1
         inputs = 32 * (group.i1.rel_error / 0.1) ** 2
+        assert row[4:6] == (percent(group.i1.rel_error), percent(group.i2.rel_error))
         assert row[6] == ("trusted" if trusted else f"needs {inputs:,.0f} inputs")
-    assert make_rows(build_report(5, 0, i2=False).to_dict())[0] == (*HEAD[:3], *HEAD[4:])
+    assert make_rows(build_report(5, 0, i2=False).to_dict())[0] == (*HEAD[:3], HEAD[4], HEAD[6])
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -38,7 +40,13 @@ def test_every_view_is_a_table_with_the_meaning_of_its_columns(view):
     for head in make_rows(report.to_dict(), view=view)[0][1:]:
         assert head in text.splitlines()[0]
     assert ("verdict: " in text) == (view in ("errors", "all"))
-    assert ("1 label: the error of an estimator" in text) == (view in ("variances", "all"))
+    assert ("1 label: the error with 1 label" in text) == (view in ("variances", "all"))
+    # every head is explained, and with it what the head of this report's errors refers to
+    notes = text.rpartition("---\n")[2].splitlines()[1:]
+    heads = {head.partition(":")[0] for head in make_rows(report.to_dict(), view=view)[0][1:]}
+    names = {"bound/..." if head.startswith("bound/") else head for head in heads - {"parameters"}}
+    names |= {"size-biased labels"} if "error" in names else set()
+    assert {note.partition(":")[0] for note in notes} == names
     assert ("1 is equality" in text) == (view in ("bounds", "all"))
 
 

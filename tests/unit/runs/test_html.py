@@ -12,8 +12,9 @@ import pytest
 
 import fimprobe
 from fimprobe.cli.commands import main
+from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import count_with_error, number, percent, with_error
-from fimprobe.report.table import footnotes, make_rows
+from fimprobe.report.table import make_rows
 from fimprobe.runs.html import make_page
 from fimprobe.sinks.jsonl import JsonlSink
 from tests.support.reports import build_report
@@ -45,9 +46,9 @@ def test_the_page_holds_the_reports_values(run):
     for name, group in {**last.layers, "total": last.total}.items():
         first, second, *_ = (r for r in rows if r[0].split()[0] == name)
         assert first[2:4] == [with_error(e.trace, e.std_error) for e in (group.i1, group.i2)]
-        assert first[4] == percent(group.i1.rel_error)
-        assert first[5] == count_with_error(group.i1.pairs_for(0.1), group.i1.pairs_error)
+        assert first[4:6] == [percent(e.rel_error) for e in (group.i1, group.i2)]
         assert second[1:3] == [percent(e.error_of(inputs=8)) for e in (group.i1, group.i2)]
+        assert second[3] == count_with_error(group.i1.pairs_for(0.1), group.i1.pairs_error)
     for report in run[1]:
         row = next(r for r in rows if r[0] == str(report.step) and len(r) == 13)
         for start, estimate in ((1, report.total.i1), (5, report.total.i2), (9, report.total.ih)):
@@ -84,8 +85,8 @@ def test_with_exact_labels_page_and_table_hold_the_same_errors(tmp_path):
     tiles = re.findall(r"<b>([\d.,]+ %)</b><span>([^<]*)</span>", unescape(page))
     assert tiles == [
         (errors[0], "error of this report, how far off its F is: 8 inputs, exact labels"),
-        (errors[1], "error of an estimator, Î₁: 8 inputs, 1 label from the model each"),
-        (errors[2], "error of an estimator, Î₂: 8 inputs, 1 label from the model each"),
+        (errors[1], "error with 1 label, Î₁: 8 inputs, 1 label from the model for each"),
+        (errors[2], "error with 1 label, Î₂: 8 inputs, 1 label from the model for each"),
     ]
     assert all(any(value in advice for advice in last.advice[:4]) for value in errors)
 
@@ -100,7 +101,7 @@ def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
     assert f"{number(last.total.i1.trace)} ± –" in [shown for shown, _ in tiles]
     dashes = [told for shown, told in tiles if shown == "–"]
     assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
-    assert re.search(rf"– ± of trace F: Î₁, .*rel. error, .* everywhere: {re.escape(why)}", page)
+    assert re.search(rf"– ± of trace F: Î₁, .*error: Î₁, .* everywhere: {re.escape(why)}", page)
     assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
 
 
@@ -174,7 +175,7 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
     assert "one label for each input" in reports[0].total.i1.unknown["label_variance"]
     titles = [p.title for p in make_figures([reports[0].to_dict()])]
     assert "Trace of the Fisher information" in titles
-    assert "Labels' covariance of the whole matrix, and its bound" not in titles
+    assert "How much the whole matrix varies with labels, and its bound" not in titles
     assert "Variance of one (input, label) pair" not in titles
     assert "Layers at step 0" in make_page(fimprobe.read(tmp_path))
 
