@@ -47,9 +47,9 @@ def _indices(size: int, device: torch.device) -> Tensor:
 class Moments:
     """Sums over B inputs and their S draws for one parameter.
 
-    g are per-sample gradients. Exact labels weight g² by w and g⁴ by w₄, and S is 1 in every formula.
-    Drawn labels of weight w (1, or that of a size-biased draw) enter as ĝ = √w g, with w₄ = 1/w.
-    See docs/theory.md, "Unbiased estimates from B inputs and S draws".
+    docs/theory.md, "The sums of a measurement", has the formula, shape and use of each. g are
+    per-sample gradients. Exact labels weight g² by w and g⁴ by w₄, and S is 1 in every formula. Drawn
+    labels of weight w (1, or that of a size-biased draw) enter as ĝ = √w g, with w₄ = 1/w.
     """
 
     a2: Tensor

@@ -209,7 +209,8 @@ class Config(Section):
         try:
             get_likelihood(likelihood)
         except FimprobeError as error:
-            similar = difflib.get_close_matches(str(likelihood).lower(), ["auto", *LIKELIHOODS], 1)
+            given = likelihood.lower() if isinstance(likelihood, str) else ""
+            similar = difflib.get_close_matches(given, ["auto", *LIKELIHOODS], 1)
             hint = f" Did you mean {similar[0]!r}?" if similar else ""
             raise ValueError(f"{str(error).rstrip('.')}.{hint}") from None
         return likelihood

@@ -6,8 +6,6 @@ not in the batch. The signs of both are checked here, in one place for all outpu
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 from fimprobe.estimators.estimate import Estimate
@@ -273,7 +271,8 @@ def _noise_reason(value: float, error: float | None) -> str:
 
 def _without(estimate: Estimate, changes: dict[str, Any], reasons: dict[str, str]) -> Estimate:
     """Return the estimate with ``changes``, and with None for each field that has a reason."""
-    infinite = [n for n, x in vars(estimate).items() if isinstance(x, float) and not math.isfinite(x)]
+    # x − x is not zero for NaN and infinities; a report has thousands of these records
+    infinite = [n for n, x in vars(estimate).items() if type(x) is float and x - x != 0]
     if estimate.pair_variance is not None and not estimate.pair_variance.is_finite():
         infinite.append("pairs")
     reasons = dict.fromkeys(infinite, _NOT_FINITE) | reasons
@@ -288,4 +287,4 @@ def _without(estimate: Estimate, changes: dict[str, Any], reasons: dict[str, str
         reasons = {n: r for n, r in reasons.items() if n != "input_variance"}
     if not changes:
         return estimate
-    return replace(estimate, **changes, unknown={**estimate.unknown, **reasons})
+    return estimate.changed(**changes, unknown={**estimate.unknown, **reasons})

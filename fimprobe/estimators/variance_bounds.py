@@ -5,7 +5,6 @@ Symbols: B inputs, G groups, n cotangents, K random signs, J directions of the p
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,7 +158,7 @@ def _with_columns(
         fields |= dict.fromkeys(lost)
         reasons = dict.fromkeys(lost, "not a finite number: eigenvalues leave float64's range")
         unknown = {**estimates[group].unknown, **reasons}
-        replaced[group] = dataclasses.replace(estimates[group], **fields, unknown=unknown)
+        replaced[group] = estimates[group].changed(**fields, unknown=unknown)
     return replaced
 
 

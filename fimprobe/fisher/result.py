@@ -116,7 +116,9 @@ _ENDS = {
 
 def _estimator(run: EstimateRun, draws: int | None) -> str:
     labels = "exact labels" if draws is None else f"size-biased labels, {draws} per input"
-    inputs = "" if run.sampler is None else ", inputs in proportion to tr I(h)"
+    inputs = (
+        "" if run.sampler is None else ", inputs in proportion to the trace of their output Fisher"
+    )
     return f"Î₁ with {labels}{inputs}"
 
 

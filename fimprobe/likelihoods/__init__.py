@@ -13,6 +13,7 @@ from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.bernoulli import Bernoulli
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.likelihoods.gaussian import Gaussian
+from fimprobe.likelihoods.heteroscedastic_gaussian import HeteroscedasticGaussian
 from fimprobe.likelihoods.independent import Independent
 from fimprobe.likelihoods.joint import Joint
 from fimprobe.likelihoods.poisson import Poisson
@@ -21,6 +22,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
+    "heteroscedastic_gaussian": HeteroscedasticGaussian,
     "poisson": Poisson,
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "HeteroscedasticGaussian",
     "Independent",
     "Joint",
     "Poisson",
@@ -98,7 +101,13 @@ def _join_families(families: Mapping[Any, Family]) -> Joint:
                 f"likelihood must have one family for each head, got {family!r} for head {head!r}. "
                 "Name nested outputs by a dotted path, as in {'aux.0': 'categorical'}."
             )
-        joined[str(head)] = get_likelihood(family)
+        joined[str(head)] = member = get_likelihood(family)
+        if hasattr(member, "select_outputs"):
+            raise FimprobeError(
+                f"likelihood must have a family of one tensor for each head, got {member.name!r} for "
+                f"head {head!r}, which reads a mean and a variance. Measure it by itself, with "
+                "output= a function to the pair."
+            )
     return Joint(families=joined)
 
 

@@ -62,7 +62,8 @@ class Likelihood(Protocol):
     """A family p(y | h) of label distributions, where h are the outputs [B, ...] of the network.
 
     For one label per output component subclass :class:`fimprobe.likelihoods.Independent`, which needs
-    ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only.
+    ``quantile``, ``score``, ``variance`` and ``fourth_moment`` only. A family of several tensors has
+    a method ``select_outputs`` from what the model, or ``output``, returns to h.
 
     In all methods ``outputs`` are h [B, ...], and ``mask`` is boolean, of the labels' shape; False
     leaves a label out.

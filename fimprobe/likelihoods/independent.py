@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,27 +133,7 @@ class Independent:
         Raises:
             FimprobeError: If the shape differs, or a label is not possible.
         """
-        if labels.shape != outputs.shape:
-            remedy = "Pass one label per output component"
-            if labels.numel() == outputs.numel():
-                remedy += ": labels.view_as(outputs) if the order is the same"
-            raise FimprobeError(
-                f"labels must have the outputs' shape {tuple(outputs.shape)} for likelihood="
-                f"{self.name!r}, got {tuple(labels.shape)}. {remedy}."
-            )
-        if labels.is_complex():
-            raise FimprobeError(
-                f"labels must be real numbers, got type {labels.dtype}. Pass labels.real if the "
-                "imaginary parts are zero."
-            )
-        invalid = ~self.in_support(labels)
-        if bool(invalid.any()):
-            raise FimprobeError(
-                f"labels must be {self.support} for likelihood={self.name!r}, got "
-                f"{int(invalid.sum())} of {labels.numel()} other values, the first "
-                f"{labels[invalid][0].item()}. Correct them (where mask is False, any possible label "
-                "serves), or pass another likelihood."
-            )
+        check_real_labels(self, outputs.shape, labels, self.in_support(labels))
 
     def data_score(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the score at data labels of any type, converted to float64 as drawn labels are.
@@ -283,6 +264,41 @@ class Independent:
     @staticmethod
     def _flat(x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], -1)
+
+
+def check_real_labels(family: Any, shape: torch.Size, labels: Tensor, possible: Tensor) -> None:
+    """Check the labels of a data set, one for each prediction.
+
+    Args:
+        family: Its name and its support are for the message.
+        shape: The shape that the labels must have.
+        labels: Data labels.
+        possible: Where a label is possible under the family, bool.
+
+    Raises:
+        FimprobeError: If the shape differs, or a label is not possible.
+    """
+    if labels.shape != shape:
+        remedy = "Pass one label per output component"
+        if labels.numel() == shape.numel():
+            remedy += ": labels.view_as(outputs) if the order is the same"
+        raise FimprobeError(
+            f"labels must have the outputs' shape {tuple(shape)} for likelihood="
+            f"{family.name!r}, got {tuple(labels.shape)}. {remedy}."
+        )
+    if labels.is_complex():
+        raise FimprobeError(
+            f"labels must be real numbers, got type {labels.dtype}. Pass labels.real if the "
+            "imaginary parts are zero."
+        )
+    invalid = ~possible
+    if bool(invalid.any()):
+        raise FimprobeError(
+            f"labels must be {family.support} for likelihood={family.name!r}, got "
+            f"{int(invalid.sum())} of {labels.numel()} other values, the first "
+            f"{labels[invalid][0].item()}. Correct them (where mask is False, any possible label "
+            "serves), or pass another likelihood."
+        )
 
 
 def precise(outputs: Tensor) -> Tensor:

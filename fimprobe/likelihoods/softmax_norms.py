@@ -16,8 +16,9 @@ from fimprobe.likelihoods.softmax import Softmax, complements, softmax
 MAX_EIGENVALUE_WORK = 2**18
 """Positions × classes³ per input up to which eigenvalues are exact: 2 ms on one core (measured)."""
 
-_CHUNK_ELEMENTS = 2**20
-"""Elements in each of about twenty arrays that exist at the same time: 8 MiB each in float64."""
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_ON_CPU = 2**20, 2**16
+"""Elements in each of about twenty arrays that exist at the same time: 8 MiB each in float64. On a
+CPU they should stay in its cache: three times as fast for 1,000 to 50,000 classes (measured)."""
 
 _FACTORIAL = (1, 1, 2, 6, 24)
 _MULTINOMIAL = {
@@ -43,7 +44,8 @@ def softmax_norms(h: Tensor, mask: Tensor | None) -> OutputNorms:
     exact = positions * classes**3 <= MAX_EIGENVALUE_WORK
     keep = position_mask(mask, h[..., 0])
     values = torch.zeros((6, *keep.shape), dtype=torch.float64, device=h.device)
-    chunk = max(1, _CHUNK_ELEMENTS // (classes**2 if exact else classes))
+    elements = _CHUNK_ELEMENTS_ON_CPU if h.device.type == "cpu" else _CHUNK_ELEMENTS
+    chunk = max(1, elements // (classes**2 if exact else classes))
     for indices in keep.nonzero().split(chunk):
         b, t = indices.unbind(1)
         values[:, b, t] = _position_norms(softmax(h[b, t].double()), exact)

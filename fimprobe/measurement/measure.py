@@ -51,12 +51,13 @@ def measure(
         model: Any module; it is read, never changed. It is measured in eval mode.
         inputs: A tensor, a tuple (positional inputs) or a mapping (keyword inputs), batch first;
             all samples are measured.
-        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"`` or an object,
-            see :mod:`fimprobe.likelihoods`. The outputs of the model are its parameters (logits,
-            log-rates, means). For several heads a list with the family of each output, or a mapping
-            from names or positions of outputs to families; labels and mask are then joined,
-            ``torch.cat`` of each head's ``labels.reshape(B, -1)``. ``"auto"`` takes family and mask
-            from the head of a transformers model, and states the family in a note.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"``,
+            ``"heteroscedastic_gaussian"`` or an object, see :mod:`fimprobe.likelihoods`. The outputs
+            of the model are its parameters (logits, log-rates, means, variances). For several heads
+            a list with the family of each output, or a mapping from names or positions of outputs to
+            families; labels and mask are then joined, ``torch.cat`` of each head's
+            ``labels.reshape(B, -1)``. ``"auto"`` takes family and mask from the head of a
+            transformers model, and states the family in a note.
         draws: Labels drawn for each input, ``"exact"`` for the expectation over all labels, or
             ``"auto"``: exact if that takes at most ``MAX_AUTO_PASSES`` backward passes, else 2.
         label_sampling: Distribution that labels are drawn from. ``"size_biased"``: in proportion to

@@ -57,7 +57,7 @@ from fimprobe.model.fsdp.placement import check_sharded, is_sharded
 from fimprobe.model.fsdp.sharded_twin import make_sharded_twin
 from fimprobe.model.fsdp.shards import Shards
 from fimprobe.model.input_roles import make_twin_for_batch
-from fimprobe.model.outputs import JoinedOutputs, select_outputs
+from fimprobe.model.outputs import JoinedOutputs, selector_for
 from fimprobe.model.randomness import private_streams
 from fimprobe.model.twin import unwrap
 from fimprobe.statistics import Measured
@@ -268,10 +268,9 @@ class ProcessShare:
         Args:
             stack: Keeps the random numbers of the model in streams of their own.
         """
-        select = self.output or select_outputs
-        named = name_errors_of_output(self.output) if self.output else select
+        output = None if self.output is None else name_errors_of_output(self.output)
+        select, named = (selector_for(self.likelihood, o) for o in (self.output, output))
         if isinstance(self.likelihood, Joint):
-            output = None if self.output is None else named
             select = named = JoinedOutputs(paths=tuple(self.likelihood.families), output=output)
         batch = self._batch.to(next(unwrap(self.model).parameters()).dtype)
         shards = None
@@ -321,8 +320,7 @@ class ProcessShare:
             verified.keep_settings(plan)
             for f in fields(plan):  # in place: the caller keeps the plan for later measurements
                 setattr(plan, f.name, getattr(verified, f.name))
-        if self.request.auto:
-            problem.request = self.request = choose_engine(problem, plan)
+        problem.request = self.request = choose_engine(problem, plan)
         curvature_samples = plan.curvature_verified_samples
         unverified = not curvature_samples or (curvature_samples == 1 and several)
         if self.request.double_backward and unverified and not plan.curvature_failure:
@@ -330,7 +328,7 @@ class ProcessShare:
             if not plan.curvature_failure:
                 check_curvature(problem, plan)
         if self.request.double_backward and plan.curvature_failure:
-            problem.request = without_double_backward(self.request, plan)
+            problem.request = without_double_backward(problem, self.request, plan)
 
 
 def _is_builtin(likelihood: Likelihood) -> bool:

@@ -26,6 +26,7 @@ from fimprobe.engines.tracing.graph import nodes_behind
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.i2 import label_variance, probe_error
+from fimprobe.likelihoods import HeteroscedasticGaussian
 from fimprobe.measurement.arguments import import_backpack
 from fimprobe.statistics import CurvatureBatch, Measured
 
@@ -35,8 +36,11 @@ EXACT, PROBES, SPOT_CHECKS = "exact", "probes", "spot_checks"
 FORWARDS_PER_CHECK = 2.5
 """Forward passes of a spot check: two, and some are repeated with another step."""
 
-_MIXING = ("SoftmaxBackward", "ScaledDotProduct", "EmbeddingBackward", "EfficientAttention")
-"""Beginnings of names of operations in the graphs of transformers."""
+_ATTENTION = {"SoftmaxBackward", "ScaledDotProduct", "EfficientAttention"}
+"""Beginnings of names of operations in the graphs of transformers; BackPACK has none of them."""
+
+_LOOKUP = "EmbeddingBackward"
+"""The beginning of the name of a lookup of tokens."""
 
 MIN_DEGREES_OF_FREEDOM = 8
 """Differences of probes, over all inputs, from which their noise is judged."""
@@ -51,27 +55,55 @@ def choose_engine(problem: Problem, plan: Plan) -> Request:
     Args:
         problem: The measurement.
         plan: A verified plan, which keeps the choice.
+
+    Raises:
+        FimprobeError: If spot checks are asked for, and rounding hides their differences.
     """
-    if not plan.second_order and _is_exact_cheap(problem):
-        plan.second_order, plan.backpack = EXACT, (plan.backpack or {}) | {True: {}}
-    # spot checks have no single entries
-    if not plan.second_order and not problem.diagonals and _mixes_positions(problem):
-        plan.second_order = SPOT_CHECKS
+    if not problem.request.auto:
+        if problem.request.spot_checks and rounding_hides_differences(problem):
+            raise FimprobeError(
+                "`second_order` must not be 'spot_checks' for a predicted variance in float32, got "
+                "'spot_checks': their differences are lost in the rounding of the outputs. Use "
+                "model.double(), or 'auto'."
+            )
+        return problem.request
+    if not plan.second_order:
+        operations = _operations(problem)
+        if not operations & _ATTENTION and _is_exact_cheap(problem):
+            plan.second_order, plan.backpack = EXACT, (plan.backpack or {}) | {True: {}}
+        elif rounding_hides_differences(problem):
+            plan.second_order = PROBES
+        # spot checks have no single entries
+        elif operations and not problem.diagonals:
+            plan.second_order = SPOT_CHECKS
+    if plan.second_order == SPOT_CHECKS and rounding_hides_differences(problem):
+        plan.second_order = PROBES  # chosen for another family of labels
     engine = plan.second_order
     spot_checks = engine == SPOT_CHECKS and not problem.diagonals
     return replace(problem.request, exact=engine == EXACT, spot_checks=spot_checks)
 
 
-def _mixes_positions(problem: Problem) -> bool:
-    """Whether the model looks up tokens, or weights positions by a softmax, as transformers do.
+def rounding_hides_differences(problem: Problem) -> bool:
+    """Whether differences of forward passes are lost in the rounding of the outputs.
 
-    The noise of probes then exceeds V2 in most layers. Trying them first would double the cost.
+    Changes of the mean are differences between the two natural parameters of a Gaussian, which are
+    larger by the mean over the standard deviation. Derivatives keep their digits.
+    """
+    types = {p.dtype for p in problem.parameters.values()}
+    return isinstance(problem.likelihood, HeteroscedasticGaussian) and types != {torch.float64}
+
+
+def _operations(problem: Problem) -> set[str]:
+    """The operations in the graph by which transformers look up tokens or weight positions.
+
+    The noise of probes then exceeds V2 in most layers. Trying them first would double the cost. Types
+    whose rounding hides differences have none.
     """
     outputs = problem.forward(problem.batch[:1])
-    if types_of_gradients(problem, outputs) & HALF_TYPES:  # whose rounding hides differences
-        return False
+    if types_of_gradients(problem, outputs) & HALF_TYPES:
+        return set()
     names = [node.name() for node in nodes_behind([outputs.grad_fn])]
-    return any(name.startswith(_MIXING) for name in names)
+    return {mixing for mixing in (_LOOKUP, *_ATTENTION) if any(n.startswith(mixing) for n in names)}
 
 
 def _is_exact_cheap(problem: Problem) -> bool:
@@ -139,13 +171,16 @@ def spot_checks_failed(measured: Measured, plan: Plan, request: Request) -> bool
     return bool(request.auto and checks is not None and checks.failure and not plan.curvature_failure)
 
 
-def without_double_backward(request: Request, plan: Plan) -> Request:
+def without_double_backward(problem: Problem, request: Request, plan: Plan) -> Request:
     """Return what is measured of a model whose graph cannot be differentiated twice.
 
     Args:
+        problem: The measurement.
         request: What was requested.
         plan: Keeps the choice of spot checks, where it is one.
     """
+    if rounding_hides_differences(problem):
+        return replace(request, i2=False, exact=False)
     if request.auto:
         plan.second_order = SPOT_CHECKS
     if request.spot_checks or request.auto:

@@ -36,6 +36,37 @@ def select_outputs(out: Any) -> Tensor:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FamilyOutputs:
+    """Selects outputs by the method ``select_outputs`` of a family that reads several tensors.
+
+    Args:
+        family: The family.
+        output: From what the model returns to what the family reads; None for all that it returns.
+    """
+
+    family: Any
+    output: Callable[[Any], Any] | None = None
+
+    def __call__(self, returned: Any) -> Tensor:
+        """Return the outputs [B, ...]."""
+        selected = returned if self.output is None else self.output(returned)
+        outputs: Tensor = self.family.select_outputs(selected)
+        return outputs
+
+
+def selector_for(family: Any, output: Callable[[Any], Any] | None) -> Callable[[Any], Tensor]:
+    """Return what selects the outputs of a family of one head.
+
+    Args:
+        family: The family; with a method ``select_outputs`` where it reads several tensors.
+        output: The user's function from what the model returns, or None.
+    """
+    if hasattr(family, "select_outputs"):
+        return FamilyOutputs(family=family, output=output)
+    return output or select_outputs
+
+
 class MissingOutputError(FimprobeError):
     """The model did not return a named output, perhaps in eval mode only."""
 
@@ -74,6 +105,27 @@ class NamedOutput:
                 f"{list(named)}. Pass output= a function that selects it in both modes."
             )
         return named[self.path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedParts:
+    """Selects several outputs of a model by their names, as one tuple.
+
+    Args:
+        paths: Names of ``named_outputs``.
+        output: From what the model returns to the outputs; None for all that it returns.
+    """
+
+    paths: tuple[str, ...]
+    output: Callable[[Any], Any] | None = None
+
+    def __call__(self, returned: Any) -> tuple[Tensor, ...]:
+        """Return the outputs.
+
+        Raises:
+            MissingOutputError: If the model returned none of a name.
+        """
+        return tuple(NamedOutput(path=path, output=self.output)(returned) for path in self.paths)
 
 
 @dataclass(frozen=True, kw_only=True)

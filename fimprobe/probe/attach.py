@@ -30,7 +30,7 @@ def attach(
     log_dir: str | Path | None = None,
     mask: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
     labels: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Callable[[Any], Any] | None = None,
     loss: nn.Module | None = None,
     sinks: list[Sink] | None = None,
     first_step: int = 0,
@@ -56,10 +56,11 @@ def attach(
         labels: From the forward's (args, kwargs) to the labels of the data [B, ...] for the empirical
             Fisher; by default the keyword ``labels``, or what the loss gradient at softmax or sigmoid
             outputs shows.
-        output: From what the model returns to its outputs [B, ...].
+        output: From what the model returns to its outputs [B, ...], or to a mean and a variance.
         loss: In place of ``likelihood``, the criterion of the loop: ``torch.nn.CrossEntropyLoss``,
-            ``BCEWithLogitsLoss``, ``MSELoss`` or ``PoissonNLLLoss``. ``probe.decision`` states what
-            was taken from it, and a warning what its options change that the family does not have.
+            ``BCEWithLogitsLoss``, ``MSELoss``, ``PoissonNLLLoss`` or ``GaussianNLLLoss``.
+            ``probe.decision`` states what was taken from it, and a warning what its options change
+            that the family does not have.
         sinks: Further objects with ``write(report)`` and ``close()``.
         first_step: Number of the step at which a training resumes.
         options: Fields of :class:`fimprobe.Config`, such as ``schedule``, ``draws`` or ``batch``.

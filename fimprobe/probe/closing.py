@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from fimprobe.config.config import Config
 from fimprobe.errors import ErrorHandler
 from fimprobe.probe.notices import announce
 from fimprobe.probe.run_account import RunAccount
-from fimprobe.probe.step_measurement import PREVIEW_NOTE
+from fimprobe.probe.step_measurement import NO_BOUNDS_NOTE, PREVIEW
 from fimprobe.report.format import percent, quantity
 from fimprobe.report.report import Report
 from fimprobe.sinks.sink_group import SinkGroup
 from fimprobe.training.batch_reader import BatchReader
-from fimprobe.training.schedule import At, Budget, Schedule, SharedBudget
+from fimprobe.training.schedule import At, Budget, Schedule
+from fimprobe.training.shared_budget import SharedBudget
 from fimprobe.training.unseen_steps import NEVER_STEPPED, UNSEEN_STEPS, UnseenSteps
 
 STEPS_FOR_TWO_REPORTS = 10
@@ -49,7 +51,7 @@ def write_conclusion(
     reports, reason = sinks.memory.reports, errors.end_reason
     if reports:
         paragraph = closing_paragraph(
-            account, reports[-1], config, schedule=schedule, steps=steps, reason=reason
+            account, reports, config, schedule=schedule, steps=steps, reason=reason
         )
         place = config.jsonl or (log_dir if config.jsonl is None else None)
         show = f" To read them: fimprobe show {shlex.quote(str(place))}" if place else ""
@@ -115,7 +117,7 @@ def why_nothing_was_due(schedule: Schedule, first_step: int, steps: int) -> str:
 
 def closing_paragraph(
     account: RunAccount,
-    last: Report,
+    written: Sequence[Report],
     config: Config,
     *,
     schedule: Schedule,
@@ -126,13 +128,13 @@ def closing_paragraph(
 
     Args:
         account: The reports and seconds of the run.
-        last: The newest report.
+        written: The newest reports, at least one.
         config: The options.
         schedule: Decided which steps were due.
         steps: Number of the step after the last one.
         reason: Why probing ended before the training; "" if it did not.
     """
-    reports = quantity(account.num_reports, "report")
+    reports, last = quantity(account.num_reports, "report"), written[-1]
     trained = steps - account.first_step
     sentences = [
         f"{reports} in {count_steps(trained)}, the last at step {last.step:,}.",
@@ -141,7 +143,7 @@ def closing_paragraph(
     if reason:
         sentences.append(f"{reason[0].upper()}{reason[1:].rstrip('.')}.")
     is_single = account.num_reports == 1 and trained >= STEPS_FOR_TWO_REPORTS and not reason
-    missing = _what_is_missing(last, config, account)
+    missing = _what_is_missing(written, config, account)
     if missing:
         sentences.append(missing)
     elif is_single and isinstance(schedule, (Budget, SharedBudget)):
@@ -157,15 +159,11 @@ def closing_paragraph(
     return " ".join(sentences)
 
 
-def _what_is_missing(last: Report, config: Config, account: RunAccount) -> str:
-    """Return what the last report lacks, why, and the setting that would measure it."""
-    if PREVIEW_NOTE in last.notes:
-        trained = _seconds(account.wall_seconds)
-        return (
-            "Not measured: Î₂ and the bounds, because a whole report did not fit into the time "
-            f"budget of {trained} of training. Pass schedule={{'every': 100}}, or train longer, to "
-            "measure them."
-        )
+def _what_is_missing(written: Sequence[Report], config: Config, account: RunAccount) -> str:
+    """Return what the reports lack, why, and the setting that would measure it."""
+    last = written[-1]
+    if _is_partial(last):
+        return _what_did_not_fit(written, config, account)
     if "empirical" in config.estimators and last.total.empirical is None:
         return (
             "Not measured: the empirical Fisher, because the labels of the data are not known. Pass "
@@ -180,6 +178,31 @@ def _what_is_missing(last: Report, config: Config, account: RunAccount) -> str:
             f"fimprobe.measure(model, inputs, {family})."
         )
     return ""
+
+
+def _is_partial(report: Report) -> bool:
+    """Return whether a report leaves parts out because of a time budget."""
+    return any(note == NO_BOUNDS_NOTE or note.startswith(PREVIEW) for note in report.notes)
+
+
+def _what_did_not_fit(written: Sequence[Report], config: Config, account: RunAccount) -> str:
+    """Return what a run under a time budget did not measure, or when it last did."""
+    with_i2 = [report.step for report in written if report.total.i2 is not None]
+    with_bounds = not all(map(_is_partial, written))
+    parts = [
+        *(["Î₂"] if "i2" in config.estimators and not with_i2 else []),
+        *(["the bounds"] if config.bounds and not with_bounds else []),
+    ]
+    sentences = []
+    if with_i2 and with_i2[-1] < written[-1].step:
+        sentences.append(f"The last report with Î₂ is that of step {with_i2[-1]:,}.")
+    if parts:
+        sentences.append(
+            f"Not measured: {' and '.join(parts)}, because a report with them did not fit into the "
+            f"time budget of {_seconds(account.wall_seconds)} of training. Pass "
+            "schedule={'every': 100}, or train longer, to measure them."
+        )
+    return " ".join(sentences)
 
 
 def _seconds(seconds: float) -> str:

@@ -12,7 +12,9 @@ from fimprobe.distributed.processes import ProcessGroup, SingleProcess, join_pro
 from fimprobe.errors import ErrorHandler, describe_error
 from fimprobe.probe.arguments import check_probe_arguments, criterion_of
 from fimprobe.training.batch_reader import BatchReader, Mask
-from fimprobe.training.schedule import Budget, Schedule, SharedBudget
+from fimprobe.training.report_costs import Extent
+from fimprobe.training.schedule import Budget, Schedule
+from fimprobe.training.shared_budget import SharedBudget
 
 
 def make_reader(
@@ -80,5 +82,10 @@ def make_schedule(config: Config, *, shared: bool) -> Schedule:
     schedule = config.schedule.build()
     if not isinstance(schedule, Budget):
         return schedule
-    schedule.staged = config.bounds or "i2" in config.estimators
+    has_i2 = "i2" in config.estimators
+    schedule.costs.extents = [
+        *([Extent.PREVIEW] if config.bounds or has_i2 else []),
+        *([Extent.WITHOUT_BOUNDS] if config.bounds and has_i2 else []),
+        Extent.WHOLE,
+    ]
     return SharedBudget(schedule) if shared else schedule

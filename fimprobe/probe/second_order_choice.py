@@ -12,19 +12,23 @@ MAX_PAIRS_RATIO = 100.0
 """Pairs of Î₂ for one of Î₁ above which its efficiency is below 1 %."""
 
 
-def why_i2_says_nothing(report: Report) -> str:
+def why_i2_says_nothing(report: Report, *, of_layers: bool) -> str:
     """Return why Î₂ of a report informs about nothing; "" if it does, or if it was not measured.
 
     Args:
         report: A whole report.
+        of_layers: Whether the layers decide, and not the model. Spot checks leave small layers with
+            few checks by intention.
     """
     i1, i2 = report.total.i1, report.total.i2
     if i2 is None:
         return ""
     layers = [group.i2 for group in report.layers.values() if group.i2 is not None]
     lost = sum(_is_within_noise(vars(estimate)) for estimate in layers)
-    if layers and 2 * lost > len(layers):
+    if of_layers and layers and 2 * lost > len(layers):
         return f"its label variance is within its noise in {lost} of {quantity(len(layers), 'layer')}"
+    if not of_layers and _is_within_noise(vars(i2)):
+        return "its label variance is within its noise"
     pairs, pairs_of_i1 = i2.pairs_for(0.1), i1.pairs_for(0.1)
     if pairs is None or not pairs_of_i1 or pairs <= MAX_PAIRS_RATIO * pairs_of_i1:
         return ""

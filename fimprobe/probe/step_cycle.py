@@ -186,7 +186,12 @@ class StepCycle:
         self.measuring, self._account.measuring_since = True, time.perf_counter()
         try:
             report = self.measurement.measure(
-                self.model, step, captured, inputs, schedule=self.schedule
+                self.model,
+                step,
+                captured,
+                inputs,
+                schedule=self.schedule,
+                loop_seconds=self._account.measuring_since - self._account.last_end,
             )
             if report is not None:
                 self._account.coverage = report.coverage

@@ -14,6 +14,7 @@ from fimprobe.distributed.processes import ProcessGroup
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.errors import ErrorHandler, FimprobeError
 from fimprobe.measurement.measure import measure
+from fimprobe.measurement.second_order_engine import SPOT_CHECKS
 from fimprobe.probe.notices import announce
 from fimprobe.probe.second_order_choice import (
     recurring_share,
@@ -25,12 +26,17 @@ from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.capture.captured_batch import CapturedBatch
 from fimprobe.training.probe_batch import ProbeBatch, select_samples
-from fimprobe.training.schedule import FREE_SECONDS, Budget, Schedule, SharedBudget
+from fimprobe.training.report_costs import Extent
+from fimprobe.training.schedule import FREE_SECONDS, Budget, Schedule
+from fimprobe.training.shared_budget import SharedBudget
 
-PREVIEW_NOTE = (
-    f"Preview: only Î₁ was measured, because a whole report is expected to take more than the "
-    f"{FREE_SECONDS:g} s that early reports may take together. Î₂ and the bounds follow as soon as "
-    'the time budget allows; use schedule={"every": 100} to measure everything from the first step.'
+PREVIEW = "Preview: "
+"""The beginning of the note of a preview."""
+
+NO_BOUNDS_NOTE = (
+    "The bounds, and Î₂'s variance in whole blocks, are left out of this report, because they would "
+    "take most of its time. Under a time budget they are part of every second report that is no "
+    'preview; use schedule={"every": 100} to measure everything at each report.'
 )
 
 _LABEL_SEED_STEP = 1_000_003
@@ -96,6 +102,7 @@ class StepMeasurement:
         inputs: Any,
         *,
         schedule: Schedule,
+        loop_seconds: float,
     ) -> Report | None:
         """Return one report of all processes' batches; None while the likelihood is unknown.
 
@@ -104,7 +111,8 @@ class StepMeasurement:
             step: Number of the step.
             captured: The training batch.
             inputs: Inputs to measure in its place; None for none.
-            schedule: Decides whether it is a preview.
+            schedule: Decides what it contains.
+            loop_seconds: Time of the training loop since the last step.
 
         Raises:
             BatchError: If the batch of some process cannot be measured.
@@ -134,15 +142,16 @@ class StepMeasurement:
         notes = self.notes + self.reader.notes(captured if inputs is None else None)
         if captured is not None:
             captured.release()  # the measurement needs the memory
-        preview = self._start(schedule, full=inputs is not None)
+        extent = self._start(schedule, loop_seconds, full=inputs is not None)
         if not self._is_i2_asked:
             self.plan.second_order_limit = schedule.affordable_steps()
-        report = self._measure_batch(model, step, selected[0], preview=preview)
+        report = self._measure_batch(model, step, selected[0], extent)
+        schedule.expect(recurring_share(report))
         if self.without_i2:
             notes.append(self.without_i2)
         if notes:
             report = replace(report, notes=[*report.notes, *notes])
-        if not preview and not self._is_i2_judged:
+        if extent is not Extent.PREVIEW and not self._is_i2_judged:
             self._judge_i2(report, schedule)
             self._compare_with_requests(report, inputs)
         if isinstance(schedule, SharedBudget):
@@ -152,18 +161,19 @@ class StepMeasurement:
             schedule.next = self.processes.run_everywhere(lambda: forecast(step, seconds))[0]
         return report
 
-    def _start(self, schedule: Schedule, *, full: bool) -> bool:
-        """Return whether the measurement is a preview, the same in all processes.
+    def _start(self, schedule: Schedule, loop_seconds: float, *, full: bool) -> Extent:
+        """Return what the measurement contains, the same in all processes.
 
         Args:
             schedule: Decides it.
-            full: Whether a preview is ruled out.
+            loop_seconds: Time of the training loop since the last step.
+            full: Whether it is to contain everything.
         """
-        preview = schedule.start(full=full)
+        extent = schedule.start(full=full, loop_seconds=loop_seconds)
         if isinstance(schedule, SharedBudget):
             # the clocks of processes differ: that of the first one counts for all
-            preview = schedule.agree(self.processes.run_everywhere(lambda: preview)[0])
-        return preview
+            extent = schedule.agree(self.processes.run_everywhere(lambda: extent)[0])
+        return extent
 
     def _select(self, step: int, captured: CapturedBatch | None, inputs: Any) -> ProbeBatch:
         """Return what this process measures, its part of the option ``batch``."""
@@ -183,7 +193,7 @@ class StepMeasurement:
         return selected
 
     def _measure_batch(
-        self, model: nn.Module, step: int, selected: ProbeBatch, *, preview: bool
+        self, model: nn.Module, step: int, selected: ProbeBatch, extent: Extent
     ) -> Report:
         """Measure with the options of the configuration.
 
@@ -191,12 +201,12 @@ class StepMeasurement:
             model: The object that the loop calls.
             step: Number of the step.
             selected: The batch.
-            preview: Whether Î₂ and the bounds are left out.
+            extent: What is measured of it.
         """
         assert self.reader.likelihood is not None
         config, setting = self.config, self.config.second_order
         second_order = setting if isinstance(setting, str) else setting.model_dump()
-        leaves_out_i2 = preview or bool(self.without_i2)
+        leaves_out_i2 = extent is Extent.PREVIEW or bool(self.without_i2)
         estimators = [e for e in selected.estimators if not (leaves_out_i2 and e == "i2")]
         report = measure(
             model,
@@ -206,7 +216,7 @@ class StepMeasurement:
             label_sampling=config.label_sampling,
             estimators=estimators or ["i1"],
             second_order="off" if leaves_out_i2 else second_order,
-            bounds=config.bounds and not preview,
+            bounds=config.bounds and extent is Extent.WHOLE,
             engine=config.engine,
             labels=selected.labels,
             mask=selected.mask,
@@ -217,7 +227,21 @@ class StepMeasurement:
             plan=self.plan,
             ranks=self.processes,
         )
-        return replace(report, notes=[*report.notes, PREVIEW_NOTE]) if preview else report
+        if extent is Extent.WHOLE:
+            return report
+        note = NO_BOUNDS_NOTE if extent is Extent.WITHOUT_BOUNDS else self._preview_note()
+        return replace(report, notes=[*report.notes, note])
+
+    def _preview_note(self) -> str:
+        """Return the note of a preview: what it leaves out, and why."""
+        has_i2 = "i2" in self.config.estimators and not self.without_i2
+        parts = [*(["Î₂"] if has_i2 else []), *(["the bounds"] if self.config.bounds else [])]
+        return (
+            f"{PREVIEW}only Î₁ was measured, because a report with {' and '.join(parts)} is expected "
+            f"to take more than what is left of the {FREE_SECONDS:g} s that early reports may take "
+            'together, and of the time budget. Use schedule={"every": 100} to measure everything at '
+            "each report."
+        )
 
     def _judge_i2(self, report: Report, schedule: Schedule) -> None:
         """Leave Î₂ out under a budget where the first whole report shows that it says nothing.
@@ -227,12 +251,18 @@ class StepMeasurement:
             schedule: That of the training.
         """
         self._is_i2_judged = True
-        share, recurring = share_of_i2(report), recurring_share(report)
-        schedule.expect(recurring)
-        reason = why_i2_says_nothing(report)
-        if not reason or self._is_i2_asked or not isinstance(schedule, (Budget, SharedBudget)):
+        account = schedule.account if isinstance(schedule, SharedBudget) else schedule
+        if not isinstance(account, Budget):
             return  # the advice of the report compares the estimators
-        schedule.expect(max(recurring - share, 0.0))
+        is_sampled = self.plan.second_order == SPOT_CHECKS
+        if not is_sampled:  # only spot checks need no double backward, which bounds need
+            account.costs.include_bounds()
+        reason = why_i2_says_nothing(report, of_layers=not is_sampled)
+        if not reason or self._is_i2_asked:
+            return
+        share = share_of_i2(report)
+        schedule.expect(max(recurring_share(report) - share, 0.0))
+        account.costs.leave_out_i2(has_bounds=self.config.bounds)
         self.without_i2 = (
             f"Î₂ is left out after step {report.step}, because {reason}. This saves about "
             f"{percent(share)} of the seconds of a report. Pass estimators=['i1', 'i2'] to keep it."

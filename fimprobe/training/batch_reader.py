@@ -13,7 +13,7 @@ from fimprobe.likelihoods import Joint, get_likelihood
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.categorical import Categorical
 from fimprobe.model.batch import Batch
-from fimprobe.model.outputs import NamedOutput
+from fimprobe.model.outputs import NamedOutput, NamedParts
 from fimprobe.model.weak_model import WeakModel
 from fimprobe.training.capture.capture import Watched
 from fimprobe.training.capture.captured_batch import CapturedBatch
@@ -107,6 +107,8 @@ class BatchReader:
             return
         self._infers = True
         decision = None if self._criterion else infer_from_model(self.model)
+        if self._criterion is not None and self._user_output is not None:
+            decision = self._criterion.decision_for_output()
         if decision is not None:
             self._decide(decision)
 
@@ -127,6 +129,8 @@ class BatchReader:
             final = self._num_inferences >= MAX_INFERENCE_BATCHES
             decision = infer_from_heads(captured.heads, final=final)
         self._decide(decision)
+        if decision.parts:
+            self.output = NamedParts(paths=decision.parts, output=self._user_output)
         self._choose_output(decision.path, captured)
 
     def infer_from_inputs(self, inputs: Any) -> None:
@@ -208,7 +212,7 @@ class BatchReader:
             return None if captured is None else joint_mask(captured, self.likelihood, chosen)
         positions = None if captured is None else self._positions(captured)
         # the labels of a batch need not match the outputs that a custom function selects
-        custom = self._user_output is not None or isinstance(self.output, NamedOutput)
+        custom = self._user_output is not None or isinstance(self.output, (NamedOutput, NamedParts))
         mask = positions if custom else label_mask(self.model, args, kwargs, positions)
         if mask is None and captured is not None and self._lost_positions(captured):
             raise BatchError(

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import KW_ONLY, dataclass, field
 
 from fimprobe.errors import FimprobeError
+from fimprobe.training.report_costs import Extent, ReportCosts
 
 
 class Schedule:
@@ -18,13 +19,14 @@ class Schedule:
         """Return whether to measure at this optimizer step."""
         raise NotImplementedError
 
-    def start(self, *, full: bool) -> bool:
-        """Start a measurement; return whether it is a preview.
+    def start(self, *, full: bool, loop_seconds: float) -> Extent:
+        """Start a measurement; return what it contains.
 
         Args:
-            full: Whether a preview is ruled out.
+            full: Whether it is to contain everything.
+            loop_seconds: Time of the training loop since the last step.
         """
-        return False
+        return Extent.WHOLE
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Record the time of one step.
@@ -46,7 +48,7 @@ class Schedule:
         """Record the seconds that figures used during the current step."""
 
     def expect(self, share: float) -> None:
-        """Expect later measurements to cost a share of the first whole one, which runs now."""
+        """Expect later measurements to cost a share of the one that runs now, if it is the first."""
 
     def fail(self, seconds: float) -> None:
         """Record the seconds of a measurement that the batch did not allow."""
@@ -93,9 +95,13 @@ class At(Schedule):
 FREE_SECONDS = 5.0
 """Seconds of early reports, all together, that no share of the wall time has to cover."""
 
-WHOLE_TO_STEP_COST = 15.0
-"""Expected seconds of the first whole report, in steps of the loop (14 to 19 measured where a step
-takes long enough for it to matter)."""
+SHARE_OF_ALLOWANCE = 1 / 3
+"""Of what is left of the allowance, the most that another report of more than Î₁ may use: several
+previews show more than a single report that measures Î₂ again."""
+
+
+MOST_DELAY = 0.2
+"""Of the seconds of the first report with Î₂, the most that the share pays for a preview earlier."""
 
 
 def next_early_step(number: int) -> int:
@@ -117,28 +123,25 @@ class Budget(Schedule):
     """Early reports within a free allowance; then as many as a share of the wall time permits.
 
     Early reports are those at the steps 1, 2, 5, 10, 20, 50, 100, ... after the start. Each is due if
-    its expected cost fits into what is left of ``FREE_SECONDS``. The first happens in any case. Other
-    measurements are due when the seconds charged so far plus the expected cost of the next one fit
-    into the share of the elapsed time. The expected cost is the largest of the last few, without the
-    very first, which also verifies the model; after that one alone, ``recurring`` of it. With
-    ``staged``, early reports are previews of Î₁ alone as long as a whole report is expected to
-    exceed the allowance. A pause of the loop (evaluation, checkpoint) counts as ten usual steps at
-    most. Half of the share is reserved for figures that are waiting.
+    its expected cost fits into what is left of ``FREE_SECONDS`` and of the share; the first happens
+    anyway. Others are due when the seconds charged so far and their expected cost fit into the share
+    of the elapsed time. A report contains as much as fits. Bounds are left out of every second one
+    where they do not fit; previews of Î₁ alone are early reports only. A pause of the loop counts as
+    ten usual steps at most. Half of the share is reserved for figures that are waiting.
 
     Attributes:
         budget: Share of the wall time, between 0 and 1.
-        staged: Whether whole reports cost far more than those of Î₁, so that previews may come first.
+        costs: What reports cost, and what they may leave out.
         spent: Seconds that the probe used.
         free: Those of them that the allowance covers.
         elapsed: Seconds of the loop, long pauses shortened.
         num_steps: Steps so far.
         next_early: The number of the step of the next early report.
-        preview_seconds: Seconds of the last preview; 0 without one.
-        first: Seconds of the first whole report; None without one.
-        recurring: Share of them that later ones are expected to take.
-        costs: Seconds of the last whole reports, without the first.
         steps: Seconds of the last steps of the loop.
-        previewing: Whether the measurement at hand is a preview.
+        running: Seconds of the loop in the current step, once it is measured: the very first step
+            takes longer than others.
+        extent: What the measurement at hand contains.
+        owes_bounds: Whether the last report that was no preview had no bounds, though it might have.
         reserved: Seconds that waiting figures need.
         reserved_since: ``elapsed`` when they began to wait.
         charged: Seconds of figures in the current step, already part of ``spent``.
@@ -146,18 +149,16 @@ class Budget(Schedule):
 
     budget: float
     _: KW_ONLY
-    staged: bool = False
+    costs: ReportCosts = field(default_factory=ReportCosts)
     spent: float = 0.0
     free: float = 0.0
     elapsed: float = 0.0
     num_steps: int = 0
     next_early: int = 1
-    preview_seconds: float = 0.0
-    first: float | None = None
-    recurring: float = 1.0
-    costs: deque[float] = field(default_factory=lambda: deque(maxlen=5))
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-    previewing: bool = False
+    running: float = math.inf
+    extent: Extent = Extent.WHOLE
+    owes_bounds: bool = False
     reserved: float = 0.0
     reserved_since: float = 0.0
     charged: float = 0.0
@@ -171,22 +172,20 @@ class Budget(Schedule):
             )
 
     def due(self, step: int) -> bool:
-        """Return whether the next report, or a preview in its place, may happen now."""
-        return bool(self.steps) and (self._whole_fits() or self._preview_fits())
+        """Return whether a report may happen now."""
+        return bool(self.steps) and self._largest() is not None
 
-    def start(self, *, full: bool) -> bool:
-        """Start a measurement; return whether it is a preview."""
-        self.previewing = self.staged and not full and self.first is None and not self._whole_fits()
-        return self.previewing
+    def start(self, *, full: bool, loop_seconds: float) -> Extent:
+        """Start a measurement; return what it contains, as much as fits."""
+        self.running = loop_seconds
+        largest = Extent.WHOLE if full else self._largest()
+        self.extent = self._next() if largest is None else largest
+        return self.extent
 
-    @property
-    def expected(self) -> float:
-        """Expected seconds of the next whole report; 0 for a first one that may cost anything."""
-        if self.costs:
-            return max(self.costs)
-        if self.first is not None:
-            return self.first * self.recurring
-        return WHOLE_TO_STEP_COST * min(self.steps) if self.staged and self.steps else 0.0
+    def expected(self, extent: Extent) -> float:
+        """Return the expected seconds of a report; 0 for a first one that may cost anything."""
+        shortest = min([*self.steps, self.running]) if self.steps else 0.0
+        return self.costs.expected(extent, shortest)
 
     def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
         """Add the time of one step.
@@ -202,6 +201,7 @@ class Budget(Schedule):
             counted = min(loop_seconds, 10 * statistics.median(self.steps))
         self.elapsed += counted
         self.steps.append(loop_seconds)
+        self.running = math.inf
         self.spent += probe_seconds
         if probe_seconds > 0:
             self._observe_cost(probe_seconds)
@@ -212,16 +212,13 @@ class Budget(Schedule):
         if self.num_steps >= self.next_early:
             self.free += min(seconds, FREE_SECONDS - self.free)
             self.next_early = next_early_step(self.num_steps)
-        if self.previewing:
-            self.preview_seconds = seconds
-        elif self.first is None:
-            self.first = seconds
-        else:
-            self.costs.append(seconds)
+        self.costs.of[self.extent].add(seconds)
+        if self.extent is not Extent.PREVIEW:
+            self.owes_bounds = self.extent is not self.costs.extents[-1]
 
     def expect(self, share: float) -> None:
-        """Expect later reports to cost a share of the first whole one, which runs now."""
-        self.recurring = share
+        """Expect later reports to cost a share of the one that runs now, if it is the first."""
+        self.costs.of[self.extent].recurring = share
 
     def can_afford(self, seconds: float) -> bool:
         """Return whether the seconds fit into the share; if not, reserve half of it for them."""
@@ -246,16 +243,40 @@ class Budget(Schedule):
         if self.num_steps >= self.next_early:
             self.next_early = next_early_step(self.num_steps)
 
-    def _whole_fits(self) -> bool:
-        """Return whether a whole report fits into the allowance or into the share."""
-        return self._is_free(self.expected) or self._fits(self.expected + self._reserve())
+    def _largest(self) -> Extent | None:
+        """Return the largest extent of a report that may happen now; None if none may."""
+        is_early = self.num_steps >= self.next_early
+        for extent in reversed(self.costs.extents):
+            seconds = self.expected(extent)
+            uncovered = seconds - self._allowance(extent)
+            by_share = self._may_use_share(extent) and self._fits(uncovered + self._reserve())
+            if is_early and (uncovered <= 0 or by_share):
+                return extent
+            in_turn = extent is self.costs.extents[-1] or (
+                extent is not Extent.PREVIEW and not self.owes_bounds
+            )
+            if in_turn and self._fits(seconds + self._reserve()):
+                return extent
+        return None
 
-    def _preview_fits(self) -> bool:
-        """Return whether a preview may take the place of an early report that is too expensive."""
-        return self.staged and self.first is None and self._is_free(self.preview_seconds)
+    def _may_use_share(self, extent: Extent) -> bool:
+        """Return whether the share may pay for what the allowance leaves of an early report.
 
-    def _is_free(self, seconds: float) -> bool:
-        return self.num_steps >= self.next_early and self.free + seconds <= FREE_SECONDS
+        Previews are not to delay the first report of more than Î₁ by much.
+        """
+        if extent is not Extent.PREVIEW or self.costs.has_whole:
+            return True
+        return self.expected(extent) <= MOST_DELAY * self.expected(self._next())
+
+    def _next(self) -> Extent:
+        """Return the extent of the next report that is no early one."""
+        whole = [extent for extent in self.costs.extents if extent is not Extent.PREVIEW]
+        return whole[-1] if self.owes_bounds else whole[0]
+
+    def _allowance(self, extent: Extent) -> float:
+        """Return the seconds of the allowance that an early report may use."""
+        is_thrifty = self.costs.has_whole and extent is not self.costs.extents[0]
+        return (FREE_SECONDS - self.free) * (SHARE_OF_ALLOWANCE if is_thrifty else 1.0)
 
     def _reserve(self) -> float:
         return min(self.reserved, self.budget * (self.elapsed - self.reserved_since) / 2)
@@ -274,73 +295,23 @@ class Budget(Schedule):
         later = copy.deepcopy(self)
         usual = statistics.median(later.steps) if later.steps else 0.0
         later.observe(loop_seconds=usual, probe_seconds=running)
-        needed = later.spent + later.expected + later._reserve()
-        missing = (needed - later.free) / later.budget - needed - later.elapsed
-        waits = [math.ceil(missing / usual) if missing > 0 and usual > 0 else 0]
         wait_for_early = max(0, later.next_early - later.num_steps)
-        later.num_steps += wait_for_early
-        if later._is_free(later.expected) or later._preview_fits():
-            waits.append(wait_for_early)
+        waits = [later._steps_until_fits(later.expected(later._next()), usual)]
+        for extent in later.costs.extents:
+            uncovered = later.expected(extent) - later._allowance(extent)
+            if uncovered <= 0:
+                waits.append(wait_for_early)
+            elif later._may_use_share(extent):
+                waits.append(max(wait_for_early, later._steps_until_fits(uncovered, usual)))
         return step + 1 + min(waits)
 
-
-@dataclass
-class SharedBudget(Schedule):
-    """A budget shared by several processes, which agree on the step of the next measurement.
-
-    Each process keeps its own account. The :meth:`forecast` of one process is sent to all.
-
-    Attributes:
-        account: The budget of this process.
-        next: The step of the next measurement.
-    """
-
-    account: Budget
-    next: int = 1
-
-    def start(self, *, full: bool) -> bool:
-        """Start a measurement; return whether this process's account asks for a preview."""
-        return self.account.start(full=full)
-
-    def agree(self, preview: bool) -> bool:
-        """Start the measurement that all processes agreed on; return whether it is a preview."""
-        self.account.previewing = preview
-        return preview
-
-    def expect(self, share: float) -> None:
-        """Expect later measurements to cost a share of the first whole one, which runs now."""
-        self.account.expect(share)
-
-    def fail(self, seconds: float) -> None:
-        """Charge a measurement that the batch did not allow to this process's account."""
-        self.account.fail(seconds)
-
-    def can_afford(self, seconds: float) -> bool:
-        """Return whether the seconds fit into the share of this process."""
-        return self.account.can_afford(seconds)
-
-    def charge(self, seconds: float) -> None:
-        """Add seconds of figures to this process's account."""
-        self.account.charge(seconds)
-
-    def due(self, step: int) -> bool:
-        """Return whether the agreed step is reached."""
-        return step >= self.next
-
-    def observe(self, *, loop_seconds: float, probe_seconds: float) -> None:
-        """Add the time of one step to this process's account.
+    def _steps_until_fits(self, seconds: float, usual: float) -> int:
+        """Return after how many steps so many seconds fit into the share.
 
         Args:
-            loop_seconds: Time of the training loop.
-            probe_seconds: Time of the probe.
+            seconds: Expected seconds of a report.
+            usual: Seconds of a step.
         """
-        self.account.observe(loop_seconds=loop_seconds, probe_seconds=probe_seconds)
-
-    def forecast(self, step: int, running: float) -> int:
-        """Return the step of the next measurement according to this process's account.
-
-        Args:
-            step: The step that is measured now.
-            running: Seconds of that measurement so far.
-        """
-        return self.account.forecast(step, running)
+        needed = self.spent + seconds + self._reserve()
+        missing = (needed - self.free) / self.budget - needed - self.elapsed
+        return math.ceil(missing / usual) if missing > 0 and usual > 0 else 0

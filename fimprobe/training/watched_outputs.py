@@ -11,7 +11,7 @@ from torch import Tensor
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods import Joint
 from fimprobe.likelihoods.categorical import Categorical
-from fimprobe.model.outputs import JoinedOutputs, named_outputs, select_outputs
+from fimprobe.model.outputs import JoinedOutputs, named_outputs, select_outputs, selector_for
 from fimprobe.training.capture.capture import Watched
 from fimprobe.training.capture.captured_batch import CapturedBatch
 from fimprobe.training.capture.captured_output import CapturedOutput
@@ -78,7 +78,7 @@ def watch_measured(
             store = positions_of(likelihood.families[path])
             watched[path] = (x, CapturedOutput.store_gradient if labels else store)
     else:
-        x = (output or select_outputs)(returned)
+        x = selector_for(likelihood, output)(returned)
         measured = {"": x}
         captured.heads[""] = CapturedOutput(x.detach() if labels else None, has_positions=x.dim() > 2)
         if labels:

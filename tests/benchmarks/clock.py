@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -29,20 +30,50 @@ class Ratio(NamedTuple):
         return f"{middle} ({low} – {high})"
 
 
+class Progress:
+    """A bar on standard error: the share of the steps that are done, and the present one."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.begun, self.started = total, 0, time.perf_counter()
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+        self._show(text)
+        self.begun += 1
+
+    def finish(self) -> None:
+        """The last step has ended."""
+        self._show("done")
+        print(file=sys.stderr)
+
+    def _show(self, text: str) -> None:
+        share = self.begun / self.total
+        bar = f"{'#' * round(30 * share):<30}"
+        minutes, rest = divmod(int(time.perf_counter() - self.started), 60)
+        line = f"[{bar}] {100 * share:3.0f} % {minutes}:{rest:02d} {text}"
+        print(f"\r{line[:110]:<110}", end="", file=sys.stderr, flush=True)
+
+
 def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """Seconds of a run: with one thread those of the processor, which other programs do not add to."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = now()
     run()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def interleaved(
-    unit: Callable[[], Any], runs: dict[str, Callable[[], Any]], rounds: int
+    unit: Callable[[], Any],
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    begin_round: Callable[[int], Any] = lambda i: None,
 ) -> tuple[float, dict[str, Ratio]]:
     """The unit's median seconds, and each run's ratio to the units timed right before it."""
     seconds(unit)
     warm = {name: seconds(run) for name, run in runs.items()}
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for i in range(rounds):
+        begin_round(i)
         for name, run in runs.items():
             if i < (rounds if warm[name] < SLOW else 3 if warm[name] < 5 * SLOW else 1):
                 pairs[name].append((seconds(unit), seconds(run)))

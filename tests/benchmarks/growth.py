@@ -1,23 +1,28 @@
 """How time and memory of a measurement grow, axis by axis, and whether any chunk size is a cliff.
 
-python tests/benchmarks/growth.py [--repeats 3] [--only classes]
+python tests/benchmarks/growth.py [--repeats 3] [--only classes] [--layers 1000]
 
 Each axis changes one number of one problem. Beside each figure stands its ratio to a forward+backward
 of the same size. The slope is fitted to log time (memory) over log size, from the middle of the axis
 on, where fixed costs have faded; what exceeds both its theory and the slope of forward+backward by
 SLACK is flagged. ``memory_mb`` is taken on one problem, from chunks of one sample to all at once.
+``--layers`` measures only what a report of a deep model costs: itself, its table, its files.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from clock import machine, seconds
@@ -28,6 +33,8 @@ from truth import reason
 
 import fimprobe
 from fimprobe.engines.tracing.plan import Plan
+from fimprobe.sinks.jsonl import JsonlSink
+from fimprobe.sinks.tensorboard.sink import TensorboardSink
 
 SLACK = 0.15
 """What a slope may exceed its bar by: the scatter of a fit to three or four points."""
@@ -210,17 +217,63 @@ def show(name: str, times: list[dict[str, float]], memory: dict[str, dict[str, f
 UNIT = "forward+backward"
 
 
+def outputs_of_a_report(layers: int, repeats: int) -> None:
+    """The table of what follows a measurement of so many layers: minima of milliseconds."""
+    titles = ("report", "table", "a line of JSON", "TensorBoard without pictures")
+    print(f"\n| {layers:,} layers | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
+    torch.manual_seed(0)
+    hidden = [nn.Linear(8, 8) for _ in range(layers - 1)]
+    for linear in hidden:  # gradients reach the first layer
+        nn.init.orthogonal_(linear.weight, gain=1.2)
+    modules = [m for linear in hidden for m in (linear, nn.Tanh())]
+    model, x = nn.Sequential(*modules, nn.Linear(8, 4)), torch.randn(32, 8)
+    of_measure: Any = importlib.import_module("fimprobe.measurement.measure")
+    build = of_measure.build_report
+    kinds: dict[str, dict[str, Any]] = {
+        "Î₁": {"estimators": ["i1"], "bounds": False},
+        "Î₁, Î₂ and bounds": {"second_order": {"probes": 2}},
+    }
+    for kind, settings in kinds.items():
+        calls: list[Callable[[], Any]] = []
+
+        def remember(*args: Any, **kwargs: Any) -> Any:
+            calls.append(lambda: build(*args, **kwargs))
+            return build(*args, **kwargs)
+
+        with mock.patch.object(of_measure, "build_report", remember):
+            report = fimprobe.measure(model, x, likelihood="categorical", **settings)
+        with tempfile.TemporaryDirectory() as folder:
+            jsonl = JsonlSink(Path(folder) / "reports.jsonl")
+            tensorboard = TensorboardSink(Path(folder) / "charts", figures=False)
+            parts = (
+                calls[-1],
+                report.table,
+                lambda: jsonl.write(report),
+                lambda: tensorboard.write(report),
+            )
+            cells = [f"{1e3 * min(seconds(run) for _ in range(1 + repeats)):.0f} ms" for run in parts]
+            jsonl.close()
+            tensorboard.close()
+        print(f"| {kind} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="axes whose name holds this")
+    parser.add_argument("--layers", type=int, help="only the report of so many layers, its files")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.memory_of:
         print(json.dumps(memory_of(options.memory_of)))
         return
+    if options.layers:
+        torch.set_num_threads(1)  # processor time
     print(f"{machine()}.")
+    if options.layers:
+        outputs_of_a_report(options.layers, options.repeats)
+        return
     for name, axis in AXES.items():
         if options.only in name:
             times = [times_at(name, size, options.repeats) for size in axis.sizes]

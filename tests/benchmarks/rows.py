@@ -67,10 +67,11 @@ _PROBES = {"second_order": {"probes": 2}}
 OURS = [
     ours("**Î₁, S=1**", draws=1),
     ours("**Î₁, S=2**", draws=2),
-    ours("Î₁, S=1, every entry's variances too (`diagonals=True`)", draws=1, diagonals=True),
+    ours("Î₁, S=1, `diagonals=True`", draws=1, diagonals=True),
     ours("**Î₁, exact labels**", draws="exact"),
     ours("**Î₁ and Î₂, S=1, 2 probes**", **_TWO, **_PROBES, estimator="i2"),
     ours("Î₁ and Î₂, S=1, exact (BackPACK)", **_TWO, second_order="exact", estimator="i2"),
-    ours("**all of it and (17) to (21), 2 probes**", **_TWO, **_PROBES, bounds=True, estimator="i2"),
-    ours("Î_H beside Î₁, S=1", estimators=["i1", "ih"], draws=1, estimator="ih"),
+    ours("**Î₁, Î₂ and all bounds, 2 probes**", **_TWO, **_PROBES, bounds=True, estimator="i2"),
+    ours("Î_H next to Î₁, S=1", estimators=["i1", "ih"], draws=1, estimator="ih"),
 ]
+"""Labels are size-biased, the default."""

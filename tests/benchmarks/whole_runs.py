@@ -216,8 +216,9 @@ def whole_runs(seconds: float, repeats: int, *, only: str = "") -> None:
             ratios.append(100 * (with_ / without - 1))
             shares.append(100 * account.spent / with_)
             free.append(account.free)
-            firsts += [account.first] if account.first is not None else []
-            wholes += list(account.costs)[:1]
+            costs = [account.costs.of[extent] for extent in account.costs.extents[1:]]
+            firsts += [cost.first for cost in costs if cost.first is not None][:1]
+            wholes += [seconds for cost in costs for seconds in cost.later][:1]
             previews = sum(report.total.i2 is None for report in probe.history)
             counts.append((previews, len(probe.history) - previews))
         print(

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
-from clock import interleaved, versions
+from clock import Progress, Ratio, interleaved, versions
+from cost import absent
 from footprint import peak_mb
 from growth import AXES, cliffs, flag, slope
 from peers import PEERS
 from problems import TINY, for_peers, forward_backward, make_problem
 from rows import OURS, Contender, Row
+from suite import COMMITTED, is_slower, mark_slower, parse_ratios
 from truth import fisher_diagonal, judge
 from variance import measure_spread
 
@@ -33,7 +35,7 @@ def test_our_rows_cover_every_parameter(name):
     pytest.importorskip("transformers")
     problem = make_problem(name, tiny=True)
     expected = fisher_diagonal(problem)
-    for row in OURS if name != TIED else (OURS[0], named("all of it")):
+    for row in OURS if name != TIED else (OURS[0], named("all bounds")):
         if "BackPACK" not in row.name or name == CNN:
             found = row.make(problem).draw()
             assert {n: d.shape for n, d in found.items()} == {n: d.shape for n, d in expected.items()}
@@ -92,6 +94,8 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so():
 
     assert "no_such_package" in judge(Row("absent", make), make_problem(MLP, tiny=True)).error
     assert versions(["no-such-package"]) == "no-such-package not installed"
+    assert absent("ModuleNotFoundError: No module named 'no_such_package'") == "not installed"
+    assert absent("NotImplementedError: GELU") == "–"
 
 
 def test_spread_is_that_of_the_label_draws():
@@ -120,3 +124,52 @@ def test_growth_is_fitted_and_flagged():
     line = [32.0, 128.0, 512.0, 2048.0]
     assert not flag(axis, "Î₁, S=1", line, line)
     assert "above 1" in flag(axis, "Î₁, S=1", [x**1.5 for x in line], line)
+
+
+TABLE = """
+| | MLP 784, B=256 | CNN 3 conv |
+|---|---|---|
+| forward+backward | 6.5 ms | 33.2 ms |
+| ours | 1.65 (1.58 – 1.72) | 2.00 (1.90 – 2.10) |
+| peer | ✗ 2.67 (2.61 – 2.70) | – |
+| other | ◐ 1.00 (0.90 – 1.10) | not installed |
+
+| | MLP 784, B=256 | CNN 3 conv |
+|---|---|---|
+| forward+backward | 3 MB | 26 MB |
+| ours | 1 · 7 MB | 9.99 (9.98 – 10.0) |
+"""
+
+
+def test_times_are_read_from_the_first_table_and_marked_where_they_got_slower():
+    mlp, cnn = "MLP 784, B=256", "CNN 3 conv"
+    assert parse_ratios(TABLE) == {
+        ("ours", mlp): Ratio(1.65, 1.58, 1.72),
+        ("ours", cnn): Ratio(2.0, 1.9, 2.1),
+        ("other", mlp): Ratio(1.0, 0.9, 1.1),
+    }
+    same = "2.00 (1.90 – 2.10)"
+    slower = TABLE.replace("1.65 (1.58 – 1.72)", same).replace("1.00 (0.90", "1.08 (0.95")
+    text, marked = mark_slower(slower, TABLE)
+    assert f"| ours | ▲ {same} | {same} |" in text and text.count("▲") == 1
+    assert marked == [f"- ▲ ours, MLP 784: {same}, was 1.65 (1.58 – 1.72)"]
+    assert parse_ratios(text) == parse_ratios(slower)  # a table with marks may be committed
+    assert mark_slower(TABLE, TABLE) == (TABLE.rstrip("\n"), [])
+    assert parse_ratios("no table") == {} and mark_slower(TABLE, "")[1] == []
+    # a median outside of the quartiles of single pairs counts too
+    assert not is_slower(Ratio(1.9, 2.0, 2.1), Ratio(1.8, 1.7, 1.95))
+    assert is_slower(Ratio(2.1, 2.0, 2.1), Ratio(1.8, 1.7, 1.95))
+
+
+def test_the_committed_table_has_the_rows_of_the_benchmark():
+    committed = parse_ratios(COMMITTED.read_text("utf-8"))
+    assert {name for name, _ in committed} <= {row.name for row in OURS + PEERS}
+    assert len(committed) > 30
+
+
+def test_the_progress_bar_shows_share_and_step(capsys):
+    bar = Progress(4)
+    bar.step("MLP, correctness")
+    bar.step("MLP, memory")
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith("[########  ") and " 25 % " in last and "MLP, memory" in last

@@ -89,7 +89,7 @@ def test_what_previews_leave_out_is_stated_with_the_setting_that_measures_it(cap
     net = mlp()
     with fimprobe.attach(net, likelihood="categorical", tensorboard=False) as probe:
         train(net, 1)
-        probe.schedule.steps[0] = 60.0  # fifteen such steps exceed the allowance
+        probe.schedule.free, probe.schedule.spent = 5.0, 50.0  # as if the allowance were used
         train(net, 1)
     (line,) = closing_lines(capsys)
     assert probe.last.total.i2 is None and "1 report in 2 steps, the last at step 1" in line
@@ -100,7 +100,8 @@ def test_a_single_report_under_a_budget_is_explained(capsys):
     net = mlp()
     with fimprobe.attach(net, likelihood="categorical", tensorboard=False) as probe:
         train(net, 2)
-        probe.schedule.first = 1000.0  # as if the first report had taken so long
+        probe.schedule.free = 5.0
+        probe.schedule.spent += 1000.0  # as if the first report had taken so long
         train(net, 10, first=2)
     (line,) = closing_lines(capsys)
     assert len(probe.history) == 1 and "1 report in 12 steps" in line

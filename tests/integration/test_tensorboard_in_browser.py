@@ -131,7 +131,7 @@ def test_pictures_and_text_are_shown(browser, server):
     path, value = ["tf-markdown-view"], "(e.shadowRoot || e).textContent"
     texts = open_tab(browser, server, "text", path, value, lambda n: "Step 7000" in "".join(n))
     told = "".join(texts)
-    assert "About this run" in told and "(input, label) pairs" in told and "Step 7000" in told
+    assert "About this run" in told and "(input, label) pair" in told and "Step 7000" in told
 
 
 @pytest.mark.parametrize("plugin", ["scalars", "images", "histograms"])

@@ -62,6 +62,15 @@ def gaussian_labels(h: Tensor, sigma: float, order: int = 6):
         yield torch.tensor(float(np.prod([weights[i] for i in picks])), dtype=h.dtype), z / sigma
 
 
+def mean_and_variance_labels(h: Tensor, order: int = 6):
+    """Scores in the natural parameters (m/v, −1/(2v)) of each label, at Gauss-Hermite nodes."""
+    first, second = h.view(-1, 2).unbind(1)
+    m, v = -first / (2 * second), -1 / (2 * second)
+    for weight, z in gaussian_labels(m, 1.0, order):
+        y = m + v.sqrt() * z
+        yield weight, torch.stack([y - m, y**2 - m**2 - v], 1).flatten()
+
+
 def enumerate_fisher(model, args, labels, pick=lambda o: o):
     """Per input and parameter: diag F, diagonal label variance, L1 of the block; and of the whole."""
     size = args[0].shape[0]

@@ -22,6 +22,7 @@ from fimprobe.engines.moments.power_sums import (
     is_one,
     power_of_two_scale,
     power_sums,
+    sums_of_squares,
     undo_scale,
 )
 from fimprobe.engines.problem.weights import PassWeights
@@ -181,7 +182,7 @@ class MomentAccumulator:
                 x_scale = power_of_two_scale(x)
                 x, scale = x * (1 / x_scale).to(x.dtype), scale * x_scale
             x2 = x.square()
-            x4_sum = torch.linalg.vecdot(x2, x2)
+            x4_sum = sums_of_squares(x2)
             if not in_float32_range(x4_sum, scale):
                 return False
             # powers are computed in float32, sums over samples in float64

@@ -63,7 +63,7 @@ class OuterProductPowers:
                 scale = power_of_two_scale(delta)
                 delta = delta * (1 / scale).to(delta.dtype)
         square = delta.square()
-        fourth = torch.linalg.vecdot(square, square)
+        fourth = sums_of_squares(square)
         if not in_float32_range(fourth, scale):
             return None
         powers = sample_powers(square, fourth, weights)
@@ -132,7 +132,7 @@ def power_sums(square: Tensor, weights: PassWeights | None, scale: Tensor | None
         weights: Weights of the passes.
         scale: The power of two that g was divided by; None if it was not.
     """
-    fourth = torch.linalg.vecdot(square, square)
+    fourth = sums_of_squares(square)
     if not in_float32_range(fourth, scale):
         return None
     return sample_powers(square, fourth, weights)
@@ -154,13 +154,14 @@ def sample_powers(square: Tensor, fourth: Tensor, weights: PassWeights | None) -
     if has_sampled_labels(weights):
         q = r = _sum_draws(fourth)
         if fourth.shape[1] > 1:
-            q = _products(f, f, weights)
+            q = _squares(f, weights)
         return Powers(f=f, blocks=blocks, sums=torch.stack([a4, q, r, top]))
-    q = r = _products(f, f, weights)
+    q = r = _squares(f, weights)
     if len(blocks) > 1:
-        r = torch.stack([_products(block, block, weights) for block in blocks]).sum(0)
+        r = torch.stack([_squares(block, weights) for block in blocks]).sum(0)
     else:
-        top = _products(f, square.amax(1), weights)
+        # f is a mean of what the maximum is of: the two sums are rounded differently
+        top = torch.maximum(_products(f, square.amax(1), weights), q)
     return Powers(f=f, blocks=blocks, sums=torch.stack([a4, q, r, top]))
 
 
@@ -284,7 +285,10 @@ def inner_products(rows: Tensor) -> Tensor:
     gram = rows.new_empty(len(rows), draws, draws)
     for s in range(draws):
         for t in range(s, draws):
-            gram[:, s, t] = gram[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
+            if s == t:
+                gram[:, s, s] = sums_of_squares(rows[:, s])
+            else:
+                gram[:, s, t] = gram[:, t, s] = torch.linalg.vecdot(rows[:, s], rows[:, t])
     return gram
 
 
@@ -293,14 +297,31 @@ def _sum_draws(x: Tensor) -> Tensor:
     return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
 
 
+def sums_of_squares(x: Tensor) -> Tensor:
+    """Σ x² over the last dimension, in the type of ``x``; a norm forms no tensor of squares."""
+    return torch.linalg.vector_norm(x, dim=-1).square()
+
+
 def _products(x: Tensor, y: Tensor, weights: PassWeights | None) -> Tensor:
     """Σ x y of each sample [b], in float64; ``x`` and ``y`` [b, P] are sums over draws."""
     products = torch.linalg.vecdot(x, y)
-    # weights may take the squares of sums out of float32's range although g⁴ is inside it
-    check = not has_sampled_labels(weights) and products.device.type == "cpu"
-    if check and not in_float32_range(products, None):
+    if _left_range(products, weights):
         products = torch.linalg.vecdot(x.double(), y.double())
     return products.double()
+
+
+def _squares(x: Tensor, weights: PassWeights | None) -> Tensor:
+    """Σ x² of each sample [b], in float64; ``x`` [b, P] is a sum over draws."""
+    squares = sums_of_squares(x)
+    if _left_range(squares, weights):
+        squares = sums_of_squares(x.double())
+    return squares.double()
+
+
+def _left_range(products: Tensor, weights: PassWeights | None) -> bool:
+    """Whether weights took squares of sums out of float32's range although g⁴ is inside it."""
+    check = not has_sampled_labels(weights) and products.device.type == "cpu"
+    return check and not in_float32_range(products, None)
 
 
 def _block_sums(square: Tensor, weights: PassWeights | None) -> list[Tensor]:

@@ -12,7 +12,7 @@ from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.problem.cotangents import Cotangents, mask_of, masked, stack_passes
 from fimprobe.engines.problem.problem import Problem
 from fimprobe.engines.problem.weights import PassWeights
-from fimprobe.likelihoods import Gaussian
+from fimprobe.likelihoods import Categorical, Gaussian
 from fimprobe.likelihoods.size_biased import expected_squares, has_size_biased_draws, make_sampler
 
 MAX_LABELLED_OUTPUTS = 2**26
@@ -43,11 +43,42 @@ def label_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:
         )
     draws, family = problem.draws, problem.likelihood
     uniforms = _uniforms(problem, rows, h)
-    if draws.size_biased and has_size_biased_draws(family, h):
+    has_sampler = has_size_biased_draws(family, h)
+    if draws.size_biased and has_sampler:
         positions = to_device(draws.positions_for(rows, problem.batch.size), h.device)
         return _size_biased_cotangents(problem, h, mask_of(problem, rows, h), uniforms, positions)
+    if has_sampler and isinstance(family, Categorical):
+        return _softmax_cotangents(problem, h, mask_of(problem, rows, h), uniforms)
     scores = [masked(problem, rows, h, _sample_scores(problem, h, u)) for u in uniforms.unbind(1)]
     return Cotangents(vectors=scores, score_mass=_score_mass(problem, rows, h, scores))
+
+
+def _softmax_cotangents(
+    problem: Problem, h: Tensor, mask: Tensor | None, uniforms: Tensor
+) -> Cotangents:
+    """Scores of class labels from the model; all draws and their mass share one softmax.
+
+    Args:
+        problem: The likelihood.
+        h: Outputs [B, ...].
+        mask: Labels that count.
+        uniforms: Random numbers that determine the labels [B, S, ...].
+    """
+    count = uniforms.shape[1]
+    scores = [torch.empty_like(h) for _ in range(count)]
+    mass = torch.zeros(2, dtype=torch.float64, device=h.device)
+    step = labels_per_draw(h) // max(1, h[0].numel())
+    for start in range(0, len(h), step):
+        samples = slice(start, start + step)
+        keep = None if mask is None else mask[samples]
+        sampler = make_sampler(problem.likelihood, h[samples], keep)
+        squares = []
+        for s in range(count):
+            labels = sampler.plain_labels(uniforms[samples, s])
+            scores[s][samples], square = sampler.scores_of(labels)
+            squares.append(square.sum())
+        mass += torch.stack([torch.stack(squares).mean(), sampler.total.sum()])
+    return Cotangents(vectors=scores, score_mass=mass)
 
 
 def _size_biased_cotangents(

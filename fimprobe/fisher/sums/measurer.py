@@ -28,7 +28,7 @@ from fimprobe.likelihoods.size_biased import (
 from fimprobe.measurement.process_summary import float_buffers
 from fimprobe.model.batch import Batch
 from fimprobe.model.input_roles import InputRoles, make_twin_for_batch
-from fimprobe.model.outputs import select_outputs
+from fimprobe.model.outputs import selector_for
 from fimprobe.model.twin import trainable, unwrap
 from fimprobe.statistics import MomentsBatch
 
@@ -121,6 +121,9 @@ class ScoredLabels:
         score: From outputs and labels to vectors of the outputs' shape.
     """
 
+    size_biased_quantile = None
+    """No size-biased labels: the scores of drawn labels are not used."""
+
     def __init__(self, family: Likelihood, score: ScoreOfLabels) -> None:
         self.family: Any = family
         self.data_score = score
@@ -166,7 +169,7 @@ class Measurer:
         roles = self.plan.input_roles
         batch = roles.apply(batch)
         if self._twin is None or roles.undecided(batch):
-            select = self.output or select_outputs
+            select = selector_for(self.likelihood, self.output)
             self._twin, self.plan.twin, batch = make_twin_for_batch(
                 self.model, batch, select, self.plan.twin, roles
             )
@@ -293,7 +296,7 @@ class Measurer:
             batch=batch,
             likelihood=self.likelihood,
             draws=IndexedDraws(count=draws, seed=self.seed, size_biased=True, indices=indices),
-            select_outputs=self.output or select_outputs,
+            select_outputs=selector_for(self.likelihood, self.output),
             mask=mask,
             memory_mb=self.memory_mb,
             diagonals=True,

@@ -131,9 +131,9 @@ class ModelCopier(ObjectCopier):
         if name not in _TABLES:
             return None if name == "_compiled_call_impl" else self.copy(value)
         table = self.add(value, OrderedDict() if isinstance(value, OrderedDict) else {})
-        if name not in _OTHER_HOOKS:
+        if value and name not in _OTHER_HOOKS:  # most of a module's tables are empty
             parts = without_foreign_hooks(value) if name in _FORWARD_HOOKS else value
-            table.update((key, self.copy(part)) for key, part in parts.items())
+            table.update({key: self.copy(part) for key, part in parts.items()})
         return table
 
     def copy_tensor(self, tensor: Tensor) -> Tensor:

@@ -9,12 +9,20 @@ from typing import Any
 from torch import nn
 
 from fimprobe.errors import FimprobeError
-from fimprobe.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
+from fimprobe.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Poisson,
+)
 from fimprobe.likelihoods.base import Likelihood
 from fimprobe.likelihoods.categorical import IGNORED
+from fimprobe.likelihoods.mean_and_variance import PAIR_REMEDY
 from fimprobe.training.capture.captured_output import CapturedOutput
 from fimprobe.training.likelihood_inference.heads import NO_GRADIENT, infer_from_loss, is_read
 from fimprobe.training.likelihood_inference.loss_inference import Decision
+from fimprobe.training.likelihood_inference.predicted_variance import find_pair
 from fimprobe.training.likelihood_inference.regression_inference import SIGMA_NOTICE, zero_sum_dims
 
 _FAMILIES: dict[type[nn.Module], tuple[Likelihood, str]] = {
@@ -22,15 +30,13 @@ _FAMILIES: dict[type[nn.Module], tuple[Likelihood, str]] = {
     nn.BCEWithLogitsLoss: (Bernoulli(), "labels are 0 or 1, sigmoid of each logit"),
     nn.MSELoss: (Gaussian(), "labels are Gaussian around the outputs"),
     nn.PoissonNLLLoss: (Poisson(), "labels are counts, outputs their log-rates"),
+    nn.GaussianNLLLoss: (
+        HeteroscedasticGaussian(),
+        "labels are Gaussian with the mean and the variance that the model predicts",
+    ),
 }
 
 _REFUSED: dict[type[nn.Module], str] = {
-    nn.GaussianNLLLoss: (
-        "reads a variance beside the mean, and no family of fimprobe has both. Where the variance is "
-        "a constant, pass likelihood=fimprobe.likelihoods.Gaussian(sigma=...); where the model "
-        "predicts it, also output= a function from what the model returns to the mean, whose Fisher "
-        "information is then measured at that sigma"
-    ),
     nn.BCELoss: (
         "reads probabilities. Pass likelihood='bernoulli' and output=torch.logit, or train with "
         "BCEWithLogitsLoss"
@@ -60,8 +66,8 @@ class Criterion:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether a gradient must show the dimension of the classes."""
-        return isinstance(self.likelihood, Categorical)
+        """Whether a gradient must show the dimension of the classes, or which outputs are read."""
+        return isinstance(self.likelihood, (Categorical, HeteroscedasticGaussian))
 
     def decision(self, likelihood: Likelihood | None = None) -> Decision:
         """Return the decision for a family, by default the one of the criterion."""
@@ -71,6 +77,11 @@ class Criterion:
             reason=f"loss={self.name}: {self.statement}{rest}",
             warn=bool(self.left_out),
         )
+
+    def decision_for_output(self) -> Decision | None:
+        """Return the decision where ``output`` selects a mean and a variance; else None."""
+        is_pair = isinstance(self.likelihood, HeteroscedasticGaussian)
+        return self.decision() if is_pair else None
 
     def decide(self, heads: Mapping[str, CapturedOutput]) -> Decision:
         """Return the family of the output that the loss reads.
@@ -84,6 +95,8 @@ class Criterion:
         read = {path: head for path, head in heads.items() if is_read(head)}
         if not read:
             return NO_GRADIENT
+        if isinstance(self.likelihood, HeteroscedasticGaussian):
+            return self._decide_pair(read, self.likelihood.eps)
         if len(read) > 1:
             names = ", ".join(map(repr, read))
             return self._refusal(
@@ -121,6 +134,27 @@ class Criterion:
         decided = self.decision(likelihood)
         return decided if len(heads) == 1 else replace(decided, path=path)
 
+    def _decide_pair(self, read: Mapping[str, CapturedOutput], eps: float) -> Decision:
+        """Return which outputs are the mean and the variance.
+
+        Args:
+            read: The outputs that the loss reads.
+            eps: That of the criterion.
+        """
+        for head in read.values():
+            outputs, gradient = head.outputs, head.gradient
+            if outputs is None or gradient is None or not bool(gradient.isfinite().all()):
+                return infer_from_loss(head)
+        pair = find_pair(read, eps)
+        if pair.paths:
+            decided = self.decision()
+            mean, variance = pair.paths
+            reason = f"{decided.reason}: outputs {mean!r} and {variance!r}"
+            return replace(decided, reason=reason, parts=pair.paths)
+        if pair.final:
+            return self._refusal(pair.reason, PAIR_REMEDY)
+        return Decision(likelihood=None, reason=pair.reason, remedy=PAIR_REMEDY, final=False)
+
     def _refusal(self, reason: str, remedy: str) -> Decision:
         reason = f"`loss` is {self.name}, but the gradient at the model's outputs differs: {reason}"
         return Decision(likelihood=None, reason=reason, remedy=remedy)
@@ -156,6 +190,9 @@ def read_criterion(loss: Any) -> Criterion:
             "are rates. Pass likelihood='poisson' and output=torch.log."
         )
     likelihood, statement = _FAMILIES[kind]
+    if isinstance(likelihood, HeteroscedasticGaussian):
+        likelihood = replace(likelihood, eps=float(loss.eps))
+        statement += f"; batches with a variance below eps={loss.eps:g} are skipped"
     return Criterion(
         name=kind.__name__,
         likelihood=likelihood,

@@ -41,6 +41,7 @@ class Decision:
         warn: Whether the reason deserves a warning although the family is known.
         unmatched: Whether the outputs are real numbers and the gradient matches no family's score.
         path: The output that is read among several, by the path of ``named_outputs``; else "".
+        parts: The outputs that a family reads together, in its order, by their paths.
         notes: What every report should state.
         unmeasured: Other outputs that the loss reads, of unknown family; a note names them.
     """
@@ -52,6 +53,7 @@ class Decision:
     warn: bool = False
     unmatched: bool = False
     path: str = ""
+    parts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     unmeasured: tuple[str, ...] = ()
 

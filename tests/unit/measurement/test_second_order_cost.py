@@ -6,7 +6,8 @@ from torch import nn
 
 import fimprobe
 from fimprobe.measurement import second_order_cost
-from fimprobe.training.schedule import FREE_SECONDS, Budget, Every, SharedBudget
+from fimprobe.training.schedule import FREE_SECONDS, Budget, Every
+from fimprobe.training.shared_budget import SharedBudget
 from tests.models.cases import Gate, Lambda
 
 

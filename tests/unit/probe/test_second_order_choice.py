@@ -41,8 +41,11 @@ def with_i2(report, *, layers=None, **total):
 
 
 def test_exact_numbers_are_never_lost(report):
-    assert why_i2_says_nothing(report) == ""
-    assert why_i2_says_nothing(with_i2(report, layers=[{"label_variance": None}] * 2)) == ""
+    assert why_i2_says_nothing(report, of_layers=True) == ""
+    assert (
+        why_i2_says_nothing(with_i2(report, layers=[{"label_variance": None}] * 2), of_layers=True)
+        == ""
+    )
 
 
 LOST = {"label_variance": None, "label_variance_error": 1.0}
@@ -55,8 +58,15 @@ CLEAR = {"label_variance": 2.1, "label_variance_error": 1.0}
     [([LOST, NOISY], 2), ([LOST, CLEAR], 0), ([CLEAR, CLEAR], 0), ([NOISY, NOISY], 2)],
 )
 def test_most_layers_within_their_noise(report, layers, lost):
-    reason = why_i2_says_nothing(with_i2(report, layers=layers))
+    reason = why_i2_says_nothing(with_i2(report, layers=layers), of_layers=True)
     assert reason == (f"its label variance is within its noise in {lost} of 2 layers" if lost else "")
+
+
+def test_spot_checks_are_judged_by_the_model(report):
+    lost = with_i2(report, layers=[LOST, NOISY])
+    assert why_i2_says_nothing(lost, of_layers=False) == ""
+    reason = why_i2_says_nothing(with_i2(report, **NOISY), of_layers=False)
+    assert reason == "its label variance is within its noise"
 
 
 def test_an_efficiency_below_one_percent(report):
@@ -68,14 +78,14 @@ def test_an_efficiency_below_one_percent(report):
 
     ratio = needing(1.0).total.i2.pairs_for(0.1)
     pairs = report.total.i1.pairs_for(0.1)
-    assert why_i2_says_nothing(needing(99 * pairs / ratio)) == ""
-    reason = why_i2_says_nothing(needing(150 * pairs / ratio))
+    assert why_i2_says_nothing(needing(99 * pairs / ratio), of_layers=True) == ""
+    reason = why_i2_says_nothing(needing(150 * pairs / ratio), of_layers=True)
     assert reason == "it needs 150 times as many (input, label) pairs as Î₁"
 
 
 def test_without_i2_there_is_nothing_to_leave_out():
     alone = fimprobe.measure(small_net(), data()[0], likelihood="categorical", estimators=("i1",))
-    assert why_i2_says_nothing(alone) == "" and share_of_i2(alone) == 0.0
+    assert why_i2_says_nothing(alone, of_layers=True) == "" and share_of_i2(alone) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -90,7 +100,7 @@ def test_without_i2_there_is_nothing_to_leave_out():
 def test_it_is_left_out_after_the_first_whole_report(
     options, is_left_out, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr(step_measurement, "why_i2_says_nothing", lambda report: "it is noise")
+    monkeypatch.setattr(step_measurement, "why_i2_says_nothing", lambda report, **_: "it is noise")
     net = small_net()
     with fimprobe.attach(net, likelihood="categorical", tensorboard=False, **options) as probe:
         for step in range(6):

@@ -9,7 +9,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import fimprobe
-from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Every, SharedBudget
+from fimprobe.training.report_costs import Extent, ReportCosts
+from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Every
+from fimprobe.training.shared_budget import SharedBudget
+
+EXTENTS = {Extent.PREVIEW: "preview", Extent.WITHOUT_BOUNDS: "without", Extent.WHOLE: "whole"}
+
+
+def staged(share, *extents, **state):
+    """A budget whose reports may leave parts out: by default Î₂ only, as without bounds."""
+    costs = ReportCosts(extents=extents or (Extent.PREVIEW, Extent.WHOLE))
+    return Budget(share, costs=costs, **state)
 
 
 def test_every_and_at():
@@ -61,7 +71,7 @@ def test_a_real_loop_keeps_its_share():
             optimizer.step()
         schedule = probe.schedule
     # what was known at the last probe fitted; only its own surprise may lie above the share
-    *known, last = schedule.costs
+    *known, last = schedule.costs.of[Extent.WHOLE].later
     surprise = max(last - max(known), 0.0)
     share = 0.2 * (schedule.spent + schedule.elapsed)
     assert schedule.spent - schedule.free <= share + surprise and schedule.free <= FREE_SECONDS
@@ -84,71 +94,113 @@ def test_half_of_a_budget_is_laid_aside_for_pictures():
         schedule.observe(loop_seconds=0.1, probe_seconds=cost)
     assert 17 < schedule.elapsed - 9 < 20  # half of 0.1 · 18 s for the pictures, half for measuring
     assert 8 <= measured <= 12 and schedule.reserved == 0
-    known, spent = list(schedule.costs), schedule.spent
+    known, spent = schedule.costs.of[Extent.WHOLE].later, schedule.spent
     schedule.charge(1.0)
     schedule.observe(loop_seconds=0.0, probe_seconds=1.15)  # 0.15 of them the measurement's
-    assert list(schedule.costs)[-1] == pytest.approx(0.15) and len(known) <= 5
+    assert known[-1] == pytest.approx(0.15) and len(known) <= 5
     assert schedule.spent == pytest.approx(spent + 1.15)
 
 
-def spend(schedule, steps, *, preview, whole, verification=0.0, step_seconds=0.1):
+def spend(schedule, steps, *, step_seconds=0.1, verification=0.0, **costs):
     """A simulated run: what was measured, at which step, and the seconds of all reports."""
     measured, seconds = [], 0.0
     for step in range(steps):
         cost = 0.0
         if schedule.due(step):
-            previews = schedule.start(full=False)
-            cost = (preview if previews else whole) + (0.0 if measured else verification)
-            measured.append(("preview" if previews else "whole", step))
+            extent = EXTENTS[schedule.start(full=False, loop_seconds=10.0)]
+            cost = costs[extent]
+            schedule.expect(cost / (cost + verification))
+            cost += 0.0 if measured else verification
+            measured.append((extent, step))
         schedule.observe(loop_seconds=step_seconds, probe_seconds=cost)
         seconds += cost
     return measured, seconds
 
 
 def test_early_steps_have_whole_reports_within_the_allowance():
-    schedule = Budget(0.02, staged=True)
-    measured, _ = spend(schedule, 40, preview=0.1, whole=0.3, verification=0.4)
+    measured, _ = spend(staged(0.02), 40, preview=0.1, whole=0.3, verification=0.4)
     assert measured == [("whole", step) for step in (1, 2, 5, 10, 20)]
-    assert schedule.free == schedule.spent == pytest.approx(5 * 0.3 + 0.4)
 
 
 def test_after_the_allowance_the_share_counts():
-    schedule = Budget(0.02, staged=True)
+    schedule = staged(0.02)
     measured, seconds = spend(schedule, 20_000, preview=0.5, whole=2.0)
-    # a third early report would exceed 5 s; 2 s are 2 % of 94 s of training with 6 s of reports
-    assert [step for _, step in measured[:3]] == [1, 2, 941]
+    # of the 3 s that the first whole report leaves, previews show more than another one
+    assert measured[:5] == [("whole", 1)] + [("preview", step) for step in (2, 5, 10, 20)]
+    assert sum(kind == "whole" for kind, step in measured) > 15
     assert seconds - schedule.free <= 0.02 * (20_000 * 0.1 + seconds)
     assert seconds > 0.9 * (schedule.free + 0.02 * (20_000 * 0.1 + seconds) - 2.0)
 
 
 def test_previews_come_first_where_a_whole_report_exceeds_the_allowance():
-    # fifteen steps of 2 s are more than 5 s: previews of 2 s, at two early steps; then 30 s are 2 %
-    schedule = Budget(0.02, staged=True)
-    measured, _ = spend(schedule, 2000, preview=2.0, whole=28.0, step_seconds=2.0)
-    assert measured[:3] == [("preview", 1), ("preview", 2), ("whole", 733)]
-    assert {kind for kind, _ in measured[2:]} == {"whole"}
+    # 23 steps of 2 s are more than 5 s: previews of 2 s, at two early steps; 28 s are 2 % of 1,400 s
+    measured, _ = spend(staged(0.02), 2000, preview=2.0, whole=28.0, step_seconds=2.0)
+    assert measured[:2] == [("preview", 1), ("preview", 2)]
+    wholes = [step for kind, step in measured if kind == "whole"]
+    assert 700 < wholes[0] < 1200 and len(wholes) > 1
+    # the share pays for no previews of more than a fifth of a whole report
+    measured, _ = spend(staged(0.02), 2000, preview=8.0, whole=28.0, step_seconds=2.0)
+    assert measured[0] == ("preview", 1) and measured[1][0] == "whole"
     # the first report happens whatever it costs where there is nothing to preview
     measured, _ = spend(Budget(0.02), 100, preview=28.0, whole=28.0, step_seconds=2.0)
     assert measured == [("whole", 1)]
 
 
-def test_a_whole_measurement_asked_for_ends_the_previews():
-    schedule = Budget(0.02, staged=True)
+def test_a_minute_of_a_transformer_shows_a_report_with_i2_and_several_previews():
+    """Costs in steps as measured for GPT-2 with four layers; bounds follow within the share."""
+    for step_seconds in (0.1, 0.14, 0.18):
+        schedule = staged(0.02, *Extent)
+        costs = {"preview": 2.5, "without": 9.0, "whole": 25.0}
+        run = {name: steps * step_seconds for name, steps in costs.items()}
+        verification = 6 * step_seconds
+        for seconds, wanted in ((60, {"preview", "without"}), (3000, set(costs))):
+            schedule = staged(0.02, *Extent)
+            measured, spent = spend(
+                schedule,
+                int(seconds / step_seconds),
+                step_seconds=step_seconds,
+                verification=verification,
+                **run,
+            )
+            assert {kind for kind, _ in measured} >= wanted and len(measured) >= 4
+            assert spent - schedule.free <= 0.02 * (seconds + spent) and schedule.free <= FREE_SECONDS
+        assert min(step for kind, step in measured if kind != "preview") <= 5
+        kinds = [kind for kind, step in measured if kind != "preview"][-6:]
+        assert kinds in (["without", "whole"] * 3, ["whole", "without"] * 3)  # in turns
+
+
+def test_what_a_report_leaves_out_is_no_choice_where_it_costs_nothing():
+    costs = ReportCosts(extents=tuple(Extent))
+    costs.include_bounds()
+    assert list(costs.extents) == [Extent.PREVIEW, Extent.WHOLE]
+    costs.leave_out_i2(has_bounds=True)
+    assert list(costs.extents) == [Extent.PREVIEW, Extent.WHOLE]
+    costs.leave_out_i2(has_bounds=False)
+    assert list(costs.extents) == [Extent.WHOLE] and costs.expected(Extent.WHOLE, 1.0) == 0.0
+
+
+def test_inputs_given_by_hand_have_everything():
+    schedule = staged(0.02, *Extent)
     schedule.observe(loop_seconds=10.0, probe_seconds=0.0)
-    assert schedule.start(full=False) and not schedule.start(full=True)
+    assert (
+        schedule.start(full=False, loop_seconds=10.0) is Extent.PREVIEW
+        and schedule.start(full=True, loop_seconds=10.0) is Extent.WHOLE
+    )
     schedule.observe(loop_seconds=10.0, probe_seconds=8.0)
-    assert not schedule.start(full=False) and schedule.first == 8.0 and schedule.free == FREE_SECONDS
+    assert schedule.costs.of[Extent.WHOLE].first == 8.0 and schedule.free == FREE_SECONDS
 
 
 def test_a_forecast_is_the_next_step_that_is_due():
     for whole, step_seconds in ((0.3, 0.1), (2.0, 0.1), (28.0, 2.0)):
-        schedule, forecast, measured = Budget(0.1, staged=True), 1, []
+        schedule, forecast, measured = staged(0.1), 1, []
         for step in range(800):
             cost = 0.0
             if schedule.due(step):
                 assert abs(step - forecast) <= 1, (whole, measured, forecast)
                 measured.append(step)
-                cost = 1.0 if schedule.start(full=False) else whole
+                cost = (
+                    1.0 if schedule.start(full=False, loop_seconds=10.0) is Extent.PREVIEW else whole
+                )
                 forecast = schedule.forecast(step, cost)
             schedule.observe(loop_seconds=step_seconds, probe_seconds=cost)
         assert len(measured) > 2
@@ -156,21 +208,21 @@ def test_a_forecast_is_the_next_step_that_is_due():
 
 def test_batches_that_cannot_be_measured_are_charged():
     """A model that has become NaN costs its share, not an attempt at every step."""
-    schedule, attempts = Budget(0.02, staged=True), []
+    schedule, attempts = staged(0.02), []
     for step in range(2000):
         if schedule.due(step):
             attempts.append(step)
             schedule.fail(0.1)
         schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
-    assert attempts[:5] == [1, 2, 5, 10, 20] and schedule.first is None
+    assert attempts[:5] == [1, 2, 5, 10, 20] and not schedule.costs.has_whole
     assert schedule.spent == pytest.approx(0.1 * len(attempts)) and len(attempts) < 0.03 * 2000
 
 
 def test_processes_agree_on_a_preview():
-    schedule = SharedBudget(Budget(0.1, staged=True))
+    schedule = SharedBudget(staged(0.1))
     schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
-    assert schedule.due(1) and not schedule.start(full=False)
-    assert schedule.agree(True) and schedule.account.previewing
+    assert schedule.due(1) and schedule.start(full=False, loop_seconds=10.0) is Extent.WHOLE
+    assert schedule.agree(Extent.PREVIEW) is schedule.account.extent is Extent.PREVIEW
 
 
 def test_what_only_the_first_report_costs_is_not_expected_again():
@@ -178,9 +230,9 @@ def test_what_only_the_first_report_costs_is_not_expected_again():
     schedule.observe(loop_seconds=0.1, probe_seconds=0.0)
     schedule.expect(0.25)  # while it runs
     schedule.observe(loop_seconds=0.1, probe_seconds=4.0)
-    assert schedule.expected == 1.0 and schedule.spent == 4.0
+    assert schedule.expected(Extent.WHOLE) == 1.0 and schedule.spent == 4.0
     schedule.observe(loop_seconds=0.1, probe_seconds=1.5)
-    assert schedule.expected == 1.5
+    assert schedule.expected(Extent.WHOLE) == 1.5
 
 
 @pytest.mark.parametrize(
@@ -199,10 +251,11 @@ def test_the_first_report_is_whole_unless_it_exceeds_the_allowance(options, prev
     y = torch.arange(8) % 3
     with fimprobe.attach(net, tensorboard=False, **options) as probe:
         for step in range(3):
+            if is_slow:  # as if early reports had used the allowance, until the last step
+                probe.schedule.free, probe.schedule.spent = (
+                    (FREE_SECONDS, 50.0) if step < 2 else (0, 0)
+                )
             nn.functional.cross_entropy(net(torch.randn(8, 4)), y).backward()
-            if is_slow and step > 0:
-                probe.schedule.steps.clear()
-                probe.schedule.steps.append(60.0 if step == 1 else 1e-3)
             probe.step()
     assert [report.step for report in probe.history] == [1, 2]
     requested = {"i1", *options.get("estimators", ["i1", "i2"])}

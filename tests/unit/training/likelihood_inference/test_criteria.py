@@ -60,7 +60,6 @@ def test_the_gradient_shows_the_dimension_of_the_classes(shape, classes_at, want
 
 
 REFUSED = [
-    (nn.GaussianNLLLoss(), "GaussianNLLLoss, which reads a variance"),
     (nn.BCELoss(), "likelihood='bernoulli' and output=torch.logit"),
     (nn.NLLLoss(), "valid logits"),
     (nn.PoissonNLLLoss(log_input=False), "output=torch.log"),
@@ -97,3 +96,35 @@ def test_several_read_outputs_and_none():
     assert criterion.decide(heads).path == "b"
     heads["a"].store_gradient(LOGITS - 1)
     assert "several outputs of the model, 'a', 'b'" in criterion.decide(heads).reason
+
+
+def pair_of(loss, *, rows=6):
+    """What the gradients of a loss at two outputs show."""
+    generator = torch.Generator().manual_seed(3)
+    first, y = torch.randn(2, rows, 1, generator=generator)
+    values = {"a": first.clone(), "b": torch.rand(rows, 1, generator=generator) + 0.1}
+    values = {path: x.requires_grad_() for path, x in values.items()}
+    gradients = torch.autograd.grad(loss(*values.values(), y), list(values.values()))
+    heads = {}
+    for (path, x), gradient in zip(values.items(), gradients, strict=True):
+        heads[path] = CapturedOutput(x.detach())
+        heads[path].store_gradient(gradient)
+    return read_criterion(nn.GaussianNLLLoss(eps=0.2)).decide(heads)
+
+
+def test_the_gradients_show_a_mean_and_its_variance():
+    criterion = nn.GaussianNLLLoss(eps=0.2, reduction="sum")
+    decision = pair_of(lambda m, v, y: criterion(m, y, v))
+    assert decision.parts == ("a", "b") and decision.likelihood.eps == 0.2 and not decision.warn
+    decision = pair_of(lambda m, v, y: 1e-3 * criterion(m, y, v), rows=2)
+    assert not decision.final and "too few" in decision.reason
+    for other in (
+        lambda m, v, y: criterion(m, y, v.exp()),
+        lambda m, v, y: (F.gaussian_nll_loss(m, y, v, reduction="none") * v.detach()).sum(),
+    ):
+        decision = pair_of(other)
+        assert (
+            decision.likelihood is None
+            and decision.final
+            and "weights of the loss" in decision.reason
+        )
