@@ -16,7 +16,7 @@ START = 0.1
 """First η: truncation stays below 1 % for most layers of the networks measured."""
 
 MIN_STEP, MAX_STEP = 1e-6, 0.25
-"""Range of η. Steps of 1 left out up to a third of V2 where outputs hardly change beside their size."""
+"""Range of η. Steps of 1 lose up to a third of V2 where outputs are large beside their changes."""
 
 FLOOR = 6.0
 """ρ of rounding alone, over the machine precision of the computation; largest on a GPT-2."""
