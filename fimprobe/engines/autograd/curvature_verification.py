@@ -47,6 +47,7 @@ def _compare_curvature(small: Problem, plan: Plan) -> None:
         small: The samples.
         plan: A verified plan; changed in place.
     """
+    plan.propagates = None
     measured = measure_with_fallbacks(small, plan)
     plan.chunk_size, plan.curvature_verified_samples = None, small.batch.size
     if measured.curvature is None:

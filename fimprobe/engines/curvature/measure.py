@@ -147,7 +147,9 @@ class _ChunkCurvature:
         elif request.exact:
             self._add_exact_diagonals(count)
         else:
-            propagation = CurvaturePropagation.of(self.chunk, self._reused_calls())
+            propagation = CurvaturePropagation.of(
+                self.chunk, self.vectors[0].output, self._reused_calls()
+            )
             for y in range(count):
                 self._add_probed_diagonal(y, propagation)
 

@@ -11,7 +11,8 @@ See docs/theory.md, "Curvature propagation".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,12 +49,14 @@ class _Normalised(NamedTuple):
         rate: r [..., 1].
         weight: γ; None for ones.
         dims: The normalised dimensions.
+        is_narrow: Whether x is in float16, whose range its second derivatives leave.
     """
 
     x_hat: Tensor
     rate: Tensor
     weight: Tensor | None
     dims: tuple[int, ...]
+    is_narrow: bool
 
 
 def find_norms(nodes: Iterable[Any]) -> list[NormNode]:
@@ -67,15 +70,33 @@ def find_norms(nodes: Iterable[Any]) -> list[NormNode]:
     for node in nodes:
         for argument, _ in node.next_functions:
             consumers.setdefault(argument, set()).add(node)
-    norms = []
+    norms, dependent = [], set(nodes)
     for node in nodes:
-        norm = _layer_norm(node) or _rms_norm(node)
-        if norm is None or not _keeps_its_values(norm):
+        norm = _layer_norm(node, dependent) or _rms_norm(node)
+        if norm is None or not _is_as_written(norm):
             continue
         inner = norm.members - {node}
         if all(consumers[member] <= norm.members for member in inner):
             norms.append(norm)
     return norms
+
+
+def curvature_along(norm: NormNode, cotangent: Tensor, direction: Tensor) -> Tensor:
+    """Return Q u.
+
+    Args:
+        norm: The norm.
+        cotangent: The cotangent at its output.
+        direction: u, of the shape of x.
+    """
+    values = _normalised(norm)
+    s, g = _projections(values, cotangent, centred=norm.centred)
+    u, x_hat, dims = direction.to(g.dtype), values.x_hat, values.dims
+    if norm.centred:
+        u = u - u.mean(dims, keepdim=True)
+    outer = x_hat * (g * u).sum(dims, keepdim=True) + g * (x_hat * u).sum(dims, keepdim=True)
+    width = math.prod(x_hat.shape[dim] for dim in dims)
+    return (-values.rate.square() / width * (outer + s * u)).to(direction.dtype)
 
 
 def curvature_vectors(
@@ -95,18 +116,9 @@ def curvature_vectors(
         a and b, of the shape of x.
     """
     values = _normalised(norm)
-    x_hat, rate, dims = values.x_hat, values.rate, values.dims
-    g = cotangent.to(x_hat.dtype)
-    if values.weight is not None:
-        g = g * values.weight.to(g.dtype)
-    width = 1
-    for dim in dims:
-        width *= x_hat.shape[dim]
-    if norm.centred:
-        g = g - g.mean(dims, keepdim=True)
-    s = (g * x_hat).sum(dims, keepdim=True)
-    g = g - 1.5 * s / width * x_hat
-    c = -rate.square() / width
+    x_hat, dims = values.x_hat, values.dims
+    s, g = _projections(values, cotangent, centred=norm.centred)
+    c = -values.rate.square() / math.prod(x_hat.shape[dim] for dim in dims)
     beta = (_norm(g, dims) / _norm(x_hat, dims)).sqrt()
     w = signs("entries", x_hat)
     if norm.centred:
@@ -118,15 +130,28 @@ def curvature_vectors(
     return a.to(cotangent.dtype), b.to(cotangent.dtype)
 
 
+def _projections(values: _Normalised, cotangent: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return s and ĝ of a cotangent at a norm's output."""
+    x_hat, dims = values.x_hat, values.dims
+    g = cotangent.to(x_hat.dtype)
+    if values.weight is not None:
+        g = g * values.weight.to(g.dtype)
+    if centred:
+        g = g - g.mean(dims, keepdim=True)
+    s = (g * x_hat).sum(dims, keepdim=True)
+    return s, g - 1.5 * s / math.prod(x_hat.shape[dim] for dim in dims) * x_hat
+
+
 def _norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.square().sum(dims, keepdim=True).sqrt().clamp(min=_TINY)
 
 
-def _layer_norm(node: Any) -> NormNode | None:
+def _layer_norm(node: Any, depends: Container[Any]) -> NormNode | None:
+    """The norm that ``node`` computes, if its weight and bias do not depend on a recorded call."""
     if node.name() != "NativeLayerNormBackward0":
         return None
-    entry = node.next_functions[0]
-    if entry[0] is None:
+    entry, *affine = node.next_functions
+    if entry[0] is None or any(argument in depends for argument, _ in affine):
         return None
     return NormNode(node=node, members=frozenset([node]), entry=GradientEdge(*entry), centred=True)
 
@@ -143,7 +168,9 @@ def _rms_norm(node: Any) -> NormNode | None:
         inner = inner.next_functions[0][0]
         if inner is not None and inner.name().startswith("AddBackward"):
             members.append(inner)
-            inner = inner.next_functions[0][0]
+            (inner, _), *constants = inner.next_functions
+            if any(constant is not None for constant, _ in constants):
+                continue
         if inner is None or not inner.name().startswith("MeanBackward"):
             continue
         members.append(inner)
@@ -158,29 +185,52 @@ def _rms_norm(node: Any) -> NormNode | None:
     return None
 
 
-def _keeps_its_values(norm: NormNode) -> bool:
-    """Whether x̂ can be computed again, and positions are the leading dimensions."""
+def _is_as_written(norm: NormNode) -> bool:
+    """Whether x̂ and r can be computed again and are those of a norm, not in float16."""
     try:
         values = _normalised(norm)
     except (RuntimeError, AttributeError):  # overwritten in place, or freed
         return False
-    expected = [
-        1 if d - values.x_hat.dim() in values.dims else n for d, n in enumerate(values.x_hat.shape)
-    ]
-    return list(values.rate.shape) == expected
+    x_hat, rate, dims = values.x_hat, values.rate, values.dims
+    expected = [1 if d - x_hat.dim() in dims else n for d, n in enumerate(x_hat.shape)]
+    if list(rate.shape) != expected or values.is_narrow:
+        return False
+    if norm.centred:
+        return True
+    # ε is the same at all positions, and the mean has the weight 1
+    variance = rate.double() ** -2
+    epsilon = variance - (x_hat.double() / rate.double()).square().mean(dims, keepdim=True)
+    spread = float(epsilon.max() - epsilon.min())
+    tolerance = 64 * torch.finfo(x_hat.dtype).eps * float(variance.max())
+    return spread <= tolerance and float(epsilon.min()) >= -tolerance
 
 
 def _normalised(norm: NormNode) -> _Normalised:
-    """x̂ and r from what the operations keep for their backward."""
+    """x̂ and r, in at least float32, from what the operations keep for their backward."""
+    node = norm.node
     if norm.centred:
-        node = norm.node
         dims = tuple(range(-len(node._saved_normalized_shape), 0))
-        rate = node._saved_result2.detach()
-        x_hat = (node._saved_input.detach().to(rate.dtype) - node._saved_result1.detach()) * rate
+        x, rate = node._saved_input.detach(), _wide(node._saved_result2.detach())
+        x_hat = (_wide(x).to(rate.dtype) - node._saved_result1.detach()) * rate
         weight = node._saved_weight
-        return _Normalised(x_hat, rate, None if weight is None else weight.detach(), dims)
-    x, rate = norm.node._saved_self.detach(), norm.node._saved_other.detach()
-    if norm.node.next_functions[0][0].name() == "RsqrtBackward0":
+        return _Normalised(
+            x_hat=x_hat,
+            rate=rate,
+            weight=None if weight is None else weight.detach(),
+            dims=dims,
+            is_narrow=x.dtype == torch.float16,
+        )
+    x, rate = node._saved_self.detach(), node._saved_other.detach()
+    if node.next_functions[0][0].name() == "RsqrtBackward0":
         x, rate = rate, x
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return _Normalised(x.to(wide) * rate.to(wide), rate.to(wide), None, (-1,))
+    return _Normalised(
+        x_hat=_wide(x) * _wide(rate),
+        rate=_wide(rate),
+        weight=None,
+        dims=(-1,),
+        is_narrow=x.dtype == torch.float16,
+    )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

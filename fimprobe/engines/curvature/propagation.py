@@ -10,6 +10,7 @@ all calls has the noise of all of R in each of its entries instead. See Martens,
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from fimprobe.engines.curvature.directions import OptionalTensors, random_edge_d
 from fimprobe.engines.curvature.double_backward import EdgeTangents
 from fimprobe.engines.curvature.graph_regions import Region, find_regions, leaf_edge
 from fimprobe.engines.curvature.norm_curvature import NormNode, curvature_vectors
+from fimprobe.engines.curvature.propagation_check import agrees_with_double_backward
 from fimprobe.engines.curvature.region_gradients import RegionGradients, pull_back_regions
 from fimprobe.engines.primitives.random_signs import rademacher
 from fimprobe.engines.tracing.chunk import Chunk
@@ -47,13 +49,30 @@ class CurvaturePropagation:
     ) -> None:
         self._chunk, self._norms, self._regions = chunk, norms, regions
         self._reused = reused
-        self._scales: dict[int, Tensor | None] = {}
+        self._scales: dict[int, float] = {}
 
     @classmethod
-    def of(cls, chunk: Chunk, reused: ReusedCalls) -> CurvaturePropagation | None:
-        """Analyse the graph of a chunk; None if it has no norm, where other probes are as good."""
+    def of(cls, chunk: Chunk, vector: Tensor, reused: ReusedCalls) -> CurvaturePropagation | None:
+        """Analyse the graph of a chunk.
+
+        Args:
+            chunk: The recorded forward pass.
+            vector: A vector at the outputs, for which a new plan is verified.
+            reused: Calls whose parameters have uses that depend on each other.
+
+        Returns:
+            None if the graph has no norm, where other probes are as good, or if the products of the
+            sources do not agree with a double backward.
+        """
+        plan = chunk.plan
+        if plan.propagates is False:
+            return None
         norms, regions = find_regions(chunk.outputs, chunk.tape)
-        return cls(chunk, norms, regions, reused) if norms else None
+        if not norms:
+            return None
+        if plan.propagates is None:
+            plan.propagates = agrees_with_double_backward(chunk, vector, norms, regions)
+        return cls(chunk, norms, regions, reused) if plan.propagates else None
 
     def terms(self, number: int, vector: Tensor, probes: int) -> list[list[ProbeTerm]]:
         """Draw probes for one vector at the outputs.
@@ -104,8 +123,6 @@ class CurvaturePropagation:
             if gradients.region.norm is None or at_entry is None:
                 continue
             scale = self._scale(gradients)
-            if scale is None:
-                continue
             w = self._signs(key, f"entry {i}", at_entry)
             signs = [w / scale]
             if self._is_joint(gradients):
@@ -118,38 +135,41 @@ class CurvaturePropagation:
             calls = zip(gradients.region.calls, signs[1:], bent[1:], strict=False)
             at_calls |= {e: (sign, along) for e, sign, along in calls if along is not None}
         term = self._pull_back(edges, a, b)
-        if term is not None:
-            for e, (sign, along) in at_calls.items():
-                term.left[e] = _sum(term.left[e], sign)
-                term.right.cotangents[e] = _sum(term.right.cotangents[e], along)
+        if term is None and at_calls:
+            nothing: OptionalTensors = [None] * len(self._chunk.tape.output_edges)
+            term = ProbeTerm(left=nothing, right=self._tangents(list(nothing)))
+        for e, (sign, along) in at_calls.items():
+            assert term is not None
+            term.left[e] = _sum(term.left[e], sign)
+            term.right.cotangents[e] = _sum(term.right.cotangents[e], along)
         return term
 
     def _is_joint(self, gradients: RegionGradients) -> bool:
         """Whether a layer inside the region is used elsewhere, too, and bends there."""
-        return gradients.region.norm is not None and any(
+        if gradients.region.norm is None or gradients.gradients[0] is None:
+            return False
+        return any(
             g is not None and e in self._reused.outputs
             for e, g in zip(gradients.region.calls, gradients.gradients[1:], strict=True)
         )
 
-    def _scale(self, gradients: RegionGradients) -> Tensor | None:
-        """A factor that makes a and b as large as each other; None if the entry's curvature is zero.
+    def _scale(self, gradients: RegionGradients) -> float:
+        """A factor that makes a and b of a region as large as each other.
 
         The noise of several regions is least if all have the same ratio of a to b. The factor must
-        not depend on the probe: it comes from one of its own, for the first vector.
+        not depend on the probe: it comes from one of its own, for the first vector that bends.
         """
-        head = gradients.region.norm
-        key = id(head)
+        key = id(gradients.region.norm)
         if key not in self._scales:
             at_entry = gradients.gradients[0]
             assert at_entry is not None
-            (bent,) = gradients.curvature_along(
-                slice(0, 1), [self._signs("scale", "of a region", at_entry)]
-            )
-            size = None if bent is None else bent.float().square().mean()
-            known = size is not None and bool(size > 0) and bool(size.isfinite())
-            self._scales[key] = (
-                size.pow(0.25).to(at_entry.dtype) if known and size is not None else None
-            )
+            signs = self._signs("scale", "of a region", at_entry)
+            (bent,) = gradients.curvature_along(slice(0, 1), [signs])
+            size = 0.0 if bent is None else float(bent.double().square().mean()) ** 0.25
+            if not 0 < size < math.inf:
+                return 1.0
+            largest = torch.finfo(at_entry.dtype).max ** 0.25
+            self._scales[key] = min(max(size, 1 / largest), largest)
         return self._scales[key]
 
     def _call_term(self, local: list[RegionGradients], key: str) -> ProbeTerm | None:

@@ -31,6 +31,8 @@ class Plan:
         verified_samples: Samples that were compared with single evaluations; 0 before verification.
         curvature_verified_samples: The same for second derivatives.
         curvature_failure: Why there are no second derivatives; empty if there are.
+        propagates: Whether curvature propagation agrees with a double backward; None before it was
+            compared.
         second_order_limit: Forward and backward passes that evaluations of modules may cost for
             second derivatives; None for any number.
         takes_derivatives: Whether the forward itself takes derivatives. Memory is then counted after
@@ -60,6 +62,7 @@ class Plan:
     verified_samples: int = 0
     curvature_verified_samples: int = 0
     curvature_failure: str = ""
+    propagates: bool | None = None
     second_order_limit: float | None = None
     takes_derivatives: bool = False
     kinks: list[str] | None = None

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
+from fimprobe.engines.curvature import norm_curvature, propagation_check
 from fimprobe.estimators.i2 import block_gram, whole_gram
 from tests.models.cases import CASES, Lambda, head, lively
 from tests.oracles import brute_force
@@ -158,6 +160,21 @@ NORMS = {
         lambda self, x: self.parts[3](self.parts[2](self.parts[1](self.parts[0](x)))).sum(1),
         bare(3, 3), nn.RMSNorm(3), nn.LayerNorm(3), bare(3, 2),
     ),
+    "norm with a computed weight": lambda: around(
+        lambda self, x: self.parts[2](
+            nn.functional.layer_norm(
+                self.parts[0](x), (3,), weight=1 + self.parts[1](x[0].mean(0)).tanh()
+            )
+        ).sum(1),
+        bare(3, 3), bare(3, 3), bare(3, 2), shape=(1, 2, 3),
+    ),
+    "rate of something else": lambda: around(
+        lambda self, x: self.parts[2](
+            (y := self.parts[0](x))
+            * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.parts[1](x).exp().mean(-1, keepdim=True))
+        ).sum(1),
+        bare(3, 3), bare(3, 3), bare(3, 2),
+    ),
     "norm over two dimensions": lambda: around(
         lambda self, x: self.parts[2](self.parts[1](self.parts[0](x)).tanh()).sum(1),
         bare(3, 3), nn.LayerNorm((2, 3), elementwise_affine=False), bare(3, 2),
@@ -286,7 +303,7 @@ SMALL = [
 
 # these take the most probes: a sibling of each stays, in the blocks one of ``TINIEST``, a GRU and Scaled
 LONG_DIAGONALS = ["weight norm", "attention net", "rnn relu no bias", "multihead sequence first"]
-LONG_DIAGONALS += ["multihead kdim", "replayed twice"]
+LONG_DIAGONALS += ["multihead kdim", "replayed twice", "RMSNorm first", "written RMSNorm last"]
 LONG_BLOCKS = ["lstm", "replayed twice", "loop", "attention", "norms"]
 
 
@@ -324,6 +341,37 @@ def test_diagonal_is_exact_over_an_orthogonal_array(name, monkeypatch, double):
         near(have.diagonal.flatten(), want.sum((0, 1)) / draws, scale)
         # r_k has the mean R_ii: no probe's own square is below it on average
         assert (own / probes - want.square().sum(-1) > -1e-9 * scale**2 - 1e-13).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ("norm first", True),
+        ("written RMSNorm last", True),
+        ("block used twice", True),
+        ("norm read elsewhere", None),
+        ("rate of something else", None),
+        ("linear", None),
+    ],
+)
+def test_curvature_is_propagated_where_norms_separate_regions(name, used, double):
+    model, args = (TINY | NORMS)[name]()
+    problem = problem_of(model.eval(), args, likelihood="gaussian", draws=1, probes=2)
+    plan = make_verified_plan(problem)
+    assert measure_with_fallbacks(problem, plan).curvature is not None
+    assert plan.propagates is used
+
+
+def test_sources_that_disagree_with_a_double_backward_are_not_used(monkeypatch, double):
+    def one_percent_more(norm, cotangent, direction):
+        return 1.01 * norm_curvature.curvature_along(norm, cotangent, direction)
+
+    monkeypatch.setattr(propagation_check, "curvature_along", one_percent_more)
+    model, args = NORMS["norm first"]()
+    problem = problem_of(model.eval(), args, likelihood="gaussian", draws=1, probes=2)
+    plan = make_verified_plan(problem)
+    assert measure_with_fallbacks(problem, plan).curvature is not None
+    assert plan.propagates is False
 
 
 @pytest.mark.parametrize(
