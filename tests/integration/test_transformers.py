@@ -290,7 +290,7 @@ def test_probed_second_derivatives_are_unbiased(name, exact):
         scale = torch.stack([diagonal[n].abs().sum(), truth[1]])
         assert (off <= 4 * error[:2] + 1e-9 * scale + 1e-12).all(), (n, off / error[:2])
         biased += bool(have.mean(0)[2] - truth[1] > 4 * error[2])
-    assert biased > 4  # one probe's own squares would have been told apart
+    assert biased > 2  # one probe's own squares would have been told apart
 
 
 @pytest.mark.parametrize("name", often("GPT-2", "ViT"))

@@ -10,7 +10,6 @@ all calls has the noise of all of R in each of its entries instead. See Martens,
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,7 @@ class CurvaturePropagation:
     ) -> None:
         self._chunk, self._norms, self._regions = chunk, norms, regions
         self._reused = reused
-        self._scales: dict[int, float] = {}
+        self._scales: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, chunk: Chunk, vector: Tensor, reused: ReusedCalls) -> CurvaturePropagation | None:
@@ -122,7 +121,7 @@ class CurvaturePropagation:
             at_entry = gradients.gradients[0]
             if gradients.region.norm is None or at_entry is None:
                 continue
-            scale = self._scale(gradients)
+            scale = self._scale(gradients, at_entry)
             w = self._signs(key, f"entry {i}", at_entry)
             signs = [w / scale]
             if self._is_joint(gradients):
@@ -153,23 +152,25 @@ class CurvaturePropagation:
             for e, g in zip(gradients.region.calls, gradients.gradients[1:], strict=True)
         )
 
-    def _scale(self, gradients: RegionGradients) -> float:
-        """A factor that makes a and b of a region as large as each other.
+    def _scale(self, gradients: RegionGradients, at_entry: Tensor) -> Tensor:
+        """A factor for each sample that makes a and b of a region as large as each other.
 
         The noise of several regions is least if all have the same ratio of a to b. The factor must
-        not depend on the probe: it comes from one of its own, for the first vector that bends.
+        not depend on the probe: it comes from one of its own, for the first vector.
         """
         key = id(gradients.region.norm)
         if key not in self._scales:
-            at_entry = gradients.gradients[0]
-            assert at_entry is not None
             signs = self._signs("scale", "of a region", at_entry)
             (bent,) = gradients.curvature_along(slice(0, 1), [signs])
-            size = 0.0 if bent is None else float(bent.double().square().mean()) ** 0.25
-            if not 0 < size < math.inf:
-                return 1.0
+            rows = self._samples_in(at_entry)
+            size = at_entry.new_zeros(rows, dtype=torch.float64)
+            if bent is not None:
+                size = bent.double().reshape(rows, -1).square().mean(1) ** 0.25
             largest = torch.finfo(at_entry.dtype).max ** 0.25
-            self._scales[key] = min(max(size, 1 / largest), largest)
+            size = size.where((size > 0) & size.isfinite(), 1.0).clamp(1 / largest, largest)
+            places = at_entry.reshape(rows, -1).shape[1]
+            scale = size.to(at_entry.dtype).unsqueeze(1).expand(rows, places)
+            self._scales[key] = scale.reshape(at_entry.shape)
         return self._scales[key]
 
     def _call_term(self, local: list[RegionGradients], key: str) -> ProbeTerm | None:
@@ -235,14 +236,19 @@ class CurvaturePropagation:
         """Draw signs of the shape of a tensor, by sample where these come first."""
         problem, size, key = self._chunk.problem, self._chunk.size, f"{key} {name}"
         first = problem.draws.first + self._chunk.rows.start
-        if like.dim() == 0 or like.shape[0] % size:
-            shape, first, key = (1, *like.shape), 0, f"{key} {first}"
-        else:
-            shape = (size, like.shape[0] // size, *like.shape[1:])
+        rows = self._samples_in(like)
+        if rows != size:
+            first, key = 0, f"{key} {first}"
+        shape = (rows, like.numel() // rows)
         signs = rademacher(
             shape, key, problem.draws.seed, first=first, dtype=like.dtype, device=like.device
         )
         return signs.reshape(like.shape)
+
+    def _samples_in(self, x: Tensor) -> int:
+        """The number of samples, if they may come first in a tensor; else 1."""
+        size = self._chunk.size
+        return size if x.dim() > 0 and x.shape[0] % size == 0 else 1
 
 
 def _pull_back(edges: list[Any], cotangents: list[Any], output_edges: list[Any]) -> OptionalTensors:
