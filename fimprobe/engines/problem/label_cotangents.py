@@ -5,6 +5,9 @@ Symbols as in :mod:`fimprobe.engines.problem.cotangents`; δ = ∂ log p(y|h)/�
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,11 +70,7 @@ def _softmax_cotangents(
     count = uniforms.shape[1]
     scores = [torch.empty_like(h) for _ in range(count)]
     mass = torch.zeros(2, dtype=torch.float64, device=h.device)
-    step = labels_per_draw(h) // max(1, h[0].numel())
-    for start in range(0, len(h), step):
-        samples = slice(start, start + step)
-        keep = None if mask is None else mask[samples]
-        sampler = make_sampler(problem.likelihood, h[samples], keep)
+    for samples, sampler in _samplers(problem, h, mask):
         squares = []
         for s in range(count):
             labels = sampler.plain_labels(uniforms[samples, s])
@@ -96,11 +95,7 @@ def _size_biased_cotangents(
     count = positions.shape[1]
     scores = [torch.empty_like(h) for _ in range(count)]
     inverse, square, expected = (torch.empty_like(positions) for _ in range(3))
-    step = labels_per_draw(h) // max(1, h[0].numel())
-    for start in range(0, len(h), step):
-        samples = slice(start, start + step)
-        keep = None if mask is None else mask[samples]
-        sampler = make_sampler(problem.likelihood, h[samples], keep)
+    for samples, sampler in _samplers(problem, h, mask):
         for s in range(count):
             drawn = sampler.draw(uniforms[samples, s], positions[samples, s])
             scores[s][samples] = drawn.scores
@@ -111,6 +106,21 @@ def _size_biased_cotangents(
         weights=PassWeights(None, inverse, list(range(count))),
         score_mass=torch.stack([square.sum(), expected.sum()]) / count,
     )
+
+
+def _samplers(problem: Problem, h: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Any]]:
+    """Yield samplers of labels for a few samples at a time, with their places.
+
+    Args:
+        problem: The likelihood.
+        h: Outputs [B, ...].
+        mask: Labels that count.
+    """
+    step = labels_per_draw(h) // max(1, h[0].numel())
+    for start in range(0, len(h), step):
+        samples = slice(start, start + step)
+        keep = None if mask is None else mask[samples]
+        yield samples, make_sampler(problem.likelihood, h[samples], keep)
 
 
 def _score_mass(
