@@ -112,8 +112,8 @@ def _weight_sentences(report: Report) -> list[str]:
         ratio = geometry.spectral_bound / geometry.jacobian_spectral_norm
         slack = f" ({number(ratio)} times the true value at {first!r})"
     return [
-        f"The bound on the Jacobian of earlier layers{slack} grows with the spectral norms of the "
-        f"weights of {layers}; fimprobe.penalties.spectral(model) penalises them."
+        f"The bound on the Jacobian of earlier layers{slack} grows with the spectral norm of each "
+        f"weight: {layers}. fimprobe.penalties.spectral(model) penalises them."
     ]
 
 

@@ -79,6 +79,9 @@ def choice_sentences(report: Report) -> list[str]:
     return [*_compare_errors(report), *_name_silent_layers(report)]
 
 
+_BASIS = "At equal compute and one drawn label for each input"
+
+
 def _compare_errors(report: Report) -> list[str]:
     costs = diagonal_costs(report)
     wins: dict[str, list[str]] = {key: [] for key in ("i2", "ih", "i1")}
@@ -88,7 +91,7 @@ def _compare_errors(report: Report) -> list[str]:
         known = known or choice is not None
         if choice is not None and choice[1] >= MIN_GAIN:
             best, gain = choice
-            size = "zero error" if gain == math.inf else f"{factor(gain)} times smaller"
+            size = "zero error" if gain == math.inf else f"at least {factor(gain)} times smaller"
             wins[best].append(f"{name!r} ({size})")
     if not known:
         return []
@@ -99,14 +102,14 @@ def _compare_errors(report: Report) -> list[str]:
     winners = {key: names for key, names in wins.items() if names}
     if not winners:
         symbols = listed([SYMBOLS["i1"], *(SYMBOLS[key] for key in others)])
-        return [f"At equal compute, {symbols} have similar errors. {costs_sentence}"]
+        return [f"{_BASIS}, {symbols} have similar errors. {costs_sentence}"]
     degree = "smaller" if len(others) == 1 else "smallest"
     clauses: list[str] = []
     for key, names in winners.items():
         verb = "" if clauses else f"has the {degree} error "
         clauses.append(f"{SYMBOLS[key]} {verb}{_in_layers(names)}")
     reference = "" if len(others) == 1 else " The factors compare with the second best."
-    return [f"At equal compute, {'; '.join(clauses)}.{reference} {costs_sentence}"]
+    return [f"{_BASIS}, {'; '.join(clauses)}.{reference} {costs_sentence}"]
 
 
 def _in_layers(names: list[str]) -> str:
@@ -135,4 +138,4 @@ def _name_silent_layers(report: Report) -> list[str]:
     if not silent:
         return []
     names = some(silent, MAX_NAMES)
-    return [f"The diagonal of Î₂ in {names} does not depend on labels: only inputs make it err."]
+    return [f"The diagonal of Î₂ in {names} has no variance from labels, only that from inputs."]

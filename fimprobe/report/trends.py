@@ -78,8 +78,9 @@ def title_of_trends(records: Sequence[Record]) -> str:
     """Return the title of the table of trends, which says how to read its bars."""
     steps = f"step {records[0]['step']:,} to {records[-1]['step']:,}"
     return (
-        f"Each layer by {SYMBOLS['i1']}, {steps}: the first value, a bar for each report, the last "
-        "value. Bars are logarithmic, from the least value of a row to its greatest."
+        f"Each layer by {SYMBOLS['i1']}, {steps}: the first value, a bar for each report (a blank "
+        "where it is unknown), the last value. Bars are logarithmic, from the least value of a row "
+        "to its greatest."
     )
 
 
