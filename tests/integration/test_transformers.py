@@ -274,7 +274,7 @@ def test_probed_second_derivatives_are_unbiased(name, exact):
     """Σ_i R_ii and Σ_i R_ii² of every parameter: means over seeds of two probes each."""
     model, inputs = exact(lambda: small_sample(name))
     runs, plan = {}, None
-    for seed in range(20):
+    for seed in range(40):
         problem = problem_of(model, inputs, likelihood=One(), probes=2, seed=seed)
         plan = plan or make_verified_plan(problem)
         for n, c in measure_with_fallbacks(problem, plan).curvature.parameters.items():
@@ -288,10 +288,9 @@ def test_probed_second_derivatives_are_unbiased(name, exact):
         truth = torch.stack([diagonal[n].sum(), diagonal[n].square().sum()])
         off, error = (have.mean(0)[:2] - truth).abs(), have.std(0) / len(have) ** 0.5
         scale = torch.stack([diagonal[n].abs().sum(), truth[1]])
-        # of 20 seeds with heavy tails: 600 of a GPT-2 stay below 2.5 errors in all sums
-        assert (off <= 5 * error[:2] + 1e-9 * scale + 1e-12).all(), (n, off / error[:2])
+        assert (off <= 4 * error[:2] + 1e-9 * scale + 1e-12).all(), (n, off / error[:2])
         biased += bool(have.mean(0)[2] - truth[1] > 4 * error[2])
-    assert biased > 2  # one probe's own squares would have been told apart
+    assert biased > 4  # one probe's own squares would have been told apart
 
 
 @pytest.mark.parametrize("name", often("GPT-2", "ViT"))
