@@ -21,12 +21,14 @@ from fimprobe.model.twin import make_twin
 from fimprobe.statistics import SpotChecks
 
 
-def spot_problem(model: nn.Module, inputs: Any, *, seed: int = 0) -> Problem:
+def spot_problem(
+    model: nn.Module, inputs: Any, *, seed: int = 0, likelihood: str = "categorical"
+) -> Problem:
     """A measurement of Î₁ with two labels, and V2 by spot checks."""
     return Problem(
         twin=make_twin(model),
         batch=Batch.of(inputs),
-        likelihood=get_likelihood("categorical"),
+        likelihood=get_likelihood(likelihood),
         draws=Draws(count=2, seed=seed, size_biased=True),
         select_outputs=select_outputs,
         mask=None,
