@@ -144,7 +144,8 @@ class SinkGroup:
             _closes(sink)
             raise
         finally:
-            self.sinks.remove(sink)
+            if sink in self.sinks:  # another thread may have closed it
+                self.sinks.remove(sink)
         if not closed:
             _closes(sink)
 
