@@ -148,7 +148,7 @@ class _ChunkCurvature:
             self._add_exact_diagonals(count)
         else:
             propagation = CurvaturePropagation.of(
-                self.chunk, self.vectors[0].output, self._reused_calls()
+                self.chunk, [v.output for v in self.vectors], self._reused_calls()
             )
             for y in range(count):
                 self._add_probed_diagonal(y, propagation)

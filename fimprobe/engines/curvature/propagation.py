@@ -51,12 +51,14 @@ class CurvaturePropagation:
         self._scales: dict[int, Tensor] = {}
 
     @classmethod
-    def of(cls, chunk: Chunk, vector: Tensor, reused: ReusedCalls) -> CurvaturePropagation | None:
+    def of(
+        cls, chunk: Chunk, vectors: list[Tensor], reused: ReusedCalls
+    ) -> CurvaturePropagation | None:
         """Analyse the graph of a chunk.
 
         Args:
             chunk: The recorded forward pass.
-            vector: A vector at the outputs, for which a new plan is verified.
+            vectors: The vectors at the outputs, for which a new plan is verified.
             reused: Calls whose parameters have uses that depend on each other.
 
         Returns:
@@ -70,7 +72,7 @@ class CurvaturePropagation:
         if not norms:
             return None
         if plan.propagates is None:
-            plan.propagates = agrees_with_double_backward(chunk, vector, norms, regions)
+            plan.propagates = agrees_with_double_backward(chunk, vectors, norms, regions)
         return cls(chunk, norms, regions, reused) if plan.propagates else None
 
     def terms(self, number: int, vector: Tensor, probes: int) -> list[list[ProbeTerm]]:

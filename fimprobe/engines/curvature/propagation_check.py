@@ -23,19 +23,21 @@ NEGLIGIBLE = 1e-6
 
 
 def agrees_with_double_backward(
-    chunk: Chunk, vector: Tensor, norms: list[NormNode], regions: list[Region]
+    chunk: Chunk, vectors: list[Tensor], norms: list[NormNode], regions: list[Region]
 ) -> bool:
-    """Compare H v at all calls, for random signs v there.
+    """Compare H v at all calls, for random signs v there and a sum of all vectors.
 
     The tangents of v at the entries of norms and regions come from differentiating ⟨v, δ⟩ with
     respect to the cotangents there, in which δ is linear. Each source then adds Q times its tangent.
 
     Args:
         chunk: The recorded forward pass.
-        vector: A vector at the outputs.
+        vectors: The vectors at the outputs, which get different factors: what bends for one of them
+            then bends for the sum.
         norms: The norms of its graph.
         regions: The regions that bend.
     """
+    vector = torch.stack([c / (y + 1) for y, c in enumerate(vectors)]).sum(0)
     edges = chunk.tape.output_edges
     heads = [GradientEdge(r.norm.node, 0) for r in regions if r.norm is not None]
     places = [*edges, *heads, *(norm.entry for norm in norms)]
