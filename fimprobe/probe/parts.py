@@ -72,11 +72,12 @@ def join_training(errors: ErrorHandler) -> ProcessGroup:
     return processes
 
 
-def make_schedule(config: Config, *, shared: bool) -> Schedule:
+def make_schedule(config: Config, model: nn.Module, *, shared: bool) -> Schedule:
     """Return the schedule of the options.
 
     Args:
         config: The options.
+        model: The object that the loop calls; the number of its layers is part of what a report costs.
         shared: Whether several processes measure together.
     """
     schedule = config.schedule.build()
@@ -88,4 +89,7 @@ def make_schedule(config: Config, *, shared: bool) -> Schedule:
         *([Extent.WITHOUT_BOUNDS] if config.bounds and has_i2 else []),
         Extent.WHOLE,
     ]
+    schedule.costs.num_layers = sum(
+        any(True for _ in module.parameters(recurse=False)) for module in model.modules()
+    )
     return SharedBudget(schedule) if shared else schedule

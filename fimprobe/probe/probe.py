@@ -83,7 +83,7 @@ class Probe:
         self._sinks = SinkGroup(sinks, self.errors)
         self._closers: list[Callable[[], None]] = []
         self.processes = join_training(self.errors)
-        schedule = make_schedule(self.config, shared=self.processes.size > 1)
+        schedule = make_schedule(self.config, model, shared=self.processes.size > 1)
         with contextlib.ExitStack() as stack:
             stack.callback(self.processes.leave)
             self._reader.set_likelihood(self.config.likelihood)

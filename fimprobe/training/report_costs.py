@@ -64,10 +64,12 @@ class ReportCosts:
 
     Attributes:
         extents: The different extents that the options allow, the cheapest first.
+        num_layers: Number of modules with parameters of their own.
         of: The seconds of the reports of each.
     """
 
     extents: Sequence[Extent] = (Extent.WHOLE,)
+    num_layers: int = 0
     of: dict[Extent, ExtentCosts] = field(default_factory=lambda: {e: ExtentCosts() for e in Extent})
 
     @property
@@ -92,7 +94,8 @@ class ReportCosts:
 
         Args:
             extent: What it contains.
-            step_seconds: Those of a step of the loop, by which parts are judged that are new.
+            step_seconds: Those of a step of the loop, by which parts are judged that are new, besides
+                the number of layers.
 
         Returns:
             The seconds; 0 for the first and cheapest report, which happens in any case.
@@ -107,4 +110,6 @@ class ReportCosts:
             return 0.0
         known_below = [self.of[e].expected or 0.0 for e in self.extents if e < extent]
         new = range(sum(seconds > 0 for seconds in known_below), len(known_below) + 1)
-        return max(known_below) + step_seconds * sum(FIRST_STEP_COSTS[i] for i in new)
+        by_part = zip(FIRST_STEP_COSTS, FIRST_LAYER_SECONDS, strict=True)
+        costs = [max(steps * step_seconds, each * self.num_layers) for steps, each in by_part]
+        return max(known_below) + sum(costs[i] for i in new)

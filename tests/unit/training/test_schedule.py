@@ -181,6 +181,20 @@ def test_what_a_report_leaves_out_is_no_choice_where_it_costs_nothing():
     assert list(costs.extents) == [Extent.WHOLE] and costs.expected(Extent.WHOLE, 1.0) == 0.0
 
 
+def test_many_small_layers_are_expected_to_cost_more_than_their_steps():
+    """As measured for 300 layers of width 32, where a step takes 15 ms: Î₁ 1 s, Î₂ another 10 s."""
+    few, many = (ReportCosts(extents=tuple(Extent), num_layers=n) for n in (3, 300))
+    assert few.expected(Extent.WITHOUT_BOUNDS, 0.015) == pytest.approx(0.015 * 23)
+    assert many.expected(Extent.WITHOUT_BOUNDS, 0.015) == pytest.approx(11.4, rel=0.2)
+    schedule = Budget(0.02, costs=many)
+    schedule.observe(loop_seconds=0.015, probe_seconds=0.0)
+    assert schedule.start(full=False, loop_seconds=0.015) is Extent.PREVIEW
+    schedule.observe(loop_seconds=0.015, probe_seconds=1.0)
+    for _ in range(30_000):  # 450 s, in which 2 % are enough for Î₂
+        schedule.observe(loop_seconds=0.015, probe_seconds=0.0)
+    assert schedule.start(full=False, loop_seconds=0.015) is Extent.WITHOUT_BOUNDS
+
+
 def test_inputs_given_by_hand_have_everything():
     schedule = staged(0.02, *Extent)
     schedule.observe(loop_seconds=10.0, probe_seconds=0.0)
