@@ -64,7 +64,8 @@ class Moments:
     Row 0: A4 = Σ_s w₄ ĝ⁴; for drawn labels Σ_s w g⁴.
     Row 1: Q = (Σ_s w g²)².
     Row 2: R = Σ_blocks (Σ_{s in block} w g²)². Each drawn label is a block, so that R = Σ_s w² g⁴.
-    Row 3: F_bi max_s g_bsi², over the exact passes of one label.
+    Row 3: for the exact passes of one label F_bi max_s g_bsi². For drawn labels, one per input,
+    Σ_s c_s ĝ_s⁴, where c_s is the number of other draws equal to draw s minus its expectation.
     """
     squared_norms: Tensor
     """Per-sample squared norms ‖ĝ_s‖² [B, S]."""
@@ -94,7 +95,7 @@ class Moments:
 
     @property
     def top_sum(self) -> float:
-        """Σ F_bi max_s g_bsi² over all inputs and entries."""
+        """Σ F_bi max_s g_bsi² of exact passes over all inputs and entries."""
         return float(self.powers[3].sum())
 
 

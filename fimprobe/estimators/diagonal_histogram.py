@@ -34,14 +34,15 @@ def diagonal_histogram(
     >>> diagonal_histogram([(torch.tensor([1.0, 2.0, 50.0, 0.0]), 4)])
     [(0.0, 2.0), (1.5, 1.0)]
     """
-    nonempty = [(entries, size) for entries, size in samples if len(entries)]
+    nonempty = [(entries, size) for entries, size in samples if entries.numel()]
     if not nonempty:
         return []
     subsamples = [entries for entries, _ in nonempty]
-    multiplicities = [size / len(entries) for entries, size in nonempty]
+    lengths = [entries.numel() for entries in subsamples]
+    multiplicities = [size / length for (_, size), length in zip(nonempty, lengths, strict=True)]
     logs = (torch.cat(subsamples).cpu() * scale).log10()
-    lengths = torch.tensor([len(entries) for entries in subsamples])
-    weights = torch.tensor(multiplicities, dtype=torch.float64).repeat_interleave(lengths)
+    weights = torch.tensor(multiplicities, dtype=torch.float64)
+    weights = weights.repeat_interleave(torch.tensor(lengths))
     weights *= logs.isfinite()
     bins = ((logs.nan_to_num(0.0, 0.0, 0.0).clamp(_LOW, _HIGH) - _LOW) / STEP).long()
     counts = torch.bincount(bins, weights=weights)

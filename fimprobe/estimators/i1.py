@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fimprobe.estimators.estimate import Estimate
+from fimprobe.estimators.estimate import Estimate, make_estimates
 from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.estimators.pair_variance import ROUNDING, pair_variances
 from fimprobe.statistics import Moments, MomentsBatch
@@ -70,6 +70,30 @@ def between_input_variance(
         return None
     labels = draws or 1
     return (q / labels**2 - batch_size * diagonal_square) / (batch_size - 1)
+
+
+def pair_squares(q: Tensor, r: Tensor, coincidences: Tensor, draws: int) -> Tensor:
+    """Return Σ_i F_i(x)² of each input from its pairs of draws, unbiased.
+
+    Pairs of equal labels are rare and may carry most of the sum. A multiple λ of their deviation from
+    the expectation is subtracted. λ depends on the other inputs only, which leaves the mean as it is.
+    See docs/theory.md, "Pairs of equal labels".
+
+    Args:
+        q: Q of each input [G, B].
+        r: R, in the shape of ``q``.
+        coincidences: Σ_s c_s Σ_i ĝ_s⁴, in the shape of ``q``; c_s is the number of other draws equal
+            to draw s, minus its expectation. Zeros where that is not known.
+        draws: S ≥ 2.
+
+    >>> q, r = torch.tensor([[2.0, 2.0, 4.0]]), torch.full((1, 3), 2.0)
+    >>> pair_squares(q, r, torch.tensor([[-0.5, -0.5, 1.0]]), 2).tolist()
+    [[0.125, 0.125, 0.5]]
+    """
+    pairs, squares = q - r, (draws - 1) * r
+    of_others, largest = (x.sum(-1, keepdim=True) - x for x in (pairs, squares))
+    share = torch.where(largest > 0, of_others / largest.where(largest > 0, 1), 1).clamp(0, 1)
+    return (pairs - (1 - share) * coincidences) / (draws * (draws - 1))
 
 
 def total_label_variance(moments: MomentsBatch, gram: Tensor) -> Tensor:
@@ -130,18 +154,18 @@ class InputSums:
             moments: The moments of the cotangents, of B inputs and S draws or passes.
             groups: The parameters of each of the G groups.
         """
-        group_sums, draws = GroupSums(groups), moments.draws
+        group_sums, draws = GroupSums.of(groups), moments.draws
         size, labels = moments.batch_size, draws or 1
         norms = group_sums.sum(moments.parameters, "squared_norms")
         square: Tensor | None
-        a4, q, r, _ = group_sums.sum(moments.parameters, "powers").unbind(1)
+        a4, q, r, coincidences = group_sums.sum(moments.parameters, "powers").unbind(1)
         if draws is None:
             assert moments.square_weights is not None
             trace = (norms * moments.square_weights.double().cpu()).sum(-1)
             fourth, square = a4 - 3 * r + 3 * q, q
         else:
             trace, fourth = norms.mean(-1), a4 / draws
-            square = (q - r) / (draws * (draws - 1)) if draws > 1 else None
+            square = pair_squares(q, r, coincidences, draws) if draws > 1 else None
         biased = group_sums.sum_numbers(moments.parameters, "a2_square")[0] / (size * labels) ** 2
         variance = between_input_variance(q.sum(-1), biased, size, draws)
         if variance is None:
@@ -177,7 +201,7 @@ def estimate_groups(
     sums = sums or InputSums.of(moments, groups)
     best = common or sums
     pairs = pair_variances(sums.fourth, best.square, best.trace, best.norm_square)
-    gram = GroupSums(groups).sum_known(moments.parameters, "gram")
+    gram = GroupSums.of(groups).sum_known(moments.parameters, "gram")
     total = None if gram is None else total_label_variance(moments, gram)
     total_error = None if total is None or draws is None else _standard_error(total)
     labels, label_error = None, None
@@ -200,13 +224,12 @@ def estimate_groups(
         "skewness": skewness(sums.trace),
         "total_label_variance": None if total is None else total.mean(-1),
         "total_label_variance_error": total_error,
+        "pair_variance": pairs,
     }
-    values = columns_to_lists(columns, len(groups))
-    estimates = {}
-    for row, (group, names) in enumerate(groups.items()):
-        more = _diagonals(moments, names) if diagonals else {}
-        estimates[group] = Estimate(**row_of(values, row), pair_variance=pairs[row], **more)
-    return estimates
+    estimates = make_estimates(groups, columns)
+    if not diagonals:
+        return estimates
+    return {key: estimates[key].changed(**_diagonals(moments, groups[key])) for key in groups}
 
 
 def effective_inputs(trace: Tensor) -> Tensor:
@@ -256,35 +279,7 @@ def _standard_error(values: Tensor) -> Tensor | None:
     return values.std(-1) / size**0.5 if size > 1 else None
 
 
-def columns_to_lists(
-    columns: Mapping[str, Tensor | None], rows: int
-) -> dict[str, list[float | None]]:
-    """Return tensors as lists of numbers, and a missing tensor as a list of None.
-
-    Args:
-        columns: Tensors [G] or None, by name.
-        rows: G.
-
-    Returns:
-        Lists of G items, by the same names.
-    """
-    return {
-        name: [None] * rows if column is None else column.tolist() for name, column in columns.items()
-    }
-
-
-def row_of(values: Mapping[str, Sequence[float | None]], row: int) -> dict[str, Any]:
-    """Return the values of one group, None in place of NaN.
-
-    Args:
-        values: Lists of G numbers, by name.
-        row: Index of the group.
-    """
-    row_values = {name: column[row] for name, column in values.items()}
-    return {name: None if x is None or x != x else x for name, x in row_values.items()}
-
-
-def _diagonals(moments: MomentsBatch, names: Sequence[str]) -> dict[str, Any]:
+def _diagonals(moments: MomentsBatch, names: Sequence[str]) -> dict[str, dict[str, Tensor] | None]:
     """Return the diagonals of some parameters and their variances, by the fields of ``Estimate``."""
     group = {name: moments.parameters[name] for name in names}
     count = moments.batch_size * (moments.draws or 1)

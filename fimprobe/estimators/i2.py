@@ -7,21 +7,19 @@ variance; it is estimated with Hutchinson's vectors or exact labels. See Soen & 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fimprobe.estimators.estimate import Estimate
+from fimprobe.estimators.estimate import Estimate, make_estimates
 from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.estimators.i1 import (
     InputSums,
-    columns_to_lists,
     diagonal_input_variance,
     effective_inputs,
     relative_error,
-    row_of,
     skewness,
 )
 from fimprobe.estimators.pair_variance import pair_variances
@@ -58,26 +56,38 @@ def probe_error(probe_squares: Tensor, weights: Tensor) -> Tensor:
     return (squares.var(-1) / squares.shape[-1]).sum(-1).sqrt() / squares.shape[-2]
 
 
-def block_gram(curvature: CurvatureBatch, names: Sequence[str]) -> Tensor:
-    """Return ⟨R_y, R_z⟩ of the block of some parameters.
+def block_grams(curvature: CurvatureBatch, groups: Groups) -> Tensor:
+    """Return ⟨R_y, R_z⟩ of the blocks of G groups of parameters.
 
     It is unbiased: with directions u and sign flips σ, E σ_q ⟨(Ru)_p, (Rσu)_p⟩ = ‖R_pq‖_F².
 
     Args:
         curvature: The second derivatives of all parameters.
-        names: The parameters of the block.
+        groups: The parameters of each block.
 
     Returns:
-        The Gram matrices [J, B, n, n], or their diagonal [J, B, n].
+        The Gram matrices [J, G, B, n, n], or their diagonal [J, G, B, n].
     """
-    records = [curvature.parameters[name] for name in names]
-    flips = torch.stack([record.signs for record in records]).sum(0)  # [J, B]
-    total = torch.zeros_like(records[0].block)
-    for name, record in zip(names, records, strict=True):
-        interacting = curvature.partners.get(name, set()) & set(names)
-        total += record.joint if interacting and record.joint is not None else record.block
+    group_sums = GroupSums.of(groups)
+    products: list[Tensor] = []
+    index: dict[tuple[str, bool], int] = {}
+    columns = []
+    for names in groups.values():
+        for name in names:
+            record = curvature.parameters[name]
+            joint = record.joint
+            if curvature.partners.get(name, set()).isdisjoint(names):
+                joint = None
+            key = (name, joint is not None)
+            if key not in index:
+                index[key] = len(products)
+                products.append(record.block if joint is None else joint)
+            columns.append(index[key])
+    total = group_sums.total(torch.stack(products), torch.tensor(columns))
+    flips = group_sums.sum(curvature.parameters, "signs")
     # each parameter's inner product is multiplied by the sum of the group's flips
-    return total * flips.view(*flips.shape, *[1] * (total.dim() - 2))
+    grams = total * flips.view(*flips.shape, *[1] * (total.dim() - 3))
+    return grams.transpose(0, 1).contiguous()
 
 
 def whole_gram(curvature: CurvatureBatch) -> Tensor:
@@ -86,8 +96,8 @@ def whole_gram(curvature: CurvatureBatch) -> Tensor:
 
 
 def diagonal_of(gram: Tensor) -> Tensor:
-    """Return ⟨R_y, R_y⟩ [J, B, n] of a Gram matrix [J, B, n, n] or of its diagonal [J, B, n]."""
-    return gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 4 else gram
+    """Return ⟨R_y, R_y⟩ [J, G, B, n] of Gram matrices [J, G, B, n, n] or of their diagonals."""
+    return gram.diagonal(dim1=-2, dim2=-1) if gram.dim() == 5 else gram
 
 
 def fisher_part(measured: Measured) -> MomentsBatch:
@@ -105,7 +115,7 @@ def estimate_groups(
     measured: Measured,
     groups: Groups,
     common: InputSums,
-    grams: Mapping[str, Tensor],
+    grams: Tensor,
     *,
     diagonals: bool,
 ) -> dict[str, Estimate]:
@@ -118,7 +128,7 @@ def estimate_groups(
         measured: The statistics of the batch.
         groups: The parameters of each group.
         common: The sums with the most reliable norm of F and variance over inputs.
-        grams: The Gram matrix of R of each group (``block_gram``, ``whole_gram``).
+        grams: The Gram matrices of R (``block_grams``, ``whole_gram``).
         diagonals: Whether to keep the diagonals and their variances.
 
     Returns:
@@ -128,7 +138,7 @@ def estimate_groups(
     assert curvature is not None
     fisher, weights, draws = fisher_part(measured), curvature.weights, curvature.draws
     size = fisher.batch_size
-    group_sums = GroupSums(groups)
+    group_sums = GroupSums.of(groups)
     fisher_sums = InputSums.of(fisher, groups)
     square = group_sums.sum(curvature.parameters, "square")[..., :draws]
     squares = (square * weights).sum(-1)  # [G, B]: Σ_i V2_ii
@@ -146,7 +156,7 @@ def estimate_groups(
         common.trace,
         common.norm_square,
     )
-    blocks = torch.stack([diagonal_of(grams[group])[..., :draws] for group in groups], 1)
+    blocks = diagonal_of(grams)[..., :draws].contiguous()
     total = (blocks * weights).sum(-1)  # [J, G, B]
     columns = {
         "trace": trace.mean(-1),
@@ -166,14 +176,12 @@ def estimate_groups(
         "total_label_variance": total.mean((0, -1)),
         "total_label_variance_error": total_label_variance_error(total, curvature.exact),
         "probe_error": noise,
+        "pair_variance": None if common.square is None else pairs,
     }
-    values = columns_to_lists(columns, len(groups))
-    estimates = {}
-    for row, (group, names) in enumerate(groups.items()):
-        more = _diagonals(measured, names) if diagonals else {}
-        pair_variance = pairs[row] if common.square is not None else None
-        estimates[group] = Estimate(**row_of(values, row), pair_variance=pair_variance, **more)
-    return estimates
+    estimates = make_estimates(groups, columns)
+    if not diagonals:
+        return estimates
+    return {key: estimates[key].changed(**_diagonals(measured, groups[key])) for key in groups}
 
 
 def subtracts_residual(measured: Measured) -> bool:

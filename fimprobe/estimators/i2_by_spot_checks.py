@@ -6,21 +6,18 @@ are there where bounds were measured. Symbols as in :mod:`fimprobe.estimators.i2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fimprobe.estimators.estimate import Estimate
+from fimprobe.estimators.estimate import Estimate, make_estimates
 from fimprobe.estimators.groups import Groups
 from fimprobe.estimators.i1 import (
     InputSums,
-    columns_to_lists,
     effective_inputs,
     relative_error,
-    row_of,
     skewness,
 )
 from fimprobe.estimators.i2 import diagonal_of, fisher_part, total_label_variance_error
@@ -28,7 +25,7 @@ from fimprobe.estimators.pair_variance import PairVariance, pair_variances
 from fimprobe.estimators.spot_checks import CheckedVariance, estimate_v2, spreads_of_kinds
 from fimprobe.statistics import Measured
 
-NO_BLOCKS = "spot checks measure diagonals; pass bounds=True for whole blocks"
+NO_BLOCKS = "spot checks measure diagonals; reports with bounds=True measure whole blocks as well"
 """Why the sum over all pairs of entries is unknown."""
 
 NO_ENTRIES = "spot checks measure sums over entries; pass second_order={'probes': 2} for each of them"
@@ -43,7 +40,7 @@ def estimate_groups(
     measured: Measured,
     groups: Groups,
     common: InputSums,
-    grams: Mapping[str, Tensor],
+    grams: Tensor | None,
     *,
     diagonals: bool,
 ) -> dict[str, Estimate]:
@@ -53,7 +50,7 @@ def estimate_groups(
         measured: The statistics of the batch, with spot checks.
         groups: The parameters of each group.
         common: The sums with the most reliable norm of F and variance over inputs.
-        grams: The Gram matrix of R of each group; empty where it was not measured.
+        grams: The Gram matrices of R; None where they were not measured.
         diagonals: Whether to keep the diagonal of F.
 
     Returns:
@@ -67,7 +64,7 @@ def estimate_groups(
     spreads = spreads_of_kinds(checks)
     checked = [estimate_v2(checks, names, spreads) for names in groups.values()]
     unsplit = common.square is None or size < 2
-    columns: dict[str, Tensor | None] = {
+    columns: dict[str, Tensor | Sequence[Any] | None] = {
         "trace": sums.trace.mean(-1),
         "norm": common.norm_square.clamp(min=0).sqrt(),
         "input_variance": None
@@ -78,27 +75,23 @@ def estimate_groups(
         "effective_inputs": effective_inputs(common.trace),
         "skewness": skewness(sums.trace),
     }
-    if grams:
+    if grams is not None:
         curvature = measured.curvature
         assert curvature is not None
-        blocks = torch.stack([diagonal_of(grams[g])[..., : curvature.draws] for g in groups], 1)
+        blocks = diagonal_of(grams)[..., : curvature.draws].contiguous()
         total = (blocks * curvature.weights).sum(-1)  # [J, G, B]
         columns["total_label_variance"] = total.mean((0, -1))
         columns["total_label_variance_error"] = total_label_variance_error(total, curvature.exact)
-    values = columns_to_lists(columns, len(groups))
-    pairs = _pair_variances(common, checked)
+    columns["pair_variance"] = _pair_variances(common, checked)
     of_inputs: list[float | None] = [None] * len(groups)
     if common.square is not None:
         of_inputs = (common.square.mean(-1) - common.norm_square).tolist()
-    estimates = {}
-    for row, (group, names) in enumerate(groups.items()):
-        more = _diagonals(measured, names) if diagonals else {}
-        estimates[group] = Estimate(
-            **row_of(values, row),
-            **_of_checks(checked[row], of_inputs[row]),
-            pair_variance=pairs[row],
-            unknown=_unknown(checked[row], blocks=bool(grams), diagonals=diagonals),
-            **more,
+    estimates = make_estimates(groups, columns)
+    for (group, names), of_group, variance in zip(groups.items(), checked, of_inputs, strict=True):
+        estimates[group] = estimates[group].changed(
+            **_of_checks(of_group, variance),
+            **(_diagonals(measured, names) if diagonals else {}),
+            unknown=_unknown(of_group, blocks=grams is not None, diagonals=diagonals),
         )
     return estimates
 

@@ -34,15 +34,15 @@ ESTIMATORS = {
             key="i1",
             symbol="Î₁",
             formula="mean of (∂ log p(y|x) / ∂θ) (∂ log p(y|x) / ∂θ)ᵀ, y drawn from the model",
-            description="Î₁ = mean of (∂ log p/∂θ)², labels drawn from the model.",
+            description="Î₁ = the mean outer product of gradients of log p, labels drawn from the "
+            "model.",
             by_layer=True,
         ),
         Estimator(
             key="i2",
             symbol="Î₂",
             formula="− mean of ∂² log p(y|x) / ∂θ∂θᵀ, y drawn from the model",
-            description="Î₂ = minus the mean second derivative of log p, labels drawn from the "
-            "model.",
+            description="Î₂ = minus the mean Hessian of log p, labels drawn from the model.",
             by_layer=True,
         ),
         Estimator(

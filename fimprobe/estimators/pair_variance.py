@@ -8,11 +8,14 @@ for the split, and docs/theory.md, "Two questions, two numbers".
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
+
+from fimprobe.estimators.bulk import record_of
 
 ROUNDING = 1e-5
 """Relative variances down to this much below zero count as zero: the rounding of sums in float32."""
@@ -30,10 +33,18 @@ class PairVariance:
     """U, debiased: it is negative where the noise is larger than the diagonal."""
     covariance: tuple[tuple[float, ...], ...]
     """Covariance of the three as means over the inputs [3, 3]; NaN for a single input."""
+    effective_inputs: float = inf
+    """(Σ m)²/Σ m² of the inputs' shares m of M₄, or of E₂ if that is smaller."""
+
+    @cached_property
+    def one_label(self) -> tuple[float, float] | None:
+        """``relative(1)``, which errors and numbers of pairs come from."""
+        return self.relative(1)
 
     def is_finite(self) -> bool:
         """Return whether the moments are finite; for a single input the covariance is NaN."""
-        return all(math.isfinite(x) for x in (self.fourth, self.square or 0.0, self.norm_square))
+        square = self.square or 0.0
+        return isfinite(self.fourth) and isfinite(square) and isfinite(self.norm_square)
 
     def relative(self, labels: int | None = 1) -> tuple[float, float] | None:
         """Return (V_x + V_y/S)/U and its standard error.
@@ -86,15 +97,18 @@ def pair_variances(
     centred = rows - rows.mean(-1, keepdim=True)
     products = centred @ centred.mT
     covariance = products / (size - 1) / size if size > 1 else products * torch.nan
-    means = rows.mean(-1).tolist()
+    fourths, mean_squares, _ = rows.mean(-1).T.tolist()
+    shares = rows[:, : 1 if square is None else 2].clamp(min=0)
+    effective = shares.sum(-1).square() / shares.square().sum(-1)
+    columns = (
+        fourths,
+        [None] * len(fourths) if square is None else mean_squares,
+        norm_square.tolist(),
+        [tuple(map(tuple, matrix)) for matrix in covariance.tolist()],
+        effective.nan_to_num(inf).amin(-1).tolist(),
+    )
+    names = ("fourth", "square", "norm_square", "covariance", "effective_inputs")
     return [
-        PairVariance(
-            fourth=mean_fourth,
-            square=None if square is None else mean_square,
-            norm_square=norm,
-            covariance=tuple(map(tuple, matrix)),
-        )
-        for (mean_fourth, mean_square, _), norm, matrix in zip(
-            means, norm_square.tolist(), covariance.tolist(), strict=True
-        )
+        record_of(PairVariance, dict(zip(names, row, strict=True)))
+        for row in zip(*columns, strict=True)
     ]

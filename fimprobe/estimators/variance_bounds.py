@@ -20,7 +20,7 @@ from fimprobe.estimators.covariance_norms import (
     score_covariance_spectral_norm,
     square_of_mean,
 )
-from fimprobe.estimators.estimate import Estimate, Geometry
+from fimprobe.estimators.estimate import Estimate, Geometry, to_rows
 from fimprobe.estimators.groups import Groups, GroupSums
 from fimprobe.statistics import Measured, MomentsBatch
 
@@ -43,7 +43,7 @@ def add_i1_bounds(
     assert norms is not None
     exact = scores.draws is None  # then the output cotangents are unit vectors
     size = jacobian.batch_size
-    group_sums = GroupSums(groups)
+    group_sums = GroupSums.of(groups)
     squares = group_sums.sum(jacobian.parameters, "squared_norms")
     gram = group_sums.sum_known(jacobian.parameters, "gram")
     a4, q, _, _ = group_sums.sum(jacobian.parameters, "powers").sum(-1).unbind(1)
@@ -91,7 +91,7 @@ def add_i2_bounds(
     measured: Measured,
     groups: Groups,
     estimates: Mapping[str, Estimate],
-    grams: Mapping[str, Tensor],
+    gram: Tensor,
 ) -> dict[str, Estimate]:
     """Add to Î₂ the norms of its covariance, (18) and its sharper form, trace and diagonal bounds.
 
@@ -99,7 +99,7 @@ def add_i2_bounds(
         measured: The statistics of the batch, with ``norms`` and ``curvature``.
         groups: The parameters of each group.
         estimates: Î₂ of each group.
-        grams: ⟨R_y, R_z⟩ of each group [J, B, n, n], or its diagonal [J, B, n].
+        gram: ⟨R_y, R_z⟩ of each group [J, G, B, n, n], or its diagonal [J, G, B, n].
 
     Returns:
         The estimates with their bounds.
@@ -107,7 +107,6 @@ def add_i2_bounds(
     norms, curvature = measured.norms, measured.curvature
     assert norms is not None and curvature is not None
     classes, draws = measured.moments["jacobian"].classes, curvature.draws
-    gram = torch.stack([grams[group] for group in groups], 1)  # [J, G, B, n, n]
     full = gram.dim() == 5
     diagonal = gram.diagonal(dim1=-2, dim2=-1) if full else gram
     hessian_squares = hessian_norm_squares(diagonal, draws, curvature.exact, classes)  # [J, G, B, K]
@@ -136,7 +135,7 @@ def add_i2_bounds(
         columns["covariance_spectral_norm"] = largest_eigenvalue(weighted).mean(-1)
     columns["trace_bound"] = (sharp_square * norms.fisher_max).mean(-1)
     if curvature.exact and measured.spot_checks is None:
-        squares = GroupSums(groups).sum(curvature.parameters, "square")
+        squares = GroupSums.of(groups).sum(curvature.parameters, "square")
         entries = hessian_norm_squares(squares, draws, True, classes).mean(-1)
         columns["diagonal_bound"] = (entries * norms.fisher_max).mean(-1)
     return _with_columns(estimates, groups, columns)
@@ -149,16 +148,15 @@ def _with_columns(
     **lists: list[Any],
 ) -> dict[str, Estimate]:
     """Return the groups' estimates with further fields, each a tensor [G] or a list of G values."""
-    values: dict[str, list[Any]] = {n: c.tolist() for n, c in columns.items() if c is not None}
-    values |= lists
     replaced = {}
-    for row, group in enumerate(groups):
-        fields = {name: column[row] for name, column in values.items()}
-        lost = [name for name, x in fields.items() if isinstance(x, float) and x != x]
-        fields |= dict.fromkeys(lost)
-        reasons = dict.fromkeys(lost, "not a finite number: eigenvalues leave float64's range")
-        unknown = {**estimates[group].unknown, **reasons}
-        replaced[group] = estimates[group].changed(**fields, unknown=unknown)
+    names, *rows = to_rows({**columns, **lists})
+    for group, row in zip(groups, rows, strict=True):
+        changes: dict[str, Any] = dict(zip(names, row, strict=False))
+        if None in row:
+            lost = [name for name, x in changes.items() if x is None]
+            reasons = dict.fromkeys(lost, "not a finite number: eigenvalues leave float64's range")
+            changes["unknown"] = {**estimates[group].unknown, **reasons}
+        replaced[group] = estimates[group].changed(**changes)
     return replaced
 
 

@@ -37,12 +37,14 @@ class SizeBiasedScores:
         square: ‖√w δ‖², float64 [B]. It equals τ, except for inputs whose labels are drawn from the
             model (w = 1) because their family cannot draw otherwise.
         expected: τ, float64 [B].
+        labels: The labels, of the labels' shape [B, ...].
     """
 
     scores: Tensor
     inverse_weights: Tensor
     square: Tensor
     expected: Tensor
+    labels: Tensor
 
 
 MIN_EXPECTED_SQUARE = 1e-300
@@ -185,7 +187,13 @@ class SizeBiasedSampler:
             root = root.masked_fill(self.excluded, 1)
             length = torch.where(self.excluded, square, total)
         scores *= root.to(scores.dtype).view(-1, *[1] * (scores.dim() - 1))
-        return SizeBiasedScores(scores=scores, inverse_weights=inverse, square=length, expected=total)
+        return SizeBiasedScores(
+            scores=scores,
+            inverse_weights=inverse,
+            square=length,
+            expected=total,
+            labels=labels,
+        )
 
     def _mixture_labels(self, uniforms: Tensor, positions: Tensor) -> Tensor:
         """Return labels from the model, with the one at the chosen position drawn from q_t."""

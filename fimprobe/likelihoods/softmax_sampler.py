@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,25 @@ class SoftmaxSampler(SizeBiasedSampler):
         target = uniforms.unsqueeze(-1) * self.cdf[..., -1:]
         labels = torch.searchsorted(self.cdf, target, right=True).squeeze(-1)
         return labels.clamp_(max=self.p.shape[-1] - 1)
+
+    def unexpected_coincidences(
+        self, labels: Sequence[Tensor], inverse_weights: Tensor | None = None
+    ) -> Tensor:
+        """Return Σ_{t≠s} [y_t = y_s] − (S − 1) q(y_s), of mean zero, for the draws of one position.
+
+        Args:
+            labels: The labels of each of the S draws, with one position [b, ...].
+            inverse_weights: 1/w = q/p of the draws [b, S]; None for labels from the model.
+
+        Returns:
+            The difference for every draw, float64 [b, S].
+        """
+        y = torch.stack([draw.view(self.size) for draw in labels], 1)
+        q = self.p.view(self.size, -1).gather(1, y).double()
+        if inverse_weights is not None:
+            q *= inverse_weights
+        others = len(labels) - 1
+        return (y.unsqueeze(1) == y.unsqueeze(2)).sum(2) - 1 - others * q
 
     def scores_of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return onehot(y) − p, and ‖δ_y‖² [B] without a sum over the classes."""

@@ -237,7 +237,7 @@ class ProcessShare:
             if self.request.labels is not None and self.processes.size == 1:
                 names = list(measured.moments["empirical"].parameters)
                 measured.gradients = sum_by_groups(problem, self.plan.chunk_size, names)
-            describe_engine(measured, problem.request)
+            describe_engine(measured, problem.request, self.plan)
             bounds = bound_layer_jacobians(problem, problem.batch) if self.request.bounds else {}
             return measured, bounds
 

@@ -237,12 +237,13 @@ def _label_variance(curvature: CurvatureBatch, names: list[str]) -> tuple[float,
     return v2, 0.0 if probe_squares is None else float(probe_error(probe_squares, curvature.weights))
 
 
-def describe_engine(measured: Measured, request: Request) -> None:
+def describe_engine(measured: Measured, request: Request, plan: Plan) -> None:
     """Add to the coverage of each parameter what Î₂ comes from; changes ``measured``.
 
     Args:
         measured: The statistics.
         request: What was requested.
+        plan: How parameters were reached.
     """
     checks, curvature = measured.spot_checks, measured.curvature
     if checks is not None:
@@ -252,7 +253,8 @@ def describe_engine(measured: Measured, request: Request) -> None:
         words = "spot checks"
     elif curvature is not None:
         bent = {name for name, record in curvature.parameters.items() if bool(record.square.any())}
-        words = "exact, by BackPACK" if request.exact else f"{curvature.probes} random probes"
+        how = "random probes by curvature propagation" if plan.propagates else "random probes"
+        words = "exact, by BackPACK" if request.exact else f"{curvature.probes} {how}"
     else:
         return
     scores = measured.moments["i1"]

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators import i1, i2, i2_by_spot_checks, reliability
+from fimprobe.estimators.bulk import record_of
 from fimprobe.estimators.diagonal_histogram import diagonal_histogram
 from fimprobe.estimators.empirical import compare_with_fisher
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
 from fimprobe.estimators.groups import Groups, split_groups
 from fimprobe.estimators.i1 import InputSums
+from fimprobe.estimators.names import RECORD_KEYS
 from fimprobe.estimators.noise_scale import noise_scale
 from fimprobe.estimators.variance_bounds import add_i1_bounds, add_i2_bounds
 from fimprobe.report.advice import make_advice
@@ -84,26 +86,22 @@ def build_report(
     estimates.activation = _estimate_activations(measured, unseen)
     _add_layer_bounds(estimates.geometry, layers, layer_bounds)
 
-    def group(key: str) -> GroupEstimates:
-        return GroupEstimates(
-            numel=sum(scores.parameters[name].a2.numel() for name in groups[key]),
-            i1=estimates.i1[key],
-            i2=estimates.i2.get(key),
-            ih=estimates.ih.get(key),
-            empirical=estimates.empirical.get(key),
-            activation=estimates.activation.get(key),
-            geometry=estimates.geometry.get(key),
-        )
-
-    total = group(TOTAL)
+    numel = {name: moments.a2.numel() for name, moments in scores.parameters.items()}
+    columns = {"numel": [sum(map(numel.__getitem__, names)) for names in groups.values()]}
+    columns |= {name: [*map(getattr(estimates, name).get, groups)] for name in RECORD_KEYS}
+    by_group = {
+        key: record_of(GroupEstimates, dict(zip(columns, row, strict=True)))
+        for key, *row in zip(groups, *columns.values(), strict=True)
+    }
+    total = by_group[TOTAL]
     return Report(
         step=step,
         batch_size=scores.batch_size,
         draws=scores.draws,
         seconds=time.perf_counter() - started,
         likelihood=likelihood,
-        parameters={name: group(f"parameter {name}") for name in scores.parameters},
-        layers={name: group(f"layer {name}") for name in layers},
+        parameters={name: by_group[f"parameter {name}"] for name in scores.parameters},
+        layers={name: by_group[f"layer {name}"] for name in layers},
         total=total,
         coverage=scores.coverage,
         kinks=measured.kinks,
@@ -145,17 +143,20 @@ def _estimate_i2(
     measured: Measured, groups: Groups, common: InputSums, *, diagonals: bool
 ) -> dict[str, Estimate]:
     """Return Î₂ of some groups with its bounds, before the reliability checks."""
-    curvature, grams = measured.curvature, {}
+    curvature, grams = measured.curvature, None
     if curvature is not None:
-        grams = {
-            key: i2.whole_gram(curvature) if key == TOTAL else i2.block_gram(curvature, names)
-            for key, names in groups.items()
-        }
-    estimate = i2.estimate_groups
-    if measured.spot_checks is not None:
-        estimate = i2_by_spot_checks.estimate_groups
-    estimates = estimate(measured, groups, common, grams, diagonals=diagonals)
-    if curvature is not None and measured.norms is not None:
+        blocks = {key: names for key, names in groups.items() if key != TOTAL}
+        parts = [i2.block_grams(curvature, blocks)] if blocks else []
+        if TOTAL in groups:  # the last one
+            parts.append(i2.whole_gram(curvature).unsqueeze(1))
+        grams = torch.cat(parts, 1)
+    if measured.spot_checks is not None or grams is None:
+        estimates = i2_by_spot_checks.estimate_groups(
+            measured, groups, common, grams, diagonals=diagonals
+        )
+    else:
+        estimates = i2.estimate_groups(measured, groups, common, grams, diagonals=diagonals)
+    if grams is not None and measured.norms is not None:
         estimates = add_i2_bounds(measured, groups, estimates, grams)
     return estimates
 

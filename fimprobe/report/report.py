@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +125,13 @@ class Report:
         return estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as numbers, names and lists, which JSON can hold."""
+        """Return the report as numbers, names and lists, which JSON can hold: a new record."""
+        return self._describe(self.parameters, self.advice)
+
+    def _describe(
+        self, parameters: Mapping[str, GroupEstimates], advice: list[str]
+    ) -> dict[str, Any]:
+        """Return the record with the given parameters and advice."""
         return {
             "step": self.step,
             "batch_size": self.batch_size,
@@ -136,16 +142,16 @@ class Report:
             "seen_mass": _finite(self.seen_mass),
             "outputs": None
             if self.outputs is None
-            else {name: _finite(x) for name, x in dataclasses.asdict(self.outputs).items()},
+            else {name: _finite(x) for name, x in vars(self.outputs).items()},
             "total": self._group_record(self.total),
             "layers": {name: self._group_record(g) for name, g in self.layers.items()},
-            "parameters": {name: self._group_record(g) for name, g in self.parameters.items()},
-            "coverage": self.coverage,
-            "kinks": self.kinks,
-            "notes": self.notes,
+            "parameters": {name: self._group_record(g) for name, g in parameters.items()},
+            "coverage": dict(self.coverage),
+            "kinks": list(self.kinks),
+            "notes": list(self.notes),
             "sizes": [list(pair) for pair in self.sizes],
             "convergence": [list(pair) for pair in self.convergence if math.isfinite(pair[1])],
-            "advice": self.advice,
+            "advice": advice,
         }
 
     def scalars(self, layers: Collection[str] | None = None) -> dict[str, float]:
@@ -173,7 +179,7 @@ class Report:
                     values[f"fim/{key}/pairs_for_10_percent"] = total.pairs_for(0.1)
                     values[f"fim/{key}/one_label_error"] = self._one_label_error(total)
         if self.outputs is not None:
-            for name, value in dataclasses.asdict(self.outputs).items():
+            for name, value in vars(self.outputs).items():
                 values[f"fim_outputs/{name}"] = value
         values["fim_probe/seconds"] = self.seconds
         for layer, group in self.layers.items():
@@ -198,11 +204,11 @@ class Report:
         Raises:
             FimprobeError: If there is no such view.
         """
-        return format_table(self.to_dict(), view=view, width=width)
+        return format_table(self._describe({}, []), view=view, width=width)
 
     def __str__(self) -> str:
         """Return the table of errors with a summary and the advice, as wide as the terminal."""
-        return format_report(self.to_dict(), width=terminal_width())
+        return format_report(self._describe({}, self.advice), width=terminal_width())
 
     def _one_label_error(self, estimate: Estimate) -> float | None:
         """Return the relative error with one label for each of this report's inputs."""
@@ -215,17 +221,15 @@ class Report:
             if isinstance(estimate, Estimate):
                 record[key] = self._record(estimate)
         if group.geometry is not None:
-            record["geometry"] = {
-                name: _finite(x) for name, x in dataclasses.asdict(group.geometry).items()
-            }
+            record["geometry"] = {name: _finite(x) for name, x in vars(group.geometry).items()}
         return record
 
     def _record(self, e: Estimate) -> dict[str, Any]:
-        values = {name: getattr(e, name) for name in _VALUES}
-        if e.trace_range is not None:
-            finite = all(map(math.isfinite, e.trace_range))
-            values["trace_range"] = list(e.trace_range) if finite else None
-        derived = {
+        record = vars(e).copy()
+        for name in _NOT_NUMBERS:
+            del record[name]
+        record["trace_range"] = None
+        record |= {
             "one_label_error": self._one_label_error(e),
             "pairs_for_10_percent": e.pairs_for(0.1),
             "pairs_error": e.pairs_error,
@@ -234,10 +238,14 @@ class Report:
             "trace_tightness": e.trace_tightness,
             "diagonal_tightness": e.diagonal_tightness,
         }
-        values |= derived
-        record: dict[str, Any] = {name: _finite(x) for name, x in values.items()}
-        lost = [name for name, x in record.items() if x is None and values[name] is not None]
-        return record | {"unknown": dict.fromkeys(lost, _NOT_FINITE) | dict(e.unknown)}
+        unknown: dict[str, str] = {}
+        if not math.isfinite(sum(filter(None, record.values()))):  # or the sum alone is not
+            unknown = {name: _NOT_FINITE for name, x in record.items() if _finite(x) is not x}
+            record |= dict.fromkeys(unknown)
+        if e.trace_range is not None and all(map(math.isfinite, e.trace_range)):
+            record["trace_range"] = list(e.trace_range)
+        record["unknown"] = unknown | dict(e.unknown)
+        return record
 
     def _layer_scalars(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
@@ -257,6 +265,21 @@ class Report:
         return values
 
 
+_last: tuple[weakref.ref[Report], dict[str, Any]] | None = None
+
+
+def shared_record(report: Report) -> dict[str, Any]:
+    """Return the record of a report for readers that never change it: made once for all sinks.
+
+    Only the last one is kept: reports stay in memory by the thousand, and a record is as large.
+    """
+    global _last
+    last = _last  # another thread may set it
+    if last is None or last[0]() is not report:
+        last = _last = (weakref.ref(report), report.to_dict())
+    return last[1]
+
+
 def _finite(value: Any) -> Any:
     """Return a value, None in place of a number that JSON does not have: NaN or an infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -271,9 +294,7 @@ _NOT_NUMBERS = (
     "pair_variance",
     "unknown",
 )
-
-_VALUES = tuple(f.name for f in dataclasses.fields(Estimate) if f.name not in _NOT_NUMBERS)
-"""The fields of an estimate that are numbers."""
+"""The other fields of an estimate."""
 
 _TOTAL = (
     "trace",

@@ -13,7 +13,7 @@ from typing import Any
 
 from fimprobe.config.config import JSONL_NAME
 from fimprobe.errors import FimprobeError
-from fimprobe.report.report import Report
+from fimprobe.report.report import Report, shared_record
 from fimprobe.sinks.appended_file import AppendedFile
 from fimprobe.sinks.folder_lock import FileLock
 
@@ -66,7 +66,7 @@ class JsonlSink:
             FimprobeError: If a resumed training writes to the file now, or this process is a fork of
                 the one that writes.
         """
-        text = json.dumps(report.to_dict(), allow_nan=False, default=float) + "\n"
+        text = json.dumps(shared_record(report), allow_nan=False, default=float) + "\n"
         if self._run is not None:  # not before the first report: a run without reports has no line
             description = {"run": {"first_step": report.step} | self._run()}
             text = json.dumps(description, allow_nan=False, default=str) + "\n" + text

@@ -127,8 +127,9 @@ def _note_weights(run: RunningResults, kind: str, cotangents: Cotangents) -> Non
         run.score_mass.append(cotangents.score_mass)
     if cotangents.weights is None:
         return
-    if cotangents.weights.square is None:  # size-biased draws
-        run.inverse_weights.append(cotangents.weights.quartic)
+    if cotangents.weights.square is None:  # drawn labels
+        if cotangents.are_size_biased:
+            run.inverse_weights.append(cotangents.weights.quartic)
         return
     count = len(cotangents.vectors)
     if cotangents.combinations is not None:

@@ -45,9 +45,9 @@ def moments_in_domain(problem: Problem) -> MomentsBatch:
         )
         for name, chunk_sums in _chunk_sums(problem, chunk).items():
             sums[name] = sums[name] + chunk_sums if name in sums else chunk_sums
-        if chunk.weights is not None and chunk.weights.square is None:
+        if chunk.weights is not None and chunk.weights.are_size_biased:
             inverse.append(chunk.weights.quartic)
-        elif chunk.weights is not None:
+        elif chunk.weights is not None and not chunk.weights.from_model:
             exact.append(chunk.weights)
         if chunk.score_mass is not None:
             score_masses.append(chunk.score_mass)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.engines.moments.accumulator import MomentAccumulator
-from fimprobe.engines.moments.power_sums import square_norms
+from fimprobe.engines.moments.power_sums import coincidence_sums, square_norms
 from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 from fimprobe.statistics import Moments, subsample_entries
@@ -150,6 +150,8 @@ class MomentAccumulators:
             blocks = [square.squeeze(2) if g.shape[2] == 1 else square.sum(2)]
             quartic = square.square()
             unweighted_quartic = quartic.sum(2)
+            if weights is not None and weights.coincidences is not None:
+                self.powers[-1][rows, 3, samples] += coincidence_sums(quartic.sum(3), weights)
             if weights is not None:
                 quartic = quartic * weights.quartic.double().unsqueeze(-1)
         else:

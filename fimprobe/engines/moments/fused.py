@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fimprobe.engines.layers.rules import conv1d_weight, linear_weight
 from fimprobe.engines.moments.accumulator import MomentAccumulator
-from fimprobe.engines.moments.power_sums import has_sampled_labels
+from fimprobe.engines.moments.power_sums import coincidence_sums, has_sampled_labels
 from fimprobe.engines.problem.weights import PassWeights
 from fimprobe.engines.tracing.tape import ParameterUse
 
@@ -201,6 +201,8 @@ def _sums_of_samples(sums: Tensor, draws: int, weights: PassWeights | None) -> t
     second = (wide[..., :pairs] * scale).sum(0)
     fourth = (wide[..., pairs:-1] * scale.square()).sum(0)
     norms, q, top = fourth[:, :draws], fourth[:, draws], fourth[:, draws + 1]
+    if has_sampled_labels(weights):
+        top = coincidence_sums(norms, weights)
     a4 = (norms if weights is None else norms * weights.quartic).sum(1)
     r = norms.sum(1) if has_sampled_labels(weights) else q
     return _gram(second, draws), torch.stack([a4, q, r, top])

@@ -150,7 +150,7 @@ def sample_powers(square: Tensor, fourth: Tensor, weights: PassWeights | None) -
     f = blocks[0] if len(blocks) == 1 else torch.stack(blocks).sum(0)
     fourth = fourth.double()
     a4 = _sum_draws(fourth if weights is None else fourth * weights.quartic)
-    top = torch.zeros_like(a4)
+    top = coincidence_sums(fourth, weights)
     if has_sampled_labels(weights):
         q = r = _sum_draws(fourth)
         if fourth.shape[1] > 1:
@@ -163,6 +163,21 @@ def sample_powers(square: Tensor, fourth: Tensor, weights: PassWeights | None) -
         # f is a mean of what the maximum is of: the two sums are rounded differently
         top = torch.maximum(_products(f, square.amax(1), weights), q)
     return Powers(f=f, blocks=blocks, sums=torch.stack([a4, q, r, top]))
+
+
+def coincidence_sums(fourth: Tensor, weights: PassWeights | None) -> Tensor:
+    """Σ_s c_s Σ_i ĝ_s⁴ of each sample, with the coincidences c_s; zeros where they are not known.
+
+    Args:
+        fourth: Σ_i ĝ⁴ of every draw [..., b, S].
+        weights: Weights of the passes.
+
+    Returns:
+        The sums [..., b], in the type of ``fourth``.
+    """
+    if weights is None or weights.coincidences is None:
+        return torch.zeros_like(fourth[..., 0])
+    return torch.linalg.vecdot(fourth, weights.coincidences.to(fourth.dtype))
 
 
 def has_sampled_labels(weights: PassWeights | None) -> bool:

@@ -36,7 +36,7 @@ class Cotangents:
 
     Attributes:
         vectors: S tensors of the shape of the outputs [B, ...].
-        weights: Weights of the gradients' powers; None for labels drawn from the model.
+        weights: Weights of the gradients' powers; None where all of them are 1.
         combinations: Coefficients [B, n, S]. If set, Gram matrices are computed of these n
             combinations of the vectors; the first combinations are the vectors with a weight.
         score_mass: For labels: Σ‖δ‖² over the samples, as the mean over draws, and its expectation
@@ -51,7 +51,7 @@ class Cotangents:
     @property
     def are_size_biased(self) -> bool:
         """Whether these are scores √w δ of size-biased labels."""
-        return self.weights is not None and self.weights.square is None
+        return self.weights is not None and self.weights.are_size_biased
 
 
 def hutchinson_cotangents(problem: Problem, rows: slice, h: Tensor) -> Cotangents:

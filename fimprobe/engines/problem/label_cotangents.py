@@ -14,9 +14,10 @@ from torch import Tensor
 from fimprobe.engines.primitives.device_transfer import to_device
 from fimprobe.engines.problem.cotangents import Cotangents, mask_of, masked, stack_passes
 from fimprobe.engines.problem.problem import Problem
-from fimprobe.engines.problem.weights import PassWeights
+from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 from fimprobe.likelihoods import Categorical, Gaussian
 from fimprobe.likelihoods.size_biased import expected_squares, has_size_biased_draws, make_sampler
+from fimprobe.likelihoods.softmax_sampler import SoftmaxSampler
 
 MAX_LABELLED_OUTPUTS = 2**26
 """Outputs whose labels are drawn together, in float64: of a language model, those of few samples."""
@@ -70,14 +71,22 @@ def _softmax_cotangents(
     count = uniforms.shape[1]
     scores = [torch.empty_like(h) for _ in range(count)]
     mass = torch.zeros(2, dtype=torch.float64, device=h.device)
+    coincidences = []
     for samples, sampler in _samplers(problem, h, mask):
-        squares = []
+        squares, labels = [], []
         for s in range(count):
-            labels = sampler.plain_labels(uniforms[samples, s])
-            scores[s][samples], square = sampler.scores_of(labels)
+            labels.append(sampler.plain_labels(uniforms[samples, s]))
+            scores[s][samples], square = sampler.scores_of(labels[s])
             squares.append(square.sum())
         mass += torch.stack([torch.stack(squares).mean(), sampler.total.sum()])
-    return Cotangents(vectors=scores, score_mass=mass)
+        if _knows_coincidences(sampler, count):
+            coincidences.append(sampler.unexpected_coincidences(labels))
+    weights = None
+    if coincidences:
+        difference = torch.cat(coincidences)
+        ones, block = torch.ones_like(difference), list(range(count))
+        weights = PassWeights(None, ones, block, difference, from_model=True)
+    return Cotangents(vectors=scores, weights=weights, score_mass=mass)
 
 
 def _size_biased_cotangents(
@@ -95,17 +104,30 @@ def _size_biased_cotangents(
     count = positions.shape[1]
     scores = [torch.empty_like(h) for _ in range(count)]
     inverse, square, expected = (torch.empty_like(positions) for _ in range(3))
+    coincidences = []
     for samples, sampler in _samplers(problem, h, mask):
+        labels = []
         for s in range(count):
             drawn = sampler.draw(uniforms[samples, s], positions[samples, s])
             scores[s][samples] = drawn.scores
             inverse[samples, s], square[samples, s] = drawn.inverse_weights, drawn.square
             expected[samples, s] = drawn.expected
+            labels.append(drawn.labels)
+        if _knows_coincidences(sampler, count):
+            coincidences.append(sampler.unexpected_coincidences(labels, inverse[samples]))
+    difference = torch.cat(coincidences) if coincidences else None
     return Cotangents(
         vectors=scores,
-        weights=PassWeights(None, inverse, list(range(count))),
+        weights=PassWeights(None, inverse, list(range(count)), difference),
         score_mass=torch.stack([square.sum(), expected.sum()]) / count,
     )
+
+
+def _knows_coincidences(sampler: Any, count: int) -> bool:
+    """Whether the probability of equal draws is known: one class label per input, few draws."""
+    if not isinstance(sampler, SoftmaxSampler):
+        return False
+    return sampler.expected.shape[1] == 1 and 1 < count <= GRAM_LIMIT
 
 
 def _samplers(problem: Problem, h: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Any]]:

@@ -14,7 +14,7 @@ from fimprobe import FimprobeError
 from fimprobe.distributed.merge import merge, merge_bounds
 from fimprobe.distributed.parameter_sums import common_shapes, drop_sums, local_sums, sum_shapes
 from fimprobe.estimators import reliability
-from fimprobe.estimators.i2 import block_gram, diagonal_of, whole_gram
+from fimprobe.estimators.i2 import block_grams, diagonal_of, whole_gram
 from fimprobe.estimators.variance_bounds import hessian_norm_squares
 from fimprobe.likelihoods.draws import Draws
 from fimprobe.model.batch import Batch
@@ -270,7 +270,7 @@ class Positions(nn.Module):
 
 def hessian_norms(curvature):
     """Σ_a ‖H_a‖² [J, B, 1] from the labels' seeds and, behind them, those of the bounds."""
-    gram = diagonal_of(whole_gram(curvature))
+    gram = diagonal_of(whole_gram(curvature).unsqueeze(1)).squeeze(1)
     return hessian_norm_squares(gram, curvature.draws, True, 3)
 
 
@@ -357,8 +357,9 @@ def test_a_layer_that_only_one_process_uses_twice():
     *curves, merged = [m.curvature for m in seen]
     assert [c.parameters["again.weight"].joint is None for c in curves] == [True, False]
     for names in (["again.weight"], ["again.bias", "again.weight"], ["leave.weight"]):
-        each = torch.cat([block_gram(c, names) for c in curves], 1)
-        assert torch.equal(block_gram(merged, names), each)
+        block = {"block": names}
+        each = torch.cat([block_grams(c, block) for c in curves], 2)
+        assert torch.equal(block_grams(merged, block), each)
 
 
 def test_the_first_process_has_the_running_statistics():

@@ -311,7 +311,8 @@ def test_dense_curvature_gives_the_dense_bounds(name, exact, double):
             moments={"jacobian": types.SimpleNamespace(classes=setting.classes)},
         )
         names = {k: [k] for k in groups}
-        found.append(add_i2_bounds(measured, names, dict.fromkeys(groups, blank), grams))
+        gram = torch.stack([grams[group] for group in groups], 1)
+        found.append(add_i2_bounds(measured, names, dict.fromkeys(groups, blank), gram))
     kinds = ["bound"]
     if exact:
         kinds += ["sharp_bound", "trace_bound", "diagonal_bound"]

@@ -61,6 +61,14 @@ def test_spot_checks_replace_probes_that_are_too_noisy():
     assert again.total.i2.diagonal_label_variance is not None
 
 
+def test_coverage_names_probes_that_are_propagated():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 3)]
+    report = measure(nn.Sequential(*layers), torch.randn(8, 4), second_order={"probes": 2})
+    assert "2 random probes by curvature propagation" in sources(report)
+    assert "2 random probes" not in sources(report)
+
+
 def test_probes_stay_where_they_are_enough(monkeypatch):
     model, x, plan = smooth(), torch.randn(8, 4), fimprobe.Plan()
     monkeypatch.setitem(sys.modules, "fimprobe.engines.backpack", None)

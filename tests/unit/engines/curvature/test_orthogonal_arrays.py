@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fimprobe.engines.autograd.verification import make_verified_plan, measure_with_fallbacks
 from fimprobe.engines.curvature import norm_curvature, propagation_check
-from fimprobe.estimators.i2 import block_gram, whole_gram
+from fimprobe.estimators.i2 import block_grams, whole_gram
 from tests.models.cases import CASES, Lambda, head, lively
 from tests.oracles import brute_force
 from tests.support.curvature import (
@@ -406,4 +406,5 @@ def test_blocks_are_exact_over_an_orthogonal_array(name, monkeypatch, double):
     for names in groups:
         index = torch.cat([torch.arange(spans[n].start, spans[n].stop) for n in names])
         block = bent[:, :, index][:, :, :, index]
-        near(block_gram(found, names).mean(0), torch.einsum("byij,bzij->byz", block, block))
+        gram = block_grams(found, {"block": names})[:, 0]
+        near(gram.mean(0), torch.einsum("byij,bzij->byz", block, block))

@@ -54,6 +54,9 @@ def oracle(g, weights=None):
     a4 = torch.einsum("bs,bsoi->oi", w4, square.square())
     sampled = weights is None or weights.square is None
     r = square.square().sum((0, 1)) if sampled else f.square().sum(0)  # each drawn label is a block
+    c = torch.zeros_like(w)
+    if weights is not None and weights.coincidences is not None:
+        c = weights.coincidences
     flat = g.flatten(2)
     gram = flat @ flat.mT
     return {
@@ -61,9 +64,9 @@ def oracle(g, weights=None):
         "a4_sum": a4.sum(),
         "q_sum": f.square().sum(),
         "r_sum": r.sum(),
-        "top_sum": (f * square.amax(1)).sum()
-        if not sampled
-        else torch.zeros((), dtype=torch.float64),
+        "top_sum": torch.einsum("bs,bsoi->", c, square.square())
+        if sampled
+        else (f * square.amax(1)).sum(),
         "gram": gram if g.shape[1] > 1 else None,
         "squared_norms": flat.square().sum(-1),
         "a4": a4,
@@ -221,7 +224,8 @@ def test_weights_of_size_biased_draws(draws):
     x, deltas = random(4, draws, 11, 70, 66)
     inverse = torch.rand(4, draws, dtype=torch.float64)
     inverse[0, 0] = 1e-12
-    weights = PassWeights(None, inverse, list(range(draws)))
+    coincidences = torch.rand(4, draws, dtype=torch.float64)
+    weights = PassWeights(None, inverse, list(range(draws)), coincidences)
     moments = measure([use(nn.Linear(66, 70), x)], [deltas], (70, 66), weights=weights)
     check(moments, oracle(dense(x, deltas), weights), ROUNDING)
 
