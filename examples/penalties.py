@@ -224,7 +224,7 @@ def format_table(results: Runs) -> str:
     lines = [f"{'':52}" + "".join(f"{h:>20}" for h in heads)]
     for setting, runs in results.items():
         at = (
-            f"{setting.strength:.0%} of epochs"
+            f"{100 * setting.strength:.0f} % of epochs"
             if setting.penalty == EARLY
             else f"{setting.strength:g}"
         )

@@ -205,7 +205,7 @@ def summarise(trainings: Trainings) -> str:
             lines.append(
                 f"layer {i + 1}: V2 is exactly 0 in each of {len(every) // LAYERS} measurements"
             )
-    lines.append(f"\nHighest ratio of a variance to its bound: {max(shares):.1%}")
+    lines.append(f"\nHighest ratio of a variance to its bound: {100 * max(shares):.1f} %")
     return "\n".join(lines)
 
 

@@ -17,6 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Triton reads it when it is first imported: its kernels then run on the CPU
 os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
+# lines that are printed are not broken; readline, which pytest imports, sets it past os.environ
+os.environ.pop("COLUMNS", None)
+os.unsetenv("COLUMNS")
 
 
 def pytest_collection_finish():

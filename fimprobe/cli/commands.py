@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fimprobe", description="Know how wrong your Fisher information is."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train on scikit-learn's digits, probed")
+    demo = commands.add_parser("demo", help="train two small networks with a probe, and show it")
     demo.add_argument("--epochs", type=int, default=12, help="epochs of each model (default 12)")
     demo.add_argument("--log-dir", default="runs/fimprobe/demo", help="where the runs are written")
     demo.add_argument("--open", action="store_true", help="open the charts in the browser at the end")
     check = commands.add_parser("check", help="check a YAML configuration")
     check.add_argument("config", help="path of the YAML file")
-    show = commands.add_parser("show", help="a run's last report, advice and trends, or two runs")
+    show = commands.add_parser("show", help="a run: last whole report, advice, trends; or two runs")
     show.add_argument(
         "run",
         nargs="+",

@@ -120,8 +120,8 @@ def describe_outcomes(outcomes: dict[str, Outcome]) -> list[str]:
     Args:
         outcomes: The trainings by the names of their models.
     """
-    right = [f"the {name} has {o.accuracy:.1%}" for name, o in outcomes.items()]
-    sure = [f"{o.confidence:.0%}" for o in outcomes.values()]
+    right = [f"the {name} has {percent(o.accuracy)}" for name, o in outcomes.items()]
+    sure = [percent(o.confidence) for o in outcomes.values()]
     drawn, exact = [], []
     for name, outcome in outcomes.items():
         reports = [report.error_of("i1", inputs=BATCH_SIZE) for report in outcome.reports]

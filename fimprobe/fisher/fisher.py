@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fimprobe.estimators.names import ESTIMATOR_DESCRIPTIONS
 from fimprobe.fisher.decisions import (
     EwcPenalty,
     LaplaceErrors,
@@ -22,6 +23,7 @@ from fimprobe.fisher.file import write_file
 from fimprobe.fisher.merging import Merged, merge
 from fimprobe.fisher.records import FisherRecord, GroupFisher
 from fimprobe.report.format import Row, align, number, percent, quantity, with_error
+from fimprobe.report.layer_names import name_layers
 from fimprobe.report.record import SIZE_BIASED
 
 SHOWN_LAYERS = 12
@@ -108,22 +110,23 @@ class Fisher(FisherRecord):
 
     def report(self) -> str:
         """Return the whole table, the summary and the metadata as text."""
-        hidden = ("notes", "stopped", "population_rel_error")
+        hidden = ("notes", "stopped", "population_rel_error", "layer_classes")
         lines = [f"{k}: {v}" for k, v in self.metadata.items() if k not in hidden]
         return "\n".join([*self._table(None), "", self.summary(), "", *lines])
 
     def _table(self, most: int | None) -> list[str]:
         ranked = sorted(self.layers.items(), key=lambda item: -item[1].trace)
         names = {name for name, _ in ranked[:most]}
+        labels = name_layers_of(self)
         rows: list[Row] = [
             ("layer", "parameters", "trace F", "error", "effective inputs"),
-            *(_row(name, group) for name, group in self.layers.items() if name in names),
+            *(_row(labels[name], group) for name, group in self.layers.items() if name in names),
             _row("total", self.total),
         ]
         hidden = len(ranked) - len(names)
         more = [f"and {quantity(hidden, 'layer')} with smaller traces"] if hidden else []
         size_biased = [SIZE_BIASED] if "size-biased" in self.metadata["estimator"] else []
-        return [*align(rows), *more, *_MEANINGS, *size_biased]
+        return [*align(rows), *more, *_MEANINGS, ESTIMATOR_DESCRIPTIONS["i1"], *size_biased]
 
     def ewc_penalty(
         self, model: nn.Module, *, anchor: Mapping[str, Tensor] | None = None
@@ -193,6 +196,11 @@ class Fisher(FisherRecord):
             FimprobeError: If the approximation is not diagonal, or of another model.
         """
         return set_laplace(self, la, num_inputs)
+
+
+def name_layers_of(fisher: Fisher) -> dict[str, str]:
+    """Return the short name that tables show for each layer, by its name in the model."""
+    return name_layers(list(fisher.layers), fisher.metadata.get("layer_classes", {}))
 
 
 def _row(name: str, group: GroupFisher) -> Row:

@@ -71,6 +71,7 @@ def _metadata(run: EstimateRun, sums: FisherSums, end: str) -> dict[str, Any]:
     model, likelihood = unwrap(run.measurer.model), run.measurer.likelihood
     parameters = run.measurer.parameters()
     first = next(iter(parameters.values()))
+    layers = {name.rpartition(".")[0] for name in parameters}
     draws = run.position.labels
     target = run.rule.rel_error
     return {
@@ -80,6 +81,9 @@ def _metadata(run: EstimateRun, sums: FisherSums, end: str) -> dict[str, Any]:
         "written": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(run.seconds, 3),
         "model": type(model).__name__,
+        "layer_classes": {
+            name: type(module).__name__ for name, module in model.named_modules() if name in layers
+        },
         "entries": sum(p.numel() for p in parameters.values()),
         "dtype": str(first.dtype).removeprefix("torch."),
         "device": str(first.device),

@@ -13,14 +13,13 @@ import numpy as np
 from fimprobe.estimators.diagonal_histogram import STEP
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS, UNBIASED_KEYS
 from fimprobe.plots.history import MAX_COLUMNS
-from fimprobe.plots.layers import label_rows, shown_layers
+from fimprobe.plots.layers import label_rows, read_layers, shown_layers
 from fimprobe.plots.style import (
     BLUE,
     COLORS,
     GREY,
     INK,
     MARKERS,
-    ORANGE,
     STYLES,
     Axes,
     Figure,
@@ -44,27 +43,39 @@ from fimprobe.report.record import (
     pairs_needed,
 )
 
+MIN_CHANGE, MIN_POINTS = 2.0, 4
+"""How much the trace of the output Fisher must change, over how many reports, to be an axis."""
+
 
 def draw_errors(records: Sequence[Record]) -> Figure | None:
     """Draw the errors of the whole model over steps, on a logarithmic scale.
 
-    The error of each report, and those of the estimators with one label for each input.
+    Thick lines are the errors of the reports, thin ones those with one label for each input.
     """
-    errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
-    errors = {key: values for key, values in errors.items() if (values > 0).any()}
-    reported = _positive(list(_series(records, "i1", "rel_error")))
-    if not errors and not (reported > 0).any():
+    reported = {key: _series(records, key, "rel_error") for key in UNBIASED_KEYS}
+    one_label = {key: _errors(records, key) for key in UNBIASED_KEYS}
+    if not any((errors > 0).any() for errors in (*reported.values(), *one_label.values())):
         return None
     figure, axis = make_chart()
-    for key, values in errors.items():
-        _draw_line(axis, records, values, key, label=f"1 label: {SYMBOLS[key]}")
-    if (reported > 0).any():
+    for key, errors in reported.items():
+        if (errors > 0).any():
+            _draw_line(axis, records, _positive(errors), key, width=3.0)
+    steps = np.array([record["step"] for record in records])
+    shown = [key for key, errors in one_label.items() if (errors > 0).any()]
+    for key in shown:
+        axis.plot(steps, one_label[key], "--", marker=".", ms=4, lw=1, color=COLORS[key])
+    if shown:
+        axis.plot([], [], "--", lw=1, color=INK, label="1 label")
+    unknown = np.isnan(list(reported.values())).all(0)
+    if unknown.any():
         axis.plot(
-            [record["step"] for record in records], reported, color=INK, marker="s", lw=1.2,
-            ms=3 if len(records) > 1 else 8, alpha=0.8, zorder=1.9, label="this report",
+            steps[unknown], np.full(unknown.sum(), 0.96), "o", ms=6, mfc="none", mec=GREY, mew=1.5,
+            transform=axis.get_xaxis_transform(), clip_on=False, label="unknown",
         )  # fmt: skip
-    axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
+    _draw_noise(axis)
     make_steps(axis, shares=True)
+    if unknown.any():  # their marks stand above all values
+        axis.set_ylim(top=1.3 * axis.get_ylim()[1])
     _center_single(axis, records)
     return add_legend(figure, axis)
 
@@ -80,13 +91,13 @@ def draw_traces(records: Sequence[Record]) -> Figure | None:
     hollow = False
     for key, values in traces.items():
         margin = 2 * _series(records, key, "std_error")
-        _draw_line(axis, records, values, key, marked=np.isfinite(margin))
-        axis.fill_between(
-            steps, values - margin, values + margin, color=COLORS[key], alpha=0.18, lw=0
-        )
-        if len(records) == 1:  # a band would have no width
-            axis.errorbar(steps, values, margin, fmt="none", capsize=8, color=COLORS[key])
-        unknown = np.isfinite(values) & ~np.isfinite(margin)
+        known = np.isfinite(values + margin)
+        _draw_line(axis, records, np.where(known, values, np.nan), key)
+        axis.vlines(
+            steps[known], (values - margin)[known], (values + margin)[known], color=COLORS[key],
+            alpha=0.35, lw=4,
+        )  # fmt: skip
+        unknown = np.isfinite(values) & ~known
         if unknown.any():
             axis.plot(steps[unknown], values[unknown], "o", ms=5, mfc="none", color=COLORS[key])
             hollow = True
@@ -103,7 +114,10 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
     shown = subsample(records, MAX_COLUMNS)
     layers = list(dict.fromkeys(name for record in shown for name in record["layers"]))
     grids = {key: _error_grid(shown, layers, key) for key in LAYER_KEYS}
-    grids = {key: grid for key, grid in grids.items() if np.isfinite(grid).any()}
+    columns = {key: int(np.isfinite(grid).any(0).sum()) for key, grid in grids.items()}
+    # an estimator measured once, beside one measured often, would be an empty panel
+    least = min(2, max(columns.values()))
+    grids = {key: grid for key, grid in grids.items() if columns[key] >= max(least, 1)}
     if not grids:
         return None
     figure, axes = make_panels(len(layers), len(grids))
@@ -115,40 +129,6 @@ def draw_error_map(records: Sequence[Record]) -> Figure | None:
         axes[0].plot([], [], "s", ms=8, color=GREY, label="unknown")
         add_legend(figure, axes[0])
     return figure
-
-
-def draw_variances(record: Record) -> Figure | None:
-    """Draw the variance of one pair in each layer, from labels and from inputs, and its bound."""
-    layers = shown_layers(record)
-    fields = ("label_variance", "input_variance", "diagonal_bound")
-    columns = {key: [_column(layers, key, field) for field in fields] for key in LAYER_KEYS}
-    columns = {
-        key: values
-        for key, values in columns.items()
-        if any(np.isfinite(variance).any() for variance in values[:2])
-    }
-    if not columns:
-        return None
-    figure, axes = make_panels(len(layers), len(columns))
-    rows = np.arange(len(layers))
-    # one scale for all panels, which are to be compared
-    variances = [v for values in columns.values() for v in values[:2] if (v > 0).any()]
-    floor = min(np.nanmin(v) for v in variances) / 3
-    highest = max(np.nanmax(v) for values in columns.values() for v in values if (v > 0).any())
-    for axis, (labels, inputs, bounds) in zip(axes, columns.values(), strict=True):
-        for values, shift, color, label in (
-            (labels, -0.2, BLUE, "from labels"),
-            (inputs, 0.2, ORANGE, "from inputs"),
-        ):
-            axis.barh(rows + shift, values - floor, left=floor, height=0.36, color=color, label=label)
-        if np.isfinite(bounds).any():
-            axis.plot(bounds, rows - 0.2, "|", ms=9, mew=2, color=INK, label="bound on labels' part")
-        label_axis(axis, "no bar: none, or unknown")
-        make_logarithmic(axis)
-        axis.set_xlim(floor, 2 * highest)
-    name_panels(axes, [SYMBOLS[key] for key in columns])
-    name_rows(axes[0], label_rows(record, layers))
-    return add_legend(figure, axes[0])
 
 
 def draw_needs(record: Record) -> Figure | None:
@@ -185,26 +165,27 @@ def draw_bounds(record: Record) -> Figure | None:
     rows = np.arange(len(layers))
     for axis, (key, (measured, bounds)) in zip(axes, ends.items(), strict=True):
         axis.hlines(rows, measured, bounds, color=INK, alpha=0.3, lw=1.5)
-        axis.plot(measured, rows, "o", ms=5, color=COLORS[key], label="measured")
+        axis.plot(measured, rows, "o", ms=5, color=COLORS[key])
         axis.plot(bounds, rows, "|", ms=9, mew=2, color=INK, label="bound")
         make_logarithmic(axis)
+    axes[0].plot([], [], "o", ms=5, color=INK, label="measured")
     name_panels(axes, [SYMBOLS[key] for key in ends])
     name_rows(axes[0], label_rows(record, layers))
     return add_legend(figure, axes[0])
 
 
 def draw_errors_by_confidence(records: Sequence[Record]) -> Figure | None:
-    """Draw the errors with one label against the trace of the output Fisher, logarithmic."""
+    """Draw the errors with one label against the trace of the output Fisher, where that changes."""
     traces = np.array([(r.get("outputs") or {}).get("fisher_trace") for r in records], dtype=float)
     errors = {key: _errors(records, key) for key in UNBIASED_KEYS}
-    errors = {k: v for k, v in errors.items() if ((v > 0) & (traces > 0)).sum() > 1}
+    errors = {key: values for key, values in errors.items() if _has_trend(traces, values)}
     if not errors:
         return None
     figure, axis = make_chart()
     for key, values in errors.items():
         label = f"1 label: {SYMBOLS[key]}"
         axis.scatter(traces, values, s=22, c=COLORS[key], marker=MARKERS[key], label=label)
-    axis.axhline(1, color=INK, ls="--", lw=1, alpha=0.5)
+    _draw_noise(axis)
     return _finish_errors(
         figure, axis, "trace of the output Fisher: confident to the right", make_falling
     )
@@ -221,7 +202,7 @@ def draw_convergence(record: Record) -> Figure | None:
     size, final = record["batch_size"], estimate["std_error"] / estimate["trace"]
     line = np.array([1.0, 100.0 * size])
     axis.scatter(sizes, errors, s=26, c=BLUE, label="groups of inputs", zorder=3)
-    axis.scatter([size], [final], s=40, c=ORANGE, marker="D", label="all of them", zorder=3)
+    axis.scatter([size], [final], s=40, c=INK, marker="s", label="trace, this report", zorder=3)
     axis.plot(line, final * (size / line) ** 0.5, "--", color=INK, lw=1.5, label="falls as 1/√inputs")
     axis.axhline(0.1, color=INK, ls=":", lw=1, alpha=0.6)
     return _finish_errors(figure, axis, "inputs", make_logarithmic)
@@ -258,20 +239,31 @@ def draw_diagonal(record: Record) -> Figure | None:
 
 
 def _draw_line(
-    axis: Axes,
-    records: Sequence[Record],
-    values: np.ndarray,
-    key: str,
-    marked: np.ndarray | None = None,
-    label: str = "",
+    axis: Axes, records: Sequence[Record], values: np.ndarray, key: str, width: float = 1.5
 ) -> None:
-    """Draw an estimator's values over steps, with marks where ``marked`` [records]."""
-    steps = [record["step"] for record in records]
-    every = None if marked is None else list(np.flatnonzero(marked))
+    """Draw an estimator's values over steps; a later estimator leaves an earlier one visible."""
+    later = key != "i1"
+    size = (8.0 if len(records) == 1 else 5.0) * (0.7 if later else 1.0)
     axis.plot(
-        steps, values, STYLES[key], marker="o", ms=3 if len(records) > 1 else 8, color=COLORS[key],
-        label=label or SYMBOLS[key], markevery=every,
+        [record["step"] for record in records], values, marker=MARKERS[key], ms=size,
+        lw=width * (0.6 if later else 1.0), color=COLORS[key], label=SYMBOLS[key],
     )  # fmt: skip
+
+
+def _draw_noise(axis: Axes) -> None:
+    """Draw the error from which on an estimate is noise."""
+    axis.axhline(1, color=INK, ls=":", lw=1, alpha=0.6)
+
+
+def _has_trend(traces: np.ndarray, errors: np.ndarray) -> bool:
+    """Return whether enough errors are known at traces that differ enough.
+
+    Args:
+        traces: Traces of the output Fisher [records].
+        errors: Errors of an estimator [records].
+    """
+    known = traces[(errors > 0) & (traces > 0)]
+    return known.size >= MIN_POINTS and known.max() > MIN_CHANGE * known.min()
 
 
 def _center_single(axis: Axes, records: Sequence[Record]) -> None:
@@ -292,7 +284,7 @@ def _finish_errors(
     return add_legend(figure, axis)
 
 
-def _positive(values: Sequence[float | None]) -> np.ndarray:
+def _positive(values: Sequence[float | None] | np.ndarray) -> np.ndarray:
     """Return values as floats, NaN where they are unknown or not positive."""
     array = np.array(values, dtype=float)
     array[~(array > 0)] = np.nan
@@ -326,10 +318,9 @@ def _series(records: Sequence[Record], key: str, field: str) -> np.ndarray:
 
 def _column(layers: Sequence[tuple[str, Record]], key: str, field: str) -> np.ndarray:
     """Return a value of every layer, NaN where it is unknown or not positive [layers]."""
-    estimates = [group.get(key, {}) for _, group in layers]
     if field == "pairs_for_10_percent":
-        return _positive([pairs_needed(estimate) for estimate in estimates])
-    return _positive([estimate.get(field) for estimate in estimates])
+        return _positive([pairs_needed(group.get(key, {})) for _, group in layers])
+    return _positive(read_layers(layers, key, field))
 
 
 def _label_sizes(axis: Axes, quantity: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from fimprobe.plots.ticks import name_power, round_limits, round_ticks
 from fimprobe.report.format import one_line, percent
 from fimprobe.report.layer_names import cut
 
@@ -58,7 +58,6 @@ LEGEND_INCHES, BAR_INCHES = 0.3, 0.1
 """Height of the legend, and width of the bar of colours."""
 
 _BAR = "colour bar"
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def make_panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
@@ -129,7 +128,7 @@ def make_logarithmic(axis: Axes, *, upright: bool = False) -> None:
     (axis.set_yscale if upright else axis.set_xscale)("log")
     one = axis.yaxis if upright else axis.xaxis
     one.set_major_locator(LogLocator(numticks=4))
-    one.set_major_formatter(FuncFormatter(_power))
+    one.set_major_formatter(FuncFormatter(lambda x, _: name_power(x)))
     one.set_minor_locator(NullLocator())
 
 
@@ -149,20 +148,20 @@ def make_steps(axis: Axes, *, shares: bool = False) -> None:
 
 
 def make_shares(axis: Axes) -> None:
-    """Make the upright axis logarithmic, in percent."""
+    """Make the upright axis logarithmic, in percent, from one round share to another."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+    _make_round(axis.yaxis)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
-    axis.yaxis.set_minor_locator(NullLocator())
+    low, high = round_limits(*axis.dataLim.intervaly)
+    axis.set_ylim(low, 1.2 * high)  # space for marks at the top
 
 
 def make_falling(axis: Axes) -> None:
-    """Make the horizontal axis logarithmic, from large to small."""
+    """Make the horizontal axis logarithmic, from a large round number to a small one."""
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
+    _make_round(axis.xaxis)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.invert_xaxis()
+    axis.set_xlim(*reversed(round_limits(*axis.dataLim.intervalx)))
 
 
 def draw_grids(
@@ -206,8 +205,8 @@ def add_legend(figure: Figure, axis: Axes) -> Figure:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="lower center", ncols=len(labels), fontsize=TEXT_POINTS + 0.5,
-        frameon=False, labelcolor=INK, handletextpad=0.4, columnspacing=1.2, borderaxespad=0.2,
-        borderpad=0.2,
+        frameon=False, labelcolor=INK, handlelength=1.7, handletextpad=0.5, columnspacing=1.2,
+        borderaxespad=0.2, borderpad=0.2,
     )  # fmt: skip
     return figure
 
@@ -253,6 +252,17 @@ def to_svg(figure: Figure, name: str) -> str:
     start = re.sub(r' (width|height)="[^"]*"', "", start)
     # the size of the figure; the style of the page reduces it on narrow screens
     return f'{start} style="width:{float(width[1]) * 1.35:.0f}px">{rest}'
+
+
+class _RoundLocator(LogLocator):
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        """Return 1, 2, 5, 10, ... between two numbers."""
+        return round_ticks(min(vmin, vmax), max(vmin, vmax))
+
+
+def _make_round(axis: Axis) -> None:
+    axis.set_major_locator(_RoundLocator())
+    axis.set_minor_locator(NullLocator())
 
 
 def _panels(height: float, columns: int) -> tuple[Figure, list[Axes]]:
@@ -306,7 +316,7 @@ def _place_panels(figure: Figure) -> None:
 
 
 def _label_widths(axis: Axis, renderer: RendererAgg) -> list[float]:
-    """Return the widths in inches of the labels of an axis that are shown, the least number first.
+    """Return the widths in inches of the labels of an axis that are shown, the left one first.
 
     Args:
         axis: The axis.
@@ -314,20 +324,8 @@ def _label_widths(axis: Axis, renderer: RendererAgg) -> list[float]:
     """
     font = FontProperties(size=TEXT_POINTS)
     low, high = sorted(axis.get_view_interval())
-    shown = [x for x in axis.get_majorticklocs() if low <= x <= high]
+    locations = [x for x in axis.get_majorticklocs() if low <= x <= high]
+    shown = sorted(locations, reverse=bool(axis.get_inverted()))
     labels = [text.replace(r"\$", "S") for text in axis.get_major_formatter().format_ticks(shown)]
     sizes = [renderer.get_text_width_height_descent(text, font, ismath=False) for text in labels]
     return [size[0] / renderer.dpi for size in sizes] or [0.0]
-
-
-def _power(x: float, _: Any) -> str:
-    """Return 1, 10, ..., 100 k, 100 M in words, other numbers as powers of ten.
-
-    >>> _power(100, None), _power(1e5, None), _power(1e-12, None)
-    ('100', '100 k', '10⁻¹²')
-    """
-    for size, unit in ((1e6, " M"), (1e4, " k"), (1.0, "")):
-        if size <= x < 1e9:
-            return f"{x / (1e3 if unit == ' k' else size):,.0f}{unit}"
-    # superscripts in place of a formula, whose layout takes longer than the rest of the figure
-    return f"10{str(round(np.log10(x))).translate(_SUPERSCRIPTS)}" if x > 0 else ""

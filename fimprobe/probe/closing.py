@@ -10,12 +10,12 @@ from fimprobe.config.config import Config
 from fimprobe.errors import ErrorHandler
 from fimprobe.probe.notices import announce
 from fimprobe.probe.run_account import RunAccount
-from fimprobe.probe.step_measurement import NO_BOUNDS_NOTE, PREVIEW
 from fimprobe.report.format import percent, quantity
+from fimprobe.report.partial_reports import is_partial
 from fimprobe.report.report import Report
 from fimprobe.sinks.sink_group import SinkGroup
 from fimprobe.training.batch_reader import BatchReader
-from fimprobe.training.schedule import At, Budget, Schedule
+from fimprobe.training.schedule import FREE_SECONDS, At, Budget, Schedule
 from fimprobe.training.shared_budget import SharedBudget
 from fimprobe.training.unseen_steps import NEVER_STEPPED, UNSEEN_STEPS, UnseenSteps
 
@@ -151,18 +151,32 @@ def closing_paragraph(
             "A second report did not fit into the time budget: pass schedule={'every': 100}, or "
             "train longer."
         )
-    share = account.probe_seconds / account.wall_seconds
-    took = f"The probe took {_seconds(account.probe_seconds)} of {_seconds(account.wall_seconds)}"
-    free = schedule.free if isinstance(schedule, Budget) else 0.0
-    early = f"; {_seconds(free)} of early reports are outside of its share" if free else ""
-    sentences.append(f"{took} ({percent(share)}{early}).")
+    sentences.append(_what_it_took(account, schedule))
     return " ".join(sentences)
+
+
+def _what_it_took(account: RunAccount, schedule: Schedule) -> str:
+    """Return the seconds of the probe, and what they were for."""
+    seconds, share = account.probe_seconds, percent(account.probe_seconds / account.wall_seconds)
+    took = f"The probe took {_seconds(seconds)} of {_seconds(account.wall_seconds)} ({share})"
+    if isinstance(schedule, Budget) and schedule.free:
+        took += (
+            f": {_seconds(schedule.free)} of early reports, which have {FREE_SECONDS:g} s of their "
+            f"own; all others may take {percent(schedule.budget)} of the time"
+        )
+    others = seconds - account.report_seconds
+    if account.report_seconds and others >= 0.1 * seconds:
+        took += (
+            f". Measurements took {_seconds(account.report_seconds)}, files, pictures and imports "
+            f"{_seconds(others)}"
+        )
+    return f"{took}."
 
 
 def _what_is_missing(written: Sequence[Report], config: Config, account: RunAccount) -> str:
     """Return what the reports lack, why, and the setting that would measure it."""
     last = written[-1]
-    if _is_partial(last):
+    if is_partial(last.notes):
         return _what_did_not_fit(written, config, account)
     if "empirical" in config.estimators and last.total.empirical is None:
         return (
@@ -180,15 +194,10 @@ def _what_is_missing(written: Sequence[Report], config: Config, account: RunAcco
     return ""
 
 
-def _is_partial(report: Report) -> bool:
-    """Return whether a report leaves parts out because of a time budget."""
-    return any(note == NO_BOUNDS_NOTE or note.startswith(PREVIEW) for note in report.notes)
-
-
 def _what_did_not_fit(written: Sequence[Report], config: Config, account: RunAccount) -> str:
     """Return what a run under a time budget did not measure, or when it last did."""
     with_i2 = [report.step for report in written if report.total.i2 is not None]
-    with_bounds = not all(map(_is_partial, written))
+    with_bounds = not all(is_partial(report.notes) for report in written)
     parts = [
         *(["Î₂"] if "i2" in config.estimators and not with_i2 else []),
         *(["the bounds"] if config.bounds and not with_bounds else []),

@@ -77,7 +77,7 @@ def make_schedule(config: Config, model: nn.Module, *, shared: bool) -> Schedule
 
     Args:
         config: The options.
-        model: The object that the loop calls; the number of its layers is part of what a report costs.
+        model: The object that the loop calls: what a report costs depends on the number of layers.
         shared: Whether several processes measure together.
     """
     schedule = config.schedule.build()

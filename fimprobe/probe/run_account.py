@@ -23,6 +23,7 @@ class RunAccount:
         num_batches: Steps so far that had a batch.
         num_missing: Steps so far that had none.
         probe_seconds: Seconds that measurements and their files took.
+        report_seconds: Those of the reports alone, without files, pictures and imports.
         measuring_since: Time at which the measurement that runs now began; None between two.
         last_end: Time at which the probe was ready for the loop to continue.
         coverage: How the last report measured each parameter, or why it did not.
@@ -35,6 +36,7 @@ class RunAccount:
     num_batches: int = 0
     num_missing: int = 0
     probe_seconds: float = 0.0
+    report_seconds: float = 0.0
     measuring_since: float | None = None
     last_end: float = field(default_factory=time.perf_counter)
     coverage: dict[str, str] = field(default_factory=dict)

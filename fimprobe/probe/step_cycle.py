@@ -196,6 +196,7 @@ class StepCycle:
             if report is not None:
                 self._account.coverage = report.coverage
                 self._account.num_reports += 1
+                self._account.report_seconds += report.seconds
                 self._sinks.write(report)
             return report
         finally:

@@ -21,7 +21,10 @@ from fimprobe.probe.second_order_choice import (
     share_of_i2,
     why_i2_says_nothing,
 )
+from fimprobe.report.error_advice import LAST_KNOWN, OPTION
 from fimprobe.report.format import percent, quantity
+from fimprobe.report.partial_reports import NO_BOUNDS_NOTE, PREVIEW
+from fimprobe.report.record import TRUSTED_ERROR, inputs_needed
 from fimprobe.report.report import Report
 from fimprobe.training.batch_reader import BatchReader
 from fimprobe.training.capture.captured_batch import CapturedBatch
@@ -29,15 +32,6 @@ from fimprobe.training.probe_batch import ProbeBatch, select_samples
 from fimprobe.training.report_costs import Extent
 from fimprobe.training.schedule import FREE_SECONDS, Budget, Schedule
 from fimprobe.training.shared_budget import SharedBudget
-
-PREVIEW = "Preview: "
-"""The beginning of the note of a preview."""
-
-NO_BOUNDS_NOTE = (
-    "The bounds, and Î₂'s variance in whole blocks, are left out of this report, because they would "
-    "take most of its time. Under a time budget they are part of every second report that is no "
-    'preview; use schedule={"every": 100} to measure everything at each report.'
-)
 
 _LABEL_SEED_STEP = 1_000_003
 _ROW_SEED_STEP = 7919
@@ -69,6 +63,7 @@ class StepMeasurement:
     notes: list[str] = field(default_factory=list)
     without_i2: str = ""
     _is_i2_judged: bool = False
+    _last_known: str = ""
 
     @property
     def must_fail(self) -> bool:
@@ -149,6 +144,7 @@ class StepMeasurement:
         schedule.expect(recurring_share(report))
         if self.without_i2:
             notes.append(self.without_i2)
+        notes += self._explain_unknown_error(report)
         if notes:
             report = replace(report, notes=[*report.notes, *notes])
         if extent is not Extent.PREVIEW and not self._is_i2_judged:
@@ -242,6 +238,21 @@ class StepMeasurement:
             'together, and of the time budget. Use schedule={"every": 100} to measure everything at '
             "each report."
         )
+
+    def _explain_unknown_error(self, report: Report) -> list[str]:
+        """Return the option for more inputs, and the last known error; none where it is known."""
+        total, size, notes = report.total.i1, report.batch_size, []
+        if total.rel_error is not None:
+            self._last_known = f"{LAST_KNOWN}step {report.step:,}: {percent(total.rel_error)}"
+            if total.rel_error > TRUSTED_ERROR:
+                needed = quantity(inputs_needed(total.rel_error, size), "input")
+                self._last_known += f", an error of 10 % takes {needed}"
+            return []
+        if "more inputs" in total.unknown.get("rel_error", "") and size >= self.config.batch:
+            notes.append(
+                f"{OPTION}{size}: {4 * size} measures more, of a training batch that has as many."
+            )
+        return [*notes, f"{self._last_known}."] if self._last_known else notes
 
     def _judge_i2(self, report: Report, schedule: Schedule) -> None:
         """Leave Î₂ out under a budget where the first whole report shows that it says nothing.

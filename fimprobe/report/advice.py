@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS
-from fimprobe.report.error_advice import error_sentences
+from fimprobe.report.error_advice import error_sentences, is_of_error
 from fimprobe.report.estimator_choice import MAX_NAMES, MIN_GAIN, choice_sentences
 from fimprobe.report.format import listed, number, percent, quantity, some
 from fimprobe.report.record import FROZEN
@@ -27,7 +27,7 @@ def make_advice(report: Report) -> list[str]:
         *_weight_sentences(report),
         *_violation_sentences(report),
         *_probe_sentences(report),
-        *report.notes,
+        *[note for note in report.notes if not is_of_error(note)],
         *_coverage_sentences(report),
     ]
 

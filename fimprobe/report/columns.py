@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import LAYER_KEYS, SYMBOLS
-from fimprobe.report.format import count_with_error, number, percent, with_error
+from fimprobe.report.format import count_with_error, number, percent, with_error, without_error
 from fimprobe.report.record import Record, error_with_drawn_labels, pairs_needed
 
 VIEWS = ("errors", "variances", "bounds", "all")
@@ -63,6 +63,18 @@ class Column:
         if error is None and self.error_field != "std_error":  # an old record may not have it
             return self.show(value)
         return with_error(value, error)
+
+    def brief(self, record: Record, group: Record, *, at: int | None = None) -> str:
+        """Return the text of one row without its error, in the digits that the error allows.
+
+        Args:
+            record: The record of the report.
+            group: The part of the record on a layer, or on the whole model.
+            at: Number of inputs of the error with 1 label; None for that of the report.
+        """
+        if not self.error_field:
+            return self.show(self.value(record, group, at=at))
+        return without_error(self.cell(record, group))
 
     def gaps(self, record: Record, group: Record) -> Iterator[tuple[str, str]]:
         """Yield (head, field) of what is unknown in the cell of one row.
@@ -121,8 +133,8 @@ def _column(name: str, key: str, field: str, rank: int, *, error_field: str = ""
 
 _COLUMNS = {
     "errors": [
-        _column("trace F", "i1", "trace", 0, error_field="std_error"),
-        _column("trace F", "i2", "trace", 5, error_field="std_error"),
+        _column("trace F", "i1", "trace", 5, error_field="std_error"),
+        _column("trace F", "i2", "trace", 6, error_field="std_error"),
         _column("error", "i1", "rel_error", 0),
         _column("error", "i2", "rel_error", 4),
     ],

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 
 from fimprobe.estimators.names import KEYS
 from fimprobe.report.columns import Column
-from fimprobe.report.format import Row, count, factor, number, percent
-from fimprobe.report.layer_names import label_layers
+from fimprobe.report.format import Row, factor, percent, some
+from fimprobe.report.layer_names import label_layers, layer_classes
 from fimprobe.report.record import Record, label_sampling_of, rank_layers
 
 COMPARED = (
-    Column(head="trace F", key="i1", field="trace", show=number),
+    Column(head="trace F", key="i1", field="trace", error_field="std_error"),
     Column(head="error", key="i1", field="rel_error", show=percent),
-    Column(head="label variance", key="i1", field="label_variance", show=number),
-    Column(head="pairs for 10 %", key="i1", field="pairs_for_10_percent", show=count),
+    Column(
+        head="label variance", key="i1", field="label_variance", error_field="label_variance_error"
+    ),
+    Column(head="pairs for 10 %", key="i1", field="pairs_for_10_percent", error_field="pairs_error"),
 )
 """The values of two runs."""
+
+MAX_NAMES = 8
+"""Layers of one run alone that are named."""
 
 
 def make_comparison(
@@ -24,25 +29,33 @@ def make_comparison(
 ) -> list[Row]:
     """Return Î₁ of two reports by layer: A, B and B/A of each value.
 
+    Layers of the same name are one row, unless their classes are known and differ: a number in a
+    ``Sequential`` names layers that may have nothing in common.
+
     Args:
         a: The record of report A.
         b: The record of report B.
-        top: Number of layers, those that need the most pairs in A; None for all.
+        top: Number of layers, those that need the most inputs in A; None for all.
         columns: The values.
     """
     rows: list[Row] = [("layer",)]
     for column in columns:
         rows[0] += (f"{column.head}: A", "B", "B/A")
-    names = [name for name, _ in rank_layers(a, top)]
-    names += [name for name in b["layers"] if name not in a["layers"]][:top]
-    labels = label_layers(b) | label_layers(a)
-    groups = [(labels[name], a["layers"].get(name), b["layers"].get(name)) for name in names]
+    labels, labels_b, shared = label_layers(a), label_layers(b), _shared_layers(a, b)
+    groups: list[tuple[str, Record | None, Record | None]] = [
+        (labels[name], group, b["layers"][name] if name in shared else None)
+        for name, group in rank_layers(a, top)
+    ]
+    only_b = [name for name in b["layers"] if name not in shared]
+    groups += [(labels_b[name], None, b["layers"][name]) for name in only_b[:top]]
     for name, group_a, group_b in [*groups, ("total", a["total"], b["total"])]:
         row: Row = (name,)
         for column in columns:
             x = None if group_a is None else column.value(a, group_a)
             y = None if group_b is None else column.value(b, group_b)
-            row += (column.show(x), column.show(y), _format_ratio(y, x))
+            shown_a = "–" if group_a is None else column.brief(a, group_a)
+            shown_b = "–" if group_b is None else column.brief(b, group_b)
+            row += (shown_a, shown_b, _format_ratio(y, x))
         rows.append(row)
     return rows
 
@@ -70,7 +83,8 @@ def find_differences(a: Record, b: Record) -> list[str]:
         """
         if x != y:
             verb = "differ" if noun.split()[0].endswith("s") else "differs"
-            sentences.append(f"{noun} {verb}: A {x}, B {y}; {effect}.")
+            a_and_b = [f"{value:,}" if isinstance(value, int) else value for value in (x, y)]
+            sentences.append(f"{noun} {verb}: A {a_and_b[0]}, B {a_and_b[1]}; {effect}.")
 
     noise = "errors are those with these numbers, variances and pairs are of single pairs"
     compare("labels for each input", a["draws"], b["draws"], noise)
@@ -85,11 +99,25 @@ def find_differences(a: Record, b: Record) -> list[str]:
     compare("step", a["step"], b["step"], "the runs are compared at the last report of each")
     numels = a["total"]["numel"], b["total"]["numel"]
     compare("parameters", *numels, "traces grow with their number")
-    only_a = ", ".join(name for name in a["layers"] if name not in b["layers"])
-    only_b = ", ".join(name for name in b["layers"] if name not in a["layers"])
-    if only_a or only_b:
-        sentences.append(f"layers differ: only in A {only_a or '–'}; only in B {only_b or '–'}.")
+    shared = _shared_layers(a, b)
+    only = [
+        some([label for name, label in label_layers(r).items() if name not in shared], MAX_NAMES)
+        for r in (a, b)
+    ]
+    if any(only):
+        sentences.append(f"layers differ: only in A {only[0] or '–'}; only in B {only[1] or '–'}.")
     return sentences
+
+
+def _shared_layers(a: Record, b: Record) -> set[str]:
+    """Return the names of the layers that are compared: in both reports, of the same class."""
+    classes_a, classes_b = layer_classes(a), layer_classes(b)
+    return {
+        name
+        for name in a["layers"]
+        if name in b["layers"]
+        and classes_a.get(name, classes_b.get(name)) == classes_b.get(name, classes_a.get(name))
+    }
 
 
 def _format_ratio(y: float | None, x: float | None) -> str:

@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 MAX_LAYERS = 6
 """Layers in a sentence."""
 
+MAX_WORST = 3
+"""Layers in the sentence on those that need more inputs: the table has all of them."""
+
+OPTION, LAST_KNOWN = "`batch` is ", "Last known, "
+"""The beginnings of a probe's notes where the error is unknown: the option that sets the inputs, and
+the last report of the training whose error is known."""
+
 MAX_ZERO_LAYERS = 8
 """Layers without gradient in a sentence."""
+
+
+def is_of_error(note: str) -> bool:
+    """Return whether a note belongs to the sentence on an unknown error."""
+    return note.startswith((OPTION, LAST_KNOWN))
 
 
 def _reason(estimate: Estimate) -> str:
@@ -77,18 +89,29 @@ def _total_sentence(report: Report, where: str) -> str:
     sample = f"{describe_inputs(record)}, {describe_labels(record)}"
     if total.rel_error is None:
         where = where or "the whole model"
-        return f"The error of F of {where} at {sample} is unknown: {_reason(total)}."
-    off, by = percent(total.rel_error), ""
-    second = None if report.total.i2 is None else report.total.i2.rel_error
+        notes = [note for note in report.notes if is_of_error(note)]
+        step = f"Step {report.step:,}: the" if notes else "The"
+        unknown = f"{step} error of F of {where} at {sample} is unknown: {_reason(total)}."
+        return " ".join([unknown, *notes])
+    off, by, second = percent(total.rel_error), "", _error_of_i2(report)
+    is_noisier = second is not None and second > total.rel_error and _has_random_vectors(report)
     if second is not None and percent(second) != off:
-        off, by = f"{off} by Î₁ and by {percent(second)} by Î₂", " with Î₁"
+        by = " with Î₁"
+        off = f"{off} by Î₁" if is_noisier else f"{off} by Î₁ and by {percent(second)} by Î₂"
     sentence = f"F of the whole model is off by {off} at {sample}"
     if total.rel_error > TRUSTED_ERROR:
         inputs = quantity(inputs_needed(total.rel_error, report.batch_size), "input")
         sentence += f"; an error of 10 % takes about {inputs} measured in the same way{by}"
-    if by and (second or 0.0) > total.rel_error and _has_random_vectors(report):
-        sentence += ". That of Î₂ includes the random vectors it is measured with"
+    if by and is_noisier:
+        sentence += f". Measured here with random vectors, Î₂ is off by {percent(second)}"
+        exact = report.error_of("i2")
+        if exact is not None:
+            sentence += f"; with exact Hessians and 1 label it would be off by {percent(exact)}"
     return f"{sentence}."
+
+
+def _error_of_i2(report: Report) -> float | None:
+    return None if report.total.i2 is None else report.total.i2.rel_error
 
 
 def _has_random_vectors(report: Report) -> bool:
@@ -99,20 +122,18 @@ def _has_random_vectors(report: Report) -> bool:
 def _layer_sentences(report: Report, verdicts: dict[str, str], unknown: dict[str, str]) -> list[str]:
     """Return which layers are trusted, which need more inputs, and which errors are unknown."""
     sentences, estimates = [], {name: group.i1 for name, group in report.layers.items()}
-    trusted = [
-        f"{name!r} ({percent(estimates[name].rel_error)})"
-        for name, text in verdicts.items()
-        if text == "trusted"
-    ]
-    imprecise = [
-        f"{name!r} takes {' '.join(text.split()[1:-1])} ({percent(estimates[name].rel_error)} now)"
-        for name, text in verdicts.items()
-        if text.startswith("needs")
-    ]
+    trusted = [name for name, text in verdicts.items() if text == "trusted"]
+    imprecise = [name for name, text in verdicts.items() if text.startswith("needs")]
+    for i, name in enumerate(trusted[:MAX_LAYERS]):
+        trusted[i] = f"{name!r} ({percent(estimates[name].rel_error)})"
+    imprecise.sort(key=lambda name: -(estimates[name].rel_error or 0.0))
+    for i, name in enumerate(imprecise[:MAX_WORST]):
+        inputs = " ".join(verdicts[name].split()[1:-1])
+        imprecise[i] = f"{name!r} takes {inputs} ({percent(estimates[name].rel_error)} now)"
     if trusted:
         sentences.append(f"Trusted to 10 %: {some(trusted, MAX_LAYERS)}.")
     if imprecise:
-        sentences.append(f"More inputs are needed for 10 %: {some(imprecise, MAX_LAYERS)}.")
+        sentences.append(f"More inputs are needed for 10 %: {some(imprecise, MAX_WORST)}.")
     for reasons in group_by_cause([(repr(name), reason) for name, reason in unknown.items()]):
         names = some([name for name, _ in reasons], MAX_LAYERS)
         sentences.append(f"The error of {names} is unknown: {shared_reason(reasons)}.")

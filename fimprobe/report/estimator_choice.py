@@ -84,6 +84,8 @@ _BASIS = "At equal compute and one drawn label for each input"
 
 def _compare_errors(report: Report) -> list[str]:
     costs = diagonal_costs(report)
+    if len(costs) < 2:
+        return []
     wins: dict[str, list[str]] = {key: [] for key in ("i2", "ih", "i1")}
     known = False
     for name, group in report.layers.items():
@@ -130,12 +132,16 @@ def _times(ratio: float) -> str:
 
 def _name_silent_layers(report: Report) -> list[str]:
     """Return the layers in which labels add no variance to Î₂."""
-    silent = [
-        repr(name)
-        for name, group in report.layers.items()
-        if group.i2 is not None and group.i2.label_variance == 0 and group.i1.norm
+    silent: dict[bool, list[str]] = {True: [], False: []}
+    for name, group in report.layers.items():
+        if group.i2 is not None and group.i2.label_variance == 0 and group.i1.norm:
+            silent[group.i2.pairs_for(1.0) is not None].append(repr(name))
+    ends = {
+        True: ", only that from inputs",
+        False: ": its error with 1 label is that from the choice of inputs, and is unknown here",
+    }
+    return [
+        f"The diagonal of Î₂ in {some(names, MAX_NAMES)} has no variance from labels{ends[known]}."
+        for known, names in silent.items()
+        if names
     ]
-    if not silent:
-        return []
-    names = some(silent, MAX_NAMES)
-    return [f"The diagonal of Î₂ in {names} has no variance from labels, only that from inputs."]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from fimprobe.estimators.names import SYMBOLS
 from fimprobe.report.columns import Column, make_columns
 from fimprobe.report.format import some
 from fimprobe.report.layer_names import label_layers
+from fimprobe.report.partial_reports import is_partial
 from fimprobe.report.reasons import shared_reason, why_unknown, without_numbers
 from fimprobe.report.record import (
     SIZE_BIASED,
@@ -33,18 +36,53 @@ def footnotes(
         without: Heads of the columns that are not shown.
     """
     columns = [c for c in make_columns(record, view) if c.head not in without]
-    names = [*_named(columns), *(["verdict"] if view in ("errors", "all") else [])]
-    notes = explain(record, names)
+    names = _named(columns)
+    if view in ("errors", "all") and "verdict" not in without:
+        names.append("verdict")
+    notes = explain(record, names) + _why_equal(record, columns)
     if not columns:
-        notes.append("No bound was measured: pass bounds=True, and inputs enough for a variance.")
+        notes.append(_why_no_bounds(record))
     notes += _missing_footnotes(record, columns, top)
     return notes
 
 
 def _named(columns: Sequence[Column]) -> list[str]:
-    """Return the names of the values in a table, which stand before the symbols in its head."""
-    names = [column.head.partition(":")[0] for column in columns]
+    """Return the names of the values in a table, and the symbols behind them in its head."""
+    names = [part for column in columns for part in column.head.split(": ")]
     return list(dict.fromkeys("bound" if name.startswith("bound/") else name for name in names))
+
+
+def _why_equal(record: Record, columns: Sequence[Column]) -> list[str]:
+    """Return a line on why Î₁ and Î₂ agree where they do so in each row."""
+    heads = {f"error: {SYMBOLS[key]}" for key in ("i1", "i2")}
+    groups = [record["total"], *record["layers"].values()]
+    if label_sampling_of(record) == "model" or not all(map(_agrees, groups)):
+        return []
+    if not heads <= {column.head for column in columns}:
+        return []
+    return [
+        "Î₁ and Î₂ agree in each row: they differ by a term whose mean over labels is 0, which "
+        f"{describe_labels(record)} allow to leave out. Their errors with 1 label differ"
+    ]
+
+
+def _agrees(group: Record) -> bool:
+    """Return whether Î₁ and Î₂ of a layer have the same known trace and error."""
+    if "i2" not in group:
+        return False
+    pairs = [(group["i1"].get(field), group["i2"].get(field)) for field in ("trace", "rel_error")]
+    return all(None not in pair and math.isclose(*pair, rel_tol=1e-6) for pair in pairs)
+
+
+def _why_no_bounds(record: Record) -> str:
+    """Return why a report has no bound, and the setting that measures one."""
+    left_out = [note for note in record.get("notes", []) if is_partial([note])]
+    if left_out:
+        return left_out[0]
+    if not any("geometry" in group for group in record["layers"].values()):
+        return "No bound was measured: pass bounds=True."
+    reason = why_unknown(record, record["total"], "i1", "diagonal_tightness")
+    return f"No bound can be compared with what it bounds: {reason or 'take more inputs'}."
 
 
 def explain(record: Record, names: Sequence[str]) -> list[str]:
@@ -55,12 +93,14 @@ def explain(record: Record, names: Sequence[str]) -> list[str]:
         names: The names.
     """
     inputs, labels = describe_inputs(record), describe_labels(record)
-    second = "" if "i2" not in record["total"] else ", Î₂ minus the mean second derivative"
+    second = ", Î₂ minus the mean Hessian" if SYMBOLS["i2"] in names else ""
     meanings = {
         "trace F": "trace F: the sum of the diagonal of F, the Fisher information, ± its standard "
-        f"error; Î₁ is the mean squared gradient of log p{second}",
-        "error": f"error: the error of this report, how far off its F is with {inputs}, {labels}; "
-        "10 % is good, from 100 % on it is noise",
+        f"error. Î₁ is the mean outer product of gradients of log p{second}; p is the model's "
+        "probability of a label drawn from it",
+        "error": f"error: the error of this report, how far off its F is with {inputs}, {labels}: "
+        "the root-mean-square error of the diagonal's entries relative to their size. ± is that of "
+        "their sum, usually smaller; 10 % is good, from 100 % on it is noise",
         "size-biased": SIZE_BIASED,
         "1 label": "1 label: the error with 1 label, how far off an estimator would be with one "
         f"label from the model for each of {inputs}",

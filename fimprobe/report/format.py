@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -14,9 +16,19 @@ Row = tuple[str, ...]
 """The cells of a row of a table."""
 
 
+MIN_WIDTH = 60
+"""Characters of a line that a table needs, for no number to be cut."""
+
+
 def terminal_width() -> int | None:
-    """Return the number of characters of a line; None where output goes to a file or a program."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    """Return the characters of a line: of the terminal, or of the variable COLUMNS; at least 60.
+
+    It is None where output goes to a file or a program and COLUMNS is not set: lines are not broken.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if not sys.stdout.isatty() and not (columns.isdecimal() and int(columns)):
+        return None
+    return max(shutil.get_terminal_size().columns, MIN_WIDTH)
 
 
 def one_line(text: str) -> str:
@@ -70,19 +82,20 @@ def align(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def trend(values: Sequence[float | None], show: Callable[[float | None], str]) -> str:
+def trend(values: Sequence[float | None], first: str, last: str) -> str:
     """Return the first value, bars and the last value, or a dash where all are unknown.
 
     Args:
         values: The values over time; None where unknown.
-        show: The format of a value.
+        first: The text of the first value.
+        last: The text of the last value.
 
-    >>> trend([0.01, 0.1, None], percent)
+    >>> trend([0.01, 0.1, None], "1 %", "–")
     '     1 % ▁█         –'
     """
     if all(v is None for v in values):
         return "–"
-    return f"{show(values[0]):>8} {sparkline(values)} {show(values[-1]):>8}"
+    return f"{first:>8} {sparkline(values)} {last:>8}"
 
 
 def sparkline(values: Sequence[float | None], width: int = 16) -> str:
@@ -161,6 +174,15 @@ def with_error(value: float | None, error: float | None) -> str:
         return " ± ".join(_with_digits(value, error))
     scale = 10.0**exponent
     return f"({' ± '.join(_with_digits(value / scale, error / scale))})e{exponent}"
+
+
+def without_error(text: str) -> str:
+    """Return a value ± its error without the error, in the same digits as in a table with it.
+
+    >>> [without_error(text) for text in ("96 ± 27", "(1.23 ± 0.21)e-5", "5.48 ± 0.11 million", "–")]
+    ['96', '1.23e-5', '5.48 million', '–']
+    """
+    return re.sub(r"\(?([^ (]+) ± [^ )]+\)?", r"\1", text)
 
 
 def _with_digits(value: float, error: float, *, whole: bool = False) -> tuple[str, str]:

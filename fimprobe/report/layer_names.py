@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from fimprobe.report.record import Record
 
@@ -24,17 +25,37 @@ def label_layers(record: Record) -> dict[str, str]:
     >>> label_layers({"layers": {"0": {}, "10": {}}, "coverage": coverage})
     {'0': '0 Conv2d', '10': '10 Linear'}
     """
-    classes = {}
-    for parameter, how in record.get("coverage", {}).items():
-        match = _CLASS.match(how)
-        if match:
-            classes[parameter.rpartition(".")[0]] = match[1]
-    names = list(record["layers"])
+    return dict(_labels(tuple(record["layers"]), tuple(record.get("coverage", {}).items())))
+
+
+@lru_cache(maxsize=8)
+def _labels(names: tuple[str, ...], coverage: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Return the labels of layers; all reports of a run have the same ones."""
+    return name_layers(names, layer_classes({"coverage": dict(coverage)}))
+
+
+def name_layers(names: Sequence[str], classes: Mapping[str, str]) -> dict[str, str]:
+    """Return a short name of each layer by its name in the model.
+
+    Args:
+        names: The names in the model.
+        classes: The class of each layer by its name, where it is known.
+    """
     labels = dict(zip(names, shorten_names(names), strict=True))
     return {
         name: f"{label} {classes[name]}" if label[-1:].isdigit() and name in classes else label
         for name, label in labels.items()
     }
+
+
+def layer_classes(record: Record) -> dict[str, str]:
+    """Return the class of each layer by its name, where the record has it."""
+    classes = {}
+    for parameter, how in record.get("coverage", {}).items():
+        match = _CLASS.match(how)
+        if match:
+            classes[parameter.rpartition(".")[0]] = match[1]
+    return classes
 
 
 def shorten_names(names: Sequence[str]) -> list[str]:
@@ -52,12 +73,61 @@ def shorten_names(names: Sequence[str]) -> list[str]:
 
 
 def cut(name: str, width: int) -> str:
-    """Return the end of a name, which distinguishes it, in at most ``width`` characters.
+    """Return the end of a name in at most ``width`` characters; names may become equal.
 
     >>> cut("layer.0 … query", 9), cut("total", 9)
     ('… … query', 'total')
     """
     return name if len(name) <= width else f"…{name[len(name) - width + 1 :]}"
+
+
+def fit_labels(labels: Sequence[str], width: int) -> list[str]:
+    """Return labels in at most ``width`` characters; those that differ still differ.
+
+    In names that are too long, modules behind the number become initials, then those before it.
+
+    Args:
+        labels: The labels.
+        width: Number of characters.
+
+    >>> fit_labels(["layer.0 … output.LayerNorm", "layer.0.output.LayerNorm", "head"], 20)
+    ['layer.0…o.LayerNorm', 'layer.0.o.LayerNorm', 'head']
+    """
+    candidates = [_shorter(label, width) for label in labels]
+    uses = Counter(text for texts in candidates for text in set(texts))
+    return [
+        next((text for text in texts if uses[text] == 1), cut(f"{label} {i}", width))
+        if len(label) > width
+        else label
+        for i, (label, texts) in enumerate(zip(labels, candidates, strict=True))
+    ]
+
+
+def _shorter(label: str, width: int) -> list[str]:
+    """Return the texts for a label in at most ``width`` characters, the clearest first."""
+    if len(label) <= width:
+        return [label]
+    texts = [f"…{label.rpartition(' … ')[2]}", f"…{label[len(label) - width + 1 :].lstrip(' .…')}"]
+    if any(map(str.isdigit, label)):
+        texts = [_abbreviate(label, front=False), _abbreviate(label, front=True), *texts]
+    return [text for text in texts if len(text) <= width]
+
+
+def _abbreviate(label: str, *, front: bool) -> str:
+    """Return a label with initials for the modules behind its first number, but for the last one.
+
+    Args:
+        label: The label.
+        front: Whether those before the number become initials as well.
+    """
+    *parts, last = re.split(r"( … |\.)", label)
+    is_behind, shown = front, ""
+    for part in parts:
+        has_number = any(map(str.isdigit, part))
+        is_whole = has_number or not is_behind or part == " … "
+        shown += part.strip() if is_whole else part[:1]
+        is_behind = is_behind or has_number
+    return shown + last
 
 
 def _without_common_modules(paths: list[list[str]]) -> list[list[str]]:
@@ -82,4 +152,5 @@ def _candidates(path: list[str]) -> list[str]:
         head = ".".join(path[start : number + 1])
         for tail in range(len(path) - 1, number + 1, -1):
             texts.append(f"{head} … {'.'.join(path[tail:])}")
+        texts.append(".".join(path[start:]))  # nothing is hidden behind the number
     return [*(text for text in texts if len(text) < len(whole)), whole]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fimprobe.report.format import count_with_error, quantity
@@ -58,20 +59,53 @@ def error_with_drawn_labels(estimate: Record, inputs: int, *, at: int | None = N
 
 
 def rank_layers(record: Record, top: int | None) -> list[tuple[str, Record]]:
-    """Return the layers that need the most pairs.
+    """Return the layers that need the most inputs, before them those whose need is unknown.
 
     Args:
         record: The record of a report.
         top: Number of layers; None for all.
 
     Returns:
-        (name, group) of each layer, most pairs first; all layers in the model's order where there
-        are no more than ``top``.
+        (name, group) of each layer; layers of equal need in the model's order.
     """
-    layers = list(record["layers"].items())
-    if top is None or len(layers) <= top:
-        return layers
-    return sorted(layers, key=lambda layer: -(pairs_needed(layer[1]["i1"]) or 0))[:top]
+    return sorted(record["layers"].items(), key=lambda layer: -_need(layer[1]["i1"]))[:top]
+
+
+def _need(estimate: Record) -> float:
+    """Return the error that the inputs needed grow with; infinity where it is unknown."""
+    error: float | None = estimate.get("rel_error")
+    if error is None:
+        return 0.0 if is_zero(estimate) else math.inf
+    return error
+
+
+def is_zero(estimate: Record) -> bool:
+    """Return whether F is zero, and not unknown."""
+    return estimate.get("trace") == 0 and not estimate.get("norm")
+
+
+def describe_hidden(record: Record, top: int) -> str:
+    """Return which layers a table of ``top`` layers does not show; "" where it shows all.
+
+    Args:
+        record: The record of a report.
+        top: Number of layers in the table.
+
+    >>> layers = {name: {"i1": {"rel_error": error}} for name, error in (("a", 0.1), ("b", 0.2))}
+    >>> describe_hidden({"layers": layers}, 1)
+    '1 layer with the smallest need is not shown'
+    """
+    layers = rank_layers(record, None)
+    hidden = layers[top:]
+    if not hidden:
+        return ""
+    if _need(layers[-1][1]["i1"]) == math.inf:
+        return f"the first {top:,} of {len(layers):,} layers, in the model's order"
+    unknown = sum(_need(group["i1"]) == math.inf for _, group in hidden)
+    verb = "is" if len(hidden) == 1 else "are"
+    if unknown:
+        return f"{quantity(len(hidden), 'layer')} {verb} not shown, {unknown:,} of unknown need"
+    return f"{quantity(len(hidden), 'layer')} with the smallest need {verb} not shown"
 
 
 def describe_labels(record: Record) -> str:
@@ -104,11 +138,14 @@ def describe_inputs(record: Record) -> str:
 def inputs_needed(rel_error: float, inputs: int) -> float:
     """Return the inputs for a relative error of 10 %, measured like those of a report.
 
+    Above 1,000 they have three digits, as the numbers of pairs next to them.
+
     Args:
         rel_error: The relative error of the report, above 10 %.
         inputs: Number of its inputs, which are too few.
     """
-    return max(inputs * (rel_error / TRUSTED_ERROR) ** 2, inputs + 1)
+    needed = inputs * (rel_error / TRUSTED_ERROR) ** 2
+    return max(needed if needed < 1e3 else float(f"{needed:.3g}"), inputs + 1)
 
 
 def verdict(estimate: Record, inputs: int) -> str:
@@ -121,7 +158,7 @@ def verdict(estimate: Record, inputs: int) -> str:
     >>> verdict({"trace": 1.0, "norm": 1.0, "rel_error": 0.3}, 32)
     'needs 288 inputs'
     """
-    if estimate.get("trace") == 0 and not estimate.get("norm"):
+    if is_zero(estimate):
         return "zero"
     error = estimate.get("rel_error")
     if error is None:

@@ -8,25 +8,30 @@ from collections.abc import Sequence
 from fimprobe.report.columns import RANKS, make_columns
 from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import Row, align, one_line
-from fimprobe.report.layer_names import cut, label_layers
-from fimprobe.report.record import Record, rank_layers, summary_line, verdict
+from fimprobe.report.layer_names import fit_labels, label_layers
+from fimprobe.report.record import Record, describe_hidden, rank_layers, summary_line, verdict
 
 MIN_NAME_WIDTH = 18
 """Characters of a layer's name that stay in the narrowest table: fewer do not tell layers apart."""
 
 
-def format_report(record: Record, top: int | None = None, *, width: int | None = None) -> str:
+def format_report(
+    record: Record, top: int | None = None, *, below: str = "", width: int | None = None
+) -> str:
     """Return the summary of a report, its table, footnotes and advice.
 
     Args:
         record: The record of a report.
-        top: Number of layers, those that need the most pairs; None for all.
+        top: Number of layers, those that need the most inputs; None for all.
+        below: A paragraph below the table; "" for none.
         width: Number of characters of a line; None for any.
     """
-    advice = wrap(record["advice"], width)
-    return "\n".join(
-        [*wrap([summary_line(record)], width), format_table(record, top, width=width), "", *advice]
-    )
+    paragraphs = [
+        [*wrap([summary_line(record)], width), format_table(record, top, width=width)],
+        *[wrap([text], width) for text in (below,) if text],
+        wrap(record["advice"], width),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in paragraphs)
 
 
 def format_table(
@@ -36,7 +41,7 @@ def format_table(
 
     Args:
         record: The record of a report.
-        top: Number of layers, those that need the most pairs; None for all.
+        top: Number of layers, those that need the most inputs; None for all.
         view: One of ``VIEWS``.
         width: Number of characters of a line; None for any.
 
@@ -47,6 +52,7 @@ def format_table(
     table = align(rows)
     rule = "-" * max(map(len, table))
     notes = footnotes(record, top, view=view, without=hidden)
+    notes += hidden_layers(record, top)
     if hidden:
         notes.append(f"({hidden_columns(hidden)})")
     return "\n".join([table[0], rule, *table[1:-1], rule, table[-1], *wrap(notes, width)])
@@ -66,6 +72,17 @@ def wrap(lines: Sequence[str], width: int | None) -> list[str]:
     joined = [line.replace(" %", "\xa0%").replace(" ± ", "\xa0±\xa0") for line in plain]
     parts = [part for x in joined for part in textwrap.wrap(x, width, subsequent_indent="  ")]
     return [part.replace("\xa0", " ") for part in parts]
+
+
+def hidden_layers(record: Record, top: int | None) -> list[str]:
+    """Return a line on the layers that a table of ``top`` layers does not show, if there are any.
+
+    Args:
+        record: The record of a report.
+        top: Number of layers in the table; None for all.
+    """
+    hidden = "" if top is None else describe_hidden(record, top)
+    return [f"({hidden}: --top {len(record['layers'])})"] if hidden else []
 
 
 def hidden_columns(heads: Sequence[str]) -> str:
@@ -92,7 +109,8 @@ def fit_rows(rows: list[Row], width: int | None) -> tuple[list[Row], list[str]]:
     while len(shown) > 2 and name_width + sum(widths[i] + 2 for i in shown[1:]) > width:
         shown.remove(max(shown[1:], key=lambda i: (RANKS.get(rows[0][i], 1), i)))
     space = max(width - sum(widths[i] + 2 for i in shown[1:]), name_width)
-    fitted = [(cut(one_line(row[0]), space), *(row[i] for i in shown[1:])) for row in rows]
+    names = fit_labels([one_line(row[0]) for row in rows], space)
+    fitted = [(name, *(row[i] for i in shown[1:])) for name, row in zip(names, rows, strict=True)]
     return fitted, [head for i, head in enumerate(rows[0]) if i not in shown]
 
 
@@ -101,7 +119,7 @@ def make_rows(record: Record, top: int | None = None, *, view: str = "errors") -
 
     Args:
         record: The record of a report.
-        top: Number of layers, those that need the most pairs; None for all.
+        top: Number of layers, those that need the most inputs; None for all.
         view: One of ``VIEWS``.
 
     Raises:

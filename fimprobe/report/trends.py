@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from fimprobe.estimators.names import SYMBOLS
 from fimprobe.report.columns import Column
 from fimprobe.report.footnotes import explain
-from fimprobe.report.format import Row, align, count, number, percent, subsample, trend
+from fimprobe.report.format import Row, align, percent, subsample, trend, with_error
 from fimprobe.report.layer_names import label_layers
-from fimprobe.report.record import Record, error_with_drawn_labels, pairs_needed, rank_layers
+from fimprobe.report.record import Record, error_with_drawn_labels, format_pairs, rank_layers
 from fimprobe.report.table import fit_rows, hidden_columns, wrap
 
 TRENDS = (
     Column(head="1 label", key="i1", field="one_label_error", show=percent),
-    Column(head="trace F", key="i1", field="trace", show=number),
-    Column(head="label variance", key="i1", field="label_variance", show=number),
+    Column(head="trace F", key="i1", field="trace", error_field="std_error"),
+    Column(
+        head="label variance", key="i1", field="label_variance", error_field="label_variance_error"
+    ),
 )
 """The values over steps."""
 
@@ -39,17 +41,18 @@ def format_trend(records: Sequence[Record], rows: int = 12, *, width: int | None
             (
                 f"{record['step']:,}",
                 *([f"{record['batch_size']:,}"] if varied else []),
-                number(estimate["trace"]),
+                with_error(estimate["trace"], estimate.get("std_error")),
                 percent(estimate["rel_error"]),
                 percent(error),
-                count(pairs_needed(estimate)),
+                format_pairs(estimate),
             )
         )
     fitted, hidden = fit_rows([tuple(cell.rjust(7) for cell in row) for row in table], width)
-    lines = [*align(fitted), *([f"({hidden_columns(hidden)})"] if hidden else [])]
-    notes = explain(records[-1], ("1 label", "pairs for 10 %"))
+    hidden = [head.strip() for head in hidden]
+    notes = explain(records[-1], [x for x in ("1 label", "pairs for 10 %") if x not in hidden])
+    notes += [f"({hidden_columns(hidden)})"] if hidden else []
     title = f"The whole model by {SYMBOLS['i1']}, step by step"
-    return "\n".join([title, *lines, *wrap(notes, width)])
+    return "\n".join([title, *align(fitted), *wrap(notes, width)])
 
 
 def make_trends(records: Sequence[Record], top: int = 8) -> list[Row]:
@@ -57,19 +60,23 @@ def make_trends(records: Sequence[Record], top: int = 8) -> list[Row]:
 
     Args:
         records: The reports of the run.
-        top: Number of layers, those that need the most pairs in the last report.
+        top: Number of layers, those that need the most inputs in the last report.
     """
     rows: list[Row] = [("layer", *[column.head for column in TRENDS])]
     names, labels = [name for name, _ in rank_layers(records[-1], top)], label_layers(records[-1])
+    size = records[-1]["batch_size"]
     for name in ("total", *names):
         groups = [(r, r["total"] if name == "total" else r["layers"].get(name)) for r in records]
         cells = []
         for column in TRENDS:
             values = [
-                None if group is None else column.value(r, group, at=records[-1]["batch_size"])
-                for r, group in groups
+                None if group is None else column.value(r, group, at=size) for r, group in groups
             ]
-            cells.append(trend(values, column.show))
+            ends = [
+                "–" if group is None else column.brief(r, group, at=size)
+                for r, group in (groups[0], groups[-1])
+            ]
+            cells.append(trend(values, *ends))
         rows.append((labels.get(name, name), *cells))
     return rows
 
@@ -84,14 +91,22 @@ def title_of_trends(records: Sequence[Record]) -> str:
     )
 
 
-def format_trends(records: Sequence[Record], top: int = 8, *, width: int | None = None) -> str:
-    """Return the table of trends as lines, with a title.
+def format_trends(
+    records: Sequence[Record],
+    top: int = 8,
+    *,
+    width: int | None = None,
+    explained: Sequence[str] = ("label variance",),
+) -> str:
+    """Return the table of trends as lines, with a title and the meaning of some columns.
 
     Args:
         records: The reports of the run, at least one, in the order of steps.
-        top: Number of layers, those that need the most pairs in the last report.
+        top: Number of layers, those that need the most inputs in the last report.
         width: Number of characters of a line; None for any.
+        explained: Heads of the columns whose meaning is stated, where they are shown.
     """
     rows, hidden = fit_rows(make_trends(records, top), width)
-    notes = [f"({hidden_columns(hidden)})"] if hidden else []
+    notes = explain(records[-1], [head for head in explained if head not in hidden])
+    notes += [f"({hidden_columns(hidden)})"] if hidden else []
     return "\n".join([*wrap([title_of_trends(records)], width), *align(rows), *wrap(notes, width)])

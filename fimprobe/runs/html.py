@@ -6,7 +6,14 @@ from html import escape
 from pathlib import Path
 
 from fimprobe.errors import FimprobeError
-from fimprobe.estimators.names import KEYS, SYMBOLS, UNBIASED_KEYS
+from fimprobe.estimators.names import (
+    ESTIMATOR_DESCRIPTIONS,
+    KEYS,
+    LAYER_KEYS,
+    SYMBOLS,
+    UNBIASED_KEYS,
+)
+from fimprobe.report.columns import make_columns
 from fimprobe.report.footnotes import explain, footnotes
 from fimprobe.report.format import (
     Row,
@@ -16,9 +23,11 @@ from fimprobe.report.format import (
     subsample,
     with_error,
 )
+from fimprobe.report.partial_reports import describe_earlier, earlier_whole_report, is_partial
 from fimprobe.report.record import (
     FROZEN,
     Record,
+    describe_hidden,
     describe_inputs,
     describe_labels,
     error_with_drawn_labels,
@@ -27,6 +36,7 @@ from fimprobe.report.record import (
 from fimprobe.report.run_info import format_run_info
 from fimprobe.report.table import make_rows
 from fimprobe.report.trends import make_trends, title_of_trends
+from fimprobe.runs.page_texts import STYLE, WORDS
 from fimprobe.runs.reader import Records, latest_training
 from fimprobe.runs.tiles import make_tiles
 
@@ -45,64 +55,8 @@ MAX_TRENDS = 20
 MAX_STEPS = 30
 """Rows of the table over steps; longer runs are subsampled evenly."""
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2229; --soft: #5c6672; --page: #ffffff; --card: #f4f6f8;
-  --line: #d9dee4; --mark: #2f6fbd }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --soft: #98a3af; --page: #14171b;
-  --card: #1d2228; --line: #343b44; --mark: #79b0f0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1320px; padding: 24px 20px 64px; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 40px 0 4px }
-p { margin: 4px 0 12px; max-width: 75ch } .soft { color: var(--soft) }
-p.notes { max-width: none; font-size: 13px }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 }
-.tile { background: var(--card); border-radius: 8px; padding: 12px 16px; flex: 1 1 190px }
-.tile b { display: block; font-size: 24px; line-height: 1.3 } .tile span { color: var(--soft) }
-.advice { background: var(--card); border-left: 4px solid var(--mark); border-radius: 4px;
-  padding: 12px 16px 12px 34px; margin: 0 } .advice li { margin: 4px 0 }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr));
-  gap: 0 32px }
-.scroll { overflow-x: auto } figure { margin: 8px 0; overflow-x: auto }
-svg { max-width: 100%; height: auto; display: block; color: var(--ink) }
-svg text { font-family: system-ui, sans-serif !important }
-table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap } th { vertical-align: bottom; white-space: normal; min-width: 70px }
-th:first-child, td:first-child { text-align: left; padding-left: 0 }
-tr.total td { font-weight: 600; border-top: 2px solid var(--line) }
-dt { font-weight: 600; margin-top: 6px } dd { margin: 0 0 0 0 } summary { cursor: pointer }
-"""
-
-WORDS = {
-    "F": "the Fisher information of the model's parameters: the mean over inputs of the covariance "
-    "of ∂ log p(y | x)/∂θ, labels y drawn from the model itself. Its diagonal is measured.",
-    "Î₁, Î₂": "two unbiased estimates of F: the mean square of first derivatives, and minus the mean "
-    "second derivative. They differ in variance.",
-    "trace F": "the sum of the diagonal of F ± its standard error over inputs and drawn labels.",
-    "error": "the error of this report: how far off its F is, with its inputs and its labels. It is "
-    "the standard error of the diagonal of F over the size of that diagonal (root of the sum of "
-    "squares of both). 10 % is good; from 100 % on it is noise.",
-    "1 label": "the error with 1 label: how far off an estimator would be with one label, drawn from "
-    "the model, for each input. It holds however the labels of this report were drawn.",
-    "size-biased labels": "labels drawn more often where their score is large, and weighted back: F "
-    "stays the same, and labels that carry F are seen however rare they are.",
-    "pair": "one input with one label, drawn from the model. 100 inputs with 2 labels each are 200 "
-    "pairs, but their errors from the choice of inputs are those of 100 inputs.",
-    "pairs for 10 %": "how many pairs, one label for each input, an error of 10 % takes, ± the "
-    "standard error of that number.",
-    "label variance, input variance": "how much the diagonal of F from one pair varies with its "
-    "label, and with its input.",
-    "verdict": "trusted where the error of Î₁ is at most 10 %, or how many inputs that takes, with "
-    "labels as in this report.",
-    "–": "not measured, not defined, or unknown, for the reasons below the table.",
-    "output Fisher": "the Fisher information of the model's outputs, a mean over inputs. For labels "
-    "that are classes, its trace goes to 0 as the model grows confident.",
-    "bound/...": "a bound over the value that it bounds; 1 is equality. diagonal: the label variance "
-    "of the diagonal of F; matrix: that of all entries; covariance: the norm of the covariance, "
-    "bounded by Soen & Sun (2021), eq. 17 for Î₁ and eq. 18 for Î₂.",
-}
+MAX_SENTENCES = 3
+"""Sentences of the advice that are not folded."""
 
 
 def write_page(records: Records, target: str | Path) -> Path:
@@ -129,15 +83,16 @@ def write_page(records: Records, target: str | Path) -> Path:
 
 
 def make_page(records: Records) -> str:
-    """Return the page: advice first, then figures, tables and the settings of the measurement."""
+    """Return the page: the main numbers and the advice, then tables, figures and the settings."""
     reports = latest_training(records.reports)
-    last = reports[-1]
+    last, earlier = reports[-1], earlier_whole_report(reports)
     folder = records.path.resolve().parent
     name = folder.name if folder.name != "fimprobe" else f"{folder.parent.name}/fimprobe"
     steps = f"step {last['step']:,}"
     if len(reports) > 1:
         steps = (
-            f"steps {reports[0]['step']:,} to {last['step']:,}, {quantity(len(reports), 'report')}"
+            f"steps {reports[0]['step']:,} to {reports[-1]['step']:,}, "
+            f"{quantity(len(reports), 'report')}"
         )
     body = [
         f"<h1>How wrong is the Fisher information? <span class=soft>{_text(name)}</span></h1>",
@@ -145,17 +100,15 @@ def make_page(records: Records) -> str:
         f"{describe_inputs(last)}, {_text(describe_labels(last))}</p>",
         *[f"<p><b>Careful:</b> {_text(note)}</p>" for note in records.notes],
         *[f"<p><b>The probe ended early:</b> {_text(end)}</p>" for end in (records.end,) if end],
-        f"<h2>What step {last['step']:,} says</h2><ul class=advice>",
-        *[f"<li>{_text(line)}</li>" for line in last["advice"]],
-        "</ul>",
-        _tiles(reports),
-        *_layer_tables(last),
-        _figures(reports),
+        f"<h2>What step {last['step']:,} says</h2>",
+        *_summary(reports),
+        *_layer_tables(last, earlier),
+        _figures(reports, earlier),
     ]
     if len(reports) > 1:
         body += [
             "<h2>Layers over the training</h2>",
-            f"<p class=soft>{_text(title_of_trends(reports))}{_which(last, MAX_TRENDS)}</p>",
+            f"<p class=soft>{_text(title_of_trends(reports))} {_hidden(last, MAX_TRENDS)}</p>",
             _table(make_trends(reports, top=MAX_TRENDS)),
             "<h2>The whole model over the training</h2>",
             _table(_over_steps(reports)),
@@ -182,15 +135,39 @@ def _subject(records: Records, last: Record) -> str:
     return f"{model}{last['likelihood']}"
 
 
-def _tiles(reports: list[Record]) -> str:
+def _summary(reports: list[Record]) -> list[str]:
+    """Return the main numbers, and the advice between the first ones and the others."""
+    first, others = make_tiles(reports)
+    advice = reports[-1]["advice"]
+    more = _sentences(advice[MAX_SENTENCES:])
+    return [
+        _tiles(first),
+        _sentences(advice[:MAX_SENTENCES]),
+        f"<details><summary>More</summary>{more}{_tiles(others)}</details>",
+    ]
+
+
+def _sentences(advice: list[str]) -> str:
+    lines = "".join(f"<li>{_text(line)}</li>\n" for line in advice)
+    return f"<ul class=advice>{lines}</ul>" if advice else ""
+
+
+def _tiles(tiles: list[tuple[str, str]]) -> str:
     inner = "".join(
         f"<div class=tile><b>{_text(shown)}</b><span>{_text(meaning)}</span></div>"
-        for shown, meaning in make_tiles(reports)
+        for shown, meaning in tiles
     )
-    return f"<div class=tiles>{inner}</div>"
+    return f"<div class=tiles>{inner}</div>" if tiles else ""
 
 
-def _figures(reports: list[Record]) -> str:
+def _figures(reports: list[Record], earlier: Record | None) -> str:
+    """Return the figures over all reports, and those of the last one.
+
+    Args:
+        reports: The records of the run.
+        earlier: The record of the report that has what the last one lacks; None where it lacks
+            nothing.
+    """
     try:
         from fimprobe.plots.gallery import make_figures
         from fimprobe.plots.style import to_svg
@@ -201,8 +178,10 @@ def _figures(reports: list[Record]) -> str:
             "<p class=soft>No pictures: matplotlib is not installed. "
             "<code>pip install 'fimprobe[plots]'</code>, then write this page again.</p>"
         )
+    figures = {entry.name: entry for entry in make_figures(reports, earlier=earlier)}
     sections = []
-    for i, entry in enumerate(make_figures(reports)):
+    for i, name in enumerate(sorted(figures)):
+        entry = figures[name]
         svg = to_svg(entry.figure, f"picture{i}")
         svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(entry.title)}" ', 1)
         sections.append(
@@ -225,41 +204,55 @@ def _table(rows: list[Row], *, total_last: bool = False) -> str:
     )
 
 
-def _layer_tables(last: Record) -> list[str]:
-    """Return the table of the layers, of the hardest ones where there are many, and what unfolds."""
-    number_of_layers = len(last["layers"])
-    views, title, top = dict(_MORE_VIEWS), f"Layers at step {last['step']:,}", None
+def _layer_tables(last: Record, earlier: Record | None) -> list[str]:
+    """Return the table of the layers, of the hardest ones where there are many, and what unfolds.
+
+    Args:
+        last: The record of the last report.
+        earlier: The record of the report that has what the last one lacks; None where it lacks
+            nothing.
+    """
+    number_of_layers, title = len(last["layers"]), f"Layers at step {last['step']:,}"
+    parts = [f"<h2>{title}</h2>", _layers(last, "errors", MAX_LAYERS)]
     if number_of_layers > MAX_LAYERS:
-        top, title = MAX_LAYERS, f"{title}: the {MAX_LAYERS} that need the most pairs"
-        views = {"errors": f"All {number_of_layers:,} layers", **views}
-    more = [
-        f"<details><summary>{name}</summary>{_layers(last, view)}</details>"
-        for view, name in views.items()
-    ]
-    return [f"<h2>{title}</h2>", _layers(last, "errors", top), *more]
+        parts.append(f"<p class='soft notes'>{_hidden(last, MAX_LAYERS)}</p>")
+        parts.append(_fold(f"All {number_of_layers:,} layers", _layers(last, "errors")))
+    if earlier is not None:
+        parts.append(f"<p>{_text(describe_earlier(earlier))}</p>")
+    source = earlier or last
+    step = "" if source is last else f", step {source['step']:,}"
+    for view, name in _MORE_VIEWS.items():
+        if make_columns(source, view):
+            parts.append(_fold(f"{name}{step}", _layers(source, view)))
+    return parts
+
+
+def _fold(title: str, inner: str) -> str:
+    return f"<details><summary>{title}</summary>{inner}</details>"
 
 
 def _layers(last: Record, view: str, top: int | None = None) -> str:
     """Return the table of the layers with its footnotes.
 
     Args:
-        last: The record of the last report.
+        last: The record of a report.
         view: The choice of columns.
-        top: Number of layers, those that need the most pairs; None for all.
+        top: Number of layers, those that need the most inputs; None for all.
     """
     notes = "<br>".join(map(_text, footnotes(last, top, view=view)))
     rows = make_rows(last, top, view=view)
     return f"{_table(rows, total_last=True)}<p class='soft notes'>{notes}</p>"
 
 
-def _which(last: Record, top: int) -> str:
-    """Return which layers a table shows, if not all of them."""
-    return "" if len(last["layers"]) <= top else f" The {top} layers that need the most pairs."
+def _hidden(last: Record, top: int) -> str:
+    """Return in brackets which layers a table does not show."""
+    hidden = describe_hidden(last, top)
+    return f"({hidden})" if hidden else ""
 
 
 def _over_steps(reports: list[Record]) -> list[Row]:
     """Return the trace and the errors of every estimator over steps."""
-    keys = [key for key in KEYS if key in reports[-1]["total"]]
+    keys = [key for key in KEYS if any(key in report["total"] for report in reports)]
     rows: list[Row] = [("step",)]
     for key in keys:
         values = (
@@ -287,6 +280,8 @@ def _about(records: Records, last: Record) -> str:
     """Return the settings of the measurement, the coverage of the parameters, and the glossary."""
     symbols = ", ".join(SYMBOLS[key] for key in KEYS if key in last["total"])
     bounds = "measured" if last["total"]["i1"].get("bound") is not None else "not measured"
+    if is_partial(last.get("notes", [])):
+        bounds = "left out of this report because of the time budget"
     run_info = {name: _text(text) for name, text in format_run_info(records.run).items()}
     facts = run_info | {
         "Family of the labels": _text(str(last["likelihood"])),
@@ -295,12 +290,18 @@ def _about(records: Records, last: Record) -> str:
         "Estimators": symbols,
         "Bounds": bounds,
         "Parameters": f"{last['total']['numel']:,} in {quantity(len(last['layers']), 'layer')}",
-        "Seconds of the last report": f"{last['seconds']:.3g}",
+        "Seconds of this report": f"{last['seconds']:.3g}",
         "Not twice differentiable": _text("; ".join(last.get("kinks", []))) or "–",
         "File": f"<code>{_text(str(records.path.resolve()))}</code>",
     }
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items())
-    words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in WORDS.items())
+    on_request = {
+        SYMBOLS[key]: ESTIMATOR_DESCRIPTIONS[key]
+        for key in KEYS
+        if key not in LAYER_KEYS and key in last["total"]
+    }
+    glossary = (WORDS | on_request).items()
+    words = "".join(f"<dt>{escape(w)}</dt><dd>{escape(text)}</dd>" for w, text in glossary)
     every = last.get("coverage", {})
     shown = {name: how for name, how in every.items() if how != FROZEN}
     coverage: list[Row] = [("parameter", "measured by"), *shown.items()]

@@ -15,12 +15,14 @@ from fimprobe.errors import FimprobeError
 from fimprobe.report.comparison import COMPARED, find_differences, make_comparison
 from fimprobe.report.footnotes import explain, footnotes
 from fimprobe.report.format import Row, align, one_line, percent, quantity, terminal_width
+from fimprobe.report.partial_reports import describe_earlier, earlier_whole_report
 from fimprobe.report.record import summary_line
 from fimprobe.report.run_info import differing_settings, format_run_info
 from fimprobe.report.table import (
     fit_rows,
     format_report,
     hidden_columns,
+    hidden_layers,
     make_rows,
     wrap,
 )
@@ -32,7 +34,7 @@ MAX_RUNS = 20
 
 
 def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) -> None:
-    """Print the last report's table and advice, the trends of the run, and how it was measured.
+    """Print the last report, the trends of the run, and how it was measured.
 
     Args:
         records: The reports of the run.
@@ -40,29 +42,27 @@ def show_run(records: list[dict[str, Any]], top: int, run: Mapping[str, Any]) ->
         run: The information on the run; empty for an old file.
     """
     last, width, console = records[-1], terminal_width(), _console()
+    earlier = earlier_whole_report(records)
+    below = "" if earlier is None else describe_earlier(earlier)
     if console is None:
-        print(format_report(last, top, width=width))
+        print(format_report(last, top, below=below, width=width))
     else:
         _head(console, summary_line(last))
         hidden = _table(console, make_rows(last, top), total_last=True)
-        for line in wrap(footnotes(last, top, without=hidden), width):
+        for line in wrap([*footnotes(last, top, without=hidden), *hidden_layers(last, top)], width):
             console.print(_plain(line))
+        print("\n".join(["", *wrap([below], width), ""] if below else []))
         for line in wrap([f"• {sentence}" for sentence in last["advice"]], width):
             console.print(_plain(line))
-    not_shown = len(last["layers"]) - top
-    if not_shown > 0:
-        need = "layer that needs" if not_shown == 1 else "layers that need"
-        verb = "is" if not_shown == 1 else "are"
-        total = len(last["layers"])
-        print(f"({not_shown:,} {need} fewer pairs {verb} not shown: --top {total})")
     if len(records) > 1:
         print("\n" + format_trend(records, width=width) + "\n")
         if console is None:
             print(format_trends(records, width=width))
         else:
             _head(console, title_of_trends(records))
-            _table(console, make_trends(records))
-        print("\n".join(wrap(explain(last, ("label variance",)), width)))
+            hidden = _table(console, make_trends(records))
+            shown = [head for head in ("label variance",) if head not in hidden]
+            print("\n".join(wrap(explain(last, shown), width)))
     run_info = format_run_info(run)
     if run_info:
         print()
@@ -99,13 +99,18 @@ def show_comparison(
     else:
         _head(console, title)
         _table(console, rows, total_last=True)
-    if shown < len(COMPARED):
-        print(f"({hidden_columns([column.head for column in COMPARED[shown:]])})")
+    heads = [column.head for column in COMPARED]
+    notes = explain(a[-1], [x for x in ("label variance", "pairs for 10 %") if x in heads[:shown]])
+    if heads[shown:]:
+        notes.append(f"({hidden_columns(heads[shown:])})")
+    print("\n".join(wrap(notes, width)))
+    explained = ["1 label", *([] if "label variance" in heads[:shown] else ["label variance"])]
     for name, records in (("A", a), ("B", b)):
         if len(records) > 1:
-            print(f"\nRun {name}\n{format_trends(records, top=min(top, 8), width=width)}")
-    notes = explain(a[-1], ("1 label", "pairs for 10 %", "label variance"))
-    print("\n" + "\n".join(wrap(notes, width)))
+            lines = format_trends(records, min(top, 8), width=width, explained=explained)
+            print(f"\nRun {name}\n{lines}")
+            # once, unless the numbers of inputs in it differ
+            explained = ["1 label"] * (a[-1]["batch_size"] != b[-1]["batch_size"])
 
 
 def show_list(folder: str, files: list[Path]) -> None:

@@ -14,14 +14,15 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli.commands import main
-from fimprobe.report.comparison import make_comparison
+from fimprobe.report.comparison import find_differences, make_comparison
 from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import (
-    count,
+    count_with_error,
     number,
     percent,
     sparkline,
     with_error,
+    without_error,
 )
 from fimprobe.report.table import make_rows
 from fimprobe.report.trends import make_trends
@@ -66,14 +67,18 @@ def test_table_and_trends_hold_the_reports_values(runs, capsys):
 def test_trends_are_the_series(runs):
     reports = [r.to_dict() for r in runs[0][1]]
     rows = make_trends(reports)
-    assert [row[0] for row in rows] == ["layer", "total", "0 Linear", "1 Linear"]
+    layers = reports[-1]["layers"]
+    ordered = [(f"{name} Linear", layers[name]) for name in "01"]
+    ordered.sort(key=lambda layer: -layer[1]["i1"]["rel_error"])
+    assert [row[0] for row in rows] == ["layer", "total", *(label for label, _ in ordered)]
     for column, show, series in (
         (1, percent, [r.layers["0"].i1.error_of(inputs=8) for r in runs[0][1]]),
         (2, number, [r.layers["0"].i1.trace for r in runs[0][1]]),
         (3, number, [r.layers["0"].i1.label_variance for r in runs[0][1]]),
     ):
         want = f"{show(series[0])} {sparkline(series)} {show(series[-1])}"
-        assert rows[2][column].split() == want.split()
+        (row,) = (row for row in rows if row[0] == "0 Linear")
+        assert row[column].split() == want.split()
 
 
 def test_a_trend_ends_in_what_the_last_report_says():
@@ -123,7 +128,7 @@ def record(**groups):
     }  # fmt: skip
 
 
-FEW = "too few inputs carry the trace ({} of 40); take more inputs"
+FEW = "too few inputs have a gradient that counts ({} of 40); take more inputs"
 KNOWN = {
     "std_error": 0.1, "rel_error": 0.2, "one_label_error": 0.4, "pairs_for_10_percent": 640.0,
     "pairs_error": 0.12, "label_variance": 3.0, "input_variance": 2.0,
@@ -159,7 +164,8 @@ def test_the_footnotes_tell_the_reason_of_every_dash():
     # of the columns and the rows that are shown only
     assert len(reasons_of(given, without=("input variance",))) == 1
     assert reasons_of(record(total=group(**KNOWN), a=group(**KNOWN))) == []
-    only = record(total=group(**KNOWN), a=group(**KNOWN), b=group(**lacking(**few)))
+    pairs = lacking(pairs=FEW.format(2.1))
+    only = record(total=group(**KNOWN), a=group(**KNOWN), b=group(**pairs))
     assert len(reasons_of(only)) == 1 and reasons_of(only, top=1) == []
 
 
@@ -294,10 +300,10 @@ def test_the_neediest_layers_are_shown_and_the_rest_is_counted(runs, capsys):
     folder, reports = runs[2]
     assert main(["show", folder, "--top", "3"]) == 0
     out = capsys.readouterr().out
-    need = sorted(reports[0].layers, key=lambda n: -(reports[0].layers[n].i1.pairs_for(0.1) or 0))
+    need = sorted(reports[0].layers, key=lambda n: -reports[0].layers[n].i1.rel_error)
     rows = [row[0] for row in make_rows(reports[0].to_dict(), top=3)]
     assert rows == ["layer", *(f"{name} Linear" for name in need[:3]), "total"]
-    assert "(27 layers that need fewer pairs are not shown: --top 30)" in out
+    assert "(27 layers with the smallest need are not shown: --top 30)" in out
     assert main(["show", folder, "--top", "0"]) == 1
 
 
@@ -308,12 +314,14 @@ def test_two_runs_side_by_side(runs, capsys):
     rows = {r[0].split()[0]: r for r in make_comparison(one[-1].to_dict(), two[-1].to_dict())}
     for name in ("0", "1", "total"):
         x, y = ((r.layers | {"total": r.total})[name].i1 for r in (one[-1], two[-1]))
-        assert rows[name][1:3] == (number(x.trace), number(y.trace))
+        shown = [without_error(with_error(e.trace, e.std_error)) for e in (x, y)]
+        assert list(rows[name][1:3]) == shown
         assert float(rows[name][3].rstrip("×").replace(",", "")) == pytest.approx(
             y.trace / x.trace, rel=0.06, abs=0
         )
         assert rows[name][4:6] == (percent(x.rel_error), percent(y.rel_error))
-        assert rows[name][10:12] == (count(x.pairs_for(0.1)), count(y.pairs_for(0.1)))
+        pairs = [count_with_error(e.pairs_for(0.1), e.pairs_error) for e in (x, y)]
+        assert list(rows[name][10:12]) == [without_error(text) for text in pairs]
     told = [line for line in out.splitlines() if line.startswith("Careful: ")]
     for difference in ("labels for each input differ: A 2, B 3", "inputs differ: A 8, B 4"):
         assert any(difference in line for line in told)
@@ -337,6 +345,51 @@ def test_layers_and_likelihoods_that_differ(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "likelihood differs: A categorical, B gaussian" in out
     assert "layers differ: only in A –; only in B 2" in out
+
+
+def test_layers_of_one_number_and_two_classes_are_no_pair():
+    """Numbers in a Sequential: 0 is the same layer, 1 is not, 2 is in A alone."""
+    a, b = build_report(3, 0).to_dict(), build_report(2, 0).to_dict()
+    a["coverage"] = {f"{i}.weight": "autograd: Linear rule" for i in range(3)}
+    b["coverage"] = a["coverage"] | {"1.weight": "autograd: BatchNorm2d rule"}
+    rows = [row[:3] for row in make_comparison(a, b)[1:]]
+    one, two = (
+        without_error(
+            with_error(r["layers"]["1"]["i1"]["trace"], r["layers"]["1"]["i1"]["std_error"])
+        )
+        for r in (a, b)
+    )
+    assert [row[0] for row in rows] == ["1 Linear", "2 Linear", "0 Linear", "1 BatchNorm2d", "total"]
+    assert rows[0] == ("1 Linear", one, "–") and rows[3] == ("1 BatchNorm2d", "–", two)
+    told = "layers differ: only in A 1 Linear, 2 Linear; only in B 1 BatchNorm2d."
+    assert find_differences(a, b)[-1] == told
+    del b["coverage"]  # of a version that did not write it: names are all that is known
+    assert [row[0] for row in make_comparison(a, b)[1:]] == [*(x[0] for x in rows[:3]), "total"]
+
+
+def test_a_number_on_one_screen_has_one_rounding(runs, capsys):
+    folder, reports = runs[0]
+    assert main(["show", folder]) == 0
+    out = capsys.readouterr().out
+    total = reports[-1].total.i1
+    trace = with_error(total.trace, total.std_error)
+    step_by_step = next(x for x in out.splitlines() if x.split()[:1] == [str(reports[-1].step)])
+    trends = next(x for x in reversed(out.splitlines()) if x.startswith("total"))
+    assert trace in step_by_step and count_with_error(total.pairs_for(0.1), total.pairs_error) in out
+    assert without_error(trace) in trends.split()
+
+
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("20", 60), ("0", None), ("", None)])
+def test_output_to_a_program_is_as_wide_as_columns_says(runs, capsys, monkeypatch, columns, width):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["show", runs[0][0]]) == 0
+    out = capsys.readouterr().out.partition("\nModel:")[0]
+    longest = max(map(len, out.splitlines()))
+    assert longest > 120 if width is None else width - 20 < longest <= width
+    # what stands for a column goes with it
+    assert ("Î₂ minus the mean Hessian" in " ".join(out.split())) == (
+        "trace F: Î₂" in out.partition("---")[0]
+    )
 
 
 def test_mistakes_are_told(runs, tmp_path, capsys):
@@ -373,8 +426,10 @@ def test_in_a_terminal_numbers_stay_whole(runs, monkeypatch, columns):
     assert "\x1b[" in out
     plain = re.sub(r"\x1b\[[\d;]*m", "", out)
     table = plain[: plain.index("•")]
+    assert "verdict" in table
     for group in runs[0][1][-1].layers.values():
-        for value in [with_error(group.i1.trace, group.i1.std_error), percent(group.i1.rel_error)]:
+        trace = [with_error(group.i1.trace, group.i1.std_error)] * (columns > 60)
+        for value in [*trace, percent(group.i1.rel_error)]:
             assert re.search(rf"(?<!\S){re.escape(value)}(?!\S)", table)
         second = with_error(group.i2.trace, group.i2.std_error)
         assert bool(re.search(rf"(?<!\S){re.escape(second)}(?!\S)", table)) == (columns >= 80)

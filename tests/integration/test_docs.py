@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 import fimprobe
+from fimprobe.cli.commands import main
 from tests.support.paths import ROOT
 from tests.support.rooms import ROOMS
 
@@ -99,6 +100,26 @@ def test_named_files_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:fimprobe|tests|examples)/[\w/.]*\w)/?`", read(page)):
             assert (ROOT / name).exists(), (page.name, name)
+
+
+def test_pages_and_help_name_the_same_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.search(r"\{([\w,]+)\}", capsys.readouterr().out)[1].split(",")
+    for name in ("reference/command_line.md", "guides/outputs.md"):
+        named = re.findall(r"^(?:\| `)?fimprobe (\w+) ", read(DOCS / name), re.MULTILINE)
+        assert set(named) == set(commands), name
+    (room,) = (cells for cells in rows(DOCS / "how_it_works.md") if cells[1] == "`cli`")
+    assert set(re.findall(r"`(?:fimprobe )?(\w+)`", room[2])) == set(commands)
+
+
+def test_percentages_have_one_style():
+    """A space before the sign, as ``percent`` prints it; Python's own format has none."""
+    for folder in ("fimprobe", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r":[,.\d]*%\}", read(path)), path
+    for page in PAGES:
+        assert not re.search(r":[,.\d]*%\}|\d%(?!\d)", read(page)), page
 
 
 def test_the_names_of_the_glossary_exist():

@@ -14,6 +14,7 @@ from torch import nn
 
 import fimprobe
 from fimprobe.cli.commands import main
+from fimprobe.report.format import percent
 from fimprobe.sinks.jsonl import JsonlSink
 from tests.models.small import mlp
 from tests.support.loop import KNOWN, data, sgd, train
@@ -93,6 +94,7 @@ def test_what_previews_leave_out_is_stated_with_the_setting_that_measures_it(cap
         train(net, 1)
     (line,) = closing_lines(capsys)
     assert probe.last.total.i2 is None and "1 report in 2 steps, the last at step 1" in line
+    assert "5 s of early reports, which have 5 s of their own; all others may take 2 % of the" in line
     assert "Not measured: Î₂ and the bounds" in line and "Pass schedule={'every': 100}" in line
 
 
@@ -122,11 +124,14 @@ def test_the_end_names_the_command_that_shows_the_run(capsys, tmp_path):
 def test_an_error_that_takes_more_inputs_names_the_function(capsys):
     torch.manual_seed(0)
     net = nn.Linear(4, 3)
-    with torch.no_grad():
-        net.weight.mul_(400)  # it is sure of nearly all labels
     with fimprobe.attach(net, KNOWN) as probe:
+        known = probe.step(torch.randn(32, 4))
+        with torch.no_grad():
+            net.weight.mul_(400)  # it is sure of nearly all labels
         probe.step(torch.randn(32, 4))
     (line,) = closing_lines(capsys)
+    assert f"Last known, step {known.step}: {percent(known.total.i1.rel_error)}, an error of" in line
+    assert "take more inputs. `batch` is 32: 128 measures more, of a training batch that has" in line
     assert probe.last.total.i1.rel_error is None
     assert "measure more inputs than the 32 of a report: fimprobe.measure(model, inputs," in line
 

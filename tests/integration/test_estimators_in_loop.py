@@ -226,7 +226,10 @@ def test_a_model_that_is_sure_of_its_labels():
     p = h.softmax(1)
     fisher = (p.mul(1 - p).sum(1) * (x.double().square().sum(1) + 1)).mean().item()
     assert report.total.i1.trace == pytest.approx(fisher, rel=1e-5) and 0 < fisher < 1e-5
-    assert "too few inputs carry the trace (1.2 of 32)" in report.total.i1.unknown["rel_error"]
+    assert (
+        "too few inputs have a gradient that counts (1.2 of 32)"
+        in report.total.i1.unknown["rel_error"]
+    )
     assert report.total.i1.effective_inputs < 1.5 and report.error_of("i1") is None
 
 

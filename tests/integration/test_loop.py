@@ -40,7 +40,7 @@ def test_a_plain_loop(more):
         assert probe.last.error_of("i1") > 0 and probe.last.pairs_for("i1") > 100
         with pytest.raises(AssertionError):  # the comparison sees one optimizer step
             equal(probe.last, expected(net, data(step)[0], step, **more))
-    assert probe.likelihood.name == "categorical" and "softmax" in probe.decision
+    assert probe.likelihood.name == "categorical" and "cross-entropy" in probe.decision
     probe.detach()
 
 

@@ -41,7 +41,7 @@ def build_report(layers, step, *, i2=True, known=True):
     )  # fmt: skip
 
 
-FEW = "too few inputs carry the trace (2 of 32); take more inputs"
+FEW = "too few inputs have a gradient that counts (2 of 32); take more inputs"
 
 
 def _estimate(rng, size, step, known, silent=False):

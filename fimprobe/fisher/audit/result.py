@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fimprobe.fisher.audit.comparison import GroupAudit
 from fimprobe.fisher.audit.fits import CandidateFit
-from fimprobe.fisher.fisher import Fisher
+from fimprobe.fisher.fisher import Fisher, name_layers_of
 from fimprobe.report.format import Row, align, number, percent, quantity, with_error
 
 SHOWN_LAYERS = 12
@@ -41,12 +41,13 @@ class Audit:
         """A table of the layers with the largest traces, and the summary."""
         ranked = sorted(self.layers, key=lambda name: -self.reference.layers[name].trace)
         shown = set(ranked[:SHOWN_LAYERS])
+        labels = name_layers_of(self.reference)
         share = f"top {100 * self.top:.3g} %"
         names = ("cosine", "error", share)
         heads = [head for name in names for head in (name, f"{name} if F")]
         rows: list[Row] = [
             ("layer", "trace ratio", *heads),
-            *(_row(name, group) for name, group in self.layers.items() if name in shown),
+            *(_row(labels[name], group) for name, group in self.layers.items() if name in shown),
             _row("total", self.total),
         ]
         hidden = len(ranked) - len(shown)

@@ -15,7 +15,8 @@ from fimprobe.errors import FimprobeError
 from fimprobe.estimators.names import ESTIMATOR_DESCRIPTIONS, KEYS
 from fimprobe.plots.history import PlotHistory
 from fimprobe.report.layer_names import label_layers
-from fimprobe.report.report import Report
+from fimprobe.report.partial_reports import is_preview
+from fimprobe.report.report import Report, shared_record
 from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.tensorboard.event_file import EventFile, first_tags
 from fimprobe.sinks.tensorboard.tags import (
@@ -135,6 +136,7 @@ class TensorboardSink:
         """The methods that add to the file what the last report left out."""
         self._last: Report | None = None
         self._record: dict[str, Any] = {}  # of the last report
+        self._whole: dict[str, Any] | None = None  # of the last report that is no preview
         self._closed = False
 
     def write(self, report: Report) -> None:
@@ -145,7 +147,9 @@ class TensorboardSink:
         """
         if not self._lock.held:
             raise FimprobeError("a resumed training writes to this folder now")
-        self._last, self._record, self._omitted = report, report.to_dict(), []
+        self._last, self._record, self._omitted = report, shared_record(report), []
+        if self._history is not None and not is_preview(report.notes):
+            self._whole = self._record
         self._drawn.clear()
         if self.layers is None:
             self.layers = self._select_layers(report)
@@ -260,7 +264,8 @@ class TensorboardSink:
             self._history = None
             return
         names = None if self._closed else DURING_TRAINING
-        for entry in make_figures(self._history.records, self._record, names=names):
+        earlier = self._whole if is_preview(report.notes) else None
+        for entry in make_figures(self._history.records, self._record, earlier=earlier, names=names):
             if entry.name in self._drawn:
                 continue
             self._drawn.add(entry.name)

@@ -115,7 +115,7 @@ _FIGURES = {
     "6_bound_of_the_matrix": "How much the whole matrix varies with labels, measured, and its bound.",
     "7_diagonal": "Sizes of the diagonal of F. Small entries have large relative errors.",
     "8_error_by_confidence": "Error with one label for each input, against the model's confidence.",
-    "9_convergence": "Error of the trace against the number of inputs, measured and predicted.",
+    "9_convergence": "Error of the trace alone against the number of inputs, measured and predicted.",
 }
 
 _MAX_SCALAR = 3.4028234e38

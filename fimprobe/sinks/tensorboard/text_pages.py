@@ -11,7 +11,13 @@ import yaml
 from fimprobe.estimators.names import ESTIMATORS
 from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import one_line, quantity
-from fimprobe.report.record import FROZEN, Record, describe_inputs, describe_labels
+from fimprobe.report.record import (
+    FROZEN,
+    Record,
+    describe_hidden,
+    describe_inputs,
+    describe_labels,
+)
 from fimprobe.report.report import Report
 from fimprobe.report.run_info import format_run_info
 from fimprobe.report.table import make_rows
@@ -74,6 +80,8 @@ def about_page(report: Report, *, run: Mapping[str, Any], tabs: str) -> str:
         "watch: 0.1 is good, near 1 the estimate is mostly noise. Each estimator is a run of its own "
         f"({_runs(report)}) with one colour in every chart. {tabs} TEXT, *fimprobe/advice*: what to "
         "do.",
+        "**Set Smoothing to 0**, and untick *Ignore outliers in chart scaling*: TensorBoard smooths "
+        "lines by 0.6 at first, which shows values that are not those of a few reports.",
         f"**Measured.** {sample}; likelihood **{_escape(report.likelihood)}** "
         f"({_escape(str(run.get('decision', 'given')))}); {report.total.numel:,} parameters in "
         f"{quantity(len(report.layers), 'layer')}. `fimprobe.jsonl` holds every number.",
@@ -128,9 +136,8 @@ def advice_page(record: Record) -> str:
     cells = [[_escape(row[0]), *(_unbroken(row[i]) for i in shown[1:])] for row in rows]
     table = _table([_unbroken(head[i]) for i in shown], cells)
     notes = "\n\n".join(["", *map(_escape, footnotes(record, MAX_LAYERS))])
-    others = len(record["layers"]) - MAX_LAYERS
-    need = "more layer needs" if others == 1 else "more layers need"
-    more = f"\n\n{others} {need} fewer pairs." if others > 0 else ""
+    hidden = describe_hidden(record, MAX_LAYERS)
+    more = f"\n\n({_escape(hidden)})" if hidden else ""
     return f"## Step {record['step']}\n\n{advice}\n\n{table}{notes}{more}"
 
 

@@ -191,11 +191,11 @@ def _categorical(h: Tensor, g: Tensor, tolerance: float) -> str:
         p_label = p[precise].gather(1, label[:, None])[:, 0]
         verdict = _constant(c, p_label, torch.zeros_like(label), tolerance)
         if verdict == "yes":
-            return "c(softmax − onehot)"
+            return "that of cross-entropy"
         if not verdict:
             verdict = _constant(c, p_label, label, tolerance)
         if verdict == "yes":
-            return "c_y(softmax − onehot): cross-entropy with class weights"
+            return "that of cross-entropy with class weights"
     return _smoothed(p, g, tolerance) or verdict
 
 
@@ -223,7 +223,7 @@ def _smoothed(p: Tensor, g: Tensor, tolerance: float) -> str:
     deviation[:, -1] = (target[:, -1] - 1 + (classes - 1) * share).abs()
     error = float(deviation.max())
     if error < precision and 5 * max(error, 1e-9) < share < 1 / classes:
-        return f"c(softmax − smoothed onehot), smoothing {share * classes:.2g}"
+        return f"that of cross-entropy with label smoothing {share * classes:.2g}"
     return _UNDECIDED if error < 5 * precision else ""
 
 
@@ -284,10 +284,10 @@ def _bernoulli(h: Tensor, g: Tensor, tolerance: float) -> str:
     if bool((g[~precise].abs() > 20 * min(tolerance, 1e-2) * c.max()).any()):
         return ""
     zeros, column, p_label = zeros[precise], column[precise], p_label[precise]
-    for group, weights in ((zeros.long(), ""), (2 * column + zeros, ", weighted by component")):
+    for group, weights in ((zeros.long(), ""), (2 * column + zeros, ", weighted by output")):
         verdict = _constant(c, p_label, group, tolerance)
         if verdict == "yes" and has_both_labels:
-            return "c(sigmoid − y), y in {0, 1}" + weights
+            return "that of binary cross-entropy" + weights
         if verdict:
             return _UNDECIDED  # with one label only, a negative log-likelihood looks the same
     return ""
@@ -327,7 +327,7 @@ def _poisson(h: Tensor, g: Tensor, tolerance: float) -> str:
         informative[first] = False
         chance = len(counts) * float((2 * allowed[informative]).clamp(max=1).log().sum().exp())
         if chance < 1e-4:
-            return "c(exp h − y) with whole y"
+            return "that of the Poisson loss, with counts as labels"
         verdict = _UNDECIDED
     return verdict
 

@@ -34,6 +34,7 @@ def test_what_is_saved_is_read(fisher, tmp_path):
     assert read.total == fisher.total and read.layers == fisher.layers
     assert read.metadata == fisher.metadata
     assert str(read) == str(fisher) and read.report() == fisher.report()
+    assert str(read).splitlines()[1].startswith("0 Linear ")  # as in reports
 
 
 def test_the_file_is_plain(fisher, tmp_path):

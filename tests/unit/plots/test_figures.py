@@ -15,7 +15,9 @@ from fimprobe.plots import figures as pictures
 from fimprobe.plots.gallery import make_figures
 from fimprobe.plots.history import MAX_COLUMNS, PlotHistory, compact
 from fimprobe.plots.layers import MAX_ROWS
-from fimprobe.plots.style import to_png, to_svg
+from fimprobe.plots.style import COLORS, GREY, to_png, to_svg
+from fimprobe.plots.variances import draw_variances
+from fimprobe.report.format import percent
 from fimprobe.report.layer_names import label_layers
 from tests.support.reports import build_report
 
@@ -74,12 +76,19 @@ def test_bars_are_for_the_layers_that_need_most_each_with_its_name():
     record = build_report(100, 9000).to_dict()
     need = sorted(record["layers"], key=lambda n: -record["layers"][n]["i1"]["pairs_for_10_percent"])
     assert MAX_ROWS == 30
-    for draw_picture in (pictures.draw_variances, pictures.draw_needs, pictures.draw_bounds):
+    for draw_picture in (draw_variances, pictures.draw_needs, pictures.draw_bounds):
         shown = [t.get_text() for t in draw_picture(record).axes[0].get_yticklabels()]
         labels = label_layers(record)
         assert shown == [labels[n] for n in record["layers"] if n in need[:30]]
-    assert "The 30 layers that need the most pairs." in draw(100)["5_pairs_needed"].caption
-    assert "need the most pairs" not in draw(12)["5_pairs_needed"].caption
+    caption = draw(100)["5_pairs_needed"].caption
+    assert caption.endswith("70 layers with the smallest need are not shown.")
+    assert "not shown" not in draw(12)["5_pairs_needed"].caption
+
+
+def dashed(axis, key):
+    """The thin line of an estimator with one label for each input."""
+    (line,) = (x for x in axis.lines if x.get_ls() == "--" and x.get_color() == COLORS[key])
+    return line
 
 
 def one_label(e, inputs=32):
@@ -108,7 +117,7 @@ def test_colours_mean_the_same_in_every_run(error, highest):
 def test_errors_with_one_label_are_for_the_inputs_of_the_last_report():
     records = [build_report(3, 1000 * i).to_dict() for i in range(2)]
     records[1]["batch_size"] = 8  # a last batch that is smaller
-    (line, *_) = pictures.draw_errors(records).axes[0].lines
+    line = dashed(pictures.draw_errors(records).axes[0], "i1")
     grid = pictures.draw_error_map(records).axes[0].images[0].get_array()
     groups = [record["total"] for record in records], [record["layers"]["0"] for record in records]
     for values, (first, last) in zip((line.get_ydata(), grid[0]), groups, strict=True):
@@ -122,6 +131,35 @@ def test_grey_is_explained_where_it_is_drawn(known):
     legends = pictures.draw_error_map(records).legends
     words = [text.get_text() for legend in legends for text in legend.get_texts()]
     assert words == ([] if known else ["unknown"])
+
+
+def test_an_estimator_measured_once_leaves_no_empty_panel():
+    records = [build_report(3, 1000 * i, i2=i == 0).to_dict() for i in range(3)]
+    names = [axis.get_title() for axis in pictures.draw_error_map(records).axes]
+    assert "Î₁" in names and "Î₂" not in names
+    names = [axis.get_title() for axis in pictures.draw_error_map(records[:1]).axes]
+    assert "Î₁" in names and "Î₂" in names
+
+
+@pytest.mark.parametrize(("layers", "labels"), [(30, 30), (31, 16)])
+def test_each_of_up_to_30_rows_has_its_name(layers, labels):
+    axis = pictures.draw_error_map([build_report(layers, 0).to_dict()]).axes[0]
+    assert len(axis.get_yticklabels()) == labels
+
+
+def test_captions_name_the_step_and_the_error_of_f():
+    record = build_report(3, 2000).to_dict()
+    drawn_of_one = {p.name: p for p in make_figures([record])}
+    over_steps = ("2_trace", "3_error_by_layer")
+    for name, picture in drawn_of_one.items():
+        assert picture.title.endswith(", step 2,000") == (name not in over_steps), name
+    caption = drawn_of_one["9_convergence"].caption
+    assert f"of all entries, is {percent(record['total']['i1']['rel_error'])}." in caption
+    record["total"]["i1"]["rel_error"] = 0.34
+    (figure,) = make_figures([record], names=["9_convergence"])
+    assert "The error of F, of all entries, is larger: 34 %." in figure.caption
+    assert "first report" not in drawn_of_one["4b_labels_by_estimator"].caption
+    assert "first report" in draw(3)["4b_labels_by_estimator"].caption
 
 
 def test_a_long_run_keeps_a_bounded_heat_map():
@@ -145,34 +183,56 @@ def test_lines_and_bands_hold_the_values():
     reports = [build_report(3, 1000 * i) for i in range(4)]
     records = [report.to_dict() for report in reports]
     steps = [report.step for report in reports]
-    lines = {x.get_label(): x for x in pictures.draw_errors(records).axes[0].lines}
-    reported = [report.total.i1.rel_error for report in reports]  # the number that a report states
-    np.testing.assert_allclose(lines["this report"].get_ydata(), reported)
-    axis = pictures.draw_traces(records).axes[0]
-    bands = [band.get_paths()[0].vertices for band in axis.collections]
-    for kind, name, line, band in zip(("i1", "i2"), ("Î₁", "Î₂"), axis.lines, bands, strict=True):
+    errors, axis = pictures.draw_errors(records).axes[0], pictures.draw_traces(records).axes[0]
+    lines = {x.get_label(): x for x in errors.lines}
+    bars = [x.get_segments() for x in axis.collections]
+    for kind, name, line, bar in zip(("i1", "i2"), ("Î₁", "Î₂"), axis.lines, bars, strict=True):
         totals = [getattr(report.total, kind) for report in reports]
-        drawn_errors = lines[f"1 label: {name}"]
-        np.testing.assert_allclose(drawn_errors.get_ydata(), [one_label(e) for e in totals])
-        np.testing.assert_array_equal(drawn_errors.get_xdata(), steps)
+        # thick: the number that a report states
+        np.testing.assert_allclose(lines[name].get_ydata(), [e.rel_error for e in totals])
+        assert lines[name].get_lw() > dashed(errors, kind).get_lw()
+        np.testing.assert_allclose(dashed(errors, kind).get_ydata(), [one_label(e) for e in totals])
+        for x in (lines[name], dashed(errors, kind), line):
+            np.testing.assert_array_equal(x.get_xdata(), steps)
         np.testing.assert_allclose(line.get_ydata(), [e.trace for e in totals])
-        for step, e in zip(steps, totals, strict=True):
-            ends = band[band[:, 0] == step, 1]
+        for segment, step, e in zip(bar, steps, totals, strict=True):
             wide = 2 * e.std_error
-            assert [ends.min(), ends.max()] == pytest.approx([e.trace - wide, e.trace + wide])
+            want = [[step, e.trace - wide], [step, e.trace + wide]]
+            np.testing.assert_allclose(segment, want)
+
+
+def test_reports_of_unknown_error_are_marked_and_the_axis_reaches_them():
+    records = [build_report(3, 1000 * i, known=i < 2).to_dict() for i in range(4)]
+    axis = pictures.draw_errors(records).axes[0]
+    (marks,) = (x for x in axis.lines if x.get_label() == "unknown")
+    assert list(marks.get_xdata()) == [2000, 3000] and axis.get_xlim()[1] > 3000
+    assert (marks.get_markerfacecolor(), marks.get_markeredgecolor()) == ("none", GREY)
+    known = pictures.draw_errors(records[:2]).axes[0]
+    assert "unknown" not in [x.get_label() for x in known.lines]
+
+
+def test_ticks_of_errors_are_round_and_enclose_them():
+    records = [build_report(3, 0).to_dict(), build_report(3, 1000).to_dict()]
+    for record, errors in zip(records, ((0.343, 0.399), (0.526, 0.11)), strict=True):
+        for key, error in zip(("i1", "i2"), errors, strict=True):
+            record["total"][key] |= {"rel_error": error, "one_label_error": error}
+    axis = pictures.draw_errors(records).axes[0]
+    (low, high) = axis.get_ylim()
+    shown = [x for x in axis.get_yticks() if low <= x <= high]
+    assert shown == [0.1, 0.2, 0.5, 1.0] and low == 0.1
 
 
 def test_bars_and_marks_stand_where_the_numbers_are():
     report = build_report(12, 0)
     record, layers = report.to_dict(), report.layers.values()
-    axes = pictures.draw_variances(record).axes
+    axes = draw_variances(record).axes
     for axis, kind in zip(axes, ("i1", "i2"), strict=True):
         estimates = [getattr(g, kind) for g in layers]
         bars = {c.get_label(): [b.get_x() + b.get_width() for b in c] for c in axis.containers}
         for label, name in (("from labels", "label_variance"), ("from inputs", "input_variance")):
             want = [getattr(e, name) if getattr(e, name) > 0 else np.nan for e in estimates]
             np.testing.assert_allclose(bars[label], want)
-        (bounds,) = axis.lines
+        (bounds,) = (x for x in axis.lines if x.get_label() == "bound")
         np.testing.assert_allclose(bounds.get_xdata(), [e.diagonal_bound for e in estimates])
     assert axes[0].get_xlim() == axes[1].get_xlim()
     assert np.isnan(bars["from labels"]).any()  # zeros have no place on a logarithmic axis
@@ -182,7 +242,7 @@ def test_bars_and_marks_stand_where_the_numbers_are():
         np.testing.assert_allclose(marks.get_offsets(), want)
     assert axis.lines[0].get_xdata()[0] == 32 == report.batch_size
     for axis, kind in zip(pictures.draw_bounds(record).axes, ("i1", "i2"), strict=True):
-        for line, name in zip(axis.lines, ("total_label_variance", "trace_bound"), strict=True):
+        for line, name in zip(axis.lines[:2], ("total_label_variance", "trace_bound"), strict=True):
             np.testing.assert_allclose(
                 line.get_xdata(), [getattr(getattr(g, kind), name) for g in layers]
             )
@@ -204,7 +264,7 @@ def test_the_sizes_of_the_diagonal_are_drawn_where_they_are_known():
 def test_with_exact_labels_errors_are_those_of_one_drawn_label():
     report = dataclasses.replace(build_report(3, 0), draws=None, label_sampling="exact")
     record = report.to_dict()
-    (line, *_) = pictures.draw_errors([record]).axes[0].lines
+    line = dashed(pictures.draw_errors([record]).axes[0], "i1")
     grid = pictures.draw_error_map([record]).axes[0].images[0].get_array()
     for value, group in [
         (line.get_ydata()[0], report.total),
@@ -212,12 +272,18 @@ def test_with_exact_labels_errors_are_those_of_one_drawn_label():
     ]:
         assert value == pytest.approx(one_label(group.i1), rel=1e-9)
         assert value != pytest.approx(group.i1.rel_error, rel=1e-2)
-    (measured, bound) = pictures.draw_bounds(record).axes[0].lines
+    (measured, bound, *_) = pictures.draw_bounds(record).axes[0].lines
     layers = report.layers.values()
     np.testing.assert_allclose(measured.get_xdata(), [g.i1.covariance_norm for g in layers])
     np.testing.assert_allclose(bound.get_xdata(), [g.i1.bound for g in layers])
-    told = [t.get_text() for t in pictures.draw_needs(record).legends[0].get_texts()]
-    assert "32 pairs: 1 label per input" in told
+    words = [t.get_text() for t in pictures.draw_needs(record).legends[0].get_texts()]
+    assert "32 pairs: 1 label per input" in words
+    for record, quantity in (
+        (record, "Norm of the covariance over labels"),
+        (record | {"draws": 2}, "Label variance of all entries"),
+    ):
+        (bounds,) = make_figures([record], names=["6_bound_of_the_matrix"])
+        assert bounds.title == f"{quantity}, and its bound, step 0"
 
 
 def test_the_errors_by_confidence_are_those_of_the_reports():
@@ -234,11 +300,17 @@ def test_the_errors_by_confidence_are_those_of_the_reports():
     assert axis.get_xscale() == axis.get_yscale() == "log"
     left, right = axis.get_xlim()
     assert left > right and "confident to the right" in axis.get_xlabel()
-    assert (
-        pictures.draw_errors_by_confidence([reports[0].to_dict()]) is None
-    )  # one point tells nothing
-    lost = dataclasses.replace(reports[0], outputs=None).to_dict()
-    assert pictures.draw_errors_by_confidence([lost, reports[1].to_dict()]) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "drawn"), [((0, 1, 2), 0), ((0, 1, 2, 3), 0), ((0, 1, 2, 2000), 1)]
+)
+def test_confidence_is_an_axis_where_it_changes(steps, drawn):
+    """Four reports are needed, and a trace of the output Fisher that halves."""
+    records = [build_report(3, step).to_dict() for step in steps]
+    assert (pictures.draw_errors_by_confidence(records) is not None) == drawn
+    lost = [record | {"outputs": None} for record in records[:1]] + records[1:]
+    assert pictures.draw_errors_by_confidence(lost) is None
 
 
 def drawn(marks):
@@ -254,6 +326,7 @@ def test_the_convergence_holds_the_groups_and_the_line_through_the_error():
     np.testing.assert_allclose(groups.get_offsets(), report.convergence)
     e = report.total.i1
     np.testing.assert_allclose(whole.get_offsets(), [[32, e.std_error / e.trace]])
+    assert whole.get_label() == "trace, this report"
     line = next(x for x in axis.lines if x.get_label() == "falls as 1/√inputs")
     for inputs, error in zip(*line.get_data(), strict=True):
         assert error == pytest.approx(e.std_error / e.trace * (32 / inputs) ** 0.5)
@@ -282,7 +355,8 @@ def test_traces_of_unknown_error_are_hollow():
     lines = {x.get_label(): x for x in axis.lines if x.get_label()[0] != "_"}
     hollow = [x for x in axis.lines if x.get_label()[0] == "_"]
     for name, marks, kind in zip(("Î₁", "Î₂"), hollow, ("i1", "i2"), strict=True):
-        assert lines[name].get_markevery() == [0, 2]
+        seen = np.isfinite(lines[name].get_ydata())
+        np.testing.assert_array_equal(seen, [True, False, True, False])
         assert marks.get_markerfacecolor() == "none"
         np.testing.assert_array_equal(marks.get_xdata(), [1000, 3000])
         want = [getattr(reports[i].total, kind).trace for i in (1, 3)]
@@ -315,7 +389,7 @@ def test_labels_that_were_not_seen_leave_no_picture_of_f():
     for picture in make_figures([record, known], record):
         for axis in picture.figure.axes:
             for line in axis.lines:
-                if line.get_label().endswith(("Î₁", "Î₂")) or line.get_label() == "this report":
+                if line.get_label() in ("Î₁", "Î₂"):
                     seen = np.isfinite(np.array(line.get_ydata(), dtype=float))
                     np.testing.assert_array_equal(np.array(line.get_xdata())[seen], [5])
 
@@ -358,7 +432,7 @@ def test_what_is_unknown_is_not_drawn(name):
                 if g[kind]["pairs_for_10_percent"] is not None and g[kind]["pairs_for_10_percent"] > 0
             ]
             np.testing.assert_allclose(drawn(marks), want)
-    variances = pictures.draw_variances(record)
+    variances = draw_variances(record)
     for axis in [] if variances is None else variances.axes:
         kind = {"Î₁": "i1", "Î₂": "i2"}[axis.get_title()]
         for bars in axis.containers:
@@ -415,7 +489,7 @@ def test_one_report_is_one_point():
     record = build_report(3, 7).to_dict()
     for draw_picture in (pictures.draw_errors, pictures.draw_traces):
         axis = draw_picture([record]).axes[0]
-        points = [line for line in axis.lines if line.get_marker() == "o"]
+        points = [line for line in axis.lines if line.get_label() in ("Î₁", "Î₂")]
         assert [list(line.get_xdata()) for line in points] == [[7], [7]]
-        assert min(line.get_markersize() for line in points) >= 6
+        assert min(line.get_markersize() for line in points) > 5
         assert [text.get_text() for text in axis.get_xticklabels()] == ["7"]

@@ -11,13 +11,14 @@ import fimprobe
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates
 from fimprobe.estimators.pair_variance import PairVariance
 from fimprobe.report.advice import make_advice
+from fimprobe.report.error_advice import LAST_KNOWN
 from fimprobe.report.record import verdict
 from fimprobe.report.report import Report
 from tests.oracles import brute_force
 
 NUMBER = r"(\d[\d.,]*(?:e[+-]\d+)?)"
 
-FEW = "too few inputs carry the trace ({} of 8); take more inputs"
+FEW = "too few inputs have a gradient that counts ({} of 8); take more inputs"
 
 
 def estimate(labels=0.0, inputs=0.0, norm=1.0, *, noise=0.0, **more):
@@ -111,6 +112,14 @@ def test_how_far_off_f_is_and_how_many_inputs_it_takes():
     text = report(both).advice[0]
     assert text.startswith("F of the whole model is off by 36.6 % by Î₁ and by 18.4 % by Î₂ at 8 ")
     assert text.endswith("about 107 inputs measured in the same way with Î₁.")
+    noisy = GroupEstimates(
+        numel=9, i1=estimate(rel_error=0.343), i2=estimate(0.5, 0.0, rel_error=0.399)
+    )
+    assert report(noisy, label_sampling="size_biased").advice[0] == (
+        "F of the whole model is off by 34.3 % by Î₁ at 8 inputs, 2 size-biased labels for each input; "
+        "an error of 10 % takes about 94 inputs measured in the same way with Î₁. Measured here with "
+        "random vectors, Î₂ is off by 39.9 %; with exact Hessians and 1 label it would be off by 25 %."
+    )
     good = GroupEstimates(numel=9, i1=estimate(3.0, 1.5, rel_error=0.1))
     assert (
         report(good)
@@ -169,14 +178,14 @@ def test_verdicts_of_layers():
     given = report(layers=layers)
     assert line(given, "Trusted") == "Trusted to 10 %: 'fine' (3.12 %), 'edge' (10 %)."
     text = line(given, "More inputs")
-    over, far = numbers(
-        "More inputs are needed for 10 %: 'over' takes # (20 % now), 'far' takes # (3,000 % now).",
+    far, over = numbers(  # the worst first
+        "More inputs are needed for 10 %: 'far' takes # (3,000 % now), 'over' takes # (20 % now).",
         text,
     )
     assert (over, far) == (32, 720_000)
     told = [x for x in given.advice if x.startswith("The error of ")]
     assert told == [
-        "The error of 'few', 'fewer' is unknown: too few inputs carry the trace (2.1 of 8 in 'few'); "
+        "The error of 'few', 'fewer' is unknown: too few inputs have a gradient that counts (2.1 of 8 in 'few'); "
         "take more inputs.",
         "The error of 'lost' is unknown: the norm of F is lost in its noise.",
     ]
@@ -217,7 +226,7 @@ def test_what_is_unknown_everywhere_is_told_once():
     assert first.startswith("The error of F of the whole model at 8 inputs")
     assert rest[0] == "Trusted to 10 %: 'c' (5 %)."
     assert rest[1].startswith(
-        "The error of 'a', 'b' is unknown: too few inputs carry the trace (2.1 of 8 "
+        "The error of 'a', 'b' is unknown: too few inputs have a gradient that counts (2.1 of 8 "
     )
 
 
@@ -308,6 +317,12 @@ def test_choices_of_several_layers_and_their_limits():
     assert line(given, "The diagonal of Î₂") == (
         "The diagonal of Î₂ in 'a' has no variance from labels, only that from inputs."
     )
+    # where its error is unknown, no sentence sounds as if it were not
+    lost = {"a": GroupEstimates(numel=3, i1=estimate(), i2=unknown("lost", "pairs"))}
+    assert line(report(group(1.0, 1.0), lost), "The diagonal of Î₂") == (
+        "The diagonal of Î₂ in 'a' has no variance from labels: its error with 1 label is that from "
+        "the choice of inputs, and is unknown here."
+    )
     none = {"a": GroupEstimates(numel=3, i1=estimate(5.0, 0.0), i2=estimate(0.0, 0.0))}
     assert "Î₂ has the smaller error in layer 'a' (zero error)." in choice(
         none, SECONDS, total=none["a"]
@@ -324,8 +339,8 @@ def test_choices_of_several_layers_and_their_limits():
     # nothing to compare
     assert choice({"a": GroupEstimates(numel=3, i1=estimate(1.0, 1.0))}, SECONDS) is None
     assert choice({"a": group(1.0, 9.0)}, {"forward": 1.0, "i1": 1.0}) is None
-    unknown = GroupEstimates(numel=3, i1=estimate(None, None), i2=estimate(1.0, None))
-    assert choice({"a": unknown}, SECONDS, draws=1) is None
+    nowhere = GroupEstimates(numel=3, i1=estimate(None, None), i2=estimate(1.0, None))
+    assert choice({"a": nowhere}, SECONDS, draws=1) is None
 
 
 def test_a_choice_within_its_noise_is_none():
@@ -667,3 +682,14 @@ def test_advice_of_odd_reports(name):
         given.advice[0].startswith("The error of F of the whole model")
     )
     assert not re.search(r"\b(nan|inf|None)\b", str(given))
+
+
+def test_the_worst_layers_and_the_last_known_error_are_stated():
+    layers = {f"l{i}": GroupEstimates(numel=3, i1=estimate(rel_error=0.2 + i / 10)) for i in range(5)}
+    text = line(report(layers=layers), "More inputs")
+    assert re.findall(r"'(l\d)' takes", text) == ["l4", "l3", "l2"] and text.endswith("and 2 more.")
+    lost = GroupEstimates(numel=3, i1=unknown(FEW.format(2), "rel_error", "std_error", "pairs"))
+    known = f"{LAST_KNOWN}step 50: 45.5 %, an error of 10 % takes 662 inputs."
+    advice = report(lost, notes=["A note.", known]).advice
+    assert advice[0].endswith(f"(2 of 8); take more inputs. {known}")
+    assert sum(LAST_KNOWN in x for x in advice) == 1 and "A note." in advice

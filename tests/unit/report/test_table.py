@@ -7,7 +7,8 @@ import pytest
 import fimprobe
 from fimprobe.report.columns import VIEWS
 from fimprobe.report.format import percent, with_error
-from fimprobe.report.layer_names import label_layers, shorten_names
+from fimprobe.report.layer_names import fit_labels, label_layers, shorten_names
+from fimprobe.report.record import describe_hidden, rank_layers
 from fimprobe.report.table import format_report, format_table, make_rows
 from tests.support.reports import build_report
 
@@ -20,7 +21,8 @@ def test_the_default_has_seven_columns_and_one_verdict_a_layer():
     report = build_report(5, 3000)
     head, *rows = make_rows(report.to_dict())
     assert head == HEAD
-    groups = [*report.layers.values(), report.total]
+    by_need = sorted(report.layers.values(), key=lambda group: -group.i1.rel_error)
+    groups = [*by_need, report.total]
     for row, group in zip(rows, groups, strict=True):
         assert row[2] == with_error(group.i1.trace, group.i1.std_error)
         assert row[3] == with_error(group.i2.trace, group.i2.std_error)
@@ -74,7 +76,9 @@ def test_no_number_is_cut_at_any_width(layers, view):
         hidden = re.search(r"a wider terminal also shows (.*)\)", " ".join(x.strip() for x in lines))
         heads = set(re.split(r"\s{2,}", head)) | set(hidden[1].split(", ") if hidden else ())
         assert heads == set(make_rows(record, 20, view=view)[0])
-    assert "trace F: Î₁" in format_table(record, 20, width=60).splitlines()[0]
+    if view == "errors":  # the verdict stays, traces go first
+        assert "verdict" in format_table(record, 20, width=60).splitlines()[0]
+        assert "trace F: Î₁" in format_table(record, 20, width=80).splitlines()[0]
 
 
 def test_the_advice_is_wrapped_in_a_terminal_only():
@@ -119,13 +123,18 @@ def test_names_keep_what_distinguishes_them():
         for i in range(12)
         for end in (
             "attention.self.query", "attention.self.key", "attention.output.dense",
-            "intermediate.dense", "output.dense", "output.LayerNorm",
+            "attention.self.value", "attention.output.LayerNorm", "intermediate.dense",
+            "output.dense", "output.LayerNorm",
         )
     ]  # fmt: skip
-    names += ["bert.embeddings.word_embeddings", "classifier"]
+    names += [f"bert.embeddings.{end}_embeddings" for end in ("token_type", "position", "word")]
+    names += ["bert.embeddings.LayerNorm", "bert.pooler.dense", "classifier"]
     short = shorten_names(names)
     assert len(set(short)) == len(names)
     assert short[0] == "layer.0 … query" and short[-1] == "classifier"
+    for width in range(16, 36):  # those of tables from 60 columns on
+        fitted = fit_labels([*short, "layer", "total"], width)
+        assert len(set(fitted)) == len(names) + 2 and max(map(len, fitted)) <= width
     twice = [f"{side}.layers.3.self_attention.query" for side in ("encoder", "decoder")]
     assert len(set(shorten_names(twice))) == 2
 
@@ -140,3 +149,37 @@ def test_a_number_gets_the_class_of_its_layer():
     }  # fmt: skip
     assert list(label_layers(record).values()) == ["0 Conv2d", "10 Linear", "head"]
     assert list(label_layers({"layers": {"0": {}}}).values()) == ["0"]  # an old record
+
+
+def test_rows_are_in_the_order_of_the_need_that_is_shown():
+    """Unknown first, zero last; the footer names what is hidden."""
+    record = build_report(6, 3000).to_dict()
+    names = list(record["layers"])
+    record["layers"][names[3]]["i1"]["rel_error"] = None
+    record["layers"][names[1]]["i1"] |= {"rel_error": None, "trace": 0.0, "norm": 0.0}
+    needs = {name: group["i1"]["rel_error"] for name, group in record["layers"].items()}
+    order = sorted(needs, key=lambda name: -(needs[name] or 0.0))
+    order = [names[3], *(name for name in order if name not in (names[1], names[3])), names[1]]
+    assert [name for name, _ in rank_layers(record, None)] == order
+    rows = make_rows(record, 2)[1:]
+    assert [row[0] for row in rows] == [*map(label_layers(record).get, order[:2]), "total"]
+    assert "(4 layers with the smallest need are not shown: --top 6)" in format_table(record, 2)
+    for name in (names[0], names[5]):
+        record["layers"][name]["i1"]["rel_error"] = None
+    assert describe_hidden(record, 2) == "4 layers are not shown, 1 of unknown need"
+    for group in record["layers"].values():
+        group["i1"] |= {"rel_error": None, "trace": 1.0}
+    assert describe_hidden(record, 2) == "the first 2 of 6 layers, in the model's order"
+    assert describe_hidden(record, 6) == ""
+
+
+def test_a_line_states_why_both_estimators_agree():
+    report = build_report(3, 0)
+    record = report.to_dict()
+    assert "agree in each row" not in format_table(record)
+    for group in (record["total"], *record["layers"].values()):
+        group["i2"] = group["i1"]
+    assert "Î₁ and Î₂ agree in each row" in format_table(record)
+    assert "agree" not in format_table(record, view="bounds")
+    record["total"]["i2"] = record["total"]["i2"] | {"rel_error": None}
+    assert "agree in each row" not in format_table(record)

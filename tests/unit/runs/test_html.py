@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ import fimprobe
 from fimprobe.cli.commands import main
 from fimprobe.report.footnotes import footnotes
 from fimprobe.report.format import count_with_error, number, percent, with_error
+from fimprobe.report.partial_reports import PREVIEW
 from fimprobe.report.table import make_rows
 from fimprobe.runs.html import make_page
 from fimprobe.sinks.jsonl import JsonlSink
@@ -57,8 +59,13 @@ def test_the_page_holds_the_reports_values(run):
             assert row[start + 2] == percent(estimate.error_of(inputs=8))
             pairs = count_with_error(estimate.pairs_for(0.1), estimate.pairs_error)
             assert row[start + 3] == pairs
-    for sentence in last.advice:
-        assert f"<li>{sentence}</li>" in unescape(text)
+    above, _, folded = unescape(text).partition("<summary>More</summary>")
+    for i, sentence in enumerate(last.advice):
+        assert f"<li>{sentence}</li>" in (above if i < 3 else folded)
+    tiles = re.findall(r"<div class=tile><b>([^<]*)</b>", above)
+    total = last.total.i1
+    assert tiles[0] == percent(total.rel_error) and tiles[1].endswith(" inputs")
+    assert tiles[2:] == [with_error(total.trace, total.std_error)]
     assert f"<b>{percent(last.total.i1.rel_error)}</b>" in text
     for line in footnotes(last.to_dict()):
         assert line in unescape(text)
@@ -68,6 +75,7 @@ def test_the_page_holds_the_reports_values(run):
 def test_the_page_tells_how_it_was_measured(run):
     text = unescape(run[2].read_text())
     for name, value in (
+        ("Î_H", "Î_H = Hutchinson's estimator: F seen through random directions of the outputs."),
         ("Model", "Sequential, 40 trainable parameters (float32)"),
         ("Likelihood", "Categorical(class_dim=-1) (given)"),
         ("Settings", "estimators [i1, i2, ih]"),
@@ -100,7 +108,7 @@ def test_what_is_unknown_is_told_where_its_number_would_stand(tmp_path):
     tiles = re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)
     assert f"{number(last.total.i1.trace)} ± –" in [shown for shown, _ in tiles]
     dashes = [told for shown, told in tiles if shown == "–"]
-    assert len(dashes) == 4 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 3]
+    assert len(dashes) == 5 and [f"Unknown: {why}" in told for told in dashes] == [True, *[False] * 4]
     assert re.search(rf"– ± of trace F: Î₁, .*error: Î₁, .* everywhere: {re.escape(why)}", page)
     assert not re.search(r"\b(None|nan|inf)\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
 
@@ -117,6 +125,36 @@ def test_a_number_that_is_unknown_now_is_stated_as_of_its_last_report(tmp_path):
     ).groups()
     assert shown == "–" and "Unknown: too few inputs" in meaning
     assert meaning.endswith(f"Last known at step 40: {percent(known.total.i1.rel_error)}")
+
+
+def test_the_last_report_is_the_result_and_what_it_lacks_stands_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fimprobe.runs.html._figures", lambda reports, earlier: "")  # seconds
+    reports = [build_report(3, 40 * i, i2=i == 1) for i in range(4)]
+    sink = JsonlSink(tmp_path / "fimprobe.jsonl")
+    for i, report in enumerate(reports):
+        sink.write(replace(report, notes=[] if i == 1 else [f"{PREVIEW}only Î₁ was measured."]))
+    sink.close()
+    page = unescape(make_page(fimprobe.read(tmp_path)))
+    assert "What step 120 says" in page and "Layers at step 120" in page
+    assert "steps 0 to 120, 4 reports" in page
+    second = reports[1].total.i2
+    line = (
+        f"Î₂ was last measured at step 40: trace {with_error(second.trace, second.std_error)}, error "
+    )
+    assert f"<p>{line}{percent(second.rel_error)}, an error of 10 % takes " in page
+    total = [row for row in cells(page) if row[0] == "total"]
+    assert total[0] == list(make_rows(reports[-1].to_dict())[-1])
+    assert total[1] == list(make_rows(reports[1].to_dict(), view="variances")[-1])
+    assert re.search(r"<summary>Errors with 1 label, [^<]*, step 40</summary>", page)
+    assert f"<b>{percent(reports[-1].total.i1.rel_error)}</b>" in page
+    for report in reports:  # those with and without Î₂ have their row over the training
+        (row,) = (r for r in cells(page) if r[0] == str(report.step) and len(r) == 9)
+        assert row[2] == percent(report.total.i1.rel_error)
+        assert (row[5] == "–") == (report.total.i2 is None)
+    assert main(["show", str(tmp_path)]) == 0
+    summary, head, *lines = capsys.readouterr().out.splitlines()
+    assert summary.startswith("fimprobe · step 120 · ") and "error: Î₂" not in head
+    assert sum(x.startswith(line) for x in lines) == 1
 
 
 def test_the_page_of_labels_that_were_not_seen(tmp_path):
@@ -153,7 +191,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(run):
 def test_pictures_are_whole_and_take_the_colour_of_the_text(run):
     text = run[2].read_text()
     pictures = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 10
+    assert len(pictures) == 8
     defined, used = [], set()
     for picture in pictures:
         root = ElementTree.fromstring(picture)
@@ -175,8 +213,8 @@ def test_values_that_are_missing_leave_their_picture_out(tmp_path):
     assert "one label for each input" in reports[0].total.i1.unknown["label_variance"]
     titles = [p.title for p in make_figures([reports[0].to_dict()])]
     assert "Trace of the Fisher information" in titles
-    assert "How much the whole matrix varies with labels, and its bound" not in titles
-    assert "Variance of one (input, label) pair" not in titles
+    starts = ("Norm of the covariance", "Label variance of all", "Variance of one")
+    assert not [title for title in titles if title.startswith(starts)]
     assert "Layers at step 0" in make_page(fimprobe.read(tmp_path))
 
 
@@ -218,6 +256,6 @@ def test_a_browser_shows_it_and_sends_no_request(run, tmp_path):
         )
         dom, console, asked = browse(page, tmp_path)
         assert "How wrong is the Fisher information?" in dom
-        assert dom.count("<svg") == 10
+        assert dom.count("<svg") == 8
         assert asked == expected  # the second page does ask: the check would see it
         assert console == []

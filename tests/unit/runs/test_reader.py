@@ -161,7 +161,7 @@ def test_the_decision_is_that_of_the_first_report(tmp_path):
         optimizer.step()
     run = fimprobe.read(tmp_path).run
     assert run["likelihood"] == "Categorical(class_dim=-1)"
-    assert run["decision"] == probe.decision == "the loss gradient is c(softmax − onehot)"
+    assert run["decision"] == probe.decision == "the loss gradient is that of cross-entropy"
 
 
 def test_files_without_that_line_are_read(run, tmp_path):
@@ -214,11 +214,8 @@ def test_files_of_older_versions_are_read_shown_and_compared(tmp_path, capsys, d
         titles.append(
             re.findall(r'<svg role="img" aria-label="([^"]*)"', (run / "x.html").read_text())
         )
-    lost = {
-        "Error with 1 label as the model grows confident",
-        "Error of the trace against the number of inputs",
-    }
-    assert titles[0] == [x for x in titles[1] if x not in lost] and len(titles[0]) >= 6
+    lost = [x for x in titles[1] if not x.startswith("Error of the trace alone")]
+    assert titles[0] == lost and len(titles[0]) >= 6
     told = capsys.readouterr().out
     assert ("label sampling differs: A model, B size_biased" in told) == (draws == 2)
     page = (before / "x.html").read_text()

@@ -61,7 +61,7 @@ def show(folder):
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
 def test_a_damaged_report_hides_no_other(lines, path, tmp_path, monkeypatch):
-    monkeypatch.setattr("fimprobe.runs.html._figures", lambda reports: "")  # seconds each
+    monkeypatch.setattr("fimprobe.runs.html._figures", lambda reports, last: "")  # seconds each
     for value in VALUES:
         write(tmp_path, [*lines[:-1], damage(lines[-1], path, value)])
         rows = fimprobe.read(tmp_path)
@@ -73,7 +73,7 @@ def test_a_damaged_report_hides_no_other(lines, path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model", "config", "first_step", "parameters", "began"])
 def test_a_damaged_description_of_the_run_hides_no_report(lines, name, tmp_path, monkeypatch):
-    monkeypatch.setattr("fimprobe.runs.html._figures", lambda reports: "")
+    monkeypatch.setattr("fimprobe.runs.html._figures", lambda reports, last: "")
     for value in VALUES:
         write(tmp_path, [damage(lines[0], ("run", name), value), *lines[1:]])
         assert fimprobe.read(tmp_path).reports == lines[1:]

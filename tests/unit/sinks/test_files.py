@@ -14,6 +14,7 @@ from torch import nn
 import fimprobe
 from fimprobe import FimprobeError
 from fimprobe.errors import ErrorHandler
+from fimprobe.report.report import shared_record
 from fimprobe.sinks.folder_lock import FolderLock
 from fimprobe.sinks.jsonl import JsonlSink
 from fimprobe.sinks.sink_group import SinkGroup
@@ -241,3 +242,15 @@ def test_a_damaged_step_is_no_step_when_a_training_resumes(tmp_path):
     )
     write_steps(path, 2, purge_step=2)
     assert steps(path) == [0, 1, 2]
+
+
+def test_sinks_share_one_record_and_readers_have_their_own():
+    report = build_report(2, 0)
+    shared = shared_record(report)
+    assert shared_record(report) is shared and shared == report.to_dict()
+    own = report.to_dict()
+    own["layers"].clear()
+    own["notes"].append("changed")
+    own["total"]["i1"]["unknown"]["trace"] = "changed"
+    assert shared_record(report) == shared == report.to_dict() != own
+    assert shared_record(build_report(2, 1))["step"] == 1
