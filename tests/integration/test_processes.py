@@ -389,7 +389,7 @@ def test_training_is_bit_identical_and_rank_0_writes(worlds, size):
         reports = [have for have, _ in found["reports"]]
         assert [r["/batch_size"] for r in reports] == [4 * size] * 3 + [last]
         assert reports == [have for have, _ in results[0]["reports"]]
-        assert "softmax" in found["decision"]
+        assert "cross-entropy" in found["decision"]
         assert (found["log_dir"] is None) == (rank > 0)
         assert {Path(f).parent.name for f in found["files"]} == {"log0"}
     # the model is rank 0's, running statistics included; float32, sums in another order
