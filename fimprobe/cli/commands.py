@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--open", action="store_true", help="open the charts in the browser at the end")
     check = commands.add_parser("check", help="check a YAML configuration")
     check.add_argument("config", help="path of the YAML file")
-    show = commands.add_parser("show", help="a run: last whole report, advice, trends; or two runs")
+    show = commands.add_parser("show", help="a run: its last report, advice and trends; or two runs")
     show.add_argument(
         "run",
         nargs="+",

@@ -341,5 +341,5 @@ def _replace_i1_by_backpack(problem: Problem, measured: Measured) -> None:
     autograd = measured.moments["i1"].parameters
     measured.moments["i1"] = backpack.measure_moments(problem, verified=True)
     for name, moments in measured.moments["i1"].parameters.items():
-        # BackPACK does not compute the largest share of a label
+        # BackPACK computes neither the largest shares of labels nor coincidences of the same draws
         moments.powers[3] = autograd[name].powers[3]

@@ -35,7 +35,7 @@ class ParameterSums:
     a2: Tensor
     """Σ_b Σ_s w g² of every entry."""
     powers: Tensor
-    """A4, Q and R of each sample, and zeros for the maxima, which are not computed here [4, B]."""
+    """A4, Q and R of each sample, and zeros for row 3 of ``Moments``, not computed here [4, B]."""
     gram: Tensor
     """Inner products [B, S, S], or squared norms [B, S]."""
     total: Tensor

@@ -137,3 +137,72 @@ def test_one_label_and_several_positions_have_no_coincidences(double, monkeypatc
             draws=draws,
         )
         assert not any(m.powers[3].any() for m in batches[-1].parameters.values())
+
+
+class Mixed(nn.Module):
+    """Parameters that are a module's own, which no layer rule covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.matrix = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.sin(x * self.scale) @ self.matrix
+
+
+class ManyPaths(nn.Module):
+    """A lookup, norms, a layer that is used twice, a fallback, a convolution and a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lookup, self.norm, self.shared = nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+        self.mixed, self.conv, self.last = Mixed(), nn.Conv1d(4, 4, 2), nn.Linear(4, 5)
+
+    def forward(self, tokens):
+        x = torch.tanh(self.shared(self.norm(self.lookup(tokens))))
+        x = self.conv(self.shared(self.mixed(x)).transpose(1, 2))
+        return self.last(x.mean(2))
+
+
+@SAMPLING
+@pytest.mark.parametrize("options", [{}, {"diagonals": True}, {"memory_mb": 1}])
+def test_coincidences_by_every_path_are_those_of_single_gradients(
+    label_sampling, options, double, monkeypatch
+):
+    torch.manual_seed(0)
+    model, tokens, draws = ManyPaths(), torch.randint(0, 7, (5, 6)), 3
+    uniforms = torch.rand(5, draws)
+    uniforms[0], uniforms[1, :2] = 0.3, 0.7  # equal labels
+    kept = []
+
+    def keep(moments, groups):
+        kept.append(moments)
+        return of(moments, groups)
+
+    def choose(self, seed, size, shape):
+        same = (size, len(shape)) == (5, 0)
+        return uniforms if same else random_uniforms(self, seed, size, shape)
+
+    of, random_uniforms = i1.InputSums.of, Draws._uniforms
+    monkeypatch.setattr(i1.InputSums, "of", keep)
+    monkeypatch.setattr(Draws, "_uniforms", choose)
+    fimprobe.measure(
+        model, tokens, likelihood="categorical", estimators=["i1"], bounds=False, draws=draws,
+        label_sampling=label_sampling, **options,
+    )  # fmt: skip
+    names = [name for name, _ in model.named_parameters()]
+    p = model(tokens).softmax(-1).detach()
+    q = drawing_probabilities(p, label_sampling)
+    labels = torch.searchsorted(q.cumsum(-1), uniforms, right=True)
+    assert "vmap" in kept[0].coverage["mixed.matrix"] and "rule" in kept[0].coverage["conv.bias"]
+    for b, drawn in enumerate(labels.tolist()):
+        sums = dict.fromkeys(names, 0.0)
+        for y in drawn:
+            unexpected = drawn.count(y) - 1 - (draws - 1) * float(q[b, y])
+            weight = float(p[b, y] / q[b, y]) ** 2 * unexpected
+            log_p = model(tokens[b : b + 1]).log_softmax(-1)[0, y]
+            gradients = torch.autograd.grad(log_p, [*model.parameters()])
+            for name, gradient in zip(names, gradients, strict=True):
+                sums[name] += weight * float(gradient.pow(4).sum())
+        for name, expected in sums.items():
+            assert float(kept[0].parameters[name].powers[3, b]) == pytest.approx(expected, rel=1e-9)
