@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fimprobe.model.copies.model_copies import (
     without_foreign_hooks,
 )
 from fimprobe.model.copies.user_state import UserState
+from fimprobe.model.process_wide import ProcessWide
 from fimprobe.model.runs import Run, Selector, run_model
 from fimprobe.model.storage_guard import StorageGuard, storage_address
 from fimprobe.model.twin import (
@@ -113,11 +113,9 @@ def _lend_tensors(module: nn.Module, copier: ModelCopier) -> None:
     attributes["_compiled_call_impl"] = None
 
 
-@contextmanager
-def _without_compilation() -> Iterator[None]:
+_EAGER = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+
+
+def _without_compilation() -> AbstractContextManager[None]:
     """Run compiled functions as they were written: other tensors would compile them again."""
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+    return _EAGER.changed() if "torch._dynamo" in sys.modules else nullcontext()

@@ -6,20 +6,25 @@ cotangent, x the input of a call, δ_x = ∂φ/∂x. A dot denotes the derivativ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fimprobe.engines.primitives.products import vjp
 from fimprobe.engines.tracing.tape import Tape
+from fimprobe.model.process_wide import ProcessWide
 
 OptionalTensors = list[Tensor | None]
 
 
-def use_differentiable_attention() -> Any:
+_MATH_ATTENTION = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
+def use_differentiable_attention() -> AbstractContextManager[None]:
     """Select the attention kernel that has a second derivative; flash attention has none."""
-    return sdpa_kernel(SDPBackend.MATH)
+    return _MATH_ATTENTION.changed()
 
 
 class PulledBackVector(NamedTuple):

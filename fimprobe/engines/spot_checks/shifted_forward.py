@@ -27,6 +27,7 @@ from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.recording import expand_index
 from fimprobe.model.batch import Batch
 from fimprobe.model.leftovers import drop_leftovers, without_leftovers
+from fimprobe.model.process_wide import ProcessWide
 from fimprobe.model.sample_dimension import batch_first, from_batch_first
 from fimprobe.model.twin import has_altered_call
 
@@ -66,19 +67,9 @@ class ShiftedForward:
     @contextlib.contextmanager
     def exact_kernels(self) -> Iterator[None]:
         """No reduced precision and no fused transformer layers, which call no modules."""
-        matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        fused = torch.backends.mha.get_fastpath_enabled()
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.mha.set_fastpath_enabled(False)
         gradients = torch.enable_grad() if self.plan.takes_derivatives else torch.no_grad()
-        try:
-            with gradients:
-                yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = convolution
-            torch.backends.mha.set_fastpath_enabled(fused)
+        with _EXACT_KERNELS.changed(), gradients:
+            yield
 
     def run(
         self,
@@ -338,3 +329,21 @@ def _sizes(
     new = torch.cat([y for _, y in pairs])
     size, derivative = old.square().mean().sqrt(), (new - old).square().mean().sqrt() / step
     return torch.tensor([row], device=old.device), size.view(1), derivative.view(1)
+
+
+@contextlib.contextmanager
+def _exact_kernels() -> Iterator[None]:
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+_EXACT_KERNELS = ProcessWide(_exact_kernels)
