@@ -12,18 +12,24 @@ from torch import Tensor
 from fimprobe.engines.layers.layer_call import LayerCall
 
 MAX_PATCH_TAPS = 48
-"""Convolutions with at most so many taps (input channels × kernel) multiply patches.
+"""Convolutions with at most so many taps (input channels × kernel) multiply patches."""
 
-Measured on a CPU: with more taps a grouped convolution is faster.
+MIN_PATCH_ROWS = 96
+"""On a CPU, convolutions do so too from so many rows of δ (draws × output channels), if S > 1.
+
+Patches are formed once for all draws. With one draw the library's kernel is as fast.
 """
+
+MAX_PATCH_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+"""Maximum size of the patches formed at once, of one sample at least; it is that of caches."""
 
 
 def conv_weight(call: LayerCall, delta: Tensor) -> Tensor:
-    """Weight gradients of every sample, from one grouped convolution per draw.
+    """Weight gradients of every sample, from products with patches or from a grouped convolution.
 
     All samples become groups of one convolution, whose weight gradient holds every g_b. The
     library's own kernel does the work, with neither patches nor one call for each sample. For few
-    taps, products with patches are faster.
+    taps, and on a CPU for many draws, products with patches are faster.
 
     Args:
         call: A call of a Conv or ConvTranspose layer.
@@ -43,10 +49,6 @@ def conv_weight(call: LayerCall, delta: Tensor) -> Tensor:
         x = F.pad(x.flatten(0, 1), module._reversed_padding_repeated_twice, mode=mode)
         x = x.unflatten(0, (samples, folds))
         padding = (0,) * len(module.kernel_size)
-    taps = math.prod(module.weight.shape[1:])
-    if not module.transposed and module.groups == 1 and folds == 1 and taps <= MAX_PATCH_TAPS:
-        return _from_patches(module, x.squeeze(1), delta.squeeze(2), padding)
-    output_padding = list(module.output_padding)
     if module.transposed:
         # forward(output_size=...) overrides the module's own output_padding: recompute it
         output_padding = [
@@ -61,11 +63,22 @@ def conv_weight(call: LayerCall, delta: Tensor) -> Tensor:
                 strict=True,
             )
         ]
-    gradients = [
-        _from_grouped_convolution(module, x, draw, padding, output_padding)
-        for draw in delta.unbind(1)
-    ]
-    return gradients[0].unsqueeze(1) if len(gradients) == 1 else torch.stack(gradients, 1)
+    else:
+        output_padding = list(module.output_padding)
+    draws_share_a_call = not module.transposed and module.groups == 1
+    if draws_share_a_call and folds == 1 and _prefers_patches(module, delta):
+        return _from_patches(module, x.squeeze(1), delta.squeeze(2), padding)
+    each = [delta] if draws_share_a_call else delta.split(1, dim=1)
+    gradients = [_from_grouped_convolution(module, x, d, padding, output_padding) for d in each]
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1)
+
+
+def _prefers_patches(module: Any, delta: Tensor) -> bool:
+    """Whether products with patches are the faster way, for δ [B, S, 1, O, ...]."""
+    if math.prod(module.weight.shape[1:]) <= MAX_PATCH_TAPS:
+        return True
+    draws, channels = delta.shape[1], delta.shape[3]
+    return delta.device.type == "cpu" and draws > 1 and draws * channels >= MIN_PATCH_ROWS
 
 
 def _from_patches(module: Any, x: Tensor, delta: Tensor, padding: Any) -> Tensor:
@@ -82,41 +95,63 @@ def _from_patches(module: Any, x: Tensor, delta: Tensor, padding: Any) -> Tensor
     """
     width = [side for pad in reversed(padding) for side in (pad, pad)]
     x = F.pad(x, width) if any(width) else x.contiguous()
-    samples, channels = x.shape[:2]
-    steps, sizes = x.stride()[2:], delta.shape[3:]
-    patches = x.as_strided(
-        (samples, channels, *module.kernel_size, *sizes),
+    samples, draws = delta.shape[:2]
+    rows = delta.reshape(samples, -1, math.prod(delta.shape[3:]))
+    taps = math.prod(module.weight.shape[1:])
+    bytes_each = taps * rows.shape[2] * x.element_size()
+    most_bytes = MAX_PATCH_BYTES.get(x.device.type, MAX_PATCH_BYTES["cuda"])
+    step = max(1, most_bytes // max(bytes_each, 1))
+    products = [
+        torch.bmm(d, _patches(module, block, delta.shape[3:]).transpose(1, 2))
+        for block, d in zip(x.split(step), rows.split(step), strict=True)
+    ]
+    product = products[0] if len(products) == 1 else torch.cat(products)
+    return product.view(samples, draws, *module.weight.shape)
+
+
+def _patches(module: Any, x: Tensor, sizes: torch.Size) -> Tensor:
+    """The inputs of each output position [b, C·K, L], from padded inputs x [b, C, ...].
+
+    Args:
+        module: The convolution.
+        x: Its inputs, padded.
+        sizes: The L positions by dimension.
+    """
+    steps = x.stride()[2:]
+    view = x.as_strided(
+        (*x.shape[:2], *module.kernel_size, *sizes),
         (
             *x.stride()[:2],
             *(step * d for step, d in zip(steps, module.dilation, strict=True)),
             *(step * s for step, s in zip(steps, module.stride, strict=True)),
         ),
-    ).reshape(samples, -1, math.prod(sizes))
-    rows = delta.reshape(samples, -1, patches.shape[2])
-    product = torch.bmm(rows, patches.transpose(1, 2))
-    return product.view(samples, delta.shape[1], *module.weight.shape)
+    )
+    return view.reshape(len(x), -1, math.prod(sizes))
 
 
 def _from_grouped_convolution(
     module: Any, x: Tensor, delta: Tensor, padding: Any, output_padding: list[int]
 ) -> Tensor:
-    """Weight gradients [B, *weight.shape] of one draw: the samples are groups of one convolution.
+    """Weight gradients [B, S, *weight.shape]: the samples are groups of one convolution.
+
+    With S > 1, the draws are further output channels of a convolution that is neither transposed
+    nor grouped itself.
 
     Args:
         module: The convolution.
         x: Its inputs [B, k, C, ...].
-        delta: Cotangents of the draw [B, k, O, ...].
+        delta: Cotangents [B, S, k, O, ...].
         padding: Zero padding that is not applied yet.
         output_padding: For transposed convolutions.
     """
     samples, folds = x.shape[:2]
-    shape = module.weight.shape
+    draws, shape = delta.shape[1], module.weight.shape
     channels = x.transpose(0, 1).reshape(folds, samples * x.shape[2], *x.shape[3:])
-    cotangents = delta.transpose(0, 1).reshape(folds, samples * delta.shape[2], *delta.shape[3:])
+    cotangents = delta.movedim(2, 0).reshape(folds, -1, *delta.shape[4:])
     gradient = torch.ops.aten.convolution_backward(
         cotangents,
         channels,
-        x.new_empty((samples * shape[0], *shape[1:])),
+        x.new_empty((samples * draws * shape[0], *shape[1:])),
         None,
         module.stride,
         padding,
@@ -126,4 +161,4 @@ def _from_grouped_convolution(
         samples * module.groups,
         [False, True, False],
     )[1]
-    return gradient.view(samples, *shape)
+    return gradient.view(samples, draws, *shape)

@@ -94,7 +94,7 @@ class Contraction:
         x = call.inputs[0] if use.rule.outer else None
         for scaled in (True,) if rescale else (False, True):
             if (use.edge, scaled) not in self.shared_powers:
-                stacked = _stack(use, delta, slice(0, self.size), None, None)
+                stacked = _stack(use, delta, None, None)
                 powers = OuterProductPowers.of(stacked, self.weights, rescale=scaled)
                 self.shared_powers[use.edge, scaled] = powers
             rows = self.shared_powers[use.edge, scaled]
@@ -107,7 +107,7 @@ class Contraction:
         use, call, delta = uses[0]
         while True:
             scale = _scale(uses) if rescale else None
-            stacked = _stack(use, delta, slice(0, self.size), None, scale)
+            stacked = _stack(use, delta, None, scale)
             if accumulator.add_lookup_rows(*embedding_tokens(call, stacked), self.weights, scale):
                 return rescale
             rescale = True
@@ -121,6 +121,9 @@ class Contraction:
         if delta[0].device.type == "cpu":
             room = min(room, CPU_CACHE_BYTES)
         bytes_each = len(delta) * math.prod(shape) * delta[0].element_size()
+        if delta[0].device.type == "cpu":
+            joined = [u for u in uses if not _stacks_always(u[0])] if len(delta) > 1 else []
+            bytes_each = max([bytes_each, *(_bytes(d) // size for _, _, d in joined)])
         separable = all(u.rule.row_separable and u.rows is None for u, _, _ in uses)
         tiled = separable and len(shape) > 0
         rows = shape[0] if tiled else 1
@@ -207,11 +210,15 @@ def sum_uses(
     total: Tensor | None = None
     for use, call, delta in uses:
         rows = call.rows(samples)
-        if use.rule.row_separable or use.rule.outer:
-            g = use.rule.gradient(rows, _stack(use, delta, samples, where, scale))
+        draws = delta
+        if samples != slice(0, len(delta[0])):
+            draws = [d[samples] for d in delta]
+        fits = delta[0].device.type == "cpu" and _bytes(draws) <= CPU_CACHE_BYTES
+        if fits or _stacks_always(use):
+            g = use.rule.gradient(rows, _stack(use, draws, where, scale))
         else:
             # δ is larger than g here: form g draw by draw, and stack the gradients
-            stacked = (_stack(use, [d], samples, where, scale) for d in delta)
+            stacked = (_stack(use, [d], where, scale) for d in draws)
             gradients = [use.rule.gradient(rows, d) for d in stacked]
             g = gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1)
         if use.rows is not None:
@@ -247,18 +254,26 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _stack(
-    use: ParameterUse, delta: list[Tensor], samples: slice, where: slice | None, scale: Tensor | None
+    use: ParameterUse, delta: list[Tensor], where: slice | None, scale: Tensor | None
 ) -> Tensor:
-    """δ [b, S, ...] of some samples and some rows of the parameter, divided by ``scale``."""
+    """δ [b, S, ...], of some rows of the parameter, divided by ``scale``."""
     draws = delta
-    if samples != slice(0, len(delta[0])):
-        draws = [d[samples] for d in draws]
     if where is not None and where != slice(0, draws[0].shape[-1]):
         draws = [d[..., where] for d in draws]
     stacked = draws[0].unsqueeze(1) if len(draws) == 1 else torch.stack(draws, 1)
     if scale is None or stacked.dtype == torch.float64 or is_one(scale):
         return stacked
     return stacked * (1 / scale).to(stacked.dtype)
+
+
+def _stacks_always(use: ParameterUse) -> bool:
+    """Whether the rule takes all draws at once, however large; others hold more than g meanwhile."""
+    return use.rule.row_separable or use.rule.outer
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    """Size of all tensors, which have one shape and type."""
+    return len(tensors) * tensors[0].numel() * tensors[0].element_size()
 
 
 def _scale(uses: ActiveUses) -> Tensor:

@@ -18,6 +18,9 @@ from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 LARGE_ELEMENTS = 4096
 """Entries from which sums of squares are computed in float32 on a CPU, if they stay in its range."""
 
+FEW_DRAWS = 3
+"""Up to so many draws, operations for each are faster than one over all of them."""
+
 SMALLEST_SCALE = 2.0**-126
 """Gradients are not divided by less: the smallest power of two whose reciprocal float32 holds.
 
@@ -294,7 +297,7 @@ def square_norms(tensors: Sequence[Tensor]) -> Tensor:
 def inner_products(rows: Tensor) -> Tensor:
     """Inner products [b, S, S] of each sample's rows [b, S, P]."""
     draws = rows.shape[1]
-    if draws > 3:
+    if draws > FEW_DRAWS:
         return torch.bmm(rows, rows.transpose(1, 2))
     # a batched product of so few rows is slower than their dot products
     gram = rows.new_empty(len(rows), draws, draws)
@@ -308,8 +311,14 @@ def inner_products(rows: Tensor) -> Tensor:
 
 
 def _sum_draws(x: Tensor) -> Tensor:
-    """Σ_s of [b, S], without a copy for a single draw."""
-    return x.squeeze(1) if x.shape[1] == 1 else x.sum(1)
+    """Σ_s of [b, S, ...]; of few draws without a reduction, which is slow where they are not last."""
+    first, *others = x.unbind(1)
+    if len(others) >= FEW_DRAWS:
+        return x.sum(1)
+    total = first
+    for draw in others:
+        total = total + draw
+    return total
 
 
 def sums_of_squares(x: Tensor) -> Tensor:
