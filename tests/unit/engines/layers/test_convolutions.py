@@ -1,0 +1,53 @@
+"""Per-sample weight gradients of convolutions against autograd, by every way of computing them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fimprobe.engines.layers import convolutions
+from fimprobe.engines.layers.convolutions import conv_weight
+from fimprobe.engines.layers.layer_call import LayerCall
+
+LAYERS = {
+    "few taps": lambda: (nn.Conv2d(3, 5, 3, padding=1), (3, 7, 6)),
+    "many taps": lambda: (nn.Conv2d(8, 6, 3, stride=2, padding=1), (8, 7, 6)),
+    "many taps and channels": lambda: (nn.Conv2d(8, 100, 3, dilation=2), (8, 7, 6)),
+    "one dimension": lambda: (nn.Conv1d(8, 64, 7, padding="same"), (8, 11)),
+    "three dimensions": lambda: (nn.Conv3d(4, 32, 3, padding=(1, 0, 1)), (4, 4, 5, 3)),
+    "circular": lambda: (nn.Conv2d(8, 64, 3, padding=1, padding_mode="circular"), (8, 5, 6)),
+    "grouped": lambda: (nn.Conv2d(8, 64, 5, groups=2, padding=2), (8, 5, 6)),
+    "depthwise": lambda: (nn.Conv2d(8, 8, 3, groups=8), (8, 5, 6)),
+    "transposed": lambda: (nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), (8, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("draws", [1, 2, 10])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("one_sample_at_once", [False, True])
+def test_gradients_of_all_draws_are_those_of_autograd(
+    name: str, draws: int, one_sample_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if one_sample_at_once:
+        monkeypatch.setitem(convolutions.MAX_PATCH_BYTES, "cpu", 1)
+    torch.manual_seed(0)
+    module, shape = LAYERS[name]()
+    module = module.double()
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    delta = torch.randn(3, draws, *module(x).shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        g = conv_weight(LayerCall(module, (x,), False), delta)
+    for i in range(3):
+        for s in range(draws):
+            output = module(x[i : i + 1])
+            (expected,) = torch.autograd.grad(output, module.weight, delta[i : i + 1, s])
+            torch.testing.assert_close(g[i, s], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_many_draws_multiply_patches_on_a_cpu() -> None:
+    module = nn.Conv2d(16, 64, 3)
+    few, many = torch.zeros(2, 1, 1, 64, 4, 4), torch.zeros(2, 2, 1, 64, 4, 4)
+    assert not convolutions._prefers_patches(module, few)
+    assert convolutions._prefers_patches(module, many)
+    assert not convolutions._prefers_patches(module, many.to("meta"))
