@@ -166,12 +166,14 @@ class DiagonalAccumulator:
             products: list[Tensor | None] = [None] * count
             for terms in zip(*probes.terms, strict=True):
                 left = derivatives.gradients([term.left for term in terms], samples)
-                for k, term in enumerate(terms):
-                    if left is None:
-                        break
-                    right = derivatives.gradient_tangents(term.right, probes.vector, samples, motion)
-                    if right is not None:
-                        products[k] = _add(products[k], left[:, k] * right[:, 0])
+                if left is None:
+                    continue
+                right = derivatives.gradient_tangents(
+                    [term.right for term in terms], [probes.vector] * count, samples, motion
+                )
+                if right is not None:
+                    product = (left * right).unbind(1)
+                    products = [_add(p, x) for p, x in zip(products, product, strict=True)]
             if derivatives.uses.fallback_calls:
                 products = [
                     self._add_fallback_diagonal(r, derivatives, probes, k, samples)

@@ -92,6 +92,45 @@ class DoubleBackward:
         edges = [None if d is None else d.detach() for d in gradients]
         return PulledBackVector(self._vectors[index], edges)
 
+    def all_edge_tangents(
+        self,
+        directions: OptionalTensors,
+        parameter_directions: OptionalTensors | None = None,
+        *,
+        inputs: bool = True,
+        piecewise_linear: bool = False,
+    ) -> list[EdgeTangents]:
+        """The tangents of every vector; they share ẋ, since the outputs' vectors move no input."""
+        if inputs and self._vectors_reach_the_same():
+            first = self.edge_tangents(
+                0, directions, parameter_directions, piecewise_linear=piecewise_linear
+            )
+            others = [
+                self.edge_tangents(
+                    y,
+                    directions,
+                    parameter_directions,
+                    inputs=False,
+                    piecewise_linear=piecewise_linear,
+                )
+                for y in range(1, len(self._vectors))
+            ]
+            return [first, *(EdgeTangents(t.cotangents, first.inputs) for t in others)]
+        return [
+            self.edge_tangents(
+                y, directions, parameter_directions, inputs=inputs, piecewise_linear=piecewise_linear
+            )
+            for y in range(len(self._vectors))
+        ]
+
+    def _vectors_reach_the_same(self) -> bool:
+        """Whether the gradients of all vectors depend on one another at the same edges."""
+        reached = [
+            tuple(g is not None and g.requires_grad for g in gradients)
+            for gradients in self._first_order
+        ]
+        return len(set(reached)) == 1
+
     def edge_tangents(
         self,
         index: int,

@@ -261,17 +261,11 @@ class _ChunkCurvature:
             The tangents along u and σu.
         """
         fixed = edges.fixed(live)
-        plain = [
-            self.double_backward.edge_tangents(y, fixed, piecewise_linear=self.piecewise_linear)
-            for y in range(len(self.vectors))
-        ]
+        plain = self.double_backward.all_edge_tangents(fixed, piecewise_linear=self.piecewise_linear)
         flipped = plain
         if not self.piecewise_linear:
             fixed = edges.fixed(live_flipped, flipped=True)
-            flipped = [
-                self.double_backward.edge_tangents(y, fixed, inputs=bool(self.interacting))
-                for y in range(len(self.vectors))
-            ]
+            flipped = self.double_backward.all_edge_tangents(fixed, inputs=bool(self.interacting))
         tangents = DirectionTangents(vectors=self.vectors, plain=plain, flipped=flipped)
         for name, accumulator in self.accumulators.items():
             derivatives = self._derivatives(name, direction)
@@ -331,9 +325,7 @@ class _ChunkCurvature:
             moves: OptionalTensors = [
                 values[n] for n, uses in self.uses.items() if uses.fallback_calls
             ]
-            tangents = [
-                self.double_backward.edge_tangents(y, fixed, moves) for y in range(len(self.vectors))
-            ]
+            tangents = self.double_backward.all_edge_tangents(fixed, moves)
         return [
             self.double_backward.with_input_dependence(y, t, live) for y, t in enumerate(tangents)
         ]

@@ -5,6 +5,7 @@ Symbols: B samples of the chunk, n vectors with R_y = Σ_a c_ya ∂²h_a, σ sig
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,12 +23,16 @@ from fimprobe.engines.curvature.fallback_derivatives import (
 from fimprobe.engines.curvature.inner_products import dot, flatten_positions, row_products
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
 from fimprobe.engines.layers.lookups import embedding_tokens
-from fimprobe.engines.moments.contraction import at_least_float32
+from fimprobe.engines.moments.contraction import CPU_CACHE_BYTES, at_least_float32
 from fimprobe.engines.problem.weights import GRAM_LIMIT
 from fimprobe.engines.tracing.tape import ParameterUse
 
-PerVector = Callable[[int, slice], Tensor | None]
-"""Maps the number of a vector and b samples to (R u)_θ [b, 1, *shape]; None for zero."""
+OfSamples = Callable[[slice], Tensor | None]
+"""Maps b samples to (R u)_θ of the n vectors [b, n, *shape]; None for zero."""
+
+
+OuterSum = list[tuple[Tensor, Tensor]]
+"""Σ_t a_t x_tᵀ over the positions of all pairs: a [b, T, o] and x [b, T, i]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +90,8 @@ class NormAccumulator:
             flips: σ of the parameter for each sample [B].
         """
         assert tangents.flipped is not None
-        plain = _per_vector(derivatives, tangents.plain, tangents.vectors, WITHIN_CALL)
-        flipped = _per_vector(derivatives, tangents.flipped, tangents.vectors, WITHIN_CALL_FLIPPED)
+        plain = _of_samples(derivatives, tangents.plain, tangents.vectors, WITHIN_CALL)
+        flipped = _of_samples(derivatives, tangents.flipped, tangents.vectors, WITHIN_CALL_FLIPPED)
         matrix, lookup = derivatives.matrix_use(), derivatives.lookup_use()
         sides = (tangents.plain, tangents.flipped)
         if matrix is not None:
@@ -94,7 +99,7 @@ class NormAccumulator:
         elif lookup is not None:
             gram = self._lookup_block(derivatives, lookup, *sides)
         else:
-            gram = self._per_sample_products(plain, flipped)
+            gram = self._per_sample_products(derivatives, plain, flipped)
         self._append("block", gram)
         self._append("signs", flips.double())
 
@@ -106,15 +111,15 @@ class NormAccumulator:
             tangents: Tangents of the n vectors along u. Those along σu are set for parameters with
                 interacting uses: their block across calls needs flips as well.
         """
-        plain = _per_vector(derivatives, tangents.plain, tangents.vectors, EVERYTHING)
+        plain = _of_samples(derivatives, tangents.plain, tangents.vectors, EVERYTHING)
         matrix = derivatives.matrix_use()
         if matrix is not None:
             self._append("whole", self._matrix_whole(derivatives, matrix, tangents))
         else:
-            self._append("whole", self._per_sample_products(plain, None))
+            self._append("whole", self._per_sample_products(derivatives, plain, None))
         if tangents.flipped is not None:
-            flipped = _per_vector(derivatives, tangents.flipped, tangents.vectors, EVERYTHING_FLIPPED)
-            self._append("joint", self._per_sample_products(plain, flipped))
+            flipped = _of_samples(derivatives, tangents.flipped, tangents.vectors, EVERYTHING_FLIPPED)
+            self._append("joint", self._per_sample_products(derivatives, plain, flipped))
 
     def _matrix_block(
         self,
@@ -128,10 +133,10 @@ class NormAccumulator:
         right = derivatives.cotangents_at(use, [t.cotangents for t in flipped])
         if left is None or right is None:
             return self._empty()
-        x = [flatten_positions(at_least_float32(use.call.inputs[0]))] * self.count
-        rows = [flatten_positions(v) for v in left]
-        other_rows = [flatten_positions(v) for v in right]
-        return self._matrix_products(rows, other_rows, x, x)
+        x = flatten_positions(at_least_float32(use.call.inputs[0]))
+        return self._matrix_products(
+            [[(flatten_positions(d), x)] for d in left], [[(flatten_positions(d), x)] for d in right]
+        )
 
     def _lookup_block(
         self,
@@ -157,64 +162,55 @@ class NormAccumulator:
         edges = [vector.edges for vector in tangents.vectors]
         delta_dot = derivatives.cotangents_at(use, [t.cotangents for t in tangents.plain])
         delta = derivatives.cotangents_at(use, edges)
-        like = delta_dot or delta
-        if like is None:
-            return self._empty()
         x = flatten_positions(at_least_float32(use.call.inputs[0]))
-        left, right = [], []
-        for y in range(self.count):
-            moved = derivatives.input_tangents(use, tangents.plain[y])
-            rows = [flatten_positions(like[y] * 0 if delta_dot is None else delta_dot[y])]
-            columns = [x]
-            if delta is not None and moved is not None and moved[0] is not None:
-                rows.append(flatten_positions(delta[y]))
-                columns.append(flatten_positions(moved[0]))
-            left.append(torch.cat(rows, 1))
-            right.append(torch.cat(columns, 1))
-        return self._matrix_products(left, left, right, right)
+        moved: dict[int, Tensor | None] = {}
+        for t in tangents.plain:  # vectors share their ẋ
+            if id(t.inputs) not in moved:
+                at_use = derivatives.input_tangents(use, t)
+                x_dot = None if at_use is None else at_use[0]
+                moved[id(t.inputs)] = None if x_dot is None else flatten_positions(x_dot)
+        sums: list[OuterSum] = []
+        for y, t in enumerate(tangents.plain):
+            terms = [] if delta_dot is None else [(flatten_positions(delta_dot[y]), x)]
+            x_dot = moved[id(t.inputs)]
+            if delta is not None and x_dot is not None:
+                terms.append((flatten_positions(delta[y]), x_dot))
+            sums.append(terms)
+        return self._matrix_products(sums, sums)
 
-    def _matrix_products(
-        self, a: list[Tensor], b: list[Tensor], x: list[Tensor], z: list[Tensor]
-    ) -> Tensor:
+    def _matrix_products(self, left: list[OuterSum], right: list[OuterSum]) -> Tensor:
         """⟨Σ_t a_t x_tᵀ, Σ_s b_s z_sᵀ⟩ = Σ_ts (a_t·b_s)(x_t·z_s) for each pair of vectors."""
         gram = self._empty()
-        for i, (left, left_inputs) in enumerate(zip(a, x, strict=True)):
-            for j, (right, right_inputs) in enumerate(zip(b, z, strict=True)):
-                if self.all_pairs or i == j:
-                    products = row_products(left, right) * row_products(left_inputs, right_inputs)
-                    pair = (slice(None), i, j) if self.all_pairs else (slice(None), i)
-                    gram[pair] = products.sum((1, 2))
+        of_inputs: dict[tuple[int, int], Tensor] = {}
+        for i, j in itertools.product(range(self.count), repeat=2):
+            if self.all_pairs:
+                gram[:, i, j] = _inner_product(left[i], right[j], of_inputs)
+            elif i == j:
+                gram[:, i] = _inner_product(left[i], right[i], of_inputs)
         return (gram + gram.transpose(1, 2)) / 2 if self.all_pairs else gram
 
-    def _per_sample_products(self, plain: PerVector, flipped: PerVector | None) -> Tensor:
+    def _per_sample_products(
+        self, derivatives: ParameterDerivatives, plain: OfSamples, flipped: OfSamples | None
+    ) -> Tensor:
         """Products of per-sample tangents, for any parameter; ``flipped`` None means ``plain``."""
         gram = self._empty()
-        count = self.count if self.all_pairs else 1
-        step = max(1, int(self.workspace_bytes / (2 * count * self.parameter.numel() * 8)))
+        room = self.workspace_bytes / 2
+        if self.parameter.device.type == "cpu" and not derivatives.uses.fallback_calls:
+            room = min(room, CPU_CACHE_BYTES)
+        step = max(1, int(room / (self.count * self.parameter.numel() * 8)))
         for start in range(0, self.size, step):
             samples = slice(start, min(start + step, self.size))
-            if self.all_pairs:
-                a = self._stack_vectors(plain, samples)
-                b = a if flipped is None else self._stack_vectors(flipped, samples)
-                if a is not None and b is not None:
-                    gram[samples] = self._inner(a, b)
+            a = plain(samples)
+            b = a if flipped is None else flipped(samples)
+            if a is None or b is None:
                 continue
-            for y in range(self.count):
-                a = plain(y, samples)
-                b = a if flipped is None else flipped(y, samples)
-                if a is not None and b is not None:
-                    gram[samples, y] = dot(a.flatten(1), b.flatten(1))
+            a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
+            if self.all_pairs:
+                gram[samples] = self._inner(a.double(), b.double())
+            else:
+                pairs = zip(a.unbind(1), b.unbind(1), strict=True)
+                gram[samples] = torch.stack([dot(x, z) for x, z in pairs], 1)
         return gram
-
-    def _stack_vectors(self, per_vector: PerVector, samples: slice) -> Tensor | None:
-        """The tangents of all vectors, float64 [b, n, P]; None for zero."""
-        tangents = [per_vector(y, samples) for y in range(self.count)]
-        like = next((t for t in tangents if t is not None), None)
-        if like is None:
-            return None
-        filled = [torch.zeros_like(like) if t is None else t for t in tangents]
-        stacked = torch.cat(filled, 1).double()
-        return stacked.reshape(*stacked.shape[:2], -1)
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Products [b, n, n], symmetrised, or [b, n] of a and b [b, n, P].
@@ -238,21 +234,33 @@ class NormAccumulator:
         self.chunk[key] = value if previous is None else torch.cat([previous, value])
 
 
-def _per_vector(
+def _inner_product(
+    left: OuterSum, right: OuterSum, of_inputs: dict[tuple[int, int], Tensor]
+) -> Tensor | float:
+    """⟨Σ_t a_t x_tᵀ, Σ_s b_s z_sᵀ⟩ = Σ_ts (a_t·b_s)(x_t·z_s) of each sample, float64 [b].
+
+    Args:
+        left: Pairs of a and x.
+        right: Pairs of b and z.
+        of_inputs: Receives x_t·z_s by the identities of x and z, which other sums share.
+    """
+    total: Tensor | float = 0.0
+    for k, (a, x) in enumerate(left):
+        for m, (b, z) in enumerate(right):
+            if left is right and m < k:  # equals that of m and k
+                continue
+            if (id(x), id(z)) not in of_inputs:
+                of_inputs[id(x), id(z)] = row_products(x, z)
+            product = (row_products(a, b) * of_inputs[id(x), id(z)]).sum((1, 2))
+            total = total + (2 * product if left is right and m > k else product)
+    return total
+
+
+def _of_samples(
     derivatives: ParameterDerivatives,
     tangents: list[EdgeTangents],
     vectors: list[PulledBackVector],
     motion: Motion,
-) -> PerVector:
-    """(R_y u)_θ as a function of y and the samples."""
-
-    def evaluate(y: int, samples: slice) -> Tensor | None:
-        """(R_y u)_θ [b, 1, *shape] of b samples; None for zero.
-
-        Args:
-            y: Number of the vector.
-            samples: The b samples.
-        """
-        return derivatives.gradient_tangents(tangents[y], vectors[y], samples, motion)
-
-    return evaluate
+) -> OfSamples:
+    """(R u)_θ of all vectors, as a function of the samples."""
+    return lambda samples: derivatives.gradient_tangents(tangents, vectors, samples, motion)

@@ -123,32 +123,39 @@ class ParameterDerivatives:
 
     def gradient_tangents(
         self,
-        tangents: EdgeTangents,
-        vector: PulledBackVector,
+        tangents: Sequence[EdgeTangents],
+        vectors: Sequence[PulledBackVector],
         samples: slice,
         motion: Motion = COTANGENTS_ONLY,
     ) -> Tensor | None:
-        """Differentiate the parameter's gradient along a direction.
+        """Differentiate the parameter's gradients along directions.
 
         Args:
-            tangents: δ̇ and ẋ for the direction.
-            vector: The vector that is pulled back, with its cotangents δ.
+            tangents: For each of n vectors, δ̇ and ẋ for its direction.
+            vectors: The vectors that are pulled back, with their cotangents δ.
             samples: The b samples.
             motion: What moves, apart from δ.
 
         Returns:
-            [b, 1, *shape]; None for zero.
+            [b, n, *shape]; None for zero.
         """
-        total = self._rule_gradients([tangents.cotangents], samples)
+        total = self._rule_gradients([t.cotangents for t in tangents], samples)
         if motion.inputs and self.uses.rule_uses:
-            g = self._input_contribution(tangents, vector.edges, samples)
+            edges = [vector.edges for vector in vectors]
+            if all(t.inputs is tangents[0].inputs for t in tangents):
+                g = self._input_contribution(tangents[0], edges, samples)
+            else:
+                each = zip(tangents, edges, strict=True)
+                g = _join([self._input_contribution(t, [e], samples) for t, e in each])
             if g is not None:
                 total = _add(total, motion.inputs * g)
         fallbacks = FallbackDerivatives(
             chunk=self.chunk, direction=self.direction, shared=self.shared
         )
         for local_call in self.uses.fallback_calls:
-            total = _add(total, fallbacks.tangents(local_call, tangents, vector, samples, motion))
+            pairs = zip(tangents, vectors, strict=True)
+            g = _join([fallbacks.tangents(local_call, t, v, samples, motion) for t, v in pairs])
+            total = _add(total, g)
         return total
 
     def input_tangents(
@@ -189,17 +196,31 @@ class ParameterDerivatives:
         return sum_uses(uses, samples, None, self.shape, unscaled)
 
     def _input_contribution(
-        self, tangents: EdgeTangents, deltas: OptionalTensors, samples: slice
+        self, tangents: EdgeTangents, deltas: Sequence[OptionalTensors], samples: slice
     ) -> Tensor | None:
-        """Σ δ ẋᵀ [b, 1, *shape]: the part of the tangent that comes from moving inputs."""
+        """Σ δ ẋᵀ [b, n, *shape]: the part of the tangents that comes from moving inputs.
+
+        Args:
+            tangents: ẋ, which the n vectors share.
+            deltas: For each vector, δ by output edge.
+            samples: The b samples.
+        """
         total: Tensor | None = None
         for use in self.uses.rule_uses:
-            at_use = self.cotangents_at(use, [deltas])
+            at_use = self.cotangents_at(use, deltas)
             x = self.input_tangents(use, tangents)
             if at_use is None or x is None:
                 continue
-            total = _add(total, _rule_tangent(use, x, at_use[0], samples, self.shape))
+            total = _add(total, _rule_tangent(use, x, at_use, samples, self.shape))
         return total
+
+
+def _join(tangents: list[Tensor | None]) -> Tensor | None:
+    """Stack [b, 1, ...] of n vectors to [b, n, ...], where None is zero; None if all are zero."""
+    filled = fill(tangents)
+    if filled is None or len(filled) == 1:
+        return None if filled is None else filled[0]
+    return torch.cat(filled, 1)
 
 
 def _add(total: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -218,7 +239,7 @@ def _in_full_precision(use: ParameterUse) -> LayerCall:
 def _rule_tangent(
     use: ParameterUse,
     input_tangents: tuple[Tensor | None, ...],
-    delta: Tensor,
+    delta: Sequence[Tensor],
     samples: slice,
     shape: torch.Size,
 ) -> Tensor:
@@ -227,15 +248,15 @@ def _rule_tangent(
     Args:
         use: The use.
         input_tangents: ẋ [B, ...] of each input; None for one that does not move.
-        delta: δ [B, ...].
+        delta: δ [B, ...] of each of n vectors.
         samples: The b samples.
         shape: The parameter's shape.
 
     Returns:
-        [b, 1, *shape].
+        [b, n, *shape].
     """
     rule: GradientRule = use.rule
-    cotangent = delta[samples].unsqueeze(1)
+    cotangent = torch.stack([d[samples] for d in delta], 1)
     call = _in_full_precision(use).rows(samples)
     if rule.linear:
         assert input_tangents[0] is not None
