@@ -24,7 +24,7 @@ from fimprobe.engines.curvature.inner_products import in_float32_range, unbiased
 from fimprobe.engines.curvature.parameter_derivatives import ParameterDerivatives
 from fimprobe.engines.layers.lookups import embedding_tokens
 from fimprobe.engines.moments.contraction import at_least_float32
-from fimprobe.engines.moments.power_sums import power_of_two_scale
+from fimprobe.engines.moments.scaling import power_of_two_scale
 from fimprobe.engines.primitives.random_signs import rademacher
 from fimprobe.engines.tracing.tape import ParameterUse
 

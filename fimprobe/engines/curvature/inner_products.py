@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fimprobe.engines.moments.power_sums import power_of_two_scale
+from fimprobe.engines.moments.scaling import power_of_two_scale
 
 MIN_PRODUCT, MAX_PRODUCT = 1e-20, 1e30
 """Range of a Gram matrix's largest entry in which float32 computes it without loss of range.

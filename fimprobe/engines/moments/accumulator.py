@@ -17,12 +17,14 @@ from torch import Tensor
 from fimprobe.engines.moments.power_sums import (
     OuterProductPowers,
     broadcast_samples,
-    in_float32_range,
     inner_products,
-    is_one,
-    power_of_two_scale,
     power_sums,
     sums_of_squares,
+)
+from fimprobe.engines.moments.scaling import (
+    in_float32_range,
+    is_one,
+    power_of_two_scale,
     undo_scale,
 )
 from fimprobe.engines.problem.weights import PassWeights

@@ -17,7 +17,8 @@ from fimprobe.engines.layers.lookups import embedding_tokens
 from fimprobe.engines.layers.rules import LINEAR
 from fimprobe.engines.moments.accumulator import MomentAccumulator
 from fimprobe.engines.moments.fused import ReachedUses, add_fused, find_operands
-from fimprobe.engines.moments.power_sums import OuterProductPowers, is_one, power_of_two_scale
+from fimprobe.engines.moments.power_sums import OuterProductPowers
+from fimprobe.engines.moments.scaling import is_one, power_of_two_scale
 from fimprobe.engines.problem.weights import PassWeights
 from fimprobe.engines.tracing.tape import ParameterUse
 from fimprobe.model.sample_dimension import batch_first

@@ -1,4 +1,4 @@
-"""Sums of powers of gradients, and the scaling that keeps fourth powers inside float32's range.
+"""Sums of powers of gradients.
 
 Symbols: b samples, S draws (or exact passes), P entries, w the weights of g², w₄ those of g⁴. A4, Q,
 R and top are defined at :class:`fimprobe.statistics.Moments`.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fimprobe.engines.moments.scaling import in_float32_range, power_of_two_scale
 from fimprobe.engines.problem.weights import GRAM_LIMIT, PassWeights
 
 LARGE_ELEMENTS = 4096
@@ -20,12 +21,6 @@ LARGE_ELEMENTS = 4096
 
 FEW_DRAWS = 3
 """Up to so many draws, operations for each are faster than one over all of them."""
-
-SMALLEST_SCALE = 2.0**-126
-"""Gradients are not divided by less: the smallest power of two whose reciprocal float32 holds.
-
-Smaller gradients have lost digits to underflow before they are measured.
-"""
 
 
 @dataclass(kw_only=True)
@@ -186,56 +181,6 @@ def coincidence_sums(fourth: Tensor, weights: PassWeights | None) -> Tensor:
 def has_sampled_labels(weights: PassWeights | None) -> bool:
     """Whether labels were drawn, from the model or size-biased, so that g² has no weight."""
     return weights is None or weights.square is None
-
-
-def in_float32_range(fourth: Tensor, scale: Tensor | None) -> bool:
-    """Whether fourth powers neither overflowed nor vanished in float32.
-
-    Above the lower limit, powers that were flushed to zero (below 1e-38) are less than a billionth
-    of the sum.
-
-    Args:
-        fourth: Sums of fourth powers.
-        scale: Scale of the gradients; with one the powers are in range, and are not inspected.
-    """
-    if scale is not None or fourth.dtype == torch.float64:
-        return True
-    return 1e-20 < float(fourth.sum()) < 1e30
-
-
-def undo_scale(square: Tensor, scale: Tensor | None) -> Tensor:
-    """Squares of gradients, from squares of the gradients divided by ``scale``.
-
-    Args:
-        square: Squares or sums of squares, of any shape.
-        scale: The power of two that the gradients were divided by; None for 1.
-
-    Returns:
-        ``square`` · ``scale``², in the type of ``square``.
-    """
-    return square if scale is None or is_one(scale) else square * scale.to(square.dtype) ** 2
-
-
-def power_of_two_scale(*tensors: Tensor) -> Tensor:
-    """The power of two just above the product of the tensors' largest magnitudes; 1 for zero.
-
-    Division by a power of two is exact, and fourth powers then stay inside float32's range. On a CPU
-    the scale is also 1 for a moderate product; on a GPU the comparison would wait for the device.
-    The scale is at least :data:`SMALLEST_SCALE`.
-    """
-    product = torch.ones((), dtype=torch.float64, device=tensors[0].device)
-    for x in tensors:
-        low, high = torch.aminmax(x)
-        product = product * torch.maximum(-low, high).double()
-    if product.device.type == "cpu" and (float(product) == 0 or 1e-3 < float(product) < 1e3):
-        return torch.ones_like(product)
-    product = torch.where((product > 0) & torch.isfinite(product), product, 1.0)
-    return torch.exp2(torch.ceil(torch.log2(product))).clamp(min=SMALLEST_SCALE)
-
-
-def is_one(scale: Tensor) -> bool:
-    """Whether a scale is known to be 1; False on a GPU, where reading it would wait."""
-    return scale.device.type == "cpu" and float(scale) == 1
 
 
 def broadcast_samples(factors: Tensor, x: Tensor) -> Tensor:
