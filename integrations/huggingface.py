@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import socket
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +39,12 @@ from fimprobe import (  # noqa: E402
     load_config,
 )
 from fimprobe.errors import ErrorHandler, guarded  # noqa: E402
+from fimprobe.integrations.trainer_folders import (  # noqa: E402
+    checkpoint_folder,
+    choose_folder,
+    note_folder,
+)
 from fimprobe.probe.notices import print_command  # noqa: E402
-
-CHECKPOINT_NOTE = "fimprobe.json"
-"""File in a checkpoint with the folder of the reports, for a training that resumes from it."""
 
 _HEADLINES = ("trace", "rel_error", "one_label_error")
 
@@ -190,13 +189,12 @@ class FimProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the folder of the reports into the checkpoint."""
-        folder = _checkpoint(args, state)
+        folder = checkpoint_folder(args, state)
         probe = self.probe
         if probe is None or probe.log_dir is None or not folder.is_dir():
             return
-        note = json.dumps({"log_dir": os.path.relpath(probe.log_dir, folder)})
         failure = f"the folder of the reports could not be noted in {folder}"
-        write = functools.partial((folder / CHECKPOINT_NOTE).write_text, note + "\n")
+        write = functools.partial(note_folder, folder, probe.log_dir)
         self.errors.run_safely(write, failure)
 
     @guarded(defers=False)
@@ -237,7 +235,8 @@ class FimProbeCallback(TrainerCallback):
         self._state = weakref.ref(state)
         config = self.config
         if config.tensorboard:
-            folder = self._folder(args, state, trainer, checkpoint)
+            wanted = config.tensorboard.log_dir
+            folder = choose_folder(args, state, trainer, checkpoint, wanted)
             config = config.with_log_dir(folder)
         in_use = {n: True for n in _TRACKERS if n in (args.report_to or ())}
         config = load_config(
@@ -252,37 +251,6 @@ class FimProbeCallback(TrainerCallback):
             run = probe.log_dir if configured else probe.log_dir.parent
             at = f" (continued at step {state.global_step})" if state.global_step else ""
             print_command(run, self.errors, at)
-
-    def _folder(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        trainer: Trainer | None,
-        checkpoint: str | None,
-    ) -> Path:
-        """Return the folder of this training's files, which holds no reports of another training.
-
-        Args:
-            args: Arguments of the Trainer.
-            state: State of the Trainer; its step is 0 for a new training.
-            trainer: The Trainer, if it was found.
-            checkpoint: The checkpoint from which the training resumes, if it was named.
-        """
-        configured = self.config.tensorboard and self.config.tensorboard.log_dir
-        resumed = state.global_step > 0
-        if configured:
-            folder = Path(configured)
-        else:
-            source = Path(checkpoint) if checkpoint else _checkpoint(args, state)
-            noted = _noted_folder(source) if resumed else None
-            folder = noted or _tensorboard_run(args, trainer) / "fimprobe"
-        if resumed:
-            return folder
-        empty, number = folder, 1
-        while any(empty.glob("*tfevents*")):
-            number += 1
-            empty = folder.with_name(f"{folder.name}-{number}")
-        return empty
 
     def _log(self, values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         trainer = self._trainer()
@@ -323,35 +291,6 @@ def _calling_trainer() -> tuple[Trainer | None, str | None]:
             return frame.f_locals["self"], checkpoint if isinstance(checkpoint, str) else None
         frame = frame.f_back
     return None, None
-
-
-def _tensorboard_run(args: TrainingArguments, trainer: Trainer | None) -> Path:
-    """Return the folder of the Trainer's TensorBoard run, or its default if there is none."""
-    for callback in trainer.callback_handler.callbacks if trainer is not None else ():
-        if isinstance(callback, TensorBoardCallback):
-            writer = callback.tb_writer  # torch's has a log_dir, tensorboardX's a logdir
-            folder = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)
-            folder = folder or callback.logging_dir
-            if folder:
-                return Path(folder)
-    assert args.output_dir is not None
-    default = Path(args.output_dir, "runs", f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}")
-    return Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or default).expanduser()
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _noted_folder(checkpoint: Path) -> Path | None:
-    """Return the folder of the training that wrote a checkpoint, if it still exists."""
-    try:
-        note = json.loads((checkpoint / CHECKPOINT_NOTE).read_text())
-        folder = (checkpoint / note["log_dir"]).resolve()
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return folder if folder.is_dir() else None
 
 
 def _headlines(report: Report) -> dict[str, float]:
