@@ -20,7 +20,7 @@ from fimprobe.model.copies.model_copies import FORWARD_HOOKS, ModelCopier
 from fimprobe.model.copies.user_state import UserState, describe
 from fimprobe.model.mode_checks import ModeComparison, find_mode_paths, is_repeatable
 from fimprobe.model.outputs import MissingOutputError
-from fimprobe.model.randomness import HostStreams, undo_own_draws
+from fimprobe.model.randomness import undo_own_draws
 from fimprobe.model.runs import (
     Run,
     Selector,
@@ -135,7 +135,6 @@ class TwinChecks:
         guard = self._runs.make_guard(copier)
         of_user = UserState(copier.originals)
         of_twin = UserState([copier.memo[id(x)] for x in copier.originals])
-        streams = HostStreams.read()
         try:
             run = self._runs.run_twin(twin, copier, guard, host=settings.draws_from_host)
         except WritesSharedError:
@@ -155,8 +154,10 @@ class TwinChecks:
             raise _NotFiniteError
         self._check_derived(copier, run)
         self._draws_random |= run.drew_from_torch
-        if not settings.draws_from_host and undo_own_draws(
-            streams, lambda: self._runs.run_again(twin)
+        if (
+            run.moved_streams is not None
+            and not settings.draws_from_host
+            and undo_own_draws(run.moved_streams, lambda: self._runs.run_again(twin))
         ):
             return replace(settings, draws_from_host=True)
         if "inputs" in guard.written and not settings.copies_inputs:
@@ -235,13 +236,13 @@ class TwinChecks:
         twin, copier = copy_twin(self.model, trial)
         watch, dropout = self._runs.make_guard(copier), WithoutDropout()
         tensors = self._runs.copies_of_trained(copier)
-        streams = HostStreams.read()
         try:
             with dropout:
                 trained = run_model(
                     twin, self._runs.batch, self._runs.select_outputs, tensors, watch, backward=False
                 )
-            undo_own_draws(streams, lambda: self._runs.run_again(twin))
+            if trained.moved_streams is not None:
+                undo_own_draws(trained.moved_streams, lambda: self._runs.run_again(twin))
             repeatable = is_repeatable(
                 twin,
                 self._runs.batch,

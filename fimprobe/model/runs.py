@@ -37,23 +37,38 @@ class Run:
         outputs: The selected outputs [B, ...], detached.
         gradients: Of a random projection of the outputs, by name; None where none arrives.
         reached: Names of the tensors that the outputs depend on.
-        drew_random: Whether random numbers were drawn.
-        drew_from_torch: Whether they were drawn by torch.
+        drew_from_torch: Whether random numbers were drawn by torch.
+        moved_streams: The streams of Python and numpy before the run, if they moved meanwhile.
     """
 
     outputs: Tensor
     gradients: dict[str, Tensor | None]
     reached: set[str]
-    drew_random: bool
     drew_from_torch: bool
+    moved_streams: HostStreams | None
+
+    @property
+    def drew_random(self) -> bool:
+        """Whether random numbers were drawn."""
+        return self.drew_from_torch or self.moved_streams is not None
 
 
 @dataclass
 class Randomness:
-    """Whether random numbers were drawn inside of :func:`same_randomness`; ``by_torch`` by it."""
+    """Which random numbers were drawn inside of :func:`same_randomness`, once it has ended.
 
-    moved: bool = field(default=False)
+    Attributes:
+        by_torch: Whether they were drawn by torch.
+        moved_streams: The streams of Python and numpy before, if they moved.
+    """
+
     by_torch: bool = field(default=False)
+    moved_streams: HostStreams | None = field(default=None)
+
+    @property
+    def moved(self) -> bool:
+        """Whether random numbers were drawn."""
+        return self.by_torch or self.moved_streams is not None
 
 
 def run_model(
@@ -106,8 +121,8 @@ def run_model(
         outputs=outputs.detach(),
         gradients=dict(zip(tensors, gradients, strict=True)),
         reached={name for name, tensor in tensors.items() if id(tensor) in leaves},
-        drew_random=randomness.moved,
         drew_from_torch=randomness.by_torch,
+        moved_streams=randomness.moved_streams,
     )
 
 
@@ -180,14 +195,29 @@ def describe_difference(run: Run, reference: Run) -> str:
         return f"its outputs are {describe_tensor(a)}, the model's are {describe_tensor(b)}"
     if not almost_equal(a, b):
         return f"its outputs differ by up to {float((a - b).abs().max()):.2g} from the model's"
+    unequal = {
+        name: gradient
+        for name, gradient in reference.gradients.items()
+        if not _are_equal(run.gradients.get(name), gradient)
+    }
+    if not unequal:  # the same operations on the same numbers, as a rule
+        return ""
     norms = [float(g.norm()) for g in reference.gradients.values() if g is not None]
     largest = max(filter(math.isfinite, norms), default=0.0)
     wrong = [
         name
-        for name, gradient in reference.gradients.items()
+        for name, gradient in unequal.items()
         if not _same_gradient(run.gradients.get(name), gradient, largest)
     ]
     return f"its gradients of {list_names(wrong)} differ from the model's" if wrong else ""
+
+
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether two dense tensors have the same entries, or both are None."""
+    if a is None or b is None:
+        return a is b
+    is_dense = a.layout == b.layout == torch.strided
+    return is_dense and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def almost_equal(a: Tensor, b: Tensor) -> bool:
@@ -202,6 +232,8 @@ def almost_equal(a: Tensor, b: Tensor) -> bool:
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if torch.equal(a, b):
+        return True
     pieces = list(zip(a.reshape(-1).split(_COMPARED), b.reshape(-1).split(_COMPARED), strict=True))
     largest = max((_largest_finite(piece) for _, piece in pieces), default=0.0)
     tolerance = rounding_tolerance(b.dtype)
@@ -255,17 +287,19 @@ def same_randomness(*, host: bool = False, guard: StorageGuard | None = None) ->
         guard: Watches all operations that draw, if given: one mode costs less time than two.
     """
     randomness, private, before = Randomness(), PrivateRandomness(_SEED), HostStreams.read()
+    start = before
     if host:
         random.seed(_SEED)
         if before.numpy is not None:
             sys.modules["numpy"].random.seed(_SEED)
-    start = HostStreams.read()
+        start = HostStreams.read()
     try:
         with private if guard is None else guard.drawing_from(private):
             yield randomness
     finally:
         randomness.by_torch = private.drew
-        randomness.moved = private.drew or HostStreams.read().key != start.key
+        if HostStreams.read().key != start.key:
+            randomness.moved_streams = before
         if host:
             before.restore()
 

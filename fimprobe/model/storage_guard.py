@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,22 +82,20 @@ class StorageGuard(TorchDispatchMode):
         """Check an operation, then run it."""
         kwargs = kwargs or {}
         writes, draws, is_normalisation = _traits(func)
-        self.random |= draws
         if is_normalisation:
             self.batch_statistics |= bool(args[5])
-        for i, arg in enumerate(args):
-            if isinstance(arg, Tensor):
-                self._check(arg, func, write=i in writes)
-            elif isinstance(arg, (list, tuple)):
-                for x in arg:
-                    if isinstance(x, Tensor):
-                        self._check(x, func, write=i in writes)
-        for name, arg in kwargs.items():
-            for x in arg if isinstance(arg, (list, tuple)) else (arg,):
-                if isinstance(x, Tensor):
-                    self._check(x, func, write=name in writes)
-        if draws and self._randomness is not None:
-            return self._randomness.run(func, args, kwargs)
+        if writes or not self._reads_user:
+            for key, arg in chain(enumerate(args), kwargs.items()):
+                if isinstance(arg, Tensor):
+                    self._check(arg, func, write=key in writes)
+                elif isinstance(arg, (list, tuple)):
+                    for x in arg:
+                        if isinstance(x, Tensor):
+                            self._check(x, func, write=key in writes)
+        if draws:
+            self.random = True
+            if self._randomness is not None:
+                return self._randomness.run(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _check(self, tensor: Tensor, func: Any, *, write: bool) -> None:
