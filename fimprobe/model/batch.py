@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fimprobe.errors import BatchError
 from fimprobe.model.sample_dimension import Layout, batch_first, from_batch_first
@@ -63,7 +63,7 @@ class Batch:
         Raises:
             BatchError: If no tensor has a batch dimension, or if B is 0.
         """
-        leaves = tree_leaves((args, kwargs))
+        leaves, structure = flatten_arguments(args, kwargs)
         lengths = {
             i: x.shape[0] for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.dim() > 0
         }
@@ -76,17 +76,18 @@ class Batch:
         size = lengths[first]
         if size == 0:
             raise BatchError(f"inputs are an empty batch, shape {tuple(leaves[first].shape)}")
-        args, kwargs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        detached = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+        args, kwargs = unflatten_arguments(detached, structure)
         return cls(args, kwargs, size, {i: 0 for i, n in lengths.items() if n == size})
 
     def __getitem__(self, rows: slice | Tensor) -> Batch:
         """The samples at ``rows``."""
-        leaves, structure = tree_flatten((self.args, self.kwargs))
+        leaves, structure = flatten_arguments(self.args, self.kwargs)
         for i, layout in self.batched.items():
             x = batch_first(leaves[i], layout, self.size)
             x = x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
             leaves[i] = from_batch_first(x, layout)
-        args, kwargs = tree_unflatten(leaves, structure)
+        args, kwargs = unflatten_arguments(leaves, structure)
         places = torch.arange(self.size) if self.rows is None else self.rows
         places = places[rows.cpu() if isinstance(rows, Tensor) else rows]
         return Batch(args, kwargs, len(places), self.batched, self.origin or self, places)
@@ -101,12 +102,12 @@ class Batch:
         if not shared:
             return self
         origin = None if self.origin is None else self.origin.with_shared(shared)
-        leaves, structure = tree_flatten((self.args, self.kwargs))
+        leaves, structure = flatten_arguments(self.args, self.kwargs)
         if origin is not None:
-            uncut = tree_leaves((origin.args, origin.kwargs))
+            uncut = origin.leaves()
             for i in shared:
                 leaves[i] = uncut[i].to(leaves[i].dtype)
-        args, kwargs = tree_unflatten(leaves, structure)
+        args, kwargs = unflatten_arguments(leaves, structure)
         batched = {i: layout for i, layout in self.batched.items() if i not in shared}
         return Batch(args, kwargs, self.size, batched, origin, self.rows)
 
@@ -120,25 +121,68 @@ class Batch:
         if not folded:
             return self
         origin = None if self.origin is None else self.origin.with_folded(folded)
-        leaves, structure = tree_flatten((self.args, self.kwargs))
+        leaves, structure = flatten_arguments(self.args, self.kwargs)
         if origin is not None and self.rows is not None:
-            uncut = tree_leaves((origin.args, origin.kwargs))
+            uncut = origin.leaves()
             for i in folded:
                 x = batch_first(uncut[i], "folded", origin.size)[self.rows.to(uncut[i].device)]
                 leaves[i] = from_batch_first(x, "folded").to(leaves[i].dtype)
-        args, kwargs = tree_unflatten(leaves, structure)
+        args, kwargs = unflatten_arguments(leaves, structure)
         return Batch(args, kwargs, self.size, {**self.batched, **folded}, origin, self.rows)
+
+    def leaves(self) -> list[Any]:
+        """All tensors, numbers and other objects among the inputs, in a fixed order."""
+        return flatten_arguments(self.args, self.kwargs)[0]
 
     def tensors(self) -> list[Tensor]:
         """All tensors among the inputs."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return [x for x in self.leaves() if isinstance(x, Tensor)]
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
+        """Return positional and keyword inputs with another tensor in place of each.
+
+        Args:
+            function: From a tensor to the other one.
+        """
+        leaves, structure = flatten_arguments(self.args, self.kwargs)
+        mapped = [function(x) if isinstance(x, Tensor) else x for x in leaves]
+        return unflatten_arguments(mapped, structure)
 
     def to(self, dtype: torch.dtype) -> Batch:
         """Half-precision tensors raised to ``dtype`` (autocast feeds them to float32 models)."""
         half = (torch.float16, torch.bfloat16)
 
-        def cast(x: Any) -> Any:
-            return x.to(dtype) if isinstance(x, Tensor) and x.dtype in half else x
-
-        args, kwargs = tree_map(cast, (self.args, self.kwargs))
+        args, kwargs = self.map_tensors(lambda x: x.to(dtype) if x.dtype in half else x)
         return Batch(args, kwargs, self.size, self.batched, self.origin, self.rows)
+
+
+def flatten_arguments(args: tuple[Any, ...], kwargs: Any) -> tuple[list[Any], TreeSpec | None]:
+    """Return the leaves of a call's arguments, and their structure.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        As ``tree_flatten((args, kwargs))``. None stands for the structure of tensors that are all
+        positional: most calls have such arguments, and need no search.
+    """
+    if not kwargs and all(type(x) is Tensor for x in args):
+        return list(args), None
+    return tree_flatten((args, kwargs))
+
+
+def unflatten_arguments(leaves: Sequence[Any], structure: TreeSpec | None) -> tuple[Any, Any]:
+    """Invert :func:`flatten_arguments`.
+
+    Args:
+        leaves: The leaves, which may be others than before.
+        structure: Their structure.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    if structure is None:
+        return tuple(leaves), {}
+    args, kwargs = tree_unflatten(leaves, structure)
+    return args, kwargs

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from fimprobe.errors import FimprobeError
 from fimprobe.model.batch import Batch
@@ -174,10 +173,7 @@ def run_forward(
 
 def clone_inputs(batch: Batch) -> tuple[Any, Any]:
     """Positional and keyword inputs that a forward may overwrite."""
-    cloned: tuple[Any, Any] = tree_map(
-        lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
-    )
-    return cloned
+    return batch.map_tensors(lambda x: x.detach().clone())
 
 
 def describe_difference(run: Run, reference: Run) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from fimprobe.errors import BatchError, FimprobeError
 from fimprobe.likelihoods.base import Likelihood
@@ -142,9 +141,7 @@ class Problem:
             BatchError: If some outputs are not finite.
         """
         # a forward may let its inputs require a gradient, which must not last
-        args, kwargs = tree_map(
-            lambda x: x.detach() if isinstance(x, Tensor) else x, (batch.args, batch.kwargs)
-        )
+        args, kwargs = batch.map_tensors(Tensor.detach)
         drop_leftovers(self._modules)
         with nullcontext() if self.shards is None else self.shards.saving():
             h = self.select_outputs(self.twin(*args, **kwargs))
@@ -166,13 +163,18 @@ class Problem:
             non_finite = h.numel() - torch.isfinite(h).sum()
             unchecked.append(torch.stack([non_finite, torch.full_like(non_finite, h.numel())]))
             return h
-        finite = torch.isfinite(h)
-        all_finite = bool(finite.all())
+        all_finite = _is_finite(h.detach())
         if self.shards is not None and self.shards.smallest(int(all_finite)) < all_finite:
             raise BatchError("another process's outputs are not finite")
         if not all_finite:
-            check_finite([torch.stack([(~finite).sum().cpu(), torch.tensor(h.numel())])])
+            non_finite = (~torch.isfinite(h)).sum().cpu()
+            check_finite([torch.stack([non_finite, torch.tensor(h.numel())])])
         return h
+
+
+def _is_finite(h: Tensor) -> bool:
+    """Whether all outputs are finite. Their sum is then finite too, as a rule, and fast to check."""
+    return bool(h.sum().isfinite()) or bool(torch.isfinite(h).all())
 
 
 def check_finite(counts: Sequence[Tensor]) -> None:
