@@ -16,9 +16,10 @@ from fimprobe.likelihoods.softmax import (
     Softmax,
     complements,
     expected_squared_scores,
+    first_class_above,
+    size_biased_weights,
     softmax,
     softmax_dtype,
-    squared_scores,
 )
 from fimprobe.likelihoods.softmax_norms import (
     fisher,
@@ -153,9 +154,8 @@ class Categorical:
             uniforms: In (0, 1), float64, of the labels' shape.
         """
         h = self._classes_last(outputs)
-        cdf = torch.softmax(h, -1, dtype=softmax_dtype(h)).double().cumsum(-1)
-        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
-        return torch.searchsorted(cdf, target, right=True).squeeze(-1).clamp_(max=h.shape[-1] - 1)
+        p = torch.softmax(h, -1, dtype=softmax_dtype(h))
+        return first_class_above(p.double().cumsum(-1), uniforms)
 
     def expected_squared_score(self, outputs: Tensor) -> Tensor:
         """Return τ = E‖onehot(y) − p‖² = 1 − Σp² of each position, float64."""
@@ -172,11 +172,8 @@ class Categorical:
         >>> [Categorical().size_biased_quantile(logits, torch.tensor([u])).item() for u in (0.3, 0.8)]
         [1, 2]
         """
-        s = self._softmax64(outputs)
-        cdf = (s.p * squared_scores(s)).cumsum(-1)
-        target = uniforms.unsqueeze(-1) * cdf[..., -1:]
-        index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-        return index.clamp_(max=cdf.shape[-1] - 1)
+        weights = size_biased_weights(self._softmax64(outputs))
+        return first_class_above(weights.cumsum(-1), uniforms)
 
     def size_biased_sampler(self, outputs: Tensor, mask: Tensor | None) -> SizeBiasedSampler:
         """Return a sampler whose draws share one softmax.

@@ -170,7 +170,7 @@ class SizeBiasedSampler:
             positions: In (0, 1), float64 [B], which select the label that is drawn from q_t.
         """
         if self.expected.shape[1] == 1:
-            labels = self.family.size_biased_quantile(self.outputs, uniforms)
+            labels = self.biased_labels(uniforms)
         else:
             labels = self._mixture_labels(uniforms, positions)
         if self.excluded is not None:  # a mixture needs all positions of an input
@@ -216,6 +216,11 @@ class SizeBiasedSampler:
         u = uniforms.view(self.family.label_shape(of_position))
         labels: Tensor = self.family.size_biased_quantile(of_position, u)
         return labels.reshape(-1)
+
+    def biased_labels(self, uniforms: Tensor) -> Tensor:
+        """Return size-biased labels of inputs with one label each, at the uniforms [B, ...]."""
+        labels: Tensor = self.family.size_biased_quantile(self.outputs, uniforms)
+        return labels
 
     def plain_labels(self, uniforms: Tensor) -> Tensor:
         """Return labels from the model at the uniforms [B, ...]."""

@@ -56,3 +56,20 @@ def squared_scores(s: Softmax) -> Tensor:
     rest = squares.sum(-1, keepdim=True)
     values = (1 - s.p).square() + s.p_max.square().unsqueeze(-1) + (rest - squares)
     return values.scatter(-1, s.top, s.complement.square().unsqueeze(-1) + rest)
+
+
+def size_biased_weights(s: Softmax) -> Tensor:
+    """Return p_y‖δ_y‖² of every class y [..., C], to which size-biased labels are proportional."""
+    return s.p * squared_scores(s)
+
+
+def first_class_above(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first class whose cumulative weight exceeds the uniform's share of the total.
+
+    Args:
+        cdf: Cumulative sums of the weights of the classes, float64 [..., C].
+        uniforms: In (0, 1), float64 [...].
+    """
+    target = uniforms.unsqueeze(-1) * cdf[..., -1:]
+    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    return index.clamp_(max=cdf.shape[-1] - 1)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from fimprobe.likelihoods.size_biased import SizeBiasedSampler
-from fimprobe.likelihoods.softmax import softmax_dtype
+from fimprobe.likelihoods.softmax import (
+    Softmax,
+    first_class_above,
+    size_biased_weights,
+    softmax_dtype,
+)
 
 MAX_FLOAT64_OUTPUTS = 2**12
 """Outputs of one input up to which probabilities are float64; the cost is then negligible."""
@@ -34,7 +39,7 @@ class SoftmaxSampler(SizeBiasedSampler):
         p_max, self.top = self.p.max(-1)
         self.p_max = p_max.double()
         square = torch.linalg.vecdot(self.p, self.p).double()
-        rest = self.p.scatter(-1, self.top.unsqueeze(-1), 0.0)
+        self.rest = rest = self.p.scatter(-1, self.top.unsqueeze(-1), 0.0)
         self.complement = rest.sum(-1, dtype=torch.float64)
         confident = p_max > 0.5  # there Σp² − p_max² would cancel
         self.rest_square = torch.where(
@@ -43,14 +48,28 @@ class SoftmaxSampler(SizeBiasedSampler):
         expected = self.p_max * self.complement + self.complement - self.rest_square
         super().__init__(family, outputs, expected, mask)
         self.cdf: Tensor | None = None
+        self.biased_cdf: Tensor | None = None
 
     def plain_labels(self, uniforms: Tensor) -> Tensor:
         """Return labels from the model at the uniforms, which share one cumulative sum."""
         if self.cdf is None:
             self.cdf = self.p.double().cumsum(-1)
-        target = uniforms.unsqueeze(-1) * self.cdf[..., -1:]
-        labels = torch.searchsorted(self.cdf, target, right=True).squeeze(-1)
-        return labels.clamp_(max=self.p.shape[-1] - 1)
+        return first_class_above(self.cdf, uniforms)
+
+    def biased_labels(self, uniforms: Tensor) -> Tensor:
+        """Return size-biased labels of inputs with one position, which share one cumulative sum."""
+        if self.p.dtype != torch.float64:
+            return super().biased_labels(uniforms)
+        if self.biased_cdf is None:
+            s = Softmax(
+                p=self.p,
+                top=self.top.unsqueeze(-1),
+                p_max=self.p_max,
+                rest=self.rest,
+                complement=self.complement,
+            )
+            self.biased_cdf = size_biased_weights(s).cumsum(-1)
+        return first_class_above(self.biased_cdf, uniforms)
 
     def unexpected_coincidences(
         self, labels: Sequence[Tensor], inverse_weights: Tensor | None = None

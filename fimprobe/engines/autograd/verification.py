@@ -255,43 +255,46 @@ def _disagreeing(
     Norms show a sample that was mixed with another, entries a wrong order inside the parameter.
 
     Args:
-        moments: The engine's.
+        moments: The engine's; A2 is overwritten.
         gradients: Those of single samples.
         types: Floating-point types on the way of the gradients.
     """
-    norms = {
-        name: torch.tensor([0.0 if g is None else g[1] for g in of_samples], dtype=torch.float64)
-        for name, of_samples in gradients.items()
-    }
-    largest = max((float(x.max()) for x in norms.values()), default=0.0)
+    norms = torch.tensor(
+        [[0.0 if g is None else g[1] for g in of_samples] for of_samples in gradients.values()],
+        dtype=torch.float64,
+    )
+    largest = float(norms.max())
     # squares of gradients in float32 neither overflow there, nor vanish beside rounding
     in_float32 = _SQUARES_IN_FLOAT32[0] < largest < _SQUARES_IN_FLOAT32[1]
+    allowed = allowed_differences(norms, largest, types)
+    zeros = norms.new_zeros(norms.shape[1])
+    computed = [moments.parameters.get(name) for name in gradients]
+    squared_norms = [zeros if m is None else m.squared_norms[:, 0].cpu().double() for m in computed]
+    norms_differ = ((torch.stack(squared_norms) - norms).abs() > allowed).any(1).tolist()
     disagreeing = []
-    for name, of_samples in gradients.items():
-        computed = moments.parameters.get(name)
-        allowed = allowed_differences(norms[name], largest, types)
-        if computed is None:
-            if bool((norms[name] > allowed).any()):
-                disagreeing.append(name)
-            continue
-        norm_errors = (computed.squared_norms[:, 0].cpu() - norms[name]).abs()
-        a2: Any = computed.a2
-        squares = a2.to_local() if is_part(a2) else a2
-        if not (in_float32 and squares.dtype == torch.float32):
-            squares = squares.double()
-        entry_error = _distance_of_squares(squares, [g[0] for g in of_samples if g is not None])
-        if bool((norm_errors > allowed).any()) or not entry_error <= float(allowed.sum()):
+    for i, (name, of_samples) in enumerate(gradients.items()):
+        known = computed[i]
+        entry_error = 0.0
+        if known is not None and not norms_differ[i]:
+            a2: Any = known.a2
+            squares = a2.to_local() if is_part(a2) else a2
+            if not (in_float32 and squares.dtype == torch.float32):
+                squares = squares.double()
+            entry_error = _distance_of_squares(squares, [g[0] for g in of_samples if g is not None])
+        if norms_differ[i] or not entry_error <= float(allowed[i].sum()):
             disagreeing.append(name)
     return disagreeing
 
 
 def _distance_of_squares(squares: Tensor, gradients: list[Tensor]) -> float:
-    """Σ |A2 − Σ_b g_b²| over all entries, in the type of ``squares``, which holds A2."""
-    rest = squares.clone()
+    """Σ |A2 − Σ_b g_b²| over all entries, in the type of ``squares``, which holds A2.
+
+    It is overwritten: a copy of a large weight's A2 would cost more than the differences.
+    """
     for g in gradients:
-        g = (g.to_dense() if g.is_sparse else g).to(rest)
-        rest.addcmul_(g, g, value=-1)
-    return float(rest.abs_().sum())
+        g = (g.to_dense() if g.is_sparse else g).to(squares)
+        squares.addcmul_(g, g, value=-1)
+    return float(torch.linalg.vector_norm(squares, 1))
 
 
 def _output_tolerance(outputs: Tensor, tolerance: float) -> dict[str, Any]:

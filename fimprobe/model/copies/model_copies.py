@@ -166,11 +166,9 @@ class ModelCopier(ObjectCopier):
         self.derived.append(DerivedTensor(original=tensor, constant=constant))
         return constant
 
-    @torch.no_grad()
     def _copy_values(self, tensor: Tensor) -> Tensor:
-        is_plain = type(tensor) in (Tensor, nn.Parameter)
-        data = tensor if is_plain else tensor.detach()
-        if not (is_plain or type(data) is Tensor) or not _is_strided(data):
+        data = tensor.detach()
+        if type(data) is not Tensor or not _is_strided(data):
             return data.clone()
         storage = data.untyped_storage()
         pointer = storage.data_ptr()

@@ -882,3 +882,16 @@ def test_wide_inputs_keep_probabilities_in_float32(dtype, monkeypatch):
     torch.testing.assert_close(have.scores.double(), want.scores, rtol=1e-5, atol=1e-9)
     for a, b in pairs(have, want)[1:]:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("classes", [2, 10, 5000])
+def test_draws_that_share_a_softmax_are_those_of_the_family(classes, dtype):
+    """Beyond 4096 outputs the sampler's probabilities are float32; those of the labels never are."""
+    family, h = Categorical(), 3 * torch.randn(6, classes, dtype=dtype)
+    sampler = family.size_biased_sampler(h, None)
+    for _ in range(3):
+        uniforms = torch.rand(6, dtype=F64)
+        labels = family.size_biased_quantile(h, uniforms)
+        assert torch.equal(sampler.draw(uniforms, torch.rand(6, dtype=F64)).labels, labels)
+        assert sampler.plain_labels(uniforms).shape == labels.shape
