@@ -15,11 +15,10 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from fimprobe.engines.tracing.plan import Plan
 from fimprobe.engines.tracing.spot_history import SpotHistory
-from fimprobe.model.batch import Batch
+from fimprobe.model.batch import Batch, flatten_arguments
 from fimprobe.model.checked_twin import compute_fingerprint
 from fimprobe.model.twin import unwrap
 
@@ -55,7 +54,7 @@ def kept_plan(
     Yields:
         The plan, a new one where none is kept.
     """
-    leaves, structure = tree_flatten((batch.args, batch.kwargs))
+    leaves, structure = flatten_arguments(batch.args, batch.kwargs)
     kinds = tuple(_kind(x) for x in leaves)
     shapes = tuple(x.shape if isinstance(x, Tensor) else None for x in leaves)
     if not _is_stateless(output):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from fimprobe.errors import FimprobeError
-from fimprobe.model.batch import Batch
+from fimprobe.model.batch import Batch, flatten_arguments
 from fimprobe.model.checked_twin import make_checked_twin
 from fimprobe.model.runs import Selector, almost_equal, run_forward
 from fimprobe.model.twin import TwinSettings
@@ -191,12 +191,14 @@ def _add_note(settings: TwinSettings, batch: Batch, shared: tuple[int, ...]) -> 
 
 def _places(batch: Batch) -> dict[int, tuple[str, Tensor]]:
     """The place and the value of each tensor with dimensions, by its index among the leaves."""
-    leaves, _ = tree_flatten_with_path((batch.args, batch.kwargs))
-    return {
-        i: (_name(path), x)
-        for i, (path, x) in enumerate(leaves)
-        if isinstance(x, Tensor) and x.dim() > 0
-    }
+    leaves, structure = flatten_arguments(batch.args, batch.kwargs)
+    if structure is None:
+        names = [f"args[{i}]" for i in range(len(leaves))]
+    else:
+        paths, _ = tree_flatten_with_path((batch.args, batch.kwargs))
+        names = [_name(path) for path, _ in paths]
+    places = enumerate(zip(names, leaves, strict=True))
+    return {i: (name, x) for i, (name, x) in places if isinstance(x, Tensor) and x.dim() > 0}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -5,6 +5,7 @@ Symbols as in :mod:`fimprobe.engines.problem.cotangents`; δ = ∂ log p(y|h)/�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -138,7 +139,7 @@ def _samplers(problem: Problem, h: Tensor, mask: Tensor | None) -> Iterator[tupl
         h: Outputs [B, ...].
         mask: Labels that count.
     """
-    step = labels_per_draw(h) // max(1, h[0].numel())
+    step = _samples_per_draw(h)
     for start in range(0, len(h), step):
         samples = slice(start, start + step)
         keep = None if mask is None else mask[samples]
@@ -180,15 +181,23 @@ def seen_mass(problem: Problem, score_mass: list[float] | None) -> float | None:
 
 def labels_per_draw(h: Tensor) -> int:
     """Number of outputs whose labels are drawn together: those of whole samples, at least one."""
-    outputs_per_sample = max(1, h[0].numel())
+    return _samples_per_draw(h) * _outputs_per_sample(h)
+
+
+def _samples_per_draw(h: Tensor) -> int:
+    """Number of samples whose labels are drawn together."""
     limit = MAX_LABELLED_OUTPUTS_ON_CPU if h.device.type == "cpu" else MAX_LABELLED_OUTPUTS
-    return outputs_per_sample * min(len(h), max(1, limit // outputs_per_sample))
+    return min(h.shape[0], max(1, limit // _outputs_per_sample(h)))
+
+
+def _outputs_per_sample(h: Tensor) -> int:
+    return max(1, math.prod(h.shape[1:]))
 
 
 def _sample_scores(problem: Problem, h: Tensor, uniforms: Tensor) -> Tensor:
     """Scores [B, ...] of the labels at ``uniforms``, a few samples at a time."""
     family = problem.likelihood
-    step = labels_per_draw(h) // max(1, h[0].numel())
+    step = _samples_per_draw(h)
     if step >= len(h):
         return family.score(h, family.quantile(h, uniforms))
     scores = torch.empty_like(h)

@@ -210,6 +210,8 @@ def _has_slots(kind: type) -> bool:
 
 def without_foreign_hooks(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
     """Return the hooks of a module that are part of its function."""
+    if not hooks:  # as in most tables
+        return OrderedDict()
     return OrderedDict((key, hook) for key, hook in hooks.items() if not is_foreign(hook))
 
 
