@@ -154,10 +154,8 @@ class TwinChecks:
             raise _NotFiniteError
         self._check_derived(copier, run)
         self._draws_random |= run.drew_from_torch
-        if (
-            run.moved_streams is not None
-            and not settings.draws_from_host
-            and undo_own_draws(run.moved_streams, lambda: self._runs.run_again(twin))
+        if not settings.draws_from_host and undo_own_draws(
+            run.moved_streams, lambda: self._runs.run_again(twin)
         ):
             return replace(settings, draws_from_host=True)
         if "inputs" in guard.written and not settings.copies_inputs:
@@ -241,8 +239,7 @@ class TwinChecks:
                 trained = run_model(
                     twin, self._runs.batch, self._runs.select_outputs, tensors, watch, backward=False
                 )
-            if trained.moved_streams is not None:
-                undo_own_draws(trained.moved_streams, lambda: self._runs.run_again(twin))
+            undo_own_draws(trained.moved_streams, lambda: self._runs.run_again(twin))
             repeatable = is_repeatable(
                 twin,
                 self._runs.batch,

@@ -210,20 +210,20 @@ class HostStreams:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
-def undo_own_draws(before: HostStreams, run: Callable[[], object]) -> bool:
+def undo_own_draws(before: HostStreams | None, run: Callable[[], object]) -> bool:
     """Restore the streams of Python and numpy if it was a run of this thread that moved them.
 
     Another thread may have moved them: the streams then also move while this thread waits, or rest
     in one of the runs. They are left as they are in that case.
 
     Args:
-        before: The states before the run.
+        before: The states before the run; None if they have not moved.
         run: Runs again.
 
     Returns:
         Whether the run draws from them.
     """
-    if HostStreams.read().key == before.key:
+    if before is None or HostStreams.read().key == before.key:
         return False
     for _ in range(_NUM_TRIALS):
         start, started = HostStreams.read(), time.perf_counter()
