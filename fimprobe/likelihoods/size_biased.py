@@ -14,7 +14,6 @@ Derivation: docs/theory.md, "Size-biased draws".
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +74,6 @@ def has_size_biased_draws(likelihood: Likelihood, outputs: Tensor) -> bool:
     return draw(first, medians) is not None
 
 
-@functools.cache
 def _matches_family(family: type) -> bool:
     """Return whether the draws belong to this class, not to a parent with another distribution."""
     # position in the inheritance order of the class that defines each method; 0 is the family itself
