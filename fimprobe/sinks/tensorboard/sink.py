@@ -237,7 +237,7 @@ class TensorboardSink:
     def _add_pages(self, report: Report) -> None:
         self._files[MAIN_RUN].add_text("fimprobe/advice", advice_page(self._record))
         if self.histograms:
-            for run, tag, values, weights in make_histograms(report):
+            for run, tag, values, weights in make_histograms(report, self._record):
                 self._open_file(run).add_histogram(tag, values, weights)
 
     def _figures_due(self) -> bool:

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from fimprobe.estimators.diagonal_histogram import STEP
-from fimprobe.estimators.estimate import Estimate
 from fimprobe.estimators.names import KEYS, LAYER_KEYS
 from fimprobe.report.layer_names import label_layers
 from fimprobe.report.record import Record
@@ -181,14 +180,20 @@ def _values(estimate: Record) -> dict[str, float | None]:
     return linear | logs
 
 
-def make_histograms(report: Report) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
-    """Yield histograms over the parameters: run, tag, finite values [n] and their weights [n]."""
+def make_histograms(
+    report: Report, record: Record
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Yield histograms over the parameters: run, tag, finite values [n] and their weights [n].
+
+    Args:
+        report: The report.
+        record: Its record (``to_dict``).
+    """
     for key in LAYER_KEYS:
-        groups = report.parameters.values()
-        estimates: list[Estimate] = [e for group in groups if (e := group.get(key)) is not None]
+        estimates = [group[key] for group in record["parameters"].values() if key in group]
         for name, numbers in {
-            "rel_error": [e.rel_error for e in estimates],
-            "log10_pairs_for_10_percent": [_log10(e.pairs_for(0.1)) for e in estimates],
+            "rel_error": [e["rel_error"] for e in estimates],
+            "log10_pairs_for_10_percent": [_log10(e["pairs_for_10_percent"]) for e in estimates],
         }.items():
             values = np.array([v for v in numbers if v is not None and _is_storable(v)])
             if values.size:
