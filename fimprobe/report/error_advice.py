@@ -15,6 +15,7 @@ from fimprobe.report.record import (
     describe_labels,
     format_pairs,
     inputs_needed,
+    judge,
     verdict,
 )
 
@@ -55,17 +56,15 @@ def error_sentences(report: Report) -> list[str]:
             f"Î₁ gives no estimate of F: {total.unknown['trace']}. Labels that carry F are too rare "
             "to be drawn from the model."
         ]
-    verdicts = {
-        name: verdict(vars(group.i1), report.batch_size) for name, group in report.layers.items()
-    }
+    verdicts = {name: judge(vars(group.i1)) for name, group in report.layers.items()}
     unknown = {
-        name: _reason(report.layers[name].i1) for name, text in verdicts.items() if text == "unknown"
+        name: _reason(report.layers[name].i1) for name, word in verdicts.items() if word == "unknown"
     }
     everywhere = _same_reason_everywhere(report, unknown)
     sentences = [_total_sentence(report, "the whole model and of each layer" if everywhere else "")]
     if len(report.layers) > 1:
         sentences += _layer_sentences(report, verdicts, {} if everywhere else unknown)
-    zero = [repr(name) for name, text in verdicts.items() if text == "zero"]
+    zero = [repr(name) for name, word in verdicts.items() if word == "zero"]
     if zero:
         sentences.append(
             f"No gradient reaches {some(zero, MAX_ZERO_LAYERS)} at these inputs: F is zero there, "
@@ -122,13 +121,13 @@ def _has_random_vectors(report: Report) -> bool:
 def _layer_sentences(report: Report, verdicts: dict[str, str], unknown: dict[str, str]) -> list[str]:
     """Return which layers are trusted, which need more inputs, and which errors are unknown."""
     sentences, estimates = [], {name: group.i1 for name, group in report.layers.items()}
-    trusted = [name for name, text in verdicts.items() if text == "trusted"]
-    imprecise = [name for name, text in verdicts.items() if text.startswith("needs")]
+    trusted = [name for name, word in verdicts.items() if word == "trusted"]
+    imprecise = [name for name, word in verdicts.items() if word == "needs"]
     for i, name in enumerate(trusted[:MAX_LAYERS]):
         trusted[i] = f"{name!r} ({percent(estimates[name].rel_error)})"
     imprecise.sort(key=lambda name: -(estimates[name].rel_error or 0.0))
     for i, name in enumerate(imprecise[:MAX_WORST]):
-        inputs = " ".join(verdicts[name].split()[1:-1])
+        inputs = " ".join(verdict(vars(estimates[name]), report.batch_size).split()[1:-1])
         imprecise[i] = f"{name!r} takes {inputs} ({percent(estimates[name].rel_error)} now)"
     if trusted:
         sentences.append(f"Trusted to 10 %: {some(trusted, MAX_LAYERS)}.")

@@ -148,6 +148,20 @@ def inputs_needed(rel_error: float, inputs: int) -> float:
     return max(needed if needed < 1e3 else float(f"{needed:.3g}"), inputs + 1)
 
 
+def judge(estimate: Record) -> str:
+    """Return the first word of the verdict: "zero", "unknown", "trusted" or "needs".
+
+    Args:
+        estimate: ``trace``, ``norm`` and ``rel_error`` of Î₁.
+    """
+    if is_zero(estimate):
+        return "zero"
+    error = estimate.get("rel_error")
+    if error is None:
+        return "unknown"
+    return "trusted" if error <= TRUSTED_ERROR else "needs"
+
+
 def verdict(estimate: Record, inputs: int) -> str:
     """Return in a few words whether a report's F is reliable to 10 %.
 
@@ -158,14 +172,10 @@ def verdict(estimate: Record, inputs: int) -> str:
     >>> verdict({"trace": 1.0, "norm": 1.0, "rel_error": 0.3}, 32)
     'needs 288 inputs'
     """
-    if is_zero(estimate):
-        return "zero"
-    error = estimate.get("rel_error")
-    if error is None:
-        return "unknown"
-    if error <= TRUSTED_ERROR:
-        return "trusted"
-    return f"needs {quantity(inputs_needed(error, inputs), 'input')}"
+    word = judge(estimate)
+    if word != "needs":
+        return word
+    return f"needs {quantity(inputs_needed(estimate['rel_error'], inputs), 'input')}"
 
 
 def summary_line(record: Record) -> str:
