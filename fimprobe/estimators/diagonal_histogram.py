@@ -13,6 +13,9 @@ STEP = 0.5
 _LOW, _HIGH = -80, 40
 """log10 of the smallest and the largest entry with a bin of its size; others are clamped to these."""
 
+_NONE = round((_HIGH - _LOW) / STEP) + 1
+"""Index after the last bin, for entries that have no logarithm."""
+
 
 def diagonal_histogram(
     samples: Iterable[tuple[Tensor, int]], scale: float = 1.0
@@ -41,9 +44,8 @@ def diagonal_histogram(
     lengths = [entries.numel() for entries in subsamples]
     multiplicities = [size / length for (_, size), length in zip(nonempty, lengths, strict=True)]
     logs = (torch.cat(subsamples).cpu() * scale).log10()
+    bins = ((logs.clamp(_LOW, _HIGH) - _LOW) / STEP).where(logs.isfinite(), _NONE).long()
     weights = torch.tensor(multiplicities, dtype=torch.float64)
-    weights = weights.repeat_interleave(torch.tensor(lengths))
-    weights *= logs.isfinite()
-    bins = ((logs.nan_to_num(0.0, 0.0, 0.0).clamp(_LOW, _HIGH) - _LOW) / STEP).long()
-    counts = torch.bincount(bins, weights=weights)
-    return [(_LOW + STEP * i, float(n)) for i, n in enumerate(counts.tolist()) if n > 0]
+    weights = weights.repeat_interleave(torch.tensor(lengths), output_size=len(bins))
+    counts = torch.bincount(bins, weights=weights)[:_NONE]
+    return [(_LOW + STEP * i, n) for i, n in enumerate(counts.tolist()) if n > 0]
