@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -165,10 +167,20 @@ class Estimate:
     @property
     def pairs_error(self) -> float | None:
         """Relative standard error of ``pairs_for``; that of ``error_of`` is half of it."""
+        return self.of_one_label(1)[2]
+
+    def of_one_label(self, inputs: int) -> tuple[float | None, float | None, float | None]:
+        """Return ``error_of(inputs=inputs)``, ``pairs_for(0.1)`` and ``pairs_error``, all at once.
+
+        Args:
+            inputs: N, drawn like the inputs of this report.
+        """
         variance = self.relative_variance(1)
-        if variance is None or not variance[1] >= 0:
-            return None
-        return variance[1] / variance[0] if variance[0] > 0 else 0.0
+        if variance is None:
+            return None, None, None
+        value, error = variance
+        share = (error / value if value > 0 else 0.0) if error >= 0 else None  # NaN for one input
+        return (value / inputs) ** 0.5, value / 0.1**2, share
 
     def relative_variance(self, labels: int | None) -> tuple[float, float] | None:
         """Return (V_x + V_y/S)/‖diag F‖² and its standard error.
@@ -181,11 +193,25 @@ class Estimate:
         """
         if self.pair_variance is None:
             return None
-        pair = self.pair_variance
-        variance = pair.one_label if labels == 1 else pair.relative(labels)
+        variance = self.pair_variance.relative(labels)
         if variance is None or variance[0] < 0 or variance[0] < 2 * variance[1]:
             return None
         return variance
+
+
+NUMBERS = tuple(field.name for field in fields(Estimate) if field.type == "float | None")
+"""The fields of an estimate that are numbers."""
+
+_numbers = itemgetter(*NUMBERS)
+
+
+def are_finite(estimate: Estimate) -> bool:
+    """Return whether the known numbers of an estimate are finite, and their sum too.
+
+    >>> are_finite(Estimate(trace=1.0, norm=None)), are_finite(Estimate(trace=float("inf"), norm=1.0))
+    (True, False)
+    """
+    return isfinite(sum(filter(None, _numbers(vars(estimate)))))
 
 
 def make_estimates(
@@ -201,7 +227,7 @@ def make_estimates(
         The estimate of each group, by its name; None in place of NaN.
     """
     plain = vars(Estimate(trace=None, norm=None))
-    names, *rows = to_rows(columns)
+    names, rows = to_rows(columns)
     estimates = {}
     for group, row in zip(groups, rows, strict=True):
         values = plain.copy()
@@ -211,18 +237,21 @@ def make_estimates(
     return estimates
 
 
-def to_rows(columns: Mapping[str, Tensor | Sequence[Any] | None]) -> list[tuple[Any, ...]]:
-    """Return the names of the known columns and then the values of each group, None in place of NaN.
+def to_rows(
+    columns: Mapping[str, Tensor | Sequence[Any] | None],
+) -> tuple[tuple[str, ...], Iterator[tuple[Any, ...]]]:
+    """Return the names of the known columns, and the values of each group, None in place of NaN.
 
     Args:
         columns: A tensor [G] or G values for a field, by its name; None is left out.
 
     >>> import torch
-    >>> to_rows({"trace": torch.tensor([1.0, torch.nan]), "norm": None})
-    [('trace',), (1.0,), (None,)]
+    >>> names, rows = to_rows({"trace": torch.tensor([1.0, torch.nan]), "norm": None})
+    >>> names, list(rows)
+    (('trace',), [(1.0,), (None,)])
     """
     known = {name: _known(column) for name, column in columns.items() if column is not None}
-    return [tuple(known), *zip(*known.values(), strict=True)]
+    return tuple(known), zip(*known.values(), strict=True)
 
 
 def _known(column: Tensor | Sequence[Any]) -> Sequence[Any]:

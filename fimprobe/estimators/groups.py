@@ -98,4 +98,4 @@ class GroupSums(dict[str, Sequence[str]]):
         """
         # no product with zeros: an infinite value of one group must not reach the others
         total = values.new_zeros(self.count, *values.shape[1:])
-        return total.index_add_(0, self.rows, values[columns])
+        return total.index_add_(0, self.rows, values.index_select(0, columns))

@@ -9,13 +9,10 @@ for the split, and docs/theory.md, "Two questions, two numbers".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf, isfinite
 
 import torch
 from torch import Tensor
-
-from fimprobe.estimators.bulk import record_of
 
 ROUNDING = 1e-5
 """Relative variances down to this much below zero count as zero: the rounding of sums in float32."""
@@ -35,11 +32,6 @@ class PairVariance:
     """Covariance of the three as means over the inputs [3, 3]; NaN for a single input."""
     effective_inputs: float = inf
     """(Σ m)²/Σ m² of the inputs' shares m of M₄, or of E₂ if that is smaller."""
-
-    @cached_property
-    def one_label(self) -> tuple[float, float] | None:
-        """``relative(1)``, which errors and numbers of pairs come from."""
-        return self.relative(1)
 
     def is_finite(self) -> bool:
         """Return whether the moments are finite; for a single input the covariance is NaN."""
@@ -94,21 +86,22 @@ def pair_variances(
     squares = torch.zeros_like(fourth) if square is None else square
     rows = torch.stack([fourth, squares, norm_change], 1)
     size = rows.shape[-1]
-    centred = rows - rows.mean(-1, keepdim=True)
+    means = rows.mean(-1, keepdim=True)
+    centred = rows - means
     products = centred @ centred.mT
     covariance = products / (size - 1) / size if size > 1 else products * torch.nan
-    fourths, mean_squares, _ = rows.mean(-1).T.tolist()
+    fourths, mean_squares, _ = means.squeeze(-1).T.tolist()
+    matrices = [zip(*row, strict=True) for row in covariance.permute(1, 2, 0).tolist()]
     shares = rows[:, : 1 if square is None else 2].clamp(min=0)
     effective = shares.sum(-1).square() / shares.square().sum(-1)
     columns = (
         fourths,
         [None] * len(fourths) if square is None else mean_squares,
         norm_square.tolist(),
-        [tuple(map(tuple, matrix)) for matrix in covariance.tolist()],
+        zip(*matrices, strict=True),  # without lists in between: there are thousands
         effective.nan_to_num(inf).amin(-1).tolist(),
     )
-    names = ("fourth", "square", "norm_square", "covariance", "effective_inputs")
     return [
-        record_of(PairVariance, dict(zip(names, row, strict=True)))
-        for row in zip(*columns, strict=True)
+        PairVariance(fourth=m4, square=e2, norm_square=u, covariance=c, effective_inputs=n)
+        for m4, e2, u, c, n in zip(*columns, strict=True)
     ]

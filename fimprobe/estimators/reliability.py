@@ -6,10 +6,11 @@ not in the batch. The signs of both are checked here, in one place for all outpu
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fimprobe.estimators.bulk import record_of
-from fimprobe.estimators.estimate import Estimate
+from fimprobe.estimators.estimate import NUMBERS, Estimate, are_finite
 
 MIN_EFFECTIVE_INPUTS = 5
 """Number of effective inputs below which no error is reported."""
@@ -50,6 +51,7 @@ _ZERO = "zero to rounding"
 _NOT_FINITE = "not a finite number: gradients at these inputs, or their powers, leave float64's range"
 _NO_GRAM = "inner products of draws are kept up to 16 draws or passes only"
 _BOUNDS = ("bound", "sharp_bound", "trace_bound")
+_NOISY_BOUNDS = (*_BOUNDS, "diagonal_bound", "covariance_norm")
 _BELOW = "its noise puts it below the value that it bounds"
 
 
@@ -168,10 +170,10 @@ def withhold(
     if not exact_labels:
         reasons = _few_squares(estimate, batch_size, non_negative) | reasons
     reasons = _lost_in_noise(estimate, exact_labels, non_negative) | reasons
-    for name in ("norm", "std_error", "rel_error"):
-        if getattr(estimate, name) is None:
-            reasons.setdefault(name, _NOT_FINITE)
     values = vars(estimate).copy()
+    for name in ("norm", "std_error", "rel_error"):
+        if values[name] is None:
+            reasons.setdefault(name, _NOT_FINITE)
     if estimate.std_error is not None and estimate.skewness is not None:
         values["std_error"] = estimate.std_error * widening(estimate.skewness, batch_size)
     return _without(estimate, values, reasons)
@@ -259,8 +261,8 @@ def _noisy_variances(e: Estimate, exact_labels: bool) -> dict[str, str]:
 
 def _noisy_bounds(e: Estimate) -> dict[str, str]:
     """Return why the bounds, and the covariance's norm next to them, are unknown."""
-    names = (*_BOUNDS, "diagonal_bound", "covariance_norm")
-    known = {name: value for name in names if (value := getattr(e, name)) is not None}
+    values = vars(e)
+    known = {name: value for name in _NOISY_BOUNDS if (value := values[name]) is not None}
     reasons: dict[str, str] = {}
     if not known:
         return reasons
@@ -296,8 +298,9 @@ def _noise_reason(value: float, error: float | None) -> str:
 
 def _without(estimate: Estimate, values: dict[str, Any], reasons: dict[str, str]) -> Estimate:
     """Return the estimate with other values of its fields, None for each that has a reason."""
-    # x − x is not zero for NaN and infinities; a report has thousands of these records
-    infinite = [n for n, x in vars(estimate).items() if type(x) is float and x - x != 0]
+    infinite: list[str] = []
+    if not are_finite(estimate):
+        infinite = [n for n in NUMBERS if not math.isfinite(getattr(estimate, n) or 0.0)]
     if estimate.pair_variance is not None and not estimate.pair_variance.is_finite():
         infinite.append("pairs")
     if infinite:

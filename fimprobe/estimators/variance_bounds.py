@@ -149,7 +149,7 @@ def _with_columns(
 ) -> dict[str, Estimate]:
     """Return the groups' estimates with further fields, each a tensor [G] or a list of G values."""
     replaced = {}
-    names, *rows = to_rows({**columns, **lists})
+    names, rows = to_rows({**columns, **lists})
     for group, row in zip(groups, rows, strict=True):
         changes: dict[str, Any] = dict(zip(names, row, strict=False))
         if None in row:

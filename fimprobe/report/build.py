@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators import i1, i2, i2_by_spot_checks, reliability
-from fimprobe.estimators.bulk import record_of
 from fimprobe.estimators.diagonal_histogram import diagonal_histogram
 from fimprobe.estimators.empirical import compare_with_fisher
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
 from fimprobe.estimators.groups import Groups, split_groups
 from fimprobe.estimators.i1 import InputSums
-from fimprobe.estimators.names import RECORD_KEYS
 from fimprobe.estimators.noise_scale import noise_scale
 from fimprobe.estimators.variance_bounds import add_i1_bounds, add_i2_bounds
 from fimprobe.report.advice import make_advice
@@ -81,17 +79,23 @@ def build_report(
         scores.seen_mass, size_biased=scores.inverse_weights is not None
     )
     estimates = _estimate_fisher(measured, groups, unseen, ask_ih=ask_ih, diagonals=diagonals)
-    estimates = _withhold_unreliable(measured, estimates, unseen)
+    _withhold_unreliable(measured, estimates, unseen)
     estimates.empirical = _estimate_empirical(measured, groups, diagonals=diagonals)
     estimates.activation = _estimate_activations(measured, unseen)
     _add_layer_bounds(estimates.geometry, layers, layer_bounds)
 
     numel = {name: moments.a2.numel() for name, moments in scores.parameters.items()}
-    columns = {"numel": [sum(map(numel.__getitem__, names)) for names in groups.values()]}
-    columns |= {name: [*map(getattr(estimates, name).get, groups)] for name in RECORD_KEYS}
     by_group = {
-        key: record_of(GroupEstimates, dict(zip(columns, row, strict=True)))
-        for key, *row in zip(groups, *columns.values(), strict=True)
+        key: GroupEstimates(
+            numel=sum(map(numel.__getitem__, names)),
+            i1=estimates.i1[key],
+            i2=estimates.i2.get(key),
+            ih=estimates.ih.get(key),
+            empirical=estimates.empirical.get(key),
+            activation=estimates.activation.get(key),
+            geometry=estimates.geometry.get(key),
+        )
+        for key, names in groups.items()
     }
     total = by_group[TOTAL]
     return Report(
@@ -161,18 +165,17 @@ def _estimate_i2(
     return estimates
 
 
-def _withhold_unreliable(measured: Measured, estimates: _Estimates, unseen: str) -> _Estimates:
-    """Return the estimates without the numbers that fail a reliability check."""
+def _withhold_unreliable(measured: Measured, estimates: _Estimates, unseen: str) -> None:
+    """Replace the estimates by ones without the numbers that fail a reliability check."""
     scores = measured.moments["i1"]
     sampling = _sampling(scores)
     plain_labels = scores.seen_mass is not None
-    checked = dataclasses.replace(estimates, i1={}, i2={}, ih={})
     for key, first in estimates.i1.items():
         second = estimates.i2.get(key)
         disagreement = ""
         if not unseen:
             disagreement = reliability.disagreement_reason(first, second, plain_labels=plain_labels)
-        checked.i1[key] = reliability.withhold(
+        estimates.i1[key] = reliability.withhold(
             first, labels_unseen=unseen, disagreement=disagreement, **sampling
         )
         if second is not None:
@@ -188,10 +191,9 @@ def _withhold_unreliable(measured: Measured, estimates: _Estimates, unseen: str)
             if scores.draws is not None and unseen and not checks:
                 # the residual R was subtracted with labels that miss what carries it
                 second = _without_trace(second, unseen)
-            checked.i2[key] = second
+            estimates.i2[key] = second
         if key in estimates.ih:
-            checked.ih[key] = reliability.withhold(estimates.ih[key], **sampling)
-    return checked
+            estimates.ih[key] = reliability.withhold(estimates.ih[key], **sampling)
 
 
 def _estimate_empirical(
@@ -295,9 +297,12 @@ def _convergence(traces: Tensor) -> list[tuple[int, float]]:
     It is that over disjoint groups of the inputs, at least four of them.
     """
     mean, points, size = float(traces.mean()), [], 1
-    while mean > 0 and 4 * size <= len(traces):
-        means = traces[: len(traces) // size * size].view(-1, size).mean(1)
-        points.append((size, float(means.std()) / mean))
+    means = traces.tolist()
+    while mean > 0 and len(means) >= 4:
+        centre = sum(means) / len(means)
+        deviation = math.dist(means, [centre] * len(means)) / (len(means) - 1) ** 0.5
+        points.append((size, deviation / mean))
+        means = [(a + b) / 2 for a, b in zip(means[::2], means[1::2], strict=False)]
         size *= 2
     return points
 

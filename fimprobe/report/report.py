@@ -228,23 +228,25 @@ class Report:
         record = vars(e).copy()
         for name in _NOT_NUMBERS:
             del record[name]
-        record["trace_range"] = None
+        error, pairs, pairs_error = e.of_one_label(self.batch_size)
         record |= {
-            "one_label_error": self._one_label_error(e),
-            "pairs_for_10_percent": e.pairs_for(0.1),
-            "pairs_error": e.pairs_error,
+            "trace_range": None,
+            "one_label_error": error,
+            "pairs_for_10_percent": pairs,
+            "pairs_error": pairs_error,
             "tightness": e.tightness,
             "sharp_tightness": e.sharp_tightness,
             "trace_tightness": e.trace_tightness,
             "diagonal_tightness": e.diagonal_tightness,
         }
-        unknown: dict[str, str] = {}
+        unknown = dict(e.unknown)
         if not math.isfinite(sum(filter(None, record.values()))):  # or the sum alone is not
-            unknown = {name: _NOT_FINITE for name, x in record.items() if _finite(x) is not x}
-            record |= dict.fromkeys(unknown)
+            lost = {name: _NOT_FINITE for name, x in record.items() if _finite(x) is not x}
+            record |= dict.fromkeys(lost)
+            unknown = lost | unknown
         if e.trace_range is not None and all(map(math.isfinite, e.trace_range)):
             record["trace_range"] = list(e.trace_range)
-        record["unknown"] = unknown | dict(e.unknown)
+        record["unknown"] = unknown
         return record
 
     def _layer_scalars(self, prefix: str, group: GroupEstimates) -> dict[str, float | None]:
