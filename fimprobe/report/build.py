@@ -72,7 +72,7 @@ def build_report(
     layers: dict[str, list[str]] = {}
     for name in scores.parameters:
         layers.setdefault(name.rpartition(".")[0] or ROOT, []).append(name)
-    groups = {f"parameter {name}": [name] for name in scores.parameters}
+    groups: dict[str, Sequence[str]] = {f"parameter {name}": (name,) for name in scores.parameters}
     groups |= {f"layer {layer}": names for layer, names in layers.items()}
     groups[TOTAL] = list(scores.parameters)
     unseen = reliability.seen_mass_reason(
