@@ -167,20 +167,7 @@ class Estimate:
     @property
     def pairs_error(self) -> float | None:
         """Relative standard error of ``pairs_for``; that of ``error_of`` is half of it."""
-        return self.of_one_label(1)[2]
-
-    def of_one_label(self, inputs: int) -> tuple[float | None, float | None, float | None]:
-        """Return ``error_of(inputs=inputs)``, ``pairs_for(0.1)`` and ``pairs_error``, all at once.
-
-        Args:
-            inputs: N, drawn like the inputs of this report.
-        """
-        variance = self.relative_variance(1)
-        if variance is None:
-            return None, None, None
-        value, error = variance
-        share = (error / value if value > 0 else 0.0) if error >= 0 else None  # NaN for one input
-        return (value / inputs) ** 0.5, value / 0.1**2, share
+        return one_label_numbers(self, 1)[2]
 
     def relative_variance(self, labels: int | None) -> tuple[float, float] | None:
         """Return (V_x + V_y/S)/‖diag F‖² and its standard error.
@@ -197,6 +184,23 @@ class Estimate:
         if variance is None or variance[0] < 0 or variance[0] < 2 * variance[1]:
             return None
         return variance
+
+
+def one_label_numbers(
+    estimate: Estimate, inputs: int
+) -> tuple[float | None, float | None, float | None]:
+    """Return ``error_of(inputs=inputs)``, ``pairs_for(0.1)`` and ``pairs_error``, all at once.
+
+    Args:
+        estimate: The estimate.
+        inputs: N, drawn like the inputs of its report.
+    """
+    variance = estimate.relative_variance(1)
+    if variance is None:
+        return None, None, None
+    value, error = variance
+    share = (error / value if value > 0 else 0.0) if error >= 0 else None  # NaN for one input
+    return (value / inputs) ** 0.5, value / 0.1**2, share
 
 
 NUMBERS = tuple(field.name for field in fields(Estimate) if field.type == "float | None")

@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fimprobe.errors import FimprobeError
-from fimprobe.estimators.estimate import Estimate, GroupEstimates, OutputSummary
+from fimprobe.estimators.estimate import (
+    Estimate,
+    GroupEstimates,
+    OutputSummary,
+    one_label_numbers,
+)
 from fimprobe.estimators.names import KEYS, LAYER_KEYS, RECORD_KEYS, UNBIASED_KEYS
 from fimprobe.report.format import terminal_width
 from fimprobe.report.table import format_report, format_table
@@ -228,7 +233,7 @@ class Report:
         record = vars(e).copy()
         for name in _NOT_NUMBERS:
             del record[name]
-        error, pairs, pairs_error = e.of_one_label(self.batch_size)
+        error, pairs, pairs_error = one_label_numbers(e, self.batch_size)
         record |= {
             "trace_range": None,
             "one_label_error": error,

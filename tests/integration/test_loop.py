@@ -262,7 +262,7 @@ def test_size_biased_labels_are_the_same_in_any_chunks(monkeypatch):
     net, tokens = Sure(), torch.randint(11, (48, 7), generator=torch.Generator().manual_seed(1))
     keep = (torch.arange(7) < 7 - torch.arange(48)[:, None] % 5)[torch.randperm(48)]
     labels, reports = [], []
-    for memory_mb in (512, 0.05):
+    for memory_mb in (512, 0.03):
         calls.clear()
         options = {**KNOWN, "memory_mb": memory_mb, "draws": 3, "batch": 48}
         with fimprobe.attach(net, options, mask=lambda args, kwargs: keep) as probe:
