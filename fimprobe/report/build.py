@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fimprobe.estimators import i1, i2, i2_by_spot_checks, reliability
+from fimprobe.estimators.convergence import convergence
 from fimprobe.estimators.diagonal_histogram import diagonal_histogram
 from fimprobe.estimators.empirical import compare_with_fisher
 from fimprobe.estimators.estimate import Estimate, Geometry, GroupEstimates, OutputSummary
@@ -116,7 +117,7 @@ def build_report(
         seen_mass=scores.seen_mass,
         outputs=_summarise_outputs(measured),
         advise=make_advice,
-        convergence=[] if total.i1.std_error is None else _convergence(estimates.input_traces),
+        convergence=[] if total.i1.std_error is None else convergence(estimates.input_traces),
     )
 
 
@@ -289,22 +290,6 @@ def _entry_sizes(scores: MomentsBatch) -> list[tuple[float, float]]:
         if moments.entries is not None
     ]
     return diagonal_histogram(samples, 1 / (scores.batch_size * (scores.draws or 1)))
-
-
-def _convergence(traces: Tensor) -> list[tuple[int, float]]:
-    """Return (n, relative standard deviation of the mean trace of n inputs), n = 1, 2, 4, ...
-
-    It is that over disjoint groups of the inputs, at least four of them.
-    """
-    mean, points, size = float(traces.mean()), [], 1
-    means = traces.tolist()
-    while mean > 0 and len(means) >= 4:
-        centre = sum(means) / len(means)
-        deviation = math.dist(means, [centre] * len(means)) / (len(means) - 1) ** 0.5
-        points.append((size, deviation / mean))
-        means = [(a + b) / 2 for a, b in zip(means[::2], means[1::2], strict=False)]
-        size *= 2
-    return points
 
 
 def _summarise_outputs(measured: Measured) -> OutputSummary | None:
