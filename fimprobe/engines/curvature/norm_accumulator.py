@@ -27,8 +27,8 @@ from fimprobe.engines.moments.contraction import CPU_CACHE_BYTES, at_least_float
 from fimprobe.engines.problem.weights import GRAM_LIMIT
 from fimprobe.engines.tracing.tape import ParameterUse
 
-OfSamples = Callable[[slice], Tensor | None]
-"""Maps b samples to (R u)_θ of the n vectors [b, n, *shape]; None for zero."""
+OfVectors = Callable[[slice, slice], Tensor | None]
+"""Maps n vectors and b samples to (R u)_θ [b, n, *shape]; None for zero."""
 
 
 OuterSum = list[tuple[Tensor, Tensor]]
@@ -90,8 +90,8 @@ class NormAccumulator:
             flips: σ of the parameter for each sample [B].
         """
         assert tangents.flipped is not None
-        plain = _of_samples(derivatives, tangents.plain, tangents.vectors, WITHIN_CALL)
-        flipped = _of_samples(derivatives, tangents.flipped, tangents.vectors, WITHIN_CALL_FLIPPED)
+        plain = _of_vectors(derivatives, tangents.plain, tangents.vectors, WITHIN_CALL)
+        flipped = _of_vectors(derivatives, tangents.flipped, tangents.vectors, WITHIN_CALL_FLIPPED)
         matrix, lookup = derivatives.matrix_use(), derivatives.lookup_use()
         sides = (tangents.plain, tangents.flipped)
         if matrix is not None:
@@ -111,14 +111,14 @@ class NormAccumulator:
             tangents: Tangents of the n vectors along u. Those along σu are set for parameters with
                 interacting uses: their block across calls needs flips as well.
         """
-        plain = _of_samples(derivatives, tangents.plain, tangents.vectors, EVERYTHING)
+        plain = _of_vectors(derivatives, tangents.plain, tangents.vectors, EVERYTHING)
         matrix = derivatives.matrix_use()
         if matrix is not None:
             self._append("whole", self._matrix_whole(derivatives, matrix, tangents))
         else:
             self._append("whole", self._per_sample_products(derivatives, plain, None))
         if tangents.flipped is not None:
-            flipped = _of_samples(derivatives, tangents.flipped, tangents.vectors, EVERYTHING_FLIPPED)
+            flipped = _of_vectors(derivatives, tangents.flipped, tangents.vectors, EVERYTHING_FLIPPED)
             self._append("joint", self._per_sample_products(derivatives, plain, flipped))
 
     def _matrix_block(
@@ -190,26 +190,30 @@ class NormAccumulator:
         return (gram + gram.transpose(1, 2)) / 2 if self.all_pairs else gram
 
     def _per_sample_products(
-        self, derivatives: ParameterDerivatives, plain: OfSamples, flipped: OfSamples | None
+        self, derivatives: ParameterDerivatives, plain: OfVectors, flipped: OfVectors | None
     ) -> Tensor:
         """Products of per-sample tangents, for any parameter; ``flipped`` None means ``plain``."""
         gram = self._empty()
         room = self.workspace_bytes / 2
         if self.parameter.device.type == "cpu" and not derivatives.uses.fallback_calls:
             room = min(room, CPU_CACHE_BYTES)
-        step = max(1, int(room / (self.count * self.parameter.numel() * 8)))
+        fitting = int(room / (self.parameter.numel() * 8))  # pairs of a vector and a sample
+        at_once = self.count if self.all_pairs else max(1, min(self.count, fitting, GRAM_LIMIT))
+        step = max(1, fitting // at_once)
         for start in range(0, self.size, step):
             samples = slice(start, min(start + step, self.size))
-            a = plain(samples)
-            b = a if flipped is None else flipped(samples)
-            if a is None or b is None:
-                continue
-            a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
-            if self.all_pairs:
-                gram[samples] = self._inner(a.double(), b.double())
-            else:
-                pairs = zip(a.unbind(1), b.unbind(1), strict=True)
-                gram[samples] = torch.stack([dot(x, z) for x, z in pairs], 1)
+            for first in range(0, self.count, at_once):
+                vectors = slice(first, min(first + at_once, self.count))
+                a = plain(vectors, samples)
+                b = a if flipped is None else flipped(vectors, samples)
+                if a is None or b is None:
+                    continue
+                a, b = (x.reshape(*x.shape[:2], -1) for x in (a, b))
+                if self.all_pairs:
+                    gram[samples] = self._inner(a.double(), b.double())
+                else:
+                    pairs = zip(a.unbind(1), b.unbind(1), strict=True)
+                    gram[samples, vectors] = torch.stack([dot(x, z) for x, z in pairs], 1)
         return gram
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
@@ -256,11 +260,21 @@ def _inner_product(
     return total
 
 
-def _of_samples(
+def _of_vectors(
     derivatives: ParameterDerivatives,
     tangents: list[EdgeTangents],
     vectors: list[PulledBackVector],
     motion: Motion,
-) -> OfSamples:
-    """(R u)_θ of all vectors, as a function of the samples."""
-    return lambda samples: derivatives.gradient_tangents(tangents, vectors, samples, motion)
+) -> OfVectors:
+    """(R u)_θ as a function of the vectors and the samples."""
+
+    def evaluate(some: slice, samples: slice) -> Tensor | None:
+        """(R u)_θ [b, n, *shape]; None for zero.
+
+        Args:
+            some: The n vectors.
+            samples: The b samples.
+        """
+        return derivatives.gradient_tangents(tangents[some], vectors[some], samples, motion)
+
+    return evaluate

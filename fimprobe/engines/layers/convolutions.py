@@ -146,8 +146,10 @@ def _from_grouped_convolution(
     """
     samples, folds = x.shape[:2]
     draws, shape = delta.shape[1], module.weight.shape
-    channels = x.transpose(0, 1).reshape(folds, samples * x.shape[2], *x.shape[3:])
-    cotangents = delta.movedim(2, 0).reshape(folds, -1, *delta.shape[4:])
+    # by way of one dimension: dimensions of length 1 may have strides that torch's kernel refuses
+    channels = x.transpose(0, 1).reshape(-1).view(folds, samples * x.shape[2], *x.shape[3:])
+    cotangents = delta.movedim(2, 0).reshape(-1)
+    cotangents = cotangents.view(folds, samples * draws * delta.shape[3], *delta.shape[4:])
     gradient = torch.ops.aten.convolution_backward(
         cotangents,
         channels,

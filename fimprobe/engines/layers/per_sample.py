@@ -67,7 +67,12 @@ def per_sample_vjp(
     if vectorize:
         over_draws = vmap(grad(scalar), in_dims=(None, None, 0))
         with RefusesDataSwaps():
-            return vmap(over_draws, in_dims=(None, 0, 0))(parameters, batched, present)
+            vectorized = vmap(over_draws, in_dims=(None, 0, 0))(parameters, batched, present)
+        for name, g in vectorized.items():
+            # behind nn.PReLU there is another dimension of samples in place of the draws (torch 2.13)
+            if g.shape != (batch.size, present[0].shape[1], *parameters[name].shape):
+                raise RuntimeError(f"vmap gave gradients of the shape {tuple(g.shape)} for {name}")
+        return vectorized
     draws = present[0].shape[1]
     # the module's own parameters: views of them, and backward passes that run the module again, see
     # no others

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import fimprobe
+from fimprobe.engines.curvature import norm_accumulator
 from fimprobe.engines.curvature.double_backward import DoubleBackward
+from fimprobe.engines.curvature.norm_accumulator import NormAccumulator
 
 
 class Attention(nn.Module):
@@ -92,3 +94,24 @@ def test_input_tangents_are_those_of_every_vector(name, draws, double, monkeypat
     monkeypatch.setattr(DoubleBackward, "all_edge_tangents", compare)
     fimprobe.measure(model, x, likelihood="categorical", draws=draws, second_order={"probes": 2})
     assert max(compared) >= 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tangents_of_one_vector_and_sample_at_once_give_the_same(name, double, monkeypatch):
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    products, compared = NormAccumulator._per_sample_products, []
+
+    def compare(self, derivatives, plain, flipped):
+        found = products(self, derivatives, plain, flipped)
+        with monkeypatch.context() as patch:
+            patch.setattr(norm_accumulator, "CPU_CACHE_BYTES", 1)
+            patch.setattr(self, "workspace_bytes", 1.0)
+            alone = products(self, derivatives, plain, flipped)
+        torch.testing.assert_close(found, alone, rtol=1e-10, atol=1e-14)
+        compared.append(float(found.abs().sum()))
+        return found
+
+    monkeypatch.setattr(NormAccumulator, "_per_sample_products", compare)
+    fimprobe.measure(model, x, likelihood="categorical", draws=2, second_order={"probes": 2})
+    assert max(compared) > 0

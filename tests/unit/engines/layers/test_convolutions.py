@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
+import fimprobe
 from fimprobe.engines.layers import convolutions
 from fimprobe.engines.layers.convolutions import conv_weight
 from fimprobe.engines.layers.layer_call import LayerCall
@@ -43,6 +46,46 @@ def test_gradients_of_all_draws_are_those_of_autograd(
             output = module(x[i : i + 1])
             (expected,) = torch.autograd.grad(output, module.weight, delta[i : i + 1, s])
             torch.testing.assert_close(g[i, s], expected, rtol=1e-12, atol=1e-12)
+
+
+class OverOneStep(nn.Module):
+    """A convolution whose input is transposed and has one position."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.first, self.convolution = nn.Linear(6, 8), convolution
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.convolution(torch.tanh(self.first(x)).transpose(1, 2)))
+        return self.last(x.transpose(1, 2).mean(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.ConvTranspose1d(8, 8, 2),
+        lambda: nn.Conv1d(8, 8, 9, padding=4),
+        lambda: nn.Conv1d(8, 8, 3, padding=1, groups=2),
+    ],
+)
+def test_one_transposed_position_is_measured(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = OverOneStep(make()).double(), torch.randn(2, 1, 6, dtype=torch.float64)
+    options = {
+        "likelihood": "categorical",
+        "draws": "exact",
+        "second_order": "off",
+        "diagonals": True,
+    }
+    found = fimprobe.measure(model, x, **options).parameters["convolution.weight"].i1.diagonal
+    expected = torch.zeros_like(model.convolution.weight)
+    for row in x:
+        p = torch.softmax(model(row[None])[0], -1)
+        for y in range(3):
+            (g,) = torch.autograd.grad(p.log()[y], model.convolution.weight, retain_graph=True)
+            expected += p[y].detach() * g.square() / len(x)
+    torch.testing.assert_close(found["convolution.weight"], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_many_draws_multiply_patches_on_a_cpu() -> None:
