@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakSet
 
@@ -18,28 +18,16 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fimprobe.model.process_wide import Inside, hold
 
-@contextmanager
-def without_checkpoints() -> Iterator[None]:
+
+def without_checkpoints() -> AbstractContextManager[None]:
     """Let checkpointed segments run as plain functions, in this thread and inside the context.
 
     ``torch.utils.checkpoint`` has no switch for this. Its two entries are replaced for the time in
     which a thread is inside the context; other threads pass through to the original ones.
     """
-    inside = _Inside()
-    try:
-        _SWITCH.enter(inside)
-        yield
-    finally:
-        try:
-            _SWITCH.leave(inside)
-        except BaseException:  # an interrupt on the way out, which comes once
-            _SWITCH.leave(inside)
-            raise
-
-
-class _Inside:
-    """Stands for one context. It dies with its frame, also where an interrupt ends that early."""
+    return hold(_SWITCH.enter, _SWITCH.leave)
 
 
 class _Switch:
@@ -48,7 +36,7 @@ class _Switch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread = threading.local()
-        self._all: WeakSet[_Inside] = WeakSet()
+        self._all: WeakSet[Inside] = WeakSet()
         self._original_generator: Callable[..., Any] | None = None
 
     @property
@@ -57,21 +45,21 @@ class _Switch:
         return len(self._of_thread) > 0
 
     @property
-    def _of_thread(self) -> WeakSet[_Inside]:
+    def _of_thread(self) -> WeakSet[Inside]:
         """The contexts of this thread."""
         if not hasattr(self._thread, "contexts"):
             self._thread.contexts = WeakSet()
-        contexts: WeakSet[_Inside] = self._thread.contexts
+        contexts: WeakSet[Inside] = self._thread.contexts
         return contexts
 
-    def enter(self, inside: _Inside) -> None:
+    def enter(self, inside: Inside) -> None:
         """Count a context of this thread in, and replace the entries if they are torch's."""
         with self._lock:
             self._all.add(inside)
             self._install()
         self._of_thread.add(inside)
 
-    def leave(self, inside: _Inside) -> None:
+    def leave(self, inside: Inside) -> None:
         """Count a context of this thread out, and put the entries back if it was the last one."""
         self._of_thread.discard(inside)
         with self._lock:

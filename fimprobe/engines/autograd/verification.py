@@ -259,6 +259,8 @@ def _disagreeing(
         gradients: Those of single samples.
         types: Floating-point types on the way of the gradients.
     """
+    if not gradients:
+        return []
     norms = torch.tensor(
         [[0.0 if g is None else g[1] for g in of_samples] for of_samples in gradients.values()],
         dtype=torch.float64,

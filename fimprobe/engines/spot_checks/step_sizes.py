@@ -31,7 +31,7 @@ few of them carry by up to 7 %: an error of ε in a difference is one of 2ε in 
 MAX_ROUNDING = 0.05
 """Share of rounding above which a check is repeated with another step."""
 
-MAX_DIFFERENCE = {torch.float32: 2e-3, torch.float64: 3e-8}
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 3e-8}
 """ρ above which a check is repeated with another step, by type."""
 
 
