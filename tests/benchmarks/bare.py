@@ -12,6 +12,7 @@ other arithmetic, not for less overhead.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,23 +39,26 @@ def record(model: nn.Module, x: Tensor) -> tuple[Tensor, list[tuple[Any, Tensor,
     return outputs, calls
 
 
-def add_powers(g: Tensor) -> None:
-    """Σ g² over inputs and draws; fourth powers and inner products of g [b, S, P] of each input."""
+def add_powers(g: Tensor) -> Tensor:
+    """Σ g² [P] over inputs and draws; also fourth powers and inner products of g [b, S, P]."""
     if g.shape[1] > 1:
         torch.bmm(g, g.transpose(1, 2))
     square = g.square_()
     f = square[:, 0] if g.shape[1] == 1 else square[:, 0] + square[:, 1:].sum(1)
-    f.sum(0)
     torch.linalg.vector_norm(f, dim=-1)
     if g.shape[1] > 1:
         torch.linalg.vector_norm(square, dim=-1)
+    return f.sum(0)
 
 
-def add_outer_products(x: Tensor, delta: Tensor) -> None:
-    """The same sums for δ xᵀ with δ [b, S, o], which factor."""
+def add_outer_products(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sums for δ xᵀ and δ with δ [b, S, o], which factor."""
+    if delta.shape[1] > 1:
+        torch.bmm(delta, delta.transpose(1, 2))
     square, x2 = delta.square(), x.square()
     torch.linalg.vector_norm(x2, dim=-1), torch.linalg.vector_norm(square, dim=-1)
-    square.sum(1).t() @ x2
+    f = square.sum(1)
+    return (f.t() @ x2).flatten(), f.sum(0)
 
 
 def gradients(module: Any, x: Tensor, delta: list[Tensor]) -> Tensor:
@@ -84,39 +88,57 @@ def gradients(module: Any, x: Tensor, delta: list[Tensor]) -> Tensor:
     return torch.matmul(left.transpose(2, 3), right).flatten(2)
 
 
-def contract(module: Any, x: Tensor, delta: list[Tensor]) -> None:
-    """All sums of one layer's parameters."""
+def contract(module: Any, x: Tensor, delta: list[Tensor]) -> tuple[Any, Any]:
+    """Σ g² of one layer's weight and bias; for a lookup positions stay apart, which is less work."""
     if isinstance(module, nn.Embedding):
-        add_powers(torch.stack(delta, 1).flatten(0, 1).unsqueeze(1))
-        return
+        return add_powers(torch.stack(delta, 1).flatten(0, 1).unsqueeze(1)), None
     if isinstance(module, nn.Linear) and x.dim() == 2:
-        add_outer_products(x, torch.stack(delta, 1))
-        return
+        return add_outer_products(x, torch.stack(delta, 1))
     step = max(1, BLOCK_BYTES // (4 * len(delta) * module.weight.numel()))
+    weight, bias = 0, 0
     for start in range(0, len(x), step):
         rows = slice(start, start + step)
         block = [d[rows] for d in delta]
-        add_powers(gradients(module, x[rows], block))
+        weight += add_powers(gradients(module, x[rows], block))
         if module.bias is not None:
             positions = tuple(range(2, block[0].dim())) if x.dim() == 4 else (1,)
-            add_powers(torch.stack([d.sum(positions) for d in block], 1))
+            bias += add_powers(torch.stack([d.sum(positions) for d in block], 1))
+    return weight, bias
 
 
-def bare(problem: Problem, draws: int) -> Callable[[], None]:
-    """The bare sums for labels drawn ``draws`` times."""
+def bare(problem: Problem, draws: int) -> tuple[list[tuple[Any, Any, Any]], list[Tensor]]:
+    """Each layer with Σ g² of its weight and bias, and the scores of ``draws`` labels."""
+    outputs, calls = record(problem.model, problem.x)
+    edges, p = [o for _, _, o in calls], torch.softmax(outputs.detach(), -1)
+    pulled, scores = [], []
+    for i in range(draws):
+        scores.append(p - F.one_hot(sample_labels(outputs), p.shape[-1]))
+        pulled.append(torch.autograd.grad(outputs, edges, scores[-1], retain_graph=i < draws - 1))
+    with torch.no_grad():
+        return [
+            (module, *contract(module, x.detach(), delta))
+            for (module, x, _), *delta in zip(calls, *pulled, strict=True)
+        ], scores
 
-    def run() -> None:
-        outputs, calls = record(problem.model, problem.x)
-        edges, p = [o for _, _, o in calls], torch.softmax(outputs.detach(), -1)
-        pulled = []
-        for i in range(draws):
-            score = p - F.one_hot(sample_labels(outputs), p.shape[-1])
-            pulled.append(torch.autograd.grad(outputs, edges, score, retain_graph=i < draws - 1))
-        with torch.no_grad():
-            for (module, x, _), *delta in zip(calls, *pulled, strict=True):
-                contract(module, x.detach(), delta)
 
-    return run
+def check(problem: Problem, draws: int) -> None:
+    """Compare the sums with autograd on single inputs, except for lookups."""
+    sums, scores = bare(problem, draws)
+    expected: dict[nn.Parameter, Tensor] = {
+        p: torch.zeros_like(p) for p in problem.model.parameters()
+    }
+    for i in range(len(problem.x)):
+        for score in scores:
+            outputs = problem.model(problem.x[i : i + 1])
+            found = torch.autograd.grad(outputs, list(expected), score[i : i + 1], allow_unused=True)
+            for parameter, g in zip(expected, found, strict=True):
+                expected[parameter] += 0 if g is None else g.square()
+    for module, weight, bias in sums:
+        if isinstance(module, nn.Embedding):
+            continue
+        torch.testing.assert_close(weight, expected[module.weight].flatten(), rtol=1e-4, atol=1e-6)
+        if module.bias is not None:
+            torch.testing.assert_close(bias, expected[module.bias], rtol=1e-4, atol=1e-6)
 
 
 def main() -> None:
@@ -128,9 +150,11 @@ def main() -> None:
     print("\n| | S=1, bare | S=1, fimprobe | S=2, bare | S=2, fimprobe |\n|---|---|---|---|---|")
     for name in list(FULL)[:3]:
         problem = make_problem(name)
+        for draws in (1, 2):
+            check(make_problem(name, tiny=True), draws)
         runs: dict[str, Callable[[], Any]] = {}
         for draws in (1, 2):
-            runs[f"bare {draws}"] = bare(problem, draws)
+            runs[f"bare {draws}"] = functools.partial(bare, problem, draws)
             runs[f"fimprobe {draws}"] = ours("", draws=draws).make(problem).run
         _, times = interleaved(forward_backward(problem), runs, rounds)
         print(f"| {name} | {' | '.join(str(ratio) for ratio in times.values())} |", flush=True)
